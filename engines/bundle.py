@@ -1,0 +1,150 @@
+"""A bundle folder: opened, checked, and read; nothing in it is loaded before its hash is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engines.documents import check_version, one_line, read_json
+from engines.errors import BundleError
+from engines.files import inside, sha256_bytes, sha256_file
+from engines.manifest import MANIFEST_VERSION, FileEntry, Manifest
+from engines.schedule import Schedule
+
+MANIFEST_NAME = "manifest.json"
+SCHEDULE_NAME = "schedule.json"
+SENSITIVITY_NAME = "sensitivity.json"
+UNIFORM_PREFIX = "uniform:"
+
+
+@dataclass
+class Bundle:
+    """An opened bundle: a valid manifest in a folder. Files are checked when they are asked for.
+
+    Attributes:
+        folder: the bundle folder.
+        manifest: its manifest.
+    """
+
+    folder: Path
+    manifest: Manifest
+    _checked: set[str] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Bundle:
+        """Reads and validates the manifest.
+
+        Raises:
+            BundleError: no such folder, no manifest, a newer format, or a manifest that was altered.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise BundleError(f"bundle {folder} is not a folder; pass the folder that `tmpdiff-export build` wrote")
+        path = folder / MANIFEST_NAME
+        if not path.exists():
+            raise BundleError(f"folder {folder} is not a bundle: it holds no {MANIFEST_NAME}")
+        data = read_json(path, "manifest", BundleError)
+        check_version(data, path, "manifest", MANIFEST_VERSION, BundleError)
+        try:
+            manifest = Manifest.model_validate(data)
+        except ValidationError as error:
+            raise BundleError(f"manifest {path} is malformed: {one_line(error)}") from error
+        for entry in manifest.files():
+            inside(folder, entry.path)
+        return cls(folder, manifest)
+
+    def path_of(self, entry: FileEntry) -> Path:
+        """The path of a file after its size and SHA-256 were checked (once per opened bundle).
+
+        Raises:
+            BundleError: the file is missing, truncated or altered, or its path leaves the folder.
+        """
+        path = inside(self.folder, entry.path)
+        if entry.path in self._checked:
+            return path
+        try:
+            size = path.stat().st_size
+            if not path.is_file():
+                raise BundleError(f"bundle file {entry.path} is not a regular file; restore it or build again")
+            if size != entry.bytes:
+                raise BundleError(
+                    f"bundle file {entry.path} has {size} bytes, the manifest says {entry.bytes}: truncated or altered; "
+                    "copy the bundle again"
+                )
+            digest = sha256_file(path)
+        except FileNotFoundError:
+            raise BundleError(f"bundle file {entry.path} is missing from {self.folder}; copy the bundle again") from None
+        except OSError as error:
+            raise BundleError(f"bundle file {entry.path} cannot be read: {error.strerror}") from error
+        if digest != entry.sha256:
+            raise BundleError(
+                f"bundle file {entry.path} was altered: its sha256 is {digest[:12]}..., "
+                f"the manifest says {entry.sha256[:12]}...; copy the bundle again"
+            )
+        self._checked.add(entry.path)
+        return path
+
+    def read(self, entry: FileEntry) -> bytes:
+        """A small file's content, hashed as read.
+
+        Raises:
+            BundleError: as `path_of`.
+        """
+        data = self.path_of(entry).read_bytes()
+        if sha256_bytes(data) != entry.sha256:
+            raise BundleError(f"bundle file {entry.path} changed while it was read; copy the bundle again")
+        return data
+
+    def verify(self, entries: Iterable[FileEntry] | None = None) -> int:
+        """Checks files (all by default) and the documents `calibrate` wrote; returns how many.
+
+        Raises:
+            BundleError: a file is missing, truncated or altered.
+            ScheduleError: the stored schedule does not belong to this bundle.
+        """
+        files = tuple(self.manifest.files() if entries is None else entries)
+        for entry in files:
+            self.path_of(entry)
+        if self.schedule_path.exists():
+            self.schedule()
+            return len(files) + 1
+        return len(files)
+
+    @property
+    def schedule_path(self) -> Path:
+        """Where `calibrate` stores the schedule."""
+        return self.folder / SCHEDULE_NAME
+
+    @property
+    def sensitivity_path(self) -> Path:
+        """Where `calibrate` stores what it measured."""
+        return self.folder / SENSITIVITY_NAME
+
+    def schedule(self, choice: str | Path | None = None) -> Schedule:
+        """The schedule to run.
+
+        Args:
+            choice: a schedule file, "uniform:<precision>", or None for the calibrated one.
+
+        Raises:
+            ScheduleError: malformed, or for another bundle, T or set of precisions.
+            BundleError: None was given and the bundle was not calibrated.
+        """
+        manifest = self.manifest
+        num_steps = manifest.sampling.num_steps
+        if isinstance(choice, str) and choice.startswith(UNIFORM_PREFIX):
+            schedule = Schedule.uniform(manifest.bundle_id, choice.removeprefix(UNIFORM_PREFIX) or "?", num_steps)
+        elif choice is not None:
+            schedule = Schedule.load(Path(choice))
+        elif self.schedule_path.exists():
+            schedule = Schedule.load(self.schedule_path)
+        else:
+            raise BundleError(
+                f"bundle {self.folder} has no schedule yet; run `tmpdiff-export calibrate {self.folder} --prompts FILE`, "
+                f"or pass --schedule uniform:{manifest.precisions[0]}"
+            )
+        schedule.check(bundle_id=manifest.bundle_id, num_steps=num_steps, precisions=manifest.precisions)
+        return schedule

@@ -1,0 +1,128 @@
+"""Atomic writes, hashes, and paths that must stay inside a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from engines.errors import BundleError, TmpDiffError
+
+CHUNK_BYTES = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of a byte string."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes a rename inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a reader sees the old file or the whole new one, never a part.
+
+    Raises:
+        OSError: the folder is missing, not writable, or the disk is full; nothing is left behind.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    fsync_folder(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` for text, as UTF-8."""
+    atomic_write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A scratch folder beside `target` that becomes `target` when the block succeeds.
+
+    On any exception (Ctrl-C and a full disk included) the scratch folder is removed and `target`
+    is as it was before.
+
+    Args:
+        target: the folder to make.
+        replace: whether an existing `target` may be replaced; it is kept until the new one is whole.
+
+    Raises:
+        TmpDiffError: `target` exists and `replace` is false, or its parent is not a folder.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not replace:
+        raise TmpDiffError(f"output folder {target} already exists; name a new one or pass --force to replace it")
+    if target.exists() and not target.is_dir():
+        raise TmpDiffError(f"output {target} is a file; name a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    os.chmod(scratch, 0o777 & ~_umask())
+    try:
+        yield scratch
+        if target.exists():
+            retired = scratch.with_suffix(".old")
+            os.rename(target, retired)
+            try:
+                os.rename(scratch, target)
+            except BaseException:
+                os.rename(retired, target)
+                raise
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.rename(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    fsync_folder(target.parent)
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """The path of `relative` (POSIX form, as written in a manifest) inside `folder`.
+
+    Raises:
+        BundleError: the path is absolute, climbs out, is not in normal form, or passes through a link
+            that leads out of `folder`.
+    """
+    pure = PurePosixPath(relative)
+    if not relative or pure.is_absolute() or "\\" in relative or "\0" in relative or ".." in pure.parts:
+        raise BundleError(f"path {relative!r} leaves the bundle folder {folder}; paths must be relative and inside")
+    path = folder / pure
+    root = folder.resolve()
+    if not path.resolve().is_relative_to(root):
+        raise BundleError(f"path {relative!r} leaves the bundle folder {folder} through a link; use plain files")
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

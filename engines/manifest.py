@@ -1,0 +1,180 @@
+"""The manifest of a bundle: what it holds, where it came from, and the hash of every file."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from engines.documents import canonical_json
+from engines.files import sha256_bytes
+from engines.precision import REFERENCE
+
+MANIFEST_VERSION = 1
+LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
+
+Sha256 = str
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class FileEntry(_Document):
+    """A file of the bundle; `path` is relative to the bundle folder, in POSIX form."""
+
+    path: str
+    sha256: Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class TensorSpec(_Document):
+    """An engine input or output; axes are sizes or symbols such as "batch"."""
+
+    name: str
+    dtype: Literal["float32", "float16", "int64"]
+    shape: tuple[int | str, ...]
+
+
+class EngineEntry(_Document):
+    """One engine.
+
+    Attributes:
+        file: the engine file.
+        weights: the weight file beside it that it names, for engines above 2 GB.
+        backend: a key of `engines.backends.BACKENDS`.
+        backend_version: version of the backend library that built or checked it.
+        device: what it was built for: "cpu" or a GPU architecture.
+        lowering: how the backend's graph differs from the ONNX file, as counts per rewrite.
+        onnx_sha256: hash of the ONNX file it was lowered from.
+        recipe: quantization variant, "none" for the reference.
+        sqnr_db: SQNR of its output against FP32 torch on held-out real inputs, in dB.
+        sqnr_floor_db: the least the build accepted.
+        inputs: what `Engine.run` takes.
+        outputs: what it returns.
+    """
+
+    file: FileEntry
+    weights: FileEntry | None = None
+    backend: str
+    backend_version: str
+    device: str
+    lowering: dict[str, int]
+    onnx_sha256: Sha256
+    recipe: str
+    sqnr_db: float
+    sqnr_floor_db: float
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def files(self) -> tuple[FileEntry, ...]:
+        """The engine file and, if it has one, its weight file."""
+        return (self.file,) if self.weights is None else (self.file, self.weights)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the engine on disk."""
+        return sum(entry.bytes for entry in self.files())
+
+
+class ModelEntry(_Document):
+    """Where the engines came from.
+
+    Attributes:
+        pipeline_class: diffusers class of the pipeline.
+        denoiser_class: diffusers class of the denoiser.
+        denoiser_sha256: hash of the denoiser's weight files.
+        parameters: number of denoiser parameters.
+    """
+
+    pipeline_class: str
+    denoiser_class: str
+    denoiser_sha256: Sha256
+    parameters: int
+
+
+class SamplingEntry(_Document):
+    """How the loop runs by default; `T` is `num_steps`."""
+
+    scheduler: str
+    num_inference_steps: int = Field(ge=1)
+    num_steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=0)
+    latents_shape: tuple[int, int, int]
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+
+
+class TextEntry(_Document):
+    """How a prompt becomes token ids.
+
+    Attributes:
+        tokenizer: file for the `tokenizers` library.
+        max_tokens: length that prompts are padded to; longer ones are refused.
+        pad_token_id: id of the padding token.
+        lowercase: whether prompts are lower-cased and stripped first, as PixArt pipelines do.
+    """
+
+    tokenizer: FileEntry
+    max_tokens: int = Field(ge=1)
+    pad_token_id: int = Field(ge=0)
+    lowercase: bool
+
+
+class RangeCalibrationEntry(_Document):
+    """What the scales were calibrated on."""
+
+    prompts_sha256: Sha256
+    num_prompts: int
+    num_batches: int
+    seed: int
+
+
+class Manifest(_Document):
+    """`manifest.json`; `bundle_id` is the hash of everything else in it."""
+
+    version: Literal[1] = MANIFEST_VERSION
+    created_with: str
+    bundle_id: str
+    model: ModelEntry
+    sampling: SamplingEntry
+    sampler: FileEntry
+    text: TextEntry
+    text_encoder: EngineEntry
+    vae_decoder: EngineEntry
+    denoisers: dict[str, EngineEntry]
+    range_calibration: RangeCalibrationEntry
+
+    @model_validator(mode="after")
+    def _whole(self) -> Manifest:
+        if REFERENCE.value not in self.denoisers:
+            raise ValueError(f"denoisers lack the reference precision {REFERENCE.value}")
+        if self.bundle_id != self.identity():
+            raise ValueError("bundle_id does not match the manifest's content; the manifest was altered")
+        return self
+
+    def identity(self) -> str:
+        """Hex SHA-256 of the canonical JSON of everything but `bundle_id`."""
+        return manifest_identity(self.model_dump(mode="json"))
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Names of the denoiser engines, the reference first."""
+        return tuple(self.denoisers)
+
+    def engines(self) -> dict[str, EngineEntry]:
+        """Every engine by a name for messages: the denoisers by precision, then the others."""
+        return {
+            **{f"denoiser {name}": entry for name, entry in self.denoisers.items()},
+            "text encoder": self.text_encoder,
+            "VAE decoder": self.vae_decoder,
+        }
+
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file the manifest vouches for."""
+        return (self.sampler, self.text.tokenizer, *(file for entry in self.engines().values() for file in entry.files()))
+
+
+def manifest_identity(data: dict[str, Any]) -> str:
+    """The `bundle_id` that belongs to a manifest's JSON data."""
+    return sha256_bytes(canonical_json({key: value for key, value in data.items() if key != "bundle_id"}))

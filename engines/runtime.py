@@ -1,0 +1,243 @@
+"""The runtime: prompt to picture with numpy, a tokenizer and engines that are swapped step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engines.backends import load_engine
+from engines.bundle import Bundle
+from engines.engine import Arrays, Engine
+from engines.errors import BackendError, BundleError
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry
+from engines.sampler import SamplerState, SamplerTable
+from engines.schedule import Schedule
+from engines.text import encode_prompts, load_tokenizer
+
+StepHook = Callable[[int, str, float], None]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is conditioned on, for N prompts.
+
+    Attributes:
+        guided: arrays by denoiser input name, each [2 N, ...], the unconditional half first.
+        size: N.
+    """
+
+    guided: dict[str, np.ndarray]
+    size: int
+
+    def batch(self, guidance_scale: float) -> dict[str, np.ndarray]:
+        """The arrays for one denoiser call: [2 N, ...] with guidance, [N, ...] without."""
+        if guidance_scale > 1.0:
+            return self.guided
+        return {name: values[self.size :] for name, values in self.guided.items()}
+
+    def sample(self, index: int) -> Conditioning:
+        """The conditioning of one of the N prompts."""
+        rows = [index, self.size + index]
+        return Conditioning({name: values[rows] for name, values in self.guided.items()}, 1)
+
+
+class DenoiseRuntime:
+    """A loaded bundle.
+
+    Engines are loaded when a schedule first needs them and stay resident; swapping is a dictionary
+    look-up. Not thread-safe.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Reads the sampler table; engines are loaded later.
+
+        Raises:
+            BundleError, SamplerError: a file is damaged, or the table does not fit the manifest.
+        """
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.table = SamplerTable.from_json(bundle.read(self.manifest.sampler))
+        if self.table.num_steps != self.manifest.sampling.num_steps:
+            raise BundleError(
+                f"sampler table has {self.table.num_steps} steps, the manifest says {self.manifest.sampling.num_steps}"
+            )
+        self._threads = threads
+        self._engines: dict[str, Engine] = {}
+        self._tokenizer: object | None = None
+        # One array a step, so that the loop allocates nothing for it.
+        self._timesteps = [np.float32(value) for value in self.table.timesteps]
+
+    @classmethod
+    def load(cls, path: Path | str, *, threads: int | None = None) -> DenoiseRuntime:
+        """Opens the bundle at `path`.
+
+        Args:
+            path: bundle folder.
+            threads: worker threads of a CPU backend, None for one per core.
+
+        Raises:
+            BundleError: the folder is no bundle, or is damaged.
+        """
+        return cls(Bundle.open(path), threads=threads)
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of loop iterations."""
+        return self.table.num_steps
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions of the denoiser engines, the reference first."""
+        return self.manifest.precisions
+
+    def preload(self, schedule: Schedule) -> None:
+        """Loads every engine a prompt-to-image run with `schedule` needs."""
+        for precision in dict.fromkeys(schedule.precisions):
+            self.denoiser(precision)
+        self._engine("text encoder", self.manifest.text_encoder)
+        self._engine("VAE decoder", self.manifest.vae_decoder)
+
+    def denoiser(self, precision: str) -> Engine:
+        """The denoiser engine of a precision, loaded at its first use.
+
+        Raises:
+            BackendError: the bundle holds no such precision, or its backend is not available.
+            BundleError: its file is damaged.
+        """
+        if precision not in self.manifest.denoisers:
+            raise BackendError(f"no engine of precision {precision!r}; the bundle holds {', '.join(self.precisions)}")
+        return self._engine(precision, self.manifest.denoisers[precision])
+
+    def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
+        """Runs the text encoder on prompts and on the negative prompt.
+
+        Returns:
+            Conditioning for N = len(prompts).
+
+        Raises:
+            PromptError: no prompts, or one longer than the text encoder takes.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.bundle.read(self.manifest.text.tokenizer))
+        tokens = encode_prompts(self._tokenizer, [*prompts, negative_prompt], self.manifest.text)
+        encoder = self._engine("text encoder", self.manifest.text_encoder)
+        arrays = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        outputs = encoder.run({spec.name: arrays[spec.name] for spec in self.manifest.text_encoder.inputs})
+        size = len(prompts)
+        order = [size] * size + list(range(size))
+        return Conditioning({name: np.ascontiguousarray(values[order]) for name, values in outputs.items()}, size)
+
+    def noise(self, seeds: Sequence[int]) -> np.ndarray:
+        """Starting noise, float32 [N, C, h, w], one independent generator per seed."""
+        shape = self.manifest.sampling.latents_shape
+        return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
+
+    def step(
+        self, state: SamplerState, precision: str, conditioning: Arrays, guidance_scale: float
+    ) -> SamplerState:
+        """One loop iteration: one denoiser call (with guidance: one batch of 2 N) and the sampler update.
+
+        Args:
+            state: latents [N, C, h, w] and history; not changed.
+            precision: which engine runs.
+            conditioning: `Conditioning.batch(guidance_scale)`.
+            guidance_scale: classifier-free guidance scale; at most 1 turns guidance off.
+
+        Returns:
+            The next state; its arrays are new.
+        """
+        latents = self.table.model_input(state)
+        guided = guidance_scale > 1.0
+        if guided:
+            latents = np.concatenate([latents, latents])
+        timestep = np.full(len(latents), self._timesteps[state.step_index], np.float32)
+        engine = self.denoiser(precision)
+        output = engine.run({LATENTS: latents, TIMESTEP: timestep, **conditioning})[MODEL_OUTPUT]
+        if guided:
+            unconditional, conditional = np.split(output, 2)
+            output = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
+        return self.table.advance(state, output)
+
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        schedule: Schedule,
+        noise: np.ndarray,
+        *,
+        guidance_scale: float | None = None,
+        on_step: StepHook | None = None,
+    ) -> np.ndarray:
+        """The whole loop.
+
+        Args:
+            conditioning: for N prompts.
+            schedule: checked against this bundle.
+            noise: unit normal, float32 [N, C, h, w]; not changed.
+            guidance_scale: None for the bundle's own.
+            on_step: called after each step with step index, precision and seconds.
+
+        Returns:
+            Final latents, float32 [N, C, h, w], owned by the caller.
+
+        Raises:
+            ScheduleError: the schedule belongs to another bundle.
+            ValueError: `noise` has another shape.
+        """
+        schedule.check(bundle_id=self.manifest.bundle_id, num_steps=self.num_steps, precisions=self.precisions)
+        expected = (conditioning.size, *self.manifest.sampling.latents_shape)
+        if noise.shape != expected:
+            raise ValueError(f"noise has shape {noise.shape}, expected {expected}")
+        scale = self.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        batch = conditioning.batch(scale)
+        for precision in dict.fromkeys(schedule.precisions):
+            self.denoiser(precision)
+        state = self.table.initial(noise)
+        for step_index, precision in enumerate(schedule.precisions):
+            begin = time.perf_counter()
+            state = self.step(state, precision, batch, scale)
+            if on_step is not None:
+                on_step(step_index, precision, time.perf_counter() - begin)
+        return state.latents.copy()
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pictures of final latents [N, C, h, w]: uint8 [N, H, W, 3]."""
+        decoder = self._engine("VAE decoder", self.manifest.vae_decoder)
+        image = decoder.run({LATENTS: np.ascontiguousarray(latents, np.float32)})["image"]
+        return np.rint(np.clip(image, 0.0, 1.0).transpose(0, 2, 3, 1) * 255.0).astype(np.uint8)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        schedule: Schedule,
+        *,
+        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        on_step: StepHook | None = None,
+    ) -> np.ndarray:
+        """Prompt to picture for N prompts with a seed each: uint8 [N, H, W, 3].
+
+        Raises:
+            ValueError: there are not as many seeds as prompts.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        latents = self.denoise(
+            self.encode(prompts, negative_prompt),
+            schedule,
+            self.noise(seeds),
+            guidance_scale=guidance_scale,
+            on_step=on_step,
+        )
+        return self.decode(latents)
+
+    def _engine(self, name: str, entry: EngineEntry) -> Engine:
+        if name not in self._engines:
+            path = [self.bundle.path_of(file) for file in entry.files()][0]
+            self._engines[name] = load_engine(entry.backend, path, threads=self._threads)
+        return self._engines[name]
+

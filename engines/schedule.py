@@ -1,0 +1,89 @@
+"""A schedule: which precision each step of the denoising loop runs at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engines.documents import one_line, read_document, write_document
+from engines.errors import ScheduleError
+
+SCHEDULE_VERSION = 1
+
+
+class Schedule(BaseModel):
+    """One precision per step index, bound to the bundle it was made for.
+
+    Attributes:
+        bundle_id: `Manifest.bundle_id` of the bundle the schedule belongs to.
+        precisions: one name per step index, length T.
+        origin: how it came about, for a reader ("bisection, --high-steps 8", "uniform:fp16").
+        predicted_error: predicted E of the final latents, None where nothing was predicted.
+        predicted_latency: mean step latency relative to the reference, None where not measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = SCHEDULE_VERSION
+    bundle_id: str = Field(min_length=1)
+    precisions: tuple[str, ...] = Field(min_length=1)
+    origin: str
+    predicted_error: float | None = Field(default=None, ge=0)
+    predicted_latency: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _names_are_words(self) -> Schedule:
+        for name in self.precisions:
+            if not name.isalnum():
+                raise ValueError(f"precision name {name!r} is not a plain word")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of loop iterations."""
+        return len(self.precisions)
+
+    @classmethod
+    def uniform(cls, bundle_id: str, precision: str, num_steps: int) -> Schedule:
+        """Every one of `num_steps` steps at one precision."""
+        return cls(bundle_id=bundle_id, precisions=(precision,) * num_steps, origin=f"uniform:{precision}")
+
+    @classmethod
+    def load(cls, path: Path) -> Schedule:
+        """Reads a schedule document.
+
+        Raises:
+            ScheduleError: the file is missing, not a schedule, altered, or of a newer version.
+        """
+        data = read_document(path, "schedule", SCHEDULE_VERSION, ScheduleError)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ScheduleError(f"schedule {path} is malformed: {one_line(error)}") from error
+
+    def save(self, path: Path) -> None:
+        """Writes the document atomically."""
+        write_document(path, self.model_dump(mode="json"))
+
+    def check(self, *, bundle_id: str, num_steps: int, precisions: Sequence[str]) -> None:
+        """Refuses a schedule that does not fit a bundle.
+
+        Raises:
+            ScheduleError: another bundle, another T, or a precision the bundle does not hold.
+        """
+        if self.num_steps != num_steps:
+            raise ScheduleError(
+                f"schedule has {self.num_steps} steps, the bundle's loop has {num_steps}; "
+                "calibrate this bundle again or build one with that many steps"
+            )
+        if self.bundle_id != bundle_id:
+            raise ScheduleError(
+                f"schedule was made for bundle {self.bundle_id[:12]}, this one is {bundle_id[:12]}; "
+                "run `tmpdiff-export calibrate` on this bundle"
+            )
+        for name in dict.fromkeys(self.precisions):
+            if name not in precisions:
+                raise ScheduleError(f"schedule asks for precision {name!r}; the bundle holds {', '.join(precisions)}")

@@ -1,0 +1,24 @@
+"""TMPDiff export: build quantized engines of a diffusion pipeline and calibrate which step runs at which.
+
+`build` and `attach` import torch and diffusers when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tmpdiff_export.version import VERSION as __version__
+
+__all__ = ["BuildOptions", "__version__", "attach", "build"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("build", "BuildOptions"):
+        from tmpdiff_export import bundle_build as module
+
+        return getattr(module, name)
+    if name == "attach":
+        from tmpdiff_export.diffusers_attach import attach
+
+        return attach
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,305 @@
+"""The build: one pipeline folder in, one bundle folder out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engines.backends import require_backend
+from engines.bundle import MANIFEST_NAME
+from engines.documents import canonical_json
+from engines.errors import BackendError, BuildError, TmpDiffError
+from engines.files import atomic_write_text, sha256_bytes, staged_folder
+from engines.manifest import (
+    LATENTS,
+    MODEL_OUTPUT,
+    TIMESTEP,
+    EngineEntry,
+    Manifest,
+    ModelEntry,
+    RangeCalibrationEntry,
+    SamplingEntry,
+    TextEntry,
+    manifest_identity,
+)
+from engines.precision import Precision
+from engines.sampler import SamplerTable
+from tmpdiff_export.engine_build import BACKEND, AccuracyCheck, build_component, build_denoiser, file_entry
+from tmpdiff_export.families import DENOISER, VaeDecoder
+from tmpdiff_export.onnx_export import ExportInput, export_graph
+from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
+from tmpdiff_export.ranges import Batch
+from tmpdiff_export.scheduler_table import sampler_table
+from tmpdiff_export.version import VERSION
+
+Progress = Callable[[str, int, int], None]
+
+# Prompts whose runs give the ranges, and one more whose run only checks the engines.
+RANGE_PROMPTS = 3
+RANGE_BATCHES = 24
+CHECK_BATCHES = 6
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build is asked for.
+
+    Attributes:
+        precisions: engines to build, the reference among them.
+        prompts: prompts for range calibration and the accuracy check; two at least.
+        num_steps: `num_inference_steps` of the loop.
+        seed: seed of the first calibration run.
+        backend: "auto" or a backend name.
+        guidance_scale: None for the pipeline's default.
+        height: picture height in pixels, None for the pipeline's own.
+        width: picture width in pixels, None for the pipeline's own.
+        onnx_dir: keep the strongly typed `<precision>.onnx` files here, None to drop them.
+        force: replace an existing bundle.
+    """
+
+    precisions: tuple[Precision, ...]
+    prompts: tuple[str, ...]
+    num_steps: int = 20
+    seed: int = 0
+    backend: str = "auto"
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    onnx_dir: Path | None = None
+    force: bool = False
+
+
+def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
+    """Builds a bundle from a diffusers pipeline folder.
+
+    Nothing is left at `out` (nor in `options.onnx_dir`) unless everything succeeded.
+
+    Args:
+        pipeline: folder written by `save_pretrained`.
+        out: bundle folder to make.
+        options: see `BuildOptions`.
+        progress: called with a stage name, units done and units in all.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        BuildError: the pipeline cannot be exported, or an engine missed its SQNR floor.
+        SamplerError: its scheduler cannot be compiled to a table.
+        BackendError: the backend is not available.
+        TmpDiffError: `out` exists and `force` is not set.
+    """
+    report = progress or (lambda stage, done, total: None)
+    resolve_backend(options.backend)
+    if len(options.prompts) < 2:
+        raise BuildError(f"a build needs at least 2 prompts (one checks what the others calibrate), got {len(options.prompts)}")
+    if options.num_steps < 1:
+        raise BuildError(f"number of steps is {options.num_steps}, expected 1 or more")
+    report("load pipeline", 0, 1)
+    with staged_folder(Path(out), replace=options.force) as bundle:
+        source = load_pipeline(
+            Path(pipeline), height=options.height, width=options.width, guidance_scale=options.guidance_scale
+        )
+        report("load pipeline", 1, 1)
+        table = sampler_table(source.pipe.scheduler, options.num_steps)
+        with tempfile.TemporaryDirectory(prefix=".onnx-", dir=bundle) as scratch:
+            manifest = _Build(source, table, options, bundle, Path(scratch), report).run()
+            if options.onnx_dir is not None:
+                _keep_onnx(Path(scratch), options.onnx_dir)
+    return manifest
+
+
+def resolve_backend(backend: str) -> str:
+    """The backend a build uses; "auto" is ONNX Runtime on the CPU in this release.
+
+    Raises:
+        BackendError: unknown, not installed, or not built by this release.
+    """
+    name = BACKEND if backend == "auto" else backend
+    if name in ("tensorrt", "torch"):
+        raise BackendError(
+            f"backend {name!r} is not part of this release; use onnxruntime. For TensorRT, keep the strongly typed ONNX "
+            "files with --onnx-dir and build engines from them"
+        )
+    require_backend(name)
+    return name
+
+
+class _Build:
+    """One build in progress; every method adds files to the staged bundle."""
+
+    def __init__(
+        self,
+        source: SourcePipeline,
+        table: SamplerTable,
+        options: BuildOptions,
+        bundle: Path,
+        scratch: Path,
+        report: Progress,
+    ) -> None:
+        self.source = source
+        self.table = table
+        self.options = options
+        self.bundle = bundle
+        self.scratch = scratch
+        self.report = report
+
+    def run(self) -> Manifest:
+        range_batches, check_batches = self._gather()
+        sampler_path = self.bundle / "sampler.json"
+        atomic_write_text(sampler_path, self.table.to_json())
+        denoisers = self._denoisers(range_batches, check_batches)
+        text_encoder, text = self._text()
+        vae_decoder = self._vae(check_batches)
+        source, options = self.source, self.options
+        data = Manifest.model_construct(
+            created_with=f"tmpdiff-export {VERSION}",
+            bundle_id="",
+            model=ModelEntry(
+                pipeline_class=type(source.pipe).__name__,
+                denoiser_class=source.denoiser_class,
+                denoiser_sha256=source.weights_sha256,
+                parameters=sum(item.numel() for item in source.denoiser.parameters()),
+            ),
+            sampling=SamplingEntry(
+                scheduler=self.table.scheduler,
+                num_inference_steps=self.table.num_inference_steps,
+                num_steps=self.table.num_steps,
+                guidance_scale=source.guidance_scale,
+                latents_shape=source.latents_shape,
+                height=source.height,
+                width=source.width,
+            ),
+            sampler=file_entry(self.bundle, sampler_path),
+            text=text,
+            text_encoder=text_encoder,
+            vae_decoder=vae_decoder,
+            denoisers=denoisers,
+            range_calibration=RangeCalibrationEntry(
+                prompts_sha256=sha256_bytes(canonical_json(list(options.prompts))),
+                num_prompts=len(self._range_prompts()),
+                num_batches=len(range_batches),
+                seed=options.seed,
+            ),
+        ).model_dump(mode="json")
+        data["bundle_id"] = manifest_identity(data)
+        manifest = Manifest.model_validate_json(json.dumps(data))
+        atomic_write_text(self.bundle / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
+        return manifest
+
+    def _range_prompts(self) -> tuple[str, ...]:
+        return self.options.prompts[: min(RANGE_PROMPTS, len(self.options.prompts) - 1)]
+
+    def _gather(self) -> tuple[list[Batch], list[Batch]]:
+        """Denoiser inputs of real runs: some for the ranges, those of the last prompt for the check."""
+        prompts = (*self._range_prompts(), self.options.prompts[-1])
+        steps = self.table.num_steps
+        seen = 0
+
+        def on_step() -> None:
+            nonlocal seen
+            seen += 1
+            self.report("run pipeline", seen, steps * len(prompts))
+
+        batches = gather_batches(self.source, prompts, self.options.num_steps, self.options.seed, on_step)
+        return _spread(batches[:-steps], RANGE_BATCHES), _spread(batches[-steps:], CHECK_BATCHES)
+
+    def _denoisers(self, range_batches: Sequence[Batch], check_batches: Sequence[Batch]) -> dict[str, EngineEntry]:
+        family, source = self.source.family, self.source
+        module = family.wrap(source.pipe, source.height, source.width).eval()
+        total = len(self.options.precisions) + 1
+        self.report("build denoisers", 0, total)
+        inputs = [
+            ExportInput(name, example, axes, keep_dtype=name == TIMESTEP)
+            for (name, axes), example in zip(family.inputs.items(), range_batches[0], strict=True)
+        ]
+        graph = export_graph(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, self.scratch / "export.onnx", half=True)
+        check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, check_batches)
+        engines = {}
+        for done, precision in enumerate(self.options.precisions, 1):
+            self.report(f"build denoisers: {precision.value}", done, total)
+            engines[precision.value] = build_denoiser(
+                module, DENOISER, graph, precision, range_batches, check, self.bundle, self.scratch
+            )
+        self.report("build denoisers", total, total)
+        return engines
+
+    def _text(self) -> tuple[EngineEntry, TextEntry]:
+        self.report("build text encoder", 0, 1)
+        family, pipe = self.source.family, self.source.pipe
+        path = self.bundle / "tokenizer.json"
+        try:
+            atomic_write_text(path, pipe.tokenizer.backend_tokenizer.to_str())
+        except AttributeError:
+            raise BuildError(
+                f"tokenizer {type(pipe.tokenizer).__name__} has no `tokenizers` form; load the pipeline with a fast tokenizer"
+            ) from None
+        text = TextEntry(
+            tokenizer=file_entry(self.bundle, path),
+            max_tokens=self.source.max_tokens,
+            pad_token_id=int(pipe.tokenizer.pad_token_id),
+            lowercase=family.lowercase,
+        )
+        module = family.wrap_text(pipe).eval()
+        tokens = pipe.tokenizer(
+            [prompt.lower().strip() if family.lowercase else prompt for prompt in (*self.options.prompts[:3], "")],
+            padding="max_length",
+            max_length=text.max_tokens,
+            truncation=True,
+            return_tensors="pt",
+        )
+        batch = tuple(tokens[name] for name in family.text_inputs)
+        inputs = [
+            ExportInput(name, tensor, {0: "batch"}) for name, tensor in zip(family.text_inputs, batch, strict=True)
+        ]
+        graph = export_graph(module, inputs, family.text_outputs, self.scratch / "text.onnx", half=False)
+        check = AccuracyCheck.of(module, family.text_inputs, next(iter(family.text_outputs)), [batch])
+        entry = build_component(module, graph, "text_encoder", check, self.bundle, self.scratch)
+        self.report("build text encoder", 1, 1)
+        return entry, text
+
+    def _vae(self, check_batches: Sequence[Batch]) -> EngineEntry:
+        self.report("build VAE decoder", 0, 1)
+        module = VaeDecoder(self.source.pipe.vae).eval()
+        latents = check_batches[-1][0][:1]  # of the last step kept, so close to a clean picture
+        inputs = [ExportInput(LATENTS, latents, {0: "batch"})]
+        graph = export_graph(module, inputs, {"image": {0: "batch"}}, self.scratch / "vae.onnx", half=False)
+        check = AccuracyCheck.of(module, [LATENTS], "image", [(latents,)])
+        entry = build_component(module, graph, "vae_decoder", check, self.bundle, self.scratch)
+        self.report("build VAE decoder", 1, 1)
+        return entry
+
+
+def _spread(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """At most `count` batches, evenly over the sequence, both ends included."""
+    if len(batches) <= count:
+        return list(batches)
+    return [batches[round(index)] for index in np.linspace(0, len(batches) - 1, count)]
+
+
+def _keep_onnx(scratch: Path, target: Path) -> None:
+    """Moves the ONNX files into `target`, each under a temporary name first."""
+    if target.exists() and not target.is_dir():
+        raise TmpDiffError(f"--onnx-dir {target} is a file; name a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    kept = [path for path in sorted(scratch.iterdir()) if path.stem.split(".")[0] in _ONNX_NAMES]
+    staged = [(path, target / f".{path.name}.partial") for path in kept]
+    try:
+        for path, partial in staged:
+            shutil.copyfile(path, partial)
+        for path, partial in staged:
+            os.replace(partial, target / path.name)
+    finally:
+        for _, partial in staged:
+            partial.unlink(missing_ok=True)
+
+
+_ONNX_NAMES = {*(precision.value for precision in Precision), "text_encoder", "vae_decoder"}

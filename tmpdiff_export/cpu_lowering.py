@@ -1,0 +1,224 @@
+"""Lowers a strongly typed FP16 Q/DQ graph to the form ONNX Runtime's CPU provider runs fastest.
+
+Same codes, same scales, other operators; the ONNX file for TensorRT is untouched. What changes:
+
+- FP16 tensors: computed in FP32, because CPU kernels emulate FP16. Weights are FP16 in the file and
+  are cast once when the engine is loaded; so are those of a graph exported in FP32.
+- INT8: one fused integer product (MatMulIntegerToFloat) per linear layer, with the activation's zero
+  point moved from 0 (signed) to 128 (unsigned): the same 256 codes, for which x86 has an instruction.
+- FP8: emulated. Weights are dequantized when the engine is loaded, activations are rounded to E4M3.
+- INT4: MatMulNBits on the packed codes.
+
+The operators are ONNX Runtime's contrib operators, written explicitly and not left to its optimizer:
+its Q/DQ passes were seen to compute wrong results silently on such graphs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tmpdiff_export.onnx_export import drop_unused, is_float16
+
+CONTRIB = "com.microsoft"
+# Below this many values a weight is stored in FP32: a cast node costs more than it saves.
+SMALL_TENSOR_VALUES = 4096
+# MatMulNBits: 0 computes in FP32; 4 would round activations to INT8 and no longer be weight-only.
+NBITS_FP32_COMPUTE = 0
+
+
+def lower_for_cpu(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """A lowered copy of `model` and what was done, as counts for the manifest.
+
+    Args:
+        model: strongly typed FP16 graph, with or without Q/DQ from `qdq.insert_qdq`.
+
+    Returns:
+        The lowered graph (float inputs and outputs are FP32) and a count per rewrite, for example
+        {"fp16-weights": 60, "MatMulIntegerToFloat": 40}.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    counts: Counter[str] = Counter()
+    _to_fp32(graph, counts)
+    lowering = _Lowering(graph, counts)
+    nodes = [lowered for node in graph.node for lowered in lowering.lower(node)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    drop_unused(graph)
+    if any(node.domain == CONTRIB for node in graph.node):
+        result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    return result, dict(sorted(counts.items()))
+
+
+class _Lowering:
+    def __init__(self, graph: onnx.GraphProto, counts: Counter[str]) -> None:
+        self.graph = graph
+        self.counts = counts
+        self.initializers = {item.name: item for item in graph.initializer}
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.readers = Counter(name for node in graph.node for name in node.input)
+        self.readers.update(item.name for item in graph.output)
+        self.fused_bias: dict[str, onnx.NodeProto] = {}
+        for node in graph.node:
+            self._find_bias(node)
+
+    def lower(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """The nodes that stand for `node` in the lowered graph."""
+        if node.op_type == "Add" and any(self.fused_bias.get(name) is node for name in node.input):
+            return []
+        weight = self._quantized_weight(node)
+        if weight is not None:
+            kind = self.initializers[weight.input[0]].data_type
+            if kind == TensorProto.INT8:
+                return self._integer_product(node, weight)
+            if kind == TensorProto.INT4:
+                return self._nbits_product(node, weight)
+        if node.op_type == "DequantizeLinear" and self._kind(node.input[0]) == TensorProto.FLOAT8E4M3FN:
+            return self._fp8_weight(node)
+        return [node]
+
+    def _kind(self, name: str) -> int | None:
+        return self.initializers[name].data_type if name in self.initializers else None
+
+    def _quantized_weight(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """The DequantizeLinear of a stored weight that `node` multiplies by."""
+        if node.op_type != "MatMul":
+            return None
+        source = self.producers.get(node.input[1])
+        if source is None or source.op_type != "DequantizeLinear" or source.input[0] not in self.initializers:
+            return None
+        return source
+
+    def _find_bias(self, node: onnx.NodeProto) -> None:
+        """Notes an Add of a bias that only reads a quantized product."""
+        if node.op_type != "Add":
+            return
+        for index in (0, 1):
+            product = self.producers.get(node.input[index])
+            bias = self.initializers.get(node.input[1 - index])
+            if (
+                product is not None
+                and bias is not None
+                and len(bias.dims) == 1
+                and self.readers[node.input[index]] == 1
+                and self._quantized_weight(product) is not None
+                and self._kind(self._quantized_weight(product).input[0]) in (TensorProto.INT8, TensorProto.INT4)  # type: ignore[union-attr]
+            ):
+                self.fused_bias[product.output[0]] = node
+                return
+
+    def _outputs(self, node: onnx.NodeProto) -> tuple[str, str]:
+        """Bias (or "") and output name of a product after fusing its Add."""
+        add = self.fused_bias.get(node.output[0])
+        if add is None:
+            return "", node.output[0]
+        bias = add.input[1] if add.input[0] == node.output[0] else add.input[0]
+        return bias, add.output[0]
+
+    def _integer_product(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> list[onnx.NodeProto]:
+        activation = self.producers[node.input[0]]
+        scale = activation.input[1]
+        quantize = self.producers[activation.input[0]]
+        zero, codes = f"{scale}_zero_point_u8", f"{quantize.output[0]}_u8"
+        nodes = []
+        if zero not in self.initializers:
+            tensor = numpy_helper.from_array(np.uint8(128), zero)
+            self.initializers[zero] = tensor
+            self.graph.initializer.append(tensor)
+            nodes.append(helper.make_node("QuantizeLinear", [quantize.input[0], scale, zero], [codes], name=codes))
+        bias, output = self._outputs(node)
+        inputs = [codes, weight.input[0], scale, weight.input[1], zero, "", bias]
+        nodes.append(
+            helper.make_node(
+                "MatMulIntegerToFloat", inputs if bias else inputs[:5], [output], name=node.name, domain=CONTRIB
+            )
+        )
+        self.counts["MatMulIntegerToFloat"] += 1
+        return nodes
+
+    def _nbits_product(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> list[onnx.NodeProto]:
+        stem = weight.input[0]
+        depth, width = self.initializers[stem].dims
+        scales = numpy_helper.to_array(self.initializers[weight.input[1]])
+        block_size = depth // scales.shape[0]
+        packed, scale = f"{stem}_nbits", f"{stem}_nbits_scale"
+        if packed not in self.initializers:
+            codes = numpy_helper.to_array(self.initializers[stem]).astype(np.int8)
+            # Stored per output column, two codes a byte (low nibble first), with zero point 8.
+            columns = (codes.T.reshape(width, depth // block_size, block_size) + 8).astype(np.uint8)
+            for tensor in (
+                numpy_helper.from_array(columns[..., 0::2] | (columns[..., 1::2] << 4), packed),
+                numpy_helper.from_array(np.ascontiguousarray(scales.T), scale),
+            ):
+                self.initializers[tensor.name] = tensor
+                self.graph.initializer.append(tensor)
+        bias, output = self._outputs(node)
+        inputs = [node.input[0], packed, scale, "", "", bias]
+        self.counts["MatMulNBits"] += 1
+        return [
+            helper.make_node(
+                "MatMulNBits",
+                inputs if bias else inputs[:3],
+                [output],
+                name=node.name,
+                domain=CONTRIB,
+                K=depth,
+                N=width,
+                bits=4,
+                block_size=block_size,
+                accuracy_level=NBITS_FP32_COMPUTE,
+            )
+        ]
+
+    def _fp8_weight(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Cast and Mul on constants: folded when the engine is loaded, one byte a weight in the file."""
+        wide = f"{node.input[0]}_fp32"
+        self.counts["fp8-emulated"] += 1
+        return [
+            helper.make_node("Cast", [node.input[0]], [wide], name=wide, to=TensorProto.FLOAT),
+            helper.make_node("Mul", [wide, node.input[1]], [node.output[0]], name=f"{wide}/scale"),
+        ]
+
+
+def _to_fp32(graph: onnx.GraphProto, counts: Counter[str]) -> None:
+    """FP16 tensors to FP32, in place; large weights are FP16 in the file, behind a Cast."""
+    casts = []
+    for item in list(graph.initializer):
+        if item.data_type not in (TensorProto.FLOAT16, TensorProto.FLOAT):
+            continue
+        name = item.name
+        if int(np.prod(item.dims)) < SMALL_TENSOR_VALUES or name.endswith("_scale"):
+            if is_float16(item):
+                item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), name))
+                counts["fp32-math"] += 1
+        else:
+            if not is_float16(item):
+                item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float16), name))
+            item.name = f"{name}_fp16"
+            counts["fp16-weights"] += 1
+            casts.append(helper.make_node("Cast", [item.name], [name], name=f"{name}/fp32", to=TensorProto.FLOAT))
+    _retype_nodes(graph)
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _retype_nodes(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR and is_float16(attribute.t):
+                wide = numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(numpy_helper.from_array(wide, attribute.t.name))
+            elif attribute.type == onnx.AttributeProto.GRAPH:
+                _retype_nodes(attribute.g)
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT

@@ -1,0 +1,180 @@
+"""Loading a diffusers pipeline folder, and running it to see what its denoiser is handed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engines.errors import BuildError
+from engines.files import sha256_bytes, sha256_file
+from tmpdiff_export.families import Family, bind_call, family_of
+from tmpdiff_export.ranges import Batch
+
+
+@dataclass(frozen=True)
+class SourcePipeline:
+    """A loaded pipeline and what the export needs to know of it.
+
+    Attributes:
+        pipe: the diffusers pipeline, float32 on the CPU, in evaluation mode.
+        denoiser_class: class name of its denoiser.
+        family: how that class is exported.
+        height: picture height in pixels.
+        width: picture width in pixels.
+        guidance_scale: classifier-free guidance scale.
+        max_tokens: text length prompts are padded to.
+        weights_sha256: hash over the denoiser's weight files.
+    """
+
+    pipe: Any
+    denoiser_class: str
+    family: Family
+    height: int
+    width: int
+    guidance_scale: float
+    max_tokens: int
+    weights_sha256: str
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The diffusers denoiser module."""
+        module: torch.nn.Module = getattr(self.pipe, self.family.component)
+        return module
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one sample's latents."""
+        factor = int(self.pipe.vae_scale_factor)
+        return int(self.denoiser.config.in_channels), self.height // factor, self.width // factor
+
+    def call_options(self) -> dict[str, Any]:
+        """Arguments for a plain call of the pipeline at the bundle's resolution and guidance."""
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        wanted = {
+            **self.family.call_options,
+            "height": self.height,
+            "width": self.width,
+            "guidance_scale": self.guidance_scale,
+            "max_sequence_length": self.max_tokens,
+        }
+        return {name: value for name, value in wanted.items() if name in known}
+
+
+def load_pipeline(
+    folder: Path, *, height: int | None = None, width: int | None = None, guidance_scale: float | None = None
+) -> SourcePipeline:
+    """Loads a pipeline folder as written by `save_pretrained`, from the disk only.
+
+    Args:
+        folder: the folder with `model_index.json`.
+        height: picture height in pixels, None for the pipeline's own.
+        width: picture width in pixels, None for the pipeline's own.
+        guidance_scale: None for the default of the pipeline's call.
+
+    Raises:
+        BuildError: the folder is no pipeline, cannot be loaded, or its denoiser is not supported.
+    """
+    index = folder / "model_index.json"
+    if not folder.is_dir():
+        raise BuildError(f"pipeline folder {folder} does not exist; pass a folder written by save_pretrained()")
+    try:
+        data = json.loads(index.read_text())
+    except FileNotFoundError:
+        raise BuildError(f"folder {folder} is no diffusers pipeline: it holds no model_index.json") from None
+    except (ValueError, OSError) as error:
+        raise BuildError(f"{index} is not readable: {error}") from error
+    if not isinstance(data, dict) or "_class_name" not in data:
+        raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
+    pipe = _load(folder)
+    name, family = family_of(pipe)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    size = int(getattr(pipe, family.component).config.sample_size) * int(pipe.vae_scale_factor)
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    longest = int(defaults["max_sequence_length"].default) if "max_sequence_length" in defaults else 10**9
+    height, width = height or size, width or size
+    factor = int(pipe.vae_scale_factor) * int(getattr(getattr(pipe, family.component).config, "patch_size", 1) or 1)
+    for label, value in (("height", height), ("width", width)):
+        if value <= 0 or value % factor:
+            raise BuildError(f"{label} {value} does not fit this pipeline; give a positive multiple of {factor}")
+    return SourcePipeline(
+        pipe=pipe,
+        denoiser_class=name,
+        family=family,
+        height=height,
+        width=width,
+        guidance_scale=float(defaults["guidance_scale"].default if guidance_scale is None else guidance_scale),
+        max_tokens=min(longest, int(pipe.tokenizer.model_max_length)),
+        weights_sha256=_weights_hash(folder / family.component),
+    )
+
+
+def gather_batches(source: SourcePipeline, prompts: Sequence[str], num_steps: int, seed: int, on_step: Callable[[], None]) -> list[Batch]:
+    """Runs the real pipeline and keeps every input its denoiser is handed.
+
+    Args:
+        source: the pipeline.
+        prompts: one run each; run i starts from seed + i.
+        num_steps: `num_inference_steps` of every run.
+        seed: seed of the first run.
+        on_step: called after each denoiser call.
+
+    Returns:
+        Inputs in the order of `Family.inputs`, for every prompt and then every loop iteration.
+    """
+    batches: list[Batch] = []
+
+    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        picked = source.family.arguments(bind_call(module, args, kwargs))
+        batches.append(tuple(tensor.detach().clone() for tensor in picked))
+        on_step()
+
+    handle = source.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            for index, prompt in enumerate(prompts):
+                source.pipe(
+                    prompt,
+                    num_inference_steps=num_steps,
+                    generator=torch.Generator().manual_seed(seed + index),
+                    output_type="latent",
+                    **source.call_options(),
+                )
+    finally:
+        handle.remove()
+    return batches
+
+
+def _load(folder: Path) -> Any:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    except Exception as error:  # diffusers and transformers raise many classes for a broken folder
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BuildError(f"pipeline {folder} cannot be loaded: {first}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _weights_hash(folder: Path) -> str:
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    return sha256_bytes("".join(f"{path.name} {sha256_file(path)}\n" for path in files).encode())

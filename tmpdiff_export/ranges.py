@@ -1,0 +1,145 @@
+"""Range calibration with modelopt: from a torch denoiser and real inputs to per-layer ranges."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from engines.errors import BuildError
+from tmpdiff_export.recipes import Recipe, Variant, stays_high_precision
+from tmpdiff_export.scales import LayerRange
+
+Batch = tuple[torch.Tensor, ...]
+
+
+def quantizable_linears(module: torch.nn.Module, prefix: str, block_size: int | None) -> list[str]:
+    """Names of the linear layers below `module.<prefix>` that a recipe quantizes.
+
+    Args:
+        module: the export wrapper.
+        prefix: attribute of the wrapper that holds the denoiser.
+        block_size: leave out layers whose K is not a multiple of it (INT4), None for no limit.
+
+    Raises:
+        BuildError: no layer is left, so that the "quantized" engine would be an FP16 one.
+    """
+    names = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        and stays_high_precision(name.removeprefix(f"{prefix}.")) is None
+        and (block_size is None or layer.in_features % block_size == 0)
+    ]
+    if not names:
+        raise BuildError(
+            f"{type(module).__name__}: no linear layer can be quantized"
+            + (f" (none has an input width that is a multiple of {block_size})" if block_size else "")
+        )
+    return names
+
+
+def calibrate_ranges(
+    module: torch.nn.Module, names: Sequence[str], recipe: Recipe, variant: Variant, batches: Sequence[Batch]
+) -> dict[str, LayerRange]:
+    """Runs modelopt's range calibration on a copy of `module`.
+
+    Args:
+        module: float32 export wrapper; called as `module(*batch)`.
+        names: linear layers to quantize, as in `module.named_modules()`.
+        recipe: number formats of weights and inputs.
+        variant: the algorithm.
+        batches: denoiser inputs from real pipeline runs, over all timesteps.
+
+    Returns:
+        A range per layer name. Layers that read the same activation share `pre_quant_scale` (the
+        geometric mean of theirs) and `input_amax`, so that one QuantizeLinear serves them all.
+    """
+    import modelopt.torch.quantization as mtq
+
+    quantizers: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name in names:
+        quantizers.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": recipe.weight})
+        if recipe.input is not None:
+            quantizers.append({"quantizer_name": f"{name}.input_quantizer", "cfg": recipe.input})
+    config = {"quant_cfg": quantizers, "algorithm": variant.algorithm}
+    used = _spread(batches, variant.batch_limit)
+
+    def forward_loop(model: torch.nn.Module) -> None:
+        for batch in used:
+            model(*batch)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantized = mtq.quantize(copy.deepcopy(module), config, forward_loop)
+    found: dict[str, LayerRange] = {}
+    channel_amax: dict[str, np.ndarray] = {}
+    for name in names:
+        layer = quantized.get_submodule(name)
+        if not layer.weight_quantizer.is_enabled:
+            raise BuildError(f"modelopt left layer {name} unquantized; this is a bug in the recipe {recipe.precision}")
+        amax = _array(layer.input_quantizer.amax) if recipe.input is not None else None
+        scale = _array(getattr(layer.input_quantizer, "pre_quant_scale", None))
+        smoothing = _array(getattr(layer.input_quantizer, "_amax_for_smoothing", None))
+        if smoothing is not None:
+            channel_amax[name] = smoothing.reshape(-1)
+        found[name] = LayerRange(
+            weight=_array(layer.weight),
+            input_amax=None if amax is None else float(amax.max()),
+            pre_quant_scale=None if scale is None else scale.reshape(-1),
+        )
+    for group in layers_sharing_inputs(module, names, used[0]):
+        _share(found, group, channel_amax)
+    return found
+
+
+def layers_sharing_inputs(module: torch.nn.Module, names: Sequence[str], batch: Batch) -> list[list[str]]:
+    """Groups of two or more layers that read the very same tensor (a block's q, k and v)."""
+    readers: dict[int, list[str]] = {}
+    held: list[torch.Tensor] = []  # keeps every tensor alive, so that an id is never reused
+
+    def hook(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            held.append(args[0])
+            readers.setdefault(id(args[0]), []).append(name)
+
+        return note
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        with torch.inference_mode():
+            module(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [group for group in readers.values() if len(group) > 1]
+
+
+def _share(found: dict[str, LayerRange], group: Sequence[str], channel_amax: dict[str, np.ndarray]) -> None:
+    ranges = [found[name] for name in group]
+    shared = ranges[0].pre_quant_scale
+    if shared is not None:
+        scales = [item.pre_quant_scale for item in ranges if item.pre_quant_scale is not None]
+        shared = np.exp(np.mean([np.log(scale) for scale in scales], axis=0)).astype(np.float32)
+    amaxes = [item.input_amax for item in ranges if item.input_amax is not None]
+    if amaxes and shared is not None:
+        amaxes = [float((channel_amax[name] * shared).max()) for name in group]
+    for name, item in zip(group, ranges, strict=True):
+        weight = item.weight
+        if shared is not None and item.pre_quant_scale is not None:
+            weight = weight * (item.pre_quant_scale / shared)
+        found[name] = LayerRange(weight, max(amaxes) if amaxes else None, shared)
+
+
+def _spread(batches: Sequence[Batch], limit: int | None) -> list[Batch]:
+    if limit is None or limit >= len(batches):
+        return list(batches)
+    return [batches[round(index)] for index in np.linspace(0, len(batches) - 1, limit)]
+
+
+def _array(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().float().cpu().numpy()

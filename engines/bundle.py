@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engines.documents import check_version, one_line, read_json
-from engines.errors import BundleError
+from engines.errors import BundleError, ScheduleError
 from engines.files import inside, sha256_bytes, sha256_file
 from engines.manifest import MANIFEST_VERSION, FileEntry, Manifest
 from engines.schedule import Schedule
@@ -76,7 +76,9 @@ class Bundle:
                 )
             digest = sha256_file(path)
         except FileNotFoundError:
-            raise BundleError(f"bundle file {entry.path} is missing from {self.folder}; copy the bundle again") from None
+            raise BundleError(
+                f"bundle file {entry.path} is missing from {self.folder}; copy the bundle again"
+            ) from None
         except OSError as error:
             raise BundleError(f"bundle file {entry.path} cannot be read: {error.strerror}") from error
         if digest != entry.sha256:
@@ -136,7 +138,12 @@ class Bundle:
         manifest = self.manifest
         num_steps = manifest.sampling.num_steps
         if isinstance(choice, str) and choice.startswith(UNIFORM_PREFIX):
-            schedule = Schedule.uniform(manifest.bundle_id, choice.removeprefix(UNIFORM_PREFIX) or "?", num_steps)
+            precision = choice.removeprefix(UNIFORM_PREFIX)
+            if precision not in manifest.precisions:
+                raise ScheduleError(
+                    f"schedule {choice!r} asks for precision {precision!r}; the bundle holds {', '.join(manifest.precisions)}"
+                )
+            schedule = Schedule.uniform(manifest.bundle_id, precision, num_steps)
         elif choice is not None:
             schedule = Schedule.load(Path(choice))
         elif self.schedule_path.exists():

@@ -41,7 +41,11 @@ def read_document(path: Path, kind: str, version: int, error: type[TmpDiffError]
     data = read_json(path, kind, error)
     check_version(data, path, kind, version, error)
     digest = data.pop("sha256", None)
-    if digest != sha256_bytes(canonical_json(data)):
+    try:
+        found = sha256_bytes(canonical_json(data))
+    except (ValueError, RecursionError) as reason:  # infinities such as 1e999, or nested too deeply
+        raise error(f"{kind} {path} is malformed: {str(reason).splitlines()[0]}; make it again") from None
+    if digest != found:
         raise error(f"{kind} {path} was altered after it was written (its sha256 does not match); make it again")
     return data
 
@@ -53,6 +57,8 @@ def read_json(path: Path, kind: str, error: type[TmpDiffError]) -> dict[str, Any
         TmpDiffError: (as the class `error`) missing, too large, or not a JSON object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise error(f"{kind} {path} is not a regular file; name a {kind} file")
         if path.stat().st_size > MAX_DOCUMENT_BYTES:
             raise error(f"{kind} {path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB; it is no {kind}")
         data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)

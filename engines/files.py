@@ -117,7 +117,11 @@ def inside(folder: Path, relative: str) -> Path:
         raise BundleError(f"path {relative!r} leaves the bundle folder {folder}; paths must be relative and inside")
     path = folder / pure
     root = folder.resolve()
-    if not path.resolve().is_relative_to(root):
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name the system cannot hold
+        raise BundleError(f"path {relative!r} cannot be followed in {folder}; use plain files") from error
+    if not resolved.is_relative_to(root):
         raise BundleError(f"path {relative!r} leaves the bundle folder {folder} through a link; use plain files")
     return path
 

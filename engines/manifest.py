@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.precision import REFERENCE
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION: Final = 1
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
 
 Sha256 = str
@@ -100,7 +100,7 @@ class SamplingEntry(_Document):
     num_inference_steps: int = Field(ge=1)
     num_steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
-    latents_shape: tuple[int, int, int]
+    latents_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     height: int = Field(ge=1)
     width: int = Field(ge=1)
 
@@ -117,7 +117,7 @@ class TextEntry(_Document):
 
     tokenizer: FileEntry
     max_tokens: int = Field(ge=1)
-    pad_token_id: int = Field(ge=0)
+    pad_token_id: int = Field(ge=0, lt=1 << 31)
     lowercase: bool
 
 
@@ -172,7 +172,11 @@ class Manifest(_Document):
 
     def files(self) -> tuple[FileEntry, ...]:
         """Every file the manifest vouches for."""
-        return (self.sampler, self.text.tokenizer, *(file for entry in self.engines().values() for file in entry.files()))
+        return (
+            self.sampler,
+            self.text.tokenizer,
+            *(file for entry in self.engines().values() for file in entry.files()),
+        )
 
 
 def manifest_identity(data: dict[str, Any]) -> str:

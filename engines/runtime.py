@@ -126,7 +126,8 @@ class DenoiseRuntime:
         tokens = encode_prompts(self._tokenizer, [*prompts, negative_prompt], self.manifest.text)
         encoder = self._engine("text encoder", self.manifest.text_encoder)
         arrays = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-        outputs = encoder.run({spec.name: arrays[spec.name] for spec in self.manifest.text_encoder.inputs})
+        wanted = {spec.name for spec in self.manifest.text_encoder.inputs}
+        outputs = encoder.run({name: values for name, values in arrays.items() if name in wanted})
         size = len(prompts)
         order = [size] * size + list(range(size))
         return Conditioning({name: np.ascontiguousarray(values[order]) for name, values in outputs.items()}, size)
@@ -136,9 +137,7 @@ class DenoiseRuntime:
         shape = self.manifest.sampling.latents_shape
         return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
 
-    def step(
-        self, state: SamplerState, precision: str, conditioning: Arrays, guidance_scale: float
-    ) -> SamplerState:
+    def step(self, state: SamplerState, precision: str, conditioning: Arrays, guidance_scale: float) -> SamplerState:
         """One loop iteration: one denoiser call (with guidance: one batch of 2 N) and the sampler update.
 
         Args:
@@ -156,7 +155,7 @@ class DenoiseRuntime:
             latents = np.concatenate([latents, latents])
         timestep = np.full(len(latents), self._timesteps[state.step_index], np.float32)
         engine = self.denoiser(precision)
-        output = engine.run({LATENTS: latents, TIMESTEP: timestep, **conditioning})[MODEL_OUTPUT]
+        output = _output(engine.run({LATENTS: latents, TIMESTEP: timestep, **conditioning}), MODEL_OUTPUT)
         if guided:
             unconditional, conditional = np.split(output, 2)
             output = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
@@ -204,9 +203,18 @@ class DenoiseRuntime:
         return state.latents.copy()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pictures of final latents [N, C, h, w]: uint8 [N, H, W, 3]."""
+        """Pictures of final latents [N, C, h, w]: uint8 [N, H, W, 3].
+
+        Raises:
+            BackendError: the decoder returned numbers that are not finite, as it does for latents that overflowed.
+        """
         decoder = self._engine("VAE decoder", self.manifest.vae_decoder)
-        image = decoder.run({LATENTS: np.ascontiguousarray(latents, np.float32)})["image"]
+        image = _output(decoder.run({LATENTS: np.ascontiguousarray(latents, np.float32)}), "image")
+        if not np.isfinite(image).all():
+            raise BackendError(
+                "the decoded picture is not finite: the latents overflowed in the loop; lower the guidance scale, or try "
+                f"--schedule uniform:{self.precisions[0]}"
+            )
         return np.rint(np.clip(image, 0.0, 1.0).transpose(0, 2, 3, 1) * 255.0).astype(np.uint8)
 
     def generate(
@@ -237,7 +245,12 @@ class DenoiseRuntime:
 
     def _engine(self, name: str, entry: EngineEntry) -> Engine:
         if name not in self._engines:
-            path = [self.bundle.path_of(file) for file in entry.files()][0]
-            self._engines[name] = load_engine(entry.backend, path, threads=self._threads)
+            paths = [self.bundle.path_of(file) for file in entry.files()]
+            self._engines[name] = load_engine(entry.backend, paths[0], threads=self._threads)
         return self._engines[name]
 
+
+def _output(outputs: dict[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in outputs:
+        raise BackendError(f"an engine returned {', '.join(outputs)}, expected {name}; build the bundle again")
+    return outputs[name]

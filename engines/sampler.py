@@ -150,9 +150,7 @@ class SamplerTable:
         k = self._position(state)
         output = _frozen(_floating(model_output, "model_output"), np.float32)
         if output.shape != state.latents.shape:
-            raise ValueError(
-                f"model_output has shape {output.shape}, expected the latents' {state.latents.shape}"
-            )
+            raise ValueError(f"model_output has shape {output.shape}, expected the latents' {state.latents.shape}")
         samples = dict(state.past_samples) | {k: state.latents}
         outputs = dict(state.past_outputs) | {k: output}
         total = np.zeros(output.shape, np.float64)
@@ -217,9 +215,7 @@ class SamplerTable:
     def _check(self) -> None:
         steps = self.timesteps.size
         if not self.scheduler or self.num_inference_steps < 1 or steps < 1:
-            raise ValueError(
-                "a sampler needs a scheduler name, num_inference_steps and one timestep at least"
-            )
+            raise ValueError("a sampler needs a scheduler name, num_inference_steps and one timestep at least")
         for name, values, length in (
             ("timesteps", self.timesteps, steps),
             ("input_scale", self.input_scale, steps),
@@ -237,9 +233,7 @@ class SamplerTable:
             for name, terms in (("samples", row.samples), ("outputs", row.outputs)):
                 indices = [j for j, _ in terms]
                 if indices != sorted(set(indices)) or not all(0 <= j <= k for j in indices):
-                    raise ValueError(
-                        f"rows.{k}.{name} has step indices {indices}, expected ascending ones in 0..{k}"
-                    )
+                    raise ValueError(f"rows.{k}.{name} has step indices {indices}, expected ascending ones in 0..{k}")
                 if not all(np.isfinite(coefficient) for _, coefficient in terms):
                     raise ValueError(f"rows.{k}.{name} holds a coefficient that is not finite")
 

@@ -62,6 +62,4 @@ def parse_document(text: str | bytes) -> SamplerDocument:
             )
         return SamplerDocument.model_validate_json(text)
     except ValidationError as error:
-        raise SamplerError(
-            f"sampler table is malformed: {one_line(error)}; build the bundle again"
-        ) from error
+        raise SamplerError(f"sampler table is malformed: {one_line(error)}; build the bundle again") from error

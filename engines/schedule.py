@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engines.documents import one_line, read_document, write_document
 from engines.errors import ScheduleError
 
-SCHEDULE_VERSION = 1
+SCHEDULE_VERSION: Final = 1
 
 
 class Schedule(BaseModel):

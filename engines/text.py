@@ -35,7 +35,9 @@ def load_tokenizer(data: bytes) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise BackendError("prompts need the module tokenizers, which is not installed; pip install tokenizers") from error
+        raise BackendError(
+            "prompts need the module tokenizers, which is not installed; pip install tokenizers"
+        ) from error
     try:
         tokenizer = Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises bare Exception

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tmpdiff_export.version import VERSION as __version__
+from engines.version import VERSION as __version__
 
 __all__ = ["BuildOptions", "__version__", "attach", "build"]
 

@@ -46,6 +46,7 @@ def engine_sqnr_db(
 ) -> float:
     """SQNR of one engine output over all batches together, in dB."""
     measured = [
-        engine.run({name: tensor.numpy() for name, tensor in zip(names, batch, strict=True)})[output] for batch in batches
+        engine.run({name: tensor.numpy() for name, tensor in zip(names, batch, strict=True)})[output]
+        for batch in batches
     ]
     return sqnr_db(np.concatenate(references), np.concatenate(measured))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from engines.backends import require_backend
 from engines.bundle import MANIFEST_NAME
@@ -38,7 +37,7 @@ from tmpdiff_export.onnx_export import ExportInput, export_graph
 from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
 from tmpdiff_export.ranges import Batch
 from tmpdiff_export.scheduler_table import sampler_table
-from tmpdiff_export.version import VERSION
+from engines.version import VERSION
 
 Progress = Callable[[str, int, int], None]
 
@@ -100,7 +99,9 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
     report = progress or (lambda stage, done, total: None)
     resolve_backend(options.backend)
     if len(options.prompts) < 2:
-        raise BuildError(f"a build needs at least 2 prompts (one checks what the others calibrate), got {len(options.prompts)}")
+        raise BuildError(
+            f"a build needs at least 2 prompts (one checks what the others calibrate), got {len(options.prompts)}"
+        )
     if options.num_steps < 1:
         raise BuildError(f"number of steps is {options.num_steps}, expected 1 or more")
     report("load pipeline", 0, 1)

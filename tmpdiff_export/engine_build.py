@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import onnx
 import torch
 
@@ -27,7 +29,11 @@ BACKEND = "onnxruntime"
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
 COMPONENT_FLOOR_DB = 40.0
 
-_DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.INT64: "int64"}
+_DTYPES: dict[int, Literal["float32", "float16", "int64"]] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.INT64: "int64",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class AccuracyCheck:
     names: tuple[str, ...]
     output: str
     batches: tuple[Batch, ...]
-    references: tuple
+    references: tuple[np.ndarray, ...]
 
     @classmethod
     def of(cls, module: torch.nn.Module, names: Sequence[str], output: str, batches: Sequence[Batch]) -> AccuracyCheck:
@@ -86,7 +92,13 @@ def build_denoiser(
         save_checked(graph, trial)
         engine_file = bundle / "engines" / f"{precision.value}.{name}.onnx"
         entry = lower_and_check(
-            graph, engine_file, bundle, check, onnx_sha256=sha256_file(trial), recipe=name, floor_db=recipe.sqnr_floor_db
+            graph,
+            engine_file,
+            bundle,
+            check,
+            onnx_sha256=sha256_file(trial),
+            recipe=name,
+            floor_db=recipe.sqnr_floor_db,
         )
         if best is not None and best.sqnr_db >= entry.sqnr_db:
             _remove(trial, engine_file)
@@ -176,8 +188,8 @@ def require_floor(name: str, entry: EngineEntry) -> None:
     """
     if not entry.sqnr_db >= entry.sqnr_floor_db:
         raise BuildError(
-            f"{name}: the built engine has an SQNR of {entry.sqnr_db:.1f} dB against FP32 torch on real inputs, its floor is "
-            f"{entry.sqnr_floor_db:.1f} dB; leave this precision out of --precisions, or give more varied --prompts"
+            f"{name}: the built engine has an SQNR of {entry.sqnr_db:.1f} dB against FP32 torch on real inputs, "
+            f"its floor is {entry.sqnr_floor_db:.1f} dB; leave this precision out of --precisions, or give more varied --prompts"
         )
 
 

@@ -66,7 +66,12 @@ def export_graph(
         for item in inputs
     )
     try:
-        with _half_precision(module) if half else contextlib.nullcontext(), torch.inference_mode(), _static_squeeze(), warnings.catch_warnings():
+        with (
+            _half_precision(module) if half else contextlib.nullcontext(),
+            torch.inference_mode(),
+            _static_squeeze(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 module,
@@ -206,8 +211,8 @@ def _static_squeeze() -> Iterator[None]:
             return tensor
         return original(tensor, *dims)
 
-    torch.Tensor.squeeze = squeeze  # type: ignore[method-assign, assignment]
+    torch.Tensor.squeeze = squeeze
     try:
         yield
     finally:
-        torch.Tensor.squeeze = original  # type: ignore[method-assign]
+        torch.Tensor.squeeze = original

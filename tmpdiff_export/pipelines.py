@@ -118,7 +118,9 @@ def load_pipeline(
     )
 
 
-def gather_batches(source: SourcePipeline, prompts: Sequence[str], num_steps: int, seed: int, on_step: Callable[[], None]) -> list[Batch]:
+def gather_batches(
+    source: SourcePipeline, prompts: Sequence[str], num_steps: int, seed: int, on_step: Callable[[], None]
+) -> list[Batch]:
     """Runs the real pipeline and keeps every input its denoiser is handed.
 
     Args:

@@ -90,7 +90,9 @@ def quantize_layer(found: LayerRange, precision: Precision, block_size: int | No
             raise ValueError(f"INT4 needs K ({depth}) to be a multiple of the block size ({block_size})")
         blocks = weight.reshape(depth // block_size, block_size, width)
         scale = fp16_scale(np.abs(blocks).max(axis=1), precision)
-        codes = np.clip(np.rint(blocks / scale.astype(np.float32)[:, None]), -7, 7).astype(np.int8).reshape(depth, width)
+        codes = (
+            np.clip(np.rint(blocks / scale.astype(np.float32)[:, None]), -7, 7).astype(np.int8).reshape(depth, width)
+        )
     return QuantizedLayer(
         precision=precision,
         codes=codes,

@@ -115,9 +115,7 @@ def sampler_table(
 class _Trajectory:
     """Denoiser inputs and samples of a real scheduler run, float32, from one initial noise."""
 
-    def __init__(
-        self, scheduler: Any, denoiser: Denoiser, noise: NDArray[np.float32], torch_seed: int
-    ) -> None:
+    def __init__(self, scheduler: Any, denoiser: Denoiser, noise: NDArray[np.float32], torch_seed: int) -> None:
         torch.default_generator.manual_seed(torch_seed)  # leaves the generators of devices alone
         self.inputs: list[NDArray[np.float32]] = []
         self.samples: list[NDArray[np.float32]] = []
@@ -129,9 +127,7 @@ class _Trajectory:
             self.samples.append(x.numpy())
 
     def equals(self, other: _Trajectory) -> bool:
-        return all(
-            np.array_equal(a, b, equal_nan=True) for a, b in zip(self.samples, other.samples, strict=True)
-        )
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self.samples, other.samples, strict=True))
 
     def is_finite(self) -> bool:
         return all(np.isfinite(sample).all() for sample in self.samples)
@@ -168,8 +164,7 @@ def _rows(coefficients: NDArray[np.float64]) -> tuple[SamplerRow, ...]:
     pruned = [np.where(abs(row) > ROUNDING * abs(row).max(), row, 0.0) for row in coefficients]
     short = [_shortened(row, pruned[k - 1], k) if k else row for k, row in enumerate(pruned)]
     return tuple(
-        SamplerRow(*(tuple((int(j), float(part[j])) for j in np.flatnonzero(part)) for part in r))
-        for r in short
+        SamplerRow(*(tuple((int(j), float(part[j])) for j in np.flatnonzero(part)) for part in r)) for r in short
     )
 
 
@@ -232,9 +227,7 @@ def _timestep_options(scheduler: Any, mu: float | None, sigmas: Sequence[float] 
     options = {key: value for key, value in (("mu", mu), ("sigmas", sigmas)) if value is not None}
     for key in options:
         if key not in accepted:
-            raise ValueError(
-                f"{key} was passed, but {name}.set_timesteps takes {', '.join(accepted)}; leave it out"
-            )
+            raise ValueError(f"{key} was passed, but {name}.set_timesteps takes {', '.join(accepted)}; leave it out")
     if scheduler.config.get("use_dynamic_shifting") and mu is None:
         raise SamplerError(
             f"scheduler {name} has use_dynamic_shifting=True, whose shift depends on the image size: "
@@ -250,13 +243,9 @@ def _model_input(scheduler: Any, sample: torch.Tensor, timestep: torch.Tensor) -
     return scaled
 
 
-def _step(
-    scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
-) -> torch.Tensor:
+def _step(scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
     try:
-        stepped = scheduler.step(
-            model_output=model_output, timestep=timestep, sample=sample, return_dict=False
-        )
+        stepped = scheduler.step(model_output=model_output, timestep=timestep, sample=sample, return_dict=False)
     except Exception as error:
         raise SamplerError(
             f"scheduler {type(scheduler).__name__} failed at timestep {float(timestep):g}: {_reason(error)}"

@@ -1,0 +1,51 @@
+"""Schedules that need no measuring, to compare with at equal latency.
+
+Each arranges the same number of steps per precision as the schedule under test, so that its latency is
+the same. With one low precision and K reference steps these are first-K, last-K, both ends, evenly
+spread K and random K; with more, the precisions fill the favoured positions from the most precise down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def first(pool: Sequence[str]) -> tuple[str, ...]:
+    """The most precise steps first. `pool`: one name per step, most precise first."""
+    return tuple(pool)
+
+
+def last(pool: Sequence[str]) -> tuple[str, ...]:
+    """The most precise steps last."""
+    return tuple(reversed(pool))
+
+
+def both_ends(pool: Sequence[str]) -> tuple[str, ...]:
+    """The most precise steps at both ends, the first end favoured; shipped as a fixed rule elsewhere."""
+    count = len(pool)
+    positions = [index // 2 if index % 2 == 0 else count - 1 - index // 2 for index in range(count)]
+    return _place(pool, positions)
+
+
+def evenly_spread(pool: Sequence[str]) -> tuple[str, ...]:
+    """Each precision in turn spread evenly over the positions still free, both ends included."""
+    free = list(range(len(pool)))
+    positions: list[int] = []
+    for name in dict.fromkeys(pool):
+        count = pool.count(name)
+        picked = [free[round(k)] for k in np.linspace(0, len(free) - 1, count)] if count > 1 else [free[len(free) // 2]]
+        positions += picked
+        free = [position for position in free if position not in picked]
+    return _place(pool, positions)
+
+
+def shuffled(pool: Sequence[str], generator: np.random.Generator) -> tuple[str, ...]:
+    """Any order, each as likely."""
+    return tuple(pool[index] for index in generator.permutation(len(pool)))
+
+
+def _place(pool: Sequence[str], positions: Sequence[int]) -> tuple[str, ...]:
+    schedule = dict(zip(positions, pool, strict=True))
+    return tuple(schedule[step] for step in range(len(pool)))

@@ -1,0 +1,61 @@
+"""A bundle as an evaluator: its denoising loop over fixed prompts and starting noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from calibration.evaluator import State
+from engines.documents import canonical_json
+from engines.files import sha256_bytes
+from engines.runtime import DenoiseRuntime
+from engines.sampler import SamplerState
+
+# Validation noise is drawn from seeds far from those of calibration, so that no sample is shared.
+VALIDATION_SEED_OFFSET = 1_000_000
+
+
+class BundleEvaluator:
+    """`calibration.evaluator.Evaluator` over a loaded bundle; sample i is prompt i with seed + i."""
+
+    def __init__(self, runtime: DenoiseRuntime, prompts: Sequence[str], seed: int, guidance_scale: float) -> None:
+        """Encodes the prompts.
+
+        Args:
+            runtime: the loaded bundle.
+            prompts: one sample each.
+            seed: seed of the first sample's starting noise.
+            guidance_scale: classifier-free guidance scale.
+
+        Raises:
+            PromptError: a prompt cannot be encoded.
+        """
+        self.num_steps = runtime.num_steps
+        self.precisions = runtime.precisions
+        self.num_samples = len(prompts)
+        self._runtime = runtime
+        self._guidance_scale = guidance_scale
+        conditioning = runtime.encode(prompts)
+        self._conditioning = [conditioning.sample(index).batch(guidance_scale) for index in range(len(prompts))]
+        self._noise = runtime.noise([seed + index for index in range(len(prompts))])
+        self._key = sha256_bytes(
+            canonical_json([runtime.manifest.bundle_id, list(prompts), seed, float(guidance_scale)])
+        )
+
+    def start(self, sample: int) -> State:
+        """The state before step 0."""
+        return self._runtime.table.initial(self._noise[sample : sample + 1])
+
+    def step(self, sample: int, state: SamplerState, precision: str) -> State:
+        """One denoiser call and sampler update."""
+        return self._runtime.step(state, precision, self._conditioning[sample], self._guidance_scale)
+
+    def latents(self, state: SamplerState) -> np.ndarray:
+        """float32 [C, h, w], read-only."""
+        latents: np.ndarray = state.latents[0]
+        return latents
+
+    def key(self) -> str:
+        """Digest of the bundle, the prompts, the seed and the guidance scale."""
+        return self._key

@@ -1,0 +1,308 @@
+"""Calibration from end to end: measure, search, allocate, validate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from calibration.allocation import (
+    Allocation,
+    Budget,
+    ErrorBudget,
+    HighSteps,
+    LatencyBudget,
+    allocate,
+    drop_dominated,
+    pareto_front,
+)
+from calibration.evaluator import Evaluator
+from calibration.journal import Journal
+from calibration.measurements import Decode, Measurements, mean
+from calibration.scores import (
+    DIRECTIONS,
+    METHODS,
+    PREDICTORS,
+    Contributions,
+    ScoreCurve,
+    contributions,
+    measure_scores,
+    predict,
+    sweep_calls,
+)
+from calibration.sensitivity import (
+    DroppedRecord,
+    ParetoPoint,
+    ScoreRecord,
+    Sensitivity,
+    ValidationRow,
+)
+from calibration.validation import best_fit, fit_predictors, validation_rows
+from engines.files import sha256_bytes
+from engines.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+DEFAULT_ERROR_FRACTION = 0.25
+"""Without a budget: the fastest schedule with at most this fraction of the error predicted for the fastest
+uniform precision. A quarter of the squared error is half the amplitude, 6 dB, what one more bit would give:
+clearly better than uniform, and where few steps carry most of the error, close to its speed."""
+
+PARETO_POINTS = 200
+"""Points of the Pareto front that the document keeps; allocation uses all of them."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total); a search that settles early stops short of its total."""
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What `calibrate` found; the same for equal arguments, whether it was interrupted or not.
+
+    Attributes:
+        sensitivity: all of it, ready to be saved as `sensitivity.json`.
+    """
+
+    sensitivity: Sensitivity
+
+    def schedule(self, bundle_id: str) -> Schedule:
+        """The chosen schedule, bound to a bundle."""
+        found = self.sensitivity
+        return Schedule(
+            bundle_id=bundle_id,
+            precisions=found.schedule,
+            origin=f"{found.method}, {found.budget}",
+            predicted_error=found.predicted_error,
+            predicted_latency=found.predicted_latency,
+        )
+
+
+def open_journal(
+    path: Path, evaluator: Evaluator, validation: Evaluator | None = None, *, restart: bool = False
+) -> Journal:
+    """The journal for a calibration with these evaluators; pass it to `calibrate`.
+
+    Method and budget are no part of its key: a measurement does not depend on them, so another budget or a
+    full sweep after a bisection reuses what is there (and counts it as its own).
+
+    Raises:
+        JournalError: the file belongs to other evaluators, or is damaged; `restart` replaces it.
+    """
+    parameters = {
+        "num_steps": evaluator.num_steps,
+        "num_samples": evaluator.num_samples,
+        "validation_samples": validation.num_samples if validation else 0,
+        "precisions": list(evaluator.precisions),
+    }
+    return Journal.open(path, _journal_key(evaluator, validation), parameters, restart=restart)
+
+
+def calibrate(
+    evaluator: Evaluator,
+    latencies_ms: Mapping[str, float],
+    *,
+    method: Literal["bisection", "sweep"] = "bisection",
+    budget: Budget | None = None,
+    validation: Evaluator | None = None,
+    decode: Decode | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+    max_evaluations: int | None = None,
+) -> CalibrationResult:
+    """Measures how each step suffers from each precision and finds a schedule under a budget.
+
+    Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
+    downcast and upcast scores; the predictor that fits random schedules best (on the validation samples);
+    allocation; the chosen schedule and the baselines on the validation samples.
+
+    Args:
+        evaluator: the loop over the calibration samples.
+        latencies_ms: measured step latency of every precision; keep them in the journal
+            (`Journal.remember`), so that a resumed run has the same.
+        method: "bisection" evaluates as few steps as the ranking needs, "sweep" all.
+        budget: what the schedule has to meet; None: see `DEFAULT_ERROR_FRACTION`.
+        validation: the loop over samples that calibration does not use. None: predictors are compared on the
+            calibration samples, and no schedule is validated.
+        decode: final latents float32 [C, H, W] to a picture uint8 [H, W, 3], for SSIM and PSNR.
+        journal: from `open_journal`, to survive interruption; None keeps measurements in memory.
+        progress: see `Progress`.
+        max_evaluations: evaluations per score curve of the bisection, see `adaptive_bisection`.
+
+    Raises:
+        BudgetError: no schedule meets the budget; what was measured stays in the journal.
+        TmpDiffError: a run gave latents that are not finite.
+        ValueError: the arguments do not fit together.
+    """
+    _check(evaluator, latencies_ms, method, validation, journal)
+    journal = journal or Journal.in_memory(_journal_key(evaluator, validation))
+    report = progress or (lambda stage, done, total: None)
+    calibration = Measurements("calibration", evaluator, journal)
+    held_out = Measurements("validation", validation, journal, decode) if validation else None
+
+    uniform = _uniform_errors(calibration, evaluator.precisions, partial(report, "calibration runs"))
+    kept, dropped = drop_dominated(evaluator.precisions, latencies_ms, uniform)
+    for loser in dropped:
+        calibration.forget(loser.precision)
+    curves = [
+        measure_scores(
+            calibration,
+            precision,
+            direction,
+            method=method,
+            max_evaluations=max_evaluations,
+            on_evaluation=partial(report, f"{direction} {precision}"),
+        )
+        for precision in kept[1:]
+        for direction in DIRECTIONS
+    ]
+    values = _contributions(kept, curves, uniform, evaluator.num_steps)
+
+    if held_out:
+        _uniform_errors(held_out, evaluator.precisions, partial(report, "validation runs"))
+    fits, points = fit_predictors(held_out or calibration, kept, values, partial(report, "fit"))
+    predictor = best_fit(fits)
+    front = pareto_front(kept, latencies_ms, values[predictor].values, values[predictor].power)
+    chosen, wording = _choose(kept, latencies_ms, values[predictor], budget, front)
+
+    rows: tuple[ValidationRow, ...] = ()
+    if held_out:
+        rows = validation_rows(
+            held_out, chosen.precisions, evaluator.precisions, latencies_ms, partial(report, "validation")
+        )
+    for measurements in filter(None, (calibration, held_out)):
+        repeated = measurements.evaluator.recomputed
+        if repeated:
+            log.info("%s: recomputed_calls %s after resuming", measurements.name, dict(repeated))
+    records = tuple(_score_record(curve, calibration) for curve in curves)
+    return CalibrationResult(
+        Sensitivity(
+            evaluator_key=evaluator.key(),
+            validation_key=validation.key() if validation else None,
+            method=method,
+            num_steps=evaluator.num_steps,
+            num_samples=evaluator.num_samples,
+            precisions=evaluator.precisions,
+            latencies_ms={name: float(latencies_ms[name]) for name in evaluator.precisions},
+            uniform_errors=uniform,
+            dropped=tuple(DroppedRecord(**asdict(loser)) for loser in dropped),
+            scores=records,
+            calls=calibration.calls | (held_out.calls if held_out else {}),
+            search_calls=sum(sum(record.calls.values()) for record in records),
+            sweep_calls=sum(record.sweep_calls for record in records),
+            predictor=predictor,
+            fit=fits,
+            fit_points=points,
+            fit_samples="validation" if held_out else "calibration",
+            budget=wording,
+            schedule=chosen.precisions,
+            predicted_error=chosen.error,
+            predicted_latency=chosen.latency,
+            measured_error=rows[0].error if rows else None,
+            loses_to=rows[0].loses_to if rows else (),
+            pareto=tuple(ParetoPoint(**asdict(point)) for point in _thinned(front)),
+            pareto_size=len(front),
+            validation=rows,
+        )
+    )
+
+
+def _uniform_errors(
+    measurements: Measurements, precisions: tuple[str, ...], report: Callable[[int, int], None]
+) -> dict[str, float]:
+    """E(all p) by precision, 0 for the reference."""
+    errors: dict[str, float] = {}
+    done, total = 0, len(precisions) * measurements.num_samples
+    for precision in precisions:
+        samples = []
+        for sample in range(measurements.num_samples):
+            samples.append(measurements.uniform_error(precision, sample)["error"])
+            done += 1
+            report(done, total)
+        errors[precision] = mean(samples)
+    return errors
+
+
+def _contributions(
+    kept: tuple[str, ...], curves: list[ScoreCurve], uniform: dict[str, float], num_steps: int
+) -> dict[str, Contributions]:
+    if not curves:
+        return {predictor: Contributions(np.zeros((num_steps, 1))) for predictor in PREDICTORS}
+    scores: dict[tuple[str, str], np.ndarray] = {
+        (curve.direction, curve.precision): curve.search.scores for curve in curves
+    }
+    return {predictor: contributions(predictor, kept, scores, uniform) for predictor in PREDICTORS}
+
+
+def _choose(
+    kept: tuple[str, ...],
+    latencies_ms: Mapping[str, float],
+    found: Contributions,
+    budget: Budget | None,
+    front: tuple[Allocation, ...],
+) -> tuple[Allocation, str]:
+    """The schedule under the budget, and the budget in words."""
+    if budget is None:
+        fastest = min(range(len(kept)), key=lambda p: latencies_ms[kept[p]])
+        budget = ErrorBudget(DEFAULT_ERROR_FRACTION * predict(found, kept, (kept[fastest],) * len(found.values)))
+        wording = f"default budget: at most {DEFAULT_ERROR_FRACTION:g} of the error of uniform {kept[fastest]}"
+    elif isinstance(budget, LatencyBudget):
+        wording = f"latency at most {budget.ratio:g} of {kept[0]}"
+    elif isinstance(budget, ErrorBudget):
+        wording = f"predicted error at most {budget.error:g}"
+    elif isinstance(budget, HighSteps):
+        wording = f"{budget.count} steps at {kept[0]}"
+    return allocate(kept, latencies_ms, found.values, budget, found.power, front), wording
+
+
+def _thinned(front: tuple[Allocation, ...]) -> tuple[Allocation, ...]:
+    """At most `PARETO_POINTS` of the front, spread over it, both ends among them."""
+    if len(front) <= PARETO_POINTS:
+        return front
+    return tuple(front[round(k)] for k in np.linspace(0, len(front) - 1, PARETO_POINTS))
+
+
+def _score_record(curve: ScoreCurve, calibration: Measurements) -> ScoreRecord:
+    search = curve.search
+    return ScoreRecord(
+        precision=curve.precision,
+        direction=curve.direction,
+        scores=tuple(search.scores.tolist()),
+        measured=tuple(search.measured.tolist()),
+        order=search.order,
+        settled=search.settled,
+        calls=calibration.calls[f"calibration: {curve.direction} {curve.precision}"],
+        sweep_calls=sweep_calls(calibration.num_steps, calibration.num_samples),
+    )
+
+
+def _journal_key(evaluator: Evaluator, validation: Evaluator | None) -> str:
+    return sha256_bytes(f"{evaluator.key()} {validation.key() if validation else ''}".encode())
+
+
+def _check(
+    evaluator: Evaluator,
+    latencies_ms: Mapping[str, float],
+    method: str,
+    validation: Evaluator | None,
+    journal: Journal | None,
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    missing = [name for name in evaluator.precisions if name not in latencies_ms]
+    if missing:
+        raise ValueError(f"latencies_ms lacks {', '.join(missing)}; give the step latency of every precision")
+    for which in filter(None, (evaluator, validation)):
+        if which.num_samples < 1:
+            raise ValueError("an evaluator has no samples; give it at least one prompt")
+    if validation and (validation.num_steps, validation.precisions) != (
+        evaluator.num_steps,
+        evaluator.precisions,
+    ):
+        raise ValueError("validation runs another number of steps or other precisions than calibration")
+    if journal and journal.key != _journal_key(evaluator, validation):
+        raise ValueError("the journal was opened for other evaluators; open it with open_journal")

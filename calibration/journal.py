@@ -1,0 +1,178 @@
+"""The journal of a calibration: every finished measurement, on disk before the next one starts.
+
+Append-only JSON lines, each with its own checksum and synced to disk. The first line names what the
+measurements belong to. Reopening keeps every whole line and drops a torn last one, so a calibration that
+was killed goes on from its last finished measurement. Floats are written with `repr` and read back bit
+for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engines.documents import canonical_json
+from engines.errors import TmpDiffError
+from engines.files import fsync_folder, sha256_bytes
+
+JOURNAL_VERSION = 1
+
+
+class JournalError(TmpDiffError):
+    """A journal is damaged or belongs to another calibration."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished measurement.
+
+    Attributes:
+        value: what was measured; JSON data.
+        calls: denoiser calls it took, per precision.
+    """
+
+    value: Any
+    calls: Mapping[str, int] = field(default_factory=dict)
+
+
+class Journal:
+    """Measurements by name; open with `Journal.open`, or keep one in memory with `Journal.in_memory`."""
+
+    def __init__(self, key: str, path: Path | None, entries: dict[str, Entry]) -> None:
+        self.key = key
+        self.path = path
+        self._entries = entries
+
+    @classmethod
+    def in_memory(cls, key: str) -> Journal:
+        """A journal without a file, for runs that need not survive."""
+        return cls(key, None, {})
+
+    @classmethod
+    def open(cls, path: Path, key: str, parameters: Mapping[str, Any], *, restart: bool = False) -> Journal:
+        """Opens the journal at `path`, or starts one.
+
+        Args:
+            path: the file; its folder exists.
+            key: digest of everything that shapes the measurements.
+            parameters: further settings that have to agree, and that a reader of the file wants to see;
+                JSON data.
+            restart: throw away what is there and start fresh.
+
+        Raises:
+            JournalError: the file belongs to another key or other parameters, or is damaged before its
+                last line.
+        """
+        header = {"journal": JOURNAL_VERSION, "key": key, "parameters": dict(parameters)}
+        data = path.read_bytes() if path.exists() and not restart else b""
+        records, sound_bytes = _read(path, data)
+        if not records:
+            if not _line(header).startswith(data):
+                raise JournalError(f"{path} is no calibration journal; name another file or start afresh")
+            journal = cls(key, path, {})
+            path.write_bytes(b"")
+            journal._append(header)
+            fsync_folder(path.parent)
+            return journal
+        if records[0] != header:
+            raise JournalError(_difference(path, records[0], header))
+        if sound_bytes < len(data):
+            with open(path, "r+b") as stream:
+                stream.truncate(sound_bytes)
+                os.fsync(stream.fileno())
+        entries = {record["name"]: Entry(record["value"], record["calls"]) for record in records[1:]}
+        return cls(key, path, entries)
+
+    def get(self, name: str) -> Entry | None:
+        """The entry called `name`, None if it has not been measured."""
+        return self._entries.get(name)
+
+    def record(self, name: str, value: Any, calls: Mapping[str, int] | None = None) -> Entry:
+        """Writes a finished measurement; it is on disk when this returns.
+
+        Raises:
+            ValueError: `value` is no JSON data or holds NaN or Infinity, or `name` was recorded before.
+            OSError: the disk is full or the file cannot be written.
+        """
+        if name in self._entries:
+            raise ValueError(f"measurement {name!r} is recorded already; names are used once")
+        record = {"name": name, "value": value, "calls": dict(calls or {})}
+        # what a resumed run would read, so that both go on with equal data
+        record = json.loads(canonical_json(record))
+        self._append(record)
+        entry = Entry(record["value"], record["calls"])
+        self._entries[name] = entry
+        return entry
+
+    def remember(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The recorded value of `name`; measured with `measure` and recorded when there is none.
+
+        For what calibration is given from outside, as step latencies: a resumed run then uses the same.
+        """
+        entry = self.get(name)
+        return (entry or self.record(name, measure())).value
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        with open(self.path, "ab") as stream:
+            stream.write(_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    digest = sha256_bytes(canonical_json(record))
+    return canonical_json({**record, "sha256": digest}) + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, None where the line is not whole."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    digest = record.pop("sha256", None)
+    return record if digest == sha256_bytes(canonical_json(record)) else None
+
+
+def _read(path: Path, data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The whole records of a journal and the number of bytes they take up.
+
+    Raises:
+        JournalError: a line before the last one is damaged.
+    """
+    *lines, torn = data.split(b"\n")  # torn: what follows the last newline
+    records: list[dict[str, Any]] = []
+    sound_bytes = 0
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is None:
+            if number < len(lines) or torn:
+                raise JournalError(
+                    f"journal {path} is damaged at line {number}; start the calibration afresh to replace it"
+                )
+            break
+        records.append(record)
+        sound_bytes += len(line) + 1
+    return records, sound_bytes
+
+
+def _difference(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> str:
+    subjects = {"journal": "format version", "key": "key of bundle, prompts, seeds and guidance"}
+    name = next((name for name in expected if found.get(name) != expected[name]), "parameters")
+    return (
+        f"journal {path} belongs to another calibration: its {subjects.get(name, name)} is "
+        f"{_brief(found.get(name))}, expected {_brief(expected[name])}; start afresh to replace it, "
+        "or go on with the arguments it was made with"
+    )
+
+
+def _brief(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,71 @@
+"""Step latencies, measured in turns so that drift of the machine cancels in their ratios."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from engines.runtime import Conditioning, DenoiseRuntime
+
+WARM_UP_ROUNDS = 2
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one thing over all rounds, in ms."""
+
+    median_ms: float
+    min_ms: float
+    rounds: int
+
+
+def interleaved(
+    work: Mapping[str, Callable[[], object]],
+    rounds: int = ROUNDS,
+    on_round: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Times several things in turns, after `WARM_UP_ROUNDS` rounds that are not counted.
+
+    Args:
+        work: what to time, by name.
+        rounds: counted rounds.
+        on_round: called after every round with (done, total).
+    """
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(WARM_UP_ROUNDS + rounds):
+        for name, run in work.items():
+            begin = time.perf_counter()
+            run()
+            if number >= WARM_UP_ROUNDS:
+                times[name].append((time.perf_counter() - begin) * 1e3)
+        if on_round:
+            on_round(number + 1, WARM_UP_ROUNDS + rounds)
+    return {name: Timing(statistics.median(values), min(values), rounds) for name, values in times.items()}
+
+
+def step_latencies(
+    runtime: DenoiseRuntime,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    rounds: int = ROUNDS,
+    on_round: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Latency of one loop iteration (denoiser call and sampler update) per precision.
+
+    Args:
+        runtime: the loaded bundle.
+        conditioning: for N prompts; the batch size that is timed.
+        guidance_scale: above 1, a call is one batch of 2 N.
+        rounds: counted rounds.
+        on_round: called after every round with (done, total).
+    """
+    batch = conditioning.batch(guidance_scale)
+    state = runtime.table.initial(runtime.noise(range(conditioning.size)))
+
+    def one_step(precision: str) -> Callable[[], object]:
+        return lambda: runtime.step(state, precision, batch, guidance_scale)
+
+    return interleaved({name: one_step(name) for name in runtime.precisions}, rounds, on_round)

@@ -1,0 +1,58 @@
+"""How far a run strayed from the reference run: latent error E, and PSNR and SSIM of pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from skimage.metrics import mean_squared_error, structural_similarity
+
+
+def relative_error(latents: np.ndarray, reference: np.ndarray) -> float:
+    """E of one sample: ||latents - reference||^2 / ||reference||^2, summed in float64.
+
+    Args:
+        latents: final latents, any shape.
+        reference: final latents of the reference run, the same shape.
+
+    Raises:
+        ValueError: shapes differ, or the reference is all zero.
+    """
+    if latents.shape != reference.shape:
+        raise ValueError(f"latents have shape {latents.shape}, the reference {reference.shape}; expected equal ones")
+    exact = np.asarray(reference, dtype=np.float64)
+    power = float(np.sum(exact**2))
+    if power == 0:
+        raise ValueError("the reference latents are all zero; a relative error is not defined")
+    return float(np.sum((np.asarray(latents, dtype=np.float64) - exact) ** 2)) / power
+
+
+def picture_ssim(picture: np.ndarray, reference: np.ndarray) -> float:
+    """Structural similarity (scikit-image's defaults) of two pictures, uint8 [H, W, 3], at least 7x7."""
+    _check_pictures(picture, reference)
+    return float(structural_similarity(reference, picture, channel_axis=-1, data_range=255))
+
+
+def picture_mse(picture: np.ndarray, reference: np.ndarray) -> float:
+    """Mean squared difference of two pictures, uint8 [H, W, 3], in squared grey levels."""
+    _check_pictures(picture, reference)
+    return float(mean_squared_error(reference, picture))
+
+
+def psnr_db(mses: Sequence[float]) -> float | None:
+    """PSNR in dB of a set of pictures from their mean squared differences.
+
+    The differences are averaged before the logarithm: one picture that comes out identical, with its
+    infinite PSNR, then does not drown the others. None when all are identical.
+    """
+    mean = math.fsum(mses) / len(mses)
+    return 10 * math.log10(255**2 / mean) if mean > 0 else None
+
+
+def _check_pictures(picture: np.ndarray, reference: np.ndarray) -> None:
+    for name, array in (("picture", picture), ("reference picture", reference)):
+        if array.dtype != np.uint8 or array.ndim != 3:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, expected uint8 [H, W, 3]")
+    if picture.shape != reference.shape:
+        raise ValueError(f"picture has shape {picture.shape}, its reference {reference.shape}; expected equal ones")

@@ -1,0 +1,169 @@
+"""Downcast and upcast scores of every step, and what they predict for a schedule.
+
+E is the relative squared error of the final latents, a mean over the calibration samples.
+
+- Downcast d[i, p]: E of the reference run with only step i at p.
+- Upcast u[i, p]: E(all p) - E(all p but step i at the reference).
+
+A predictor turns scores into contributions c[i, p], 0 for the reference, so that a schedule z has the
+predicted error (sum over i of c[i, z_i]) ** power. Allocation needs the sum, over any number of precisions;
+the power, 1 but for the last predictor, changes no ranking. There are four, and validation decides which
+one describes the model best:
+
+- "downcast": c = d. Exact when errors of different steps are uncorrelated.
+- "downcast-rescaled": c = d * E(all p) / sum over i of d[i, p]. The ranking of the steps within p stays;
+  what correlation between steps does to the level of each precision is put right, which matters when
+  precisions compete (weight-only errors are correlated, and their plain sum is several times too low).
+- "upcast": c = u * E(all p) / sum over i of u[i, p]. With one low precision, E(all p) minus the sum of u
+  over the upcast steps has the same ranking of schedules; that form is only right near all p, though: it
+  does not give 0 for the all-reference schedule unless the u add up to E(all p), and it has no meaning
+  for a mixture of low precisions. Sharing E(all p) out in proportion to u is exact at every uniform
+  schedule, reference included, and additive over precisions.
+- "upcast-power": c = E(all p) ** (1 / power) in proportion to u, power = sum of all u / sum of all E(all p).
+  Errors that point the same way add up before they are squared, so that E goes with the square of the sum,
+  and the u (each the slope of E at its upper end) add up to twice E(all p); uncorrelated errors give power
+  1 and the predictor above. Still exact at every uniform schedule, and its slope there is right too.
+
+Negative scores (noise; an error that cancels another) count as 0: no step is paid for being worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from calibration.bisection import Search, adaptive_bisection, default_evaluations, full_sweep
+from calibration.measurements import Measurements, mean
+
+METHODS = ("bisection", "sweep")
+Direction = Literal["downcast", "upcast"]
+DIRECTIONS: tuple[Direction, ...] = ("downcast", "upcast")
+PREDICTORS = ("downcast", "downcast-rescaled", "upcast", "upcast-power")
+POWERS = (0.5, 2.0)
+"""Range of the power: 2 is full correlation; below 1, errors of different steps cancel."""
+
+OnEvaluation = Callable[[int, int], None]
+"""Called after every sample of an evaluation with (done, at most)."""
+
+
+@dataclass(frozen=True)
+class ScoreCurve:
+    """Scores of one precision in one direction: `search.scores` is d[:, p] or u[:, p]."""
+
+    precision: str
+    direction: Direction
+    search: Search
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What a predictor makes of scores: predicted E = (sum over i of values[i, z_i]) ** power.
+
+    Attributes:
+        values: float64 [T, P], non-negative, zero for the reference.
+        power: 1 for predictors that are additive in E itself.
+    """
+
+    values: np.ndarray
+    power: float = 1.0
+
+
+def sweep_calls(num_steps: int, num_samples: int) -> int:
+    """Denoiser calls of a full sweep in one direction at one precision: T - i per step and sample."""
+    return num_samples * num_steps * (num_steps + 1) // 2
+
+
+def measure_scores(
+    measurements: Measurements,
+    precision: str,
+    direction: Direction,
+    *,
+    method: str = "bisection",
+    max_evaluations: int | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> ScoreCurve:
+    """Scores of every step at `precision`, by adaptive bisection or a full sweep.
+
+    Costs T - i denoiser calls per sample for every step i evaluated; E(all p) has to be measured for
+    upcast scores and is, at T calls per sample, if it was not.
+
+    Raises:
+        ValueError: unknown direction or method.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    samples = range(measurements.num_samples)
+    num_steps = measurements.num_steps
+    evaluations = (max_evaluations or default_evaluations(num_steps)) if method == "bisection" else num_steps
+    done = 0
+
+    def evaluate(step_index: int) -> float:
+        nonlocal done
+        scores = []
+        for sample in samples:
+            if direction == "downcast":
+                score = measurements.changed_error(measurements.reference, step_index, precision, sample)
+            else:
+                upcast = measurements.changed_error(precision, step_index, measurements.reference, sample)
+                score = measurements.uniform_error(precision, sample)["error"] - upcast
+            scores.append(score)
+            done += 1
+            if on_evaluation:
+                on_evaluation(done, min(evaluations, num_steps) * len(samples))
+        return mean(scores)
+
+    search: Callable[[Callable[[int], float], int], Search] = full_sweep
+    if method == "bisection":
+        search = partial(adaptive_bisection, max_evaluations=max_evaluations)
+    return ScoreCurve(precision, direction, search(evaluate, num_steps))
+
+
+def contributions(
+    predictor: str,
+    precisions: tuple[str, ...],
+    curves: Mapping[tuple[str, str], np.ndarray],
+    totals: Mapping[str, float],
+) -> Contributions:
+    """The contributions of a predictor: what step i at precision p adds.
+
+    Args:
+        predictor: one of `PREDICTORS`.
+        precisions: the reference first.
+        curves: scores float64 [T] by (direction, precision), for every precision but the reference.
+        totals: E(all p) by precision.
+
+    Raises:
+        ValueError: unknown predictor.
+    """
+    if predictor not in PREDICTORS:
+        raise ValueError(f"predictor is {predictor!r}, expected one of {', '.join(PREDICTORS)}")
+    direction, _, variant = predictor.partition("-")
+    clipped = {name: np.maximum(curves[direction, name], 0.0) for name in precisions[1:]}
+    power = 1.0
+    whole = sum(totals[name] for name in clipped)
+    if variant == "power" and whole > 0:
+        slope = sum(float(scores.sum()) for scores in clipped.values()) / whole
+        power = min(max(slope, POWERS[0]), POWERS[1])
+    num_steps = len(next(iter(clipped.values())))
+    columns = [np.zeros(num_steps)]
+    for name, scores in clipped.items():
+        if predictor != "downcast":
+            total = float(scores.sum())
+            # without any positive score there is nothing to share out by: all steps alike
+            shares = scores / total if total > 0 else np.full(num_steps, 1 / num_steps)
+            scores = totals[name] ** (1 / power) * shares
+        columns.append(scores)
+    return Contributions(np.stack(columns, axis=1), power)
+
+
+def predict(contributions: Contributions, precisions: tuple[str, ...], schedule: tuple[str, ...]) -> float:
+    """Predicted E of a schedule."""
+    terms = (contributions.values[step, precisions.index(name)] for step, name in enumerate(schedule))
+    return float(math.fsum(terms) ** contributions.power)

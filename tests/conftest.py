@@ -1,0 +1,90 @@
+"""Session fixtures: the embedded pipeline built and calibrated once for the whole suite."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Spinning OpenMP threads of one library starve those of another on two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+NUM_STEPS = 12
+GUIDANCE_SCALE = 3.0
+
+
+@dataclass(frozen=True)
+class DemoBuild:
+    """A calibrated bundle and the ONNX files that were exported on the way."""
+
+    bundle: Path
+    onnx: Path
+
+
+@pytest.fixture(scope="session")
+def demo_pipeline() -> Path:
+    """The embedded pipeline folder."""
+    from tmpdiff_export.demo import pipeline_folder
+
+    return pipeline_folder()
+
+
+@pytest.fixture(scope="session")
+def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> DemoBuild:
+    """Built at all four precisions and calibrated with two prompts; do not write into it."""
+    from calibration import HighSteps
+    from engines.precision import Precision
+    from engines.text import PromptFile
+    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.calibration_run import calibrate_bundle
+
+    folder = tmp_path_factory.mktemp("demo")
+    prompts = PromptFile(
+        (
+            "a large red circle in the top left on a dark background",
+            "a small blue square in the center and a large yellow ring in the bottom right",
+            "a large green triangle on the right",
+            "a small purple diamond at the top and a large white circle at the bottom",
+        ),
+        (
+            "a large cyan square in the top right",
+            "a small orange circle on the left and a large blue triangle on the right",
+        ),
+    )
+    build(
+        demo_pipeline,
+        folder / "bundle",
+        BuildOptions(
+            precisions=tuple(Precision),
+            prompts=prompts.calibration,
+            num_steps=NUM_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            onnx_dir=folder / "onnx",
+        ),
+    )
+    used = PromptFile(prompts.calibration[:2], prompts.validation)
+    calibrate_bundle(folder / "bundle", used, budget=HighSteps(NUM_STEPS // 3))
+    return DemoBuild(folder / "bundle", folder / "onnx")
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_build: DemoBuild) -> Path:
+    """The calibrated bundle of the embedded pipeline; do not write into it."""
+    return demo_build.bundle
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Makes a private copy of a bundle, for tests that damage it."""
+
+    def copy(bundle: Path) -> Path:
+        target = tmp_path / "bundle"
+        shutil.copytree(bundle, target)
+        return target
+
+    return copy

@@ -1,0 +1,163 @@
+"""Scores against a linear loop whose errors are known on paper, and the calls they cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from planted import Counted, PlantedEvaluator
+
+from calibration.journal import Journal
+from calibration.measurements import Measurements
+from calibration.scores import contributions, measure_scores, predict, sweep_calls
+from engines.errors import TmpDiffError
+
+STEPS = 12
+
+
+def loop(correlation=0.0, **options):
+    rng = np.random.default_rng(7)
+    errors = {
+        "int8": 0.2 * np.exp(1.5 * np.linspace(-1, 1, STEPS) ** 2),
+        "int4": rng.uniform(0.2, 1.0, size=STEPS),
+    }
+    return PlantedEvaluator(
+        errors, gains=np.linspace(0.8, 1.1, STEPS), correlation=correlation, **{"num_samples": 3} | options
+    )
+
+
+def measured(evaluator, **options):
+    """The measurements and both curves of every low precision."""
+    measurements = Measurements("calibration", evaluator, Journal.in_memory("key"))
+    curves = {
+        (direction, precision): measure_scores(measurements, precision, direction, **options)
+        for precision in evaluator.precisions[1:]
+        for direction in ("downcast", "upcast")
+    }
+    return measurements, curves
+
+
+def changed(base, step, precision):
+    return tuple(precision if k == step else base for k in range(STEPS))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_sweep_gives_the_scores_worked_out_on_paper(correlation, precision):
+    evaluator = loop(correlation)
+    _, curves = measured(evaluator, method="sweep")
+    whole = evaluator.true_error((precision,) * STEPS)
+    down = [evaluator.true_error(changed("fp16", step, precision)) for step in range(STEPS)]
+    up = [whole - evaluator.true_error(changed(precision, step, "fp16")) for step in range(STEPS)]
+    np.testing.assert_allclose(curves["downcast", precision].search.scores, down, rtol=1e-4)
+    np.testing.assert_allclose(curves["upcast", precision].search.scores, up, rtol=1e-4)
+
+
+def test_uncorrelated_errors_add_up():
+    evaluator = loop()
+    measurements, curves = measured(evaluator, method="sweep")
+    whole = np.mean([measurements.uniform_error("int8", sample)["error"] for sample in range(3)])
+    for direction in ("downcast", "upcast"):
+        assert curves[direction, "int8"].search.scores.sum() == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["sweep", "bisection"])
+def test_calls_are_counted_exactly(method):
+    counted = Counted(loop())
+    measurements, curves = measured(counted, method=method, max_evaluations=None)
+    expected = {"calibration: uniform runs": dict.fromkeys(counted.precisions, 3 * STEPS)}
+    for (direction, precision), curve in curves.items():
+        steps = curve.search.order
+        after = 3 * sum(STEPS - step - 1 for step in steps)
+        base, other = ("fp16", precision) if direction == "downcast" else (precision, "fp16")
+        calls = {base: after, other: 3 * len(steps)}
+        expected[f"calibration: {direction} {precision}"] = calls
+        if method == "sweep":
+            assert sum(calls.values()) == sweep_calls(STEPS, 3) == 3 * STEPS * (STEPS + 1) / 2
+        else:
+            assert sum(calls.values()) < sweep_calls(STEPS, 3)
+    assert measurements.calls == expected
+    assert sum(sum(calls.values()) for calls in expected.values()) == counted.calls.total()
+    assert measurements.evaluator.spent == counted.calls
+    assert not measurements.evaluator.recomputed
+
+
+def test_schedules_share_prefixes_and_are_run_once():
+    counted = Counted(loop(num_samples=1))
+    measurements = Measurements("validation", counted, Journal.in_memory("key"))
+    schedule = ("fp16",) * 5 + ("int8",) * (STEPS - 5)
+    for _ in range(2):
+        error = measurements.schedule_error("schedules", schedule, 0, pictures=False)["error"]
+    assert error == pytest.approx(counted.inner.true_error(schedule), rel=1e-4)
+    assert counted.calls == {"fp16": STEPS, "int8": STEPS - 5}, "the reference run, and what departs from it"
+
+
+def test_bisection_measures_what_the_sweep_measures():
+    sweep, bisection = measured(loop(), method="sweep")[1], measured(loop(), method="bisection")[1]
+    for key, curve in bisection.items():
+        known = curve.search.measured
+        assert 3 <= known.sum() < STEPS
+        np.testing.assert_array_equal(curve.search.scores[known], sweep[key].search.scores[known])
+
+
+def test_predictors_are_exact_where_they_say():
+    names = ("fp16", "int8", "int4")
+    rng = np.random.default_rng(0)
+    curves = {(d, p): rng.uniform(0.1, 1, size=STEPS) for d in ("downcast", "upcast") for p in names[1:]}
+    totals = {"fp16": 0.0, "int8": 3.0, "int4": 7.0}
+    mixed = tuple(names[step % 3] for step in range(STEPS))
+    plain = contributions("downcast", names, curves, totals)
+    assert predict(plain, names, mixed) == pytest.approx(
+        sum(curves["downcast", name][step] for step, name in enumerate(mixed) if name != "fp16")
+    )
+    for predictor in ("downcast-rescaled", "upcast", "upcast-power"):
+        found = contributions(predictor, names, curves, totals)
+        for name in names:
+            assert predict(found, names, (name,) * STEPS) == pytest.approx(totals[name])
+        shares = found.values[:, 2] / found.values[0, 2]
+        scores = curves[predictor.partition("-")[0], "int4"]
+        np.testing.assert_allclose(shares, scores / scores[0], err_msg="the ranking stays")
+
+
+def test_power_predictor_follows_correlated_and_uncorrelated_errors():
+    schedule = tuple("fp16" if step % 3 else "int4" for step in range(STEPS))
+    for correlation, power, accuracy in ((0.0, 1.0, 1e-3), (1.0, 1.9, 0.25)):
+        evaluator = loop(correlation, num_samples=1)
+        names = evaluator.precisions
+        curves = {key: curve.search.scores for key, curve in measured(evaluator, method="sweep")[1].items()}
+        totals = {name: evaluator.true_error((name,) * STEPS) for name in names}
+        found = contributions("upcast-power", names, curves, totals)
+        assert found.power == pytest.approx(power, abs=0.06)
+        truth = evaluator.true_error(schedule)
+        assert predict(found, names, schedule) == pytest.approx(truth, rel=accuracy)
+    plain = contributions("upcast", names, curves, totals)
+    assert predict(plain, names, schedule) > 2 * truth, "what the power puts right"
+
+
+def test_negative_scores_pay_nothing():
+    names = ("fp16", "int8")
+    curves = {
+        ("downcast", "int8"): np.array([1.0, -2.0, 3.0]),
+        ("upcast", "int8"): np.array([-1.0, -2.0, -3.0]),
+    }
+    totals = {"fp16": 0.0, "int8": 6.0}
+    np.testing.assert_array_equal(contributions("downcast", names, curves, totals).values[:, 1], [1, 0, 3])
+    np.testing.assert_allclose(contributions("downcast-rescaled", names, curves, totals).values[:, 1], [1.5, 0, 4.5])
+    np.testing.assert_allclose(contributions("upcast", names, curves, totals).values[:, 1], [2, 2, 2])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_run_that_overflows_is_named():
+    broken = PlantedEvaluator({"int8": [0.1, float("inf")]}, gains=[1.0, 1.0])
+    measurements = Measurements("calibration", broken, Journal.in_memory("key"))
+    with pytest.raises(TmpDiffError, match="uniform int8 run of calibration sample 0 gave latents that are not"):
+        measurements.uniform_error("int8", 0)
+
+
+def test_unknown_names_are_refused():
+    measurements = Measurements("calibration", loop(), Journal.in_memory("key"))
+    with pytest.raises(ValueError, match="direction is 'sideways', expected one of downcast, upcast"):
+        measure_scores(measurements, "int8", "sideways")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="method is 'guess', expected one of bisection, sweep"):
+        measure_scores(measurements, "int8", "downcast", method="guess")
+    with pytest.raises(ValueError, match="predictor is 'guess'"):
+        contributions("guess", ("fp16",), {}, {})

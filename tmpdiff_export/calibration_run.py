@@ -1,0 +1,88 @@
+"""Calibrates a bundle on disk: latencies, journal, schedule and sensitivity documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from calibration import Sensitivity, calibrate, open_journal
+from calibration.allocation import Budget
+from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.calibrate import Progress
+from calibration.latency import step_latencies
+from engines.errors import TmpDiffError
+from engines.runtime import DenoiseRuntime
+from engines.text import PromptFile
+
+JOURNAL_FOLDER = "calibration"
+
+
+def calibrate_bundle(
+    bundle: Path,
+    prompts: PromptFile,
+    *,
+    budget: Budget | None = None,
+    method: Literal["bisection", "sweep"] = "bisection",
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
+
+    Every finished measurement is kept in a journal inside the bundle; the same call after an interruption
+    goes on from there and gives the same result. The documents are written last, each in one piece.
+
+    Args:
+        bundle: bundle folder.
+        prompts: calibration and validation prompts, one sample each.
+        budget: what the schedule has to meet, None for the default of `calibration.calibrate`.
+        method: "bisection" or "sweep".
+        seed: seed of the first sample's noise.
+        guidance_scale: None for the bundle's.
+        progress: called with (stage, done, total).
+
+    Raises:
+        BudgetError: no schedule meets the budget; the text names the nearest.
+        TmpDiffError: the bundle is damaged, or a run gave latents that are not finite.
+    """
+    report = progress or (lambda stage, done, total: None)
+    if seed < 0:
+        raise TmpDiffError(f"seed is {seed}, expected 0 or more")
+    runtime = DenoiseRuntime.load(bundle)
+    runtime.bundle.verify(runtime.manifest.files())
+    scale = runtime.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    evaluator = BundleEvaluator(runtime, prompts.calibration, seed, scale)
+    held_out = BundleEvaluator(runtime, prompts.validation, seed + VALIDATION_SEED_OFFSET, scale)
+    folder = bundle / JOURNAL_FOLDER
+    folder.mkdir(exist_ok=True)
+    name = f"{evaluator.key()[:12]}-{held_out.key()[:12]}.journal"
+    with_latencies = open_journal(folder / name, evaluator, held_out)
+    latencies = with_latencies.remember("step latencies in ms", lambda: _latencies(runtime, prompts, scale, report))
+    result = calibrate(
+        evaluator,
+        latencies,
+        method=method,
+        budget=budget,
+        validation=held_out,
+        decode=lambda latents: _decode(runtime, latents),
+        journal=with_latencies,
+        progress=report,
+    )
+    result.sensitivity.save(runtime.bundle.sensitivity_path)
+    result.schedule(runtime.manifest.bundle_id).save(runtime.bundle.schedule_path)
+    return result.sensitivity
+
+
+def _latencies(runtime: DenoiseRuntime, prompts: PromptFile, scale: float, report: Progress) -> dict[str, float]:
+    conditioning = runtime.encode(prompts.calibration[:1])
+    timings = step_latencies(
+        runtime, conditioning, scale, on_round=lambda done, total: report("step latencies", done, total)
+    )
+    return {name: timing.median_ms for name, timing in timings.items()}
+
+
+def _decode(runtime: DenoiseRuntime, latents: np.ndarray) -> np.ndarray:
+    picture: np.ndarray = runtime.decode(latents[None])[0]
+    return picture

@@ -1,0 +1,167 @@
+"""`tmpdiff-export bench`: step latency per precision, the cost of swapping, and FP32 torch beside them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calibration.latency import ROUNDS, interleaved
+from engines.runtime import Conditioning, DenoiseRuntime
+from engines.schedule import Schedule
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the subcommand's arguments."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    parser.add_argument("--pipeline", type=Path, metavar="DIR", help="also time this pipeline's denoiser in FP32 torch")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"timed rounds (default {ROUNDS})")
+    parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: one per core)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Times everything in turns and prints ratios."""
+    from tmpdiff_export.display import print_json, print_table, progress_bar
+
+    if args.rounds < 1:
+        raise ValueError(f"--rounds is {args.rounds}, expected 1 or more")
+    with progress_bar() as report:
+        result = bench(args.bundle, args.pipeline, args.rounds, args.threads, report)
+    if args.json:
+        print_json(result)
+        return 0
+    print_table(
+        f"One denoiser step, batch 2 (guidance), {result['machine']}",
+        ["what", "median ms", "min ms", "speed-up over FP16", ""],
+        [
+            [row["name"], f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}", f"{row['speedup']:.2f}", row["remark"]]
+            for row in result["rows"]
+        ],
+        [
+            f"swapping at every step: {loop['precisions']} loop takes {loop['over_sum_percent']:+.2f} % over the sum of its "
+            f"steps in uniform loops"
+            for loop in result["loops"]
+        ],
+    )
+    return 0
+
+
+def bench(
+    bundle: Path, pipeline: Path | None, rounds: int, threads: int | None, report: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Step latencies and loop overhead of a bundle.
+
+    Args:
+        bundle: bundle folder.
+        pipeline: the pipeline it was built from, to time its denoiser in FP32 torch in the same turns.
+        rounds: timed rounds.
+        threads: worker threads, None for one per core; torch gets as many.
+        report: called with (stage, done, total).
+
+    Returns:
+        JSON data: "machine", "rows" (per precision and for torch: median and least ms, speed-up over the
+        FP16 engine) and "loops" (whole loops that swap at every step against uniform ones).
+    """
+    runtime = DenoiseRuntime.load(bundle, threads=threads)
+    scale = runtime.manifest.sampling.guidance_scale
+    conditioning = runtime.encode(["a bench mark"])
+    batch = conditioning.batch(scale)
+    state = runtime.table.initial(runtime.noise(range(conditioning.size)))
+    work: dict[str, Callable[[], object]] = {
+        name: (lambda name=name: runtime.step(state, name, batch, scale))  # type: ignore[misc]
+        for name in runtime.precisions
+    }
+    if pipeline is not None:
+        work["torch fp32"] = _torch_step(pipeline, runtime, conditioning, threads)
+    timings = interleaved(work, rounds, lambda done, total: report("steps", done, total))
+    reference = timings[runtime.precisions[0]].median_ms
+    rows = []
+    for name, timing in timings.items():
+        speedup = reference / timing.median_ms
+        no_gain = name in runtime.precisions[1:] and speedup <= 1.0
+        rows.append(
+            {
+                "name": name,
+                "median_ms": timing.median_ms,
+                "min_ms": timing.min_ms,
+                "speedup": speedup,
+                "remark": f"no gain over {runtime.precisions[0]} on this backend" if no_gain else "",
+            }
+        )
+    return {"machine": _machine(runtime), "rows": rows, "loops": _loops(runtime, conditioning, rounds, report)}
+
+
+def _loops(
+    runtime: DenoiseRuntime, conditioning: Conditioning, rounds: int, report: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    """Loops that swap engines at every step against what their steps take in uniform loops."""
+    reference, *others = runtime.precisions
+    noise = runtime.noise(range(conditioning.size))
+    steps = runtime.num_steps
+    results = []
+
+    def loop(precisions: tuple[str, ...]) -> Callable[[], object]:
+        schedule = Schedule(bundle_id=runtime.manifest.bundle_id, precisions=precisions, origin="bench")
+        return lambda: runtime.denoise(conditioning, schedule, noise)
+
+    for other in others:
+        mixed = tuple((reference, other)[index % 2] for index in range(steps))
+        work = {"reference": loop((reference,) * steps), "other": loop((other,) * steps), "mixed": loop(mixed)}
+        times = interleaved(work, max(3, rounds // 3), lambda done, total: report("loops", done, total))
+        expected = sum(times["reference" if name == reference else "other"].median_ms / steps for name in mixed)
+        results.append(
+            {
+                "precisions": f"{reference}/{other}",
+                "swaps": steps - 1,
+                "loop_ms": times["mixed"].median_ms,
+                "sum_of_steps_ms": expected,
+                "over_sum_percent": (times["mixed"].median_ms / expected - 1.0) * 100.0,
+            }
+        )
+    return results
+
+
+def _torch_step(
+    pipeline: Path, runtime: DenoiseRuntime, conditioning: Conditioning, threads: int | None
+) -> Callable[[], object]:
+    """One call of the pipeline's own denoiser in FP32 torch on the inputs the engines get."""
+    import numpy as np
+    import torch
+
+    from tmpdiff_export.pipelines import load_pipeline
+
+    sampling = runtime.manifest.sampling
+    source = load_pipeline(pipeline, height=sampling.height, width=sampling.width)
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    module = source.family.wrap(source.pipe, source.height, source.width).eval()
+    batch = conditioning.batch(sampling.guidance_scale)
+    latents = runtime.table.model_input(runtime.table.initial(runtime.noise(range(conditioning.size))))
+    size = len(next(iter(batch.values())))
+    arrays = {
+        "latents": np.concatenate([latents] * (size // len(latents))),
+        "timestep": np.full(size, runtime.table.timesteps[0], np.float32),
+        **batch,
+    }
+    inputs = [torch.from_numpy(np.array(arrays[name])) for name in source.family.inputs]
+
+    def step() -> object:
+        with torch.inference_mode():
+            return module(*inputs)
+
+    return step
+
+
+def _machine(runtime: DenoiseRuntime) -> str:
+    entry = next(iter(runtime.manifest.denoisers.values()))
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, {entry.backend} {entry.backend_version}"

@@ -1,0 +1,161 @@
+"""`tmpdiff-export calibrate`: find the schedule of a bundle, and say how it was found."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
+from calibration.allocation import Budget
+from engines.text import PromptFile, read_prompts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the subcommand's arguments."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="calibration and validation prompts"
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--budget-latency", type=float, metavar="R", help="mean step latency, as a fraction of FP16's")
+    budget.add_argument("--budget-error", type=float, metavar="E", help="predicted error of the final latents")
+    budget.add_argument("--high-steps", type=int, metavar="K", help="number of steps at FP16")
+    parser.add_argument("--method", choices=("bisection", "sweep"), default="bisection", help="default bisection")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="calibration prompts used (default 8)")
+    parser.add_argument("--validation-samples", type=int, default=8, metavar="N", help="validation prompts (default 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first sample (default 0)")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="default: the bundle's")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def budget_of(args: argparse.Namespace) -> Budget | None:
+    """The budget the arguments ask for.
+
+    Raises:
+        ValueError: a fraction, error or count out of range.
+    """
+    if args.budget_latency is not None:
+        return LatencyBudget(args.budget_latency)
+    if args.budget_error is not None:
+        return ErrorBudget(args.budget_error)
+    if args.high_steps is not None:
+        return HighSteps(args.high_steps)
+    return None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrates, stores schedule and sensitivity in the bundle, and prints them."""
+    from tmpdiff_export.calibration_run import calibrate_bundle
+    from tmpdiff_export.display import print_json, progress_bar
+
+    budget = budget_of(args)
+    prompts = read_prompts(args.prompts)
+    for name, count in (("--samples", args.samples), ("--validation-samples", args.validation_samples)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}, expected 1 or more")
+    chosen = PromptFile(prompts.calibration[: args.samples], prompts.validation[: args.validation_samples])
+    with progress_bar() as report:
+        found = calibrate_bundle(
+            args.bundle,
+            chosen,
+            budget=budget,
+            method=args.method,
+            seed=args.seed,
+            guidance_scale=args.guidance_scale,
+            progress=report,
+        )
+    if args.json:
+        print_json({"bundle": str(args.bundle), **found.model_dump(mode="json")})
+    else:
+        print_sensitivity(found)
+    return 0
+
+
+def print_sensitivity(found: Sensitivity) -> None:
+    """Scores, cost, fit, Pareto front, schedule and validation as tables."""
+    from tmpdiff_export.display import number, print_table, schedule_strip
+
+    reference = found.precisions[0]
+    dropped = {item.precision: item.reason for item in found.dropped}
+    print_table(
+        "Precisions",
+        ["precision", "step ms", f"of {reference}", "E, all steps", "use"],
+        [
+            [
+                name,
+                f"{found.latencies_ms[name]:.1f}",
+                f"{found.latencies_ms[name] / found.latencies_ms[reference]:.2f}",
+                f"{found.uniform_errors[name]:.2e}",
+                dropped.get(name, "reference" if name == reference else "scored"),
+            ]
+            for name in found.precisions
+        ],
+    )
+    if found.scores:
+        print_table(
+            "Scores per step index (* measured, the others interpolated)",
+            ["step index", *(f"{record.direction} {record.precision}" for record in found.scores)],
+            [
+                [
+                    str(index),
+                    *(f"{record.scores[index]:.2e}{'*' if record.measured[index] else ' '}" for record in found.scores),
+                ]
+                for index in range(found.num_steps)
+            ],
+            [
+                f"denoiser calls for the scores: {found.search_calls} ({found.method}); "
+                f"full sweeps would take {found.sweep_calls}"
+            ],
+        )
+    print_table(
+        f"Predicted against measured E on random schedules ({found.fit_samples} prompts)",
+        ["predictor", "R^2", "Spearman", "predicted / measured", ""],
+        [
+            [
+                fit.predictor,
+                number(fit.r2, ".3f"),
+                number(fit.spearman, ".3f"),
+                number(fit.ratio, ".2f"),
+                "used" if fit.predictor == found.predictor else "",
+            ]
+            for fit in found.fit
+        ],
+    )
+    print_table(
+        "Pareto front (predicted)",
+        [f"latency / {reference}", "E", *found.precisions],
+        [
+            [f"{point.latency:.3f}", f"{point.error:.2e}", *(str(point.precisions.count(p)) for p in found.precisions)]
+            for point in found.pareto
+        ],
+    )
+    print_validation(found)
+    print(f"budget: {found.budget}")
+    print(f"schedule: {schedule_strip(found.schedule)}")
+    print(
+        f"predicted E {found.predicted_error:.3e}, measured on validation prompts {number(found.measured_error, '.3e')}"
+    )
+    if found.loses_to:
+        print(f"the schedule LOSES on validation to: {', '.join(found.loses_to)} (no slower, smaller E)")
+
+
+def print_validation(found: Sensitivity) -> None:
+    """The validation rows as a table."""
+    from tmpdiff_export.display import number, print_table
+
+    reference = found.precisions[0]
+    print_table(
+        "Validation prompts",
+        ["schedule", "steps", f"latency / {reference}", "E", "SSIM", "PSNR dB"],
+        [
+            [
+                row.name,
+                " + ".join(f"{count} {name}" for name, count in row.counts.items()),
+                f"{row.latency:.3f}",
+                f"{row.error:.3e}" + (f" +- {row.error_spread:.1e}" if row.error_spread is not None else ""),
+                number(row.ssim, ".4f"),
+                number(row.psnr_db, ".1f"),
+            ]
+            for row in found.validation
+        ],
+    )

@@ -1,0 +1,75 @@
+"""What the command line shows: progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PIPED_WIDTH = 120
+Report = Callable[[str, int, int], None]
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Report]:
+    """A progress display on stderr that takes (stage, done, total); one line per stage."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=False) as progress:
+        current: tuple[str, Any] | None = None
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal current
+            if current is None or current[0] != stage:
+                if current is not None:
+                    progress.stop_task(current[1])
+                current = (stage, progress.add_task(stage, total=total))
+            progress.update(current[1], completed=done, total=total)
+
+        yield report
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
+    """A table on stdout, its first column left-aligned and the others right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(data, indent=1, allow_nan=False))
+
+
+def schedule_strip(precisions: Sequence[str]) -> str:
+    """A schedule in one line: runs of equal precision with their step indices, "fp16 0-2 | int8 3-17"."""
+    parts: list[str] = []
+    begin = 0
+    for index in range(1, len(precisions) + 1):
+        if index == len(precisions) or precisions[index] != precisions[begin]:
+            span = str(begin) if index - begin == 1 else f"{begin}-{index - 1}"
+            parts.append(f"{precisions[begin]} {span}")
+            begin = index
+    return " | ".join(parts) if len(set(precisions)) > 1 else f"{precisions[0]} at every step"
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure for a table cell, "-" where there is none."""
+    return "-" if value is None else format(value, form)

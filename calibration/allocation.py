@@ -205,13 +205,8 @@ def allocate(
         return _high_steps(precisions, latencies_ms, contributions, budget.count, power)
     front = front or pareto_front(precisions, latencies_ms, contributions, power)
     if isinstance(budget, LatencyBudget):
-        within = [entry for entry in front if entry.latency <= budget.ratio * (1 + BUDGET_TOLERANCE)]
-        if not within:
-            raise BudgetError(
-                f"no schedule runs in {budget.ratio:g} of the reference's latency; the fastest takes "
-                f"{_at_least(front[0].latency)}, so ask for that or more"
-            )
-        return within[-1]
+        require_reachable(budget, front[0].latency, len(front[0].precisions))
+        return [entry for entry in front if entry.latency <= budget.ratio * (1 + BUDGET_TOLERANCE)][-1]
     within = [entry for entry in front if entry.error <= budget.error * (1 + BUDGET_TOLERANCE)]
     if not within:
         raise BudgetError(
@@ -219,6 +214,28 @@ def allocate(
             f"{_at_least(front[-1].error)}, so ask for that or more"
         )
     return within[0]
+
+
+def require_reachable(budget: Budget | None, fastest: float, num_steps: int) -> None:
+    """Refuses a latency or step budget that no schedule can meet, which needs no scores to know.
+
+    Args:
+        budget: None and error budgets pass.
+        fastest: mean step latency of the fastest schedule, relative to the reference.
+        num_steps: T.
+
+    Raises:
+        BudgetError: names the nearest value that can be met.
+    """
+    if isinstance(budget, LatencyBudget) and fastest > budget.ratio * (1 + BUDGET_TOLERANCE):
+        raise BudgetError(
+            f"no schedule runs in {budget.ratio:g} of the reference's latency; the fastest takes "
+            f"{_at_least(fastest)}, so ask for that or more"
+        )
+    if isinstance(budget, HighSteps) and budget.count > num_steps:
+        raise BudgetError(
+            f"no schedule has {budget.count} high-precision steps; the loop has {num_steps}, so ask for at most that"
+        )
 
 
 def _high_steps(

@@ -20,6 +20,7 @@ from calibration.allocation import (
     allocate,
     drop_dominated,
     pareto_front,
+    require_reachable,
 )
 from calibration.evaluator import Evaluator
 from calibration.journal import Journal
@@ -134,11 +135,14 @@ def calibrate(
         max_evaluations: evaluations per score curve of the bisection, see `adaptive_bisection`.
 
     Raises:
-        BudgetError: no schedule meets the budget; what was measured stays in the journal.
+        BudgetError: no schedule meets the budget. A latency or step budget is refused before anything is measured; an
+            error budget afterwards, and what was measured stays in the journal.
         TmpDiffError: a run gave latents that are not finite.
         ValueError: the arguments do not fit together.
     """
     _check(evaluator, latencies_ms, method, validation, journal)
+    fastest = min(latencies_ms[name] for name in evaluator.precisions) / latencies_ms[evaluator.precisions[0]]
+    require_reachable(budget, fastest, evaluator.num_steps)
     journal = journal or Journal.in_memory(_journal_key(evaluator, validation))
     report = progress or (lambda stage, done, total: None)
     calibration = Measurements("calibration", evaluator, journal)

@@ -147,13 +147,21 @@ def test_error_budget_and_default_budget():
     assert 0.375 < default.predicted_latency < 1
 
 
-def test_budget_that_cannot_be_met_keeps_the_measurements(tmp_path):
+def test_a_latency_or_step_budget_out_of_reach_is_refused_before_measuring():
+    for budget, words in (
+        (LatencyBudget(0.3), r"the fastest takes 0\.375"),
+        (HighSteps(10_000), "ask for at most that"),
+    ):
+        with pytest.raises(BudgetError, match=words):
+            run(Counted(loop(), limit=0), budget=budget)
+
+
+def test_an_error_budget_that_cannot_be_met_keeps_the_measurements(tmp_path):
     path = tmp_path / "journal"
-    with pytest.raises(BudgetError, match=r"the fastest takes 0\.375"):
-        run(budget=LatencyBudget(0.3), journal=open_journal(path, loop(), loop(seed=1)))
+    run(budget=ErrorBudget(1.0), journal=open_journal(path, loop(), loop(seed=1)))
     evaluator = Counted(loop(), limit=0)
     result = run(evaluator, budget=LatencyBudget(0.4), journal=open_journal(path, loop(), loop(seed=1)))
-    assert result == run(budget=LatencyBudget(0.4))
+    assert result.sensitivity.scores == run(budget=LatencyBudget(0.4)).sensitivity.scores
 
 
 def test_correlated_errors_are_predicted_by_the_upcast_score():

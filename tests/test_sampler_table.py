@@ -157,9 +157,7 @@ def test_sigmas_of_ddim_are_those_of_euler():
     np.testing.assert_array_equal(ddim.timesteps, euler.timesteps)
     np.testing.assert_allclose(ddim.sigmas, euler.sigmas, rtol=1e-5)
     assert ddim.sigmas[-1] == 0
-    infinite = sampler_table(
-        make("DDIM", **SD | ZERO_SNR, clip_sample=False, timestep_spacing="trailing"), 20
-    )
+    infinite = sampler_table(make("DDIM", **SD | ZERO_SNR, clip_sample=False, timestep_spacing="trailing"), 20)
     assert infinite.sigmas is None
 
 
@@ -400,9 +398,7 @@ def test_a_corrupt_document_is_refused_in_one_line(path, value, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "null", "[1]", GOLDEN[:-20], GOLDEN.replace('"rows"', '"rews"'), b"\xff\xfe\x00"]
-)
+@pytest.mark.parametrize("text", ["", "null", "[1]", GOLDEN[:-20], GOLDEN.replace('"rows"', '"rews"'), b"\xff\xfe\x00"])
 def test_text_that_is_no_table_is_refused_in_one_line(text):
     with pytest.raises(SamplerError, match="sampler table is malformed") as caught:
         SamplerTable.from_json(text)

@@ -1,6 +1,6 @@
 """TMPDiff export: build quantized engines of a diffusion pipeline and calibrate which step runs at which.
 
-`build` and `attach` import torch and diffusers when they are first used.
+`build`, `attach` and `detach` import torch and diffusers when they are first used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.version import VERSION as __version__
 
-__all__ = ["BuildOptions", "__version__", "attach", "build"]
+__all__ = ["BuildOptions", "__version__", "attach", "build", "detach"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,8 +17,8 @@ def __getattr__(name: str) -> Any:
         from tmpdiff_export import bundle_build as module
 
         return getattr(module, name)
-    if name == "attach":
-        from tmpdiff_export.diffusers_attach import attach
+    if name in ("attach", "detach"):
+        from tmpdiff_export import diffusers_attach
 
-        return attach
+        return getattr(diffusers_attach, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,13 +31,13 @@ from engines.manifest import (
 )
 from engines.precision import Precision
 from engines.sampler import SamplerTable
+from engines.version import VERSION
 from tmpdiff_export.engine_build import BACKEND, AccuracyCheck, build_component, build_denoiser, file_entry
 from tmpdiff_export.families import DENOISER, VaeDecoder
 from tmpdiff_export.onnx_export import ExportInput, export_graph
 from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
 from tmpdiff_export.ranges import Batch
 from tmpdiff_export.scheduler_table import sampler_table
-from engines.version import VERSION
 
 Progress = Callable[[str, int, int], None]
 

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from numpy.typing import ArrayLike
 
 from engines.bundle import Bundle
-from engines.errors import BundleError, SamplerError, ScheduleError
+from engines.errors import BundleError, SamplerError
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.schedule import Schedule
 from tmpdiff_export.families import FAMILIES, bind_call
 from tmpdiff_export.scheduler_table import TOLERANCE, sampler_table
+from tmpdiff_export.step_finder import StepFinder, close, listed
 
 OUTPUTS = {"transformer": Transformer2DModelOutput, "unet": UNet2DConditionOutput}
 
@@ -97,70 +97,6 @@ def detach(pipe: Any) -> Any:
             setattr(pipe, component, denoiser.original)
             return pipe
     raise ValueError(f"{type(pipe).__name__} has no bundle attached; nothing to detach")
-
-
-class StepFinder:
-    """Finds the step index that belongs to a timestep, in a loop that somebody else drives.
-
-    A timestep names its step index, so it does not matter where a loop starts or whether the last one was
-    finished. Some schedulers hand the denoiser one timestep several times (Heun, PNDM, rounded timesteps):
-    such a timestep means the first of its step indices that lies behind the last one found, and the first of
-    them all where none does, which is a new run. The same timestep once more, after its last step index, is
-    the same step again (a pipeline with two denoiser calls a step).
-    """
-
-    def __init__(self, table: SamplerTable) -> None:
-        self._table = table
-        self._last = -1
-
-    def begin_run(self, start: int = 0) -> None:
-        """Forgets the run so far; the next one begins at step index `start` or later."""
-        self._last = start - 1
-
-    def find(self, timestep: float) -> tuple[int, bool]:
-        """The step index, and whether it is the first of a new run.
-
-        Args:
-            timestep: in the scheduler's units.
-
-        Raises:
-            ScheduleError: the table has no such timestep.
-        """
-        known = [int(k) for k in np.flatnonzero(_close(self._table.timesteps, timestep))]
-        if not known:
-            raise ScheduleError(
-                f"timestep {timestep:g} is none of the {self._table.num_steps} timesteps of the bundle's loop "
-                f"({_listed(self._table.timesteps)}); {_how_to_call(self._table)}"
-            )
-        later = [k for k in known if k > self._last]
-        again = not later and known[-1] == self._last
-        if not again:
-            known = later or known
-            self._last = known[0]
-        return self._last, not later and not again
-
-    def offset(self, timesteps: ArrayLike) -> int:
-        """Where a scheduler's timesteps begin in the table.
-
-        Args:
-            timesteps: [n], n <= T, of the loop that is about to run.
-
-        Returns:
-            The step index of the first one.
-
-        Raises:
-            ScheduleError: they are no contiguous part of the table's. A loop of fewer steps may well consist of
-                timesteps of the table and yet be another discretization than the schedule was made for.
-        """
-        part = np.asarray(timesteps, np.float64)
-        for start in range(self._table.num_steps - len(part) + 1):
-            if _close(self._table.timesteps[start : start + len(part)], part).all():
-                return start
-        raise ScheduleError(
-            f"the pipeline's scheduler runs {len(part)} timesteps ({_listed(part)}), which are not those of the "
-            f"bundle's {self._table.num_steps} steps ({_listed(self._table.timesteps)}) nor a contiguous part "
-            f"of them; {_how_to_call(self._table)}"
-        )
 
 
 class BundleDenoiser(torch.nn.Module):
@@ -343,8 +279,8 @@ def _check_scheduler(scheduler: Any, expected: SamplerTable) -> None:
             "pipe.scheduler to the one the bundle was built with, or build a bundle from the pipeline as it is"
         )
     table = sampler_table(scheduler, expected.num_inference_steps)
-    if table.num_steps != expected.num_steps or not _close(table.timesteps, expected.timesteps).all():
-        differs = f"timesteps {_listed(table.timesteps)}, the bundle's are {_listed(expected.timesteps)}"
+    if table.num_steps != expected.num_steps or not close(table.timesteps, expected.timesteps).all():
+        differs = f"timesteps {listed(table.timesteps)}, the bundle's are {listed(expected.timesteps)}"
     elif (error := _trajectory_error(table, expected)) > TOLERANCE:
         differs = f"samples that are off by {error:.1e} relative from the bundle's ({TOLERANCE:.0e} is allowed)"
     else:
@@ -370,20 +306,3 @@ def _trajectory_error(table: SamplerTable, expected: SamplerTable) -> float:
         for got, wanted in pairs:
             worst = max(worst, float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)))
     return worst
-
-
-def _close(timesteps: ArrayLike, other: ArrayLike) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Equal up to a few float32 roundings."""
-    return np.isclose(timesteps, other, rtol=1e-6, atol=1e-6)
-
-
-def _listed(timesteps: ArrayLike) -> str:
-    values = [f"{value:g}" for value in np.asarray(timesteps)]
-    return ", ".join(values if len(values) <= 4 else [*values[:3], "...", values[-1]])
-
-
-def _how_to_call(table: SamplerTable) -> str:
-    return (
-        f"call the pipeline with num_inference_steps={table.num_inference_steps} and the {table.scheduler} that the "
-        "bundle was built with, or build a bundle with that many steps"
-    )

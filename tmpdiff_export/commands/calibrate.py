@@ -76,7 +76,7 @@ def print_sensitivity(found: Sensitivity) -> None:
     from tmpdiff_export.display import number, print_table, schedule_strip
 
     reference = found.precisions[0]
-    dropped = {item.precision: item.reason for item in found.dropped}
+    dropped = {item.precision: f"dropped, {item.by} beats it" for item in found.dropped}
     print_table(
         "Precisions",
         ["precision", "step ms", f"of {reference}", "E, all steps", "use"],
@@ -90,6 +90,7 @@ def print_sensitivity(found: Sensitivity) -> None:
             ]
             for name in found.precisions
         ],
+        [f"{item.precision}: {item.reason}" for item in found.dropped],
     )
     if found.scores:
         print_table(

@@ -1,0 +1,238 @@
+"""The engines of the embedded pipeline: accuracy on real inputs, files, and builds that must fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import GUIDANCE_SCALE, NUM_STEPS, DemoBuild
+from onnx import TensorProto
+
+from engines.backends import load_engine
+from engines.bundle import Bundle
+from engines.errors import BuildError
+from engines.manifest import MODEL_OUTPUT
+from engines.precision import Precision
+from engines.runtime import DenoiseRuntime
+from tmpdiff_export import bundle_build, cpu_lowering, engine_build, onnx_export
+from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
+from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.pipelines import gather_batches, load_pipeline
+from tmpdiff_export.recipes import RECIPES, Variant
+
+# Measured on the embedded pipeline less a margin of 3 dB or more: a regression in scales, export or lowering shows.
+FLOORS_DB = {Precision.FP16: 60.0, Precision.FP8: 30.0, Precision.INT8: 28.0, Precision.INT4: 25.0}
+
+
+@pytest.fixture(scope="module")
+def real_inputs(demo_pipeline: Path):
+    """The FP32 torch denoiser on inputs of a run that range calibration has not seen."""
+    source = load_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
+    batches = gather_batches(
+        source, ["a large yellow triangle in the center"], NUM_STEPS, seed=77, on_step=lambda: None
+    )
+    module = source.family.wrap(source.pipe, source.height, source.width).eval()
+    return list(source.family.inputs), batches[::2], torch_outputs(module, batches[::2])
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_sqnr_against_fp32_torch_on_real_inputs(precision: Precision, demo_bundle: Path, real_inputs) -> None:
+    names, batches, references = real_inputs
+    engine = DenoiseRuntime.load(demo_bundle).denoiser(precision.value)
+    measured = engine_sqnr_db(engine, names, MODEL_OUTPUT, batches, references)
+    print(f"{precision.value}: SQNR {measured:.1f} dB, floor {FLOORS_DB[precision]:.1f} dB")
+    assert measured >= FLOORS_DB[precision]
+
+
+def test_the_manifest_says_how_each_engine_was_made(demo_bundle: Path) -> None:
+    manifest = Bundle.open(demo_bundle).manifest
+    assert manifest.precisions == tuple(precision.value for precision in Precision)
+    for name, entry in manifest.denoisers.items():
+        recipe = RECIPES[Precision(name)]
+        assert entry.sqnr_db >= entry.sqnr_floor_db == recipe.sqnr_floor_db
+        assert entry.recipe in ({variant.name for variant in recipe.variants} or {"none"})
+    assert manifest.denoisers["int8"].lowering["MatMulIntegerToFloat"] == 40
+    assert manifest.denoisers["int4"].lowering["MatMulNBits"] == 40
+    assert manifest.denoisers["fp8"].lowering["fp8-emulated"] == 40
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_onnx_files_are_valid_and_store_quantized_weights(precision: Precision, demo_build: DemoBuild) -> None:
+    path = demo_build.onnx / f"{precision.value}.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path)
+    assert {item.domain for item in model.opset_import} == {""}
+    codes = {
+        Precision.FP16: TensorProto.FLOAT16,
+        Precision.FP8: TensorProto.FLOAT8E4M3FN,
+        Precision.INT8: TensorProto.INT8,
+        Precision.INT4: TensorProto.INT4,
+    }
+    values = sum(int(np.prod(item.dims)) for item in model.graph.initializer if item.data_type == codes[precision])
+    assert values >= 15_000_000
+    assert not any(item.data_type == TensorProto.FLOAT for item in model.graph.initializer)
+    assert {item.type.tensor_type.elem_type for item in model.graph.output} == {TensorProto.FLOAT16}
+
+
+def test_quantized_files_are_as_small_as_their_format(demo_build: DemoBuild) -> None:
+    size = {precision: (demo_build.onnx / f"{precision.value}.onnx").stat().st_size for precision in Precision}
+    ratios = {precision.value: size[precision] / size[Precision.FP16] for precision in Precision}
+    print(ratios)
+    assert ratios["int8"] < 0.60
+    assert ratios["fp8"] < 0.60
+    assert ratios["int4"] < 0.40
+
+
+def test_fp16_schedule_equals_a_plain_loop_bit_for_bit(demo_bundle: Path) -> None:
+    runtime = DenoiseRuntime.load(demo_bundle)
+    conditioning = runtime.encode(["a small red square on the left"])
+    noise = runtime.noise([5])
+    swapped = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
+
+    entry = runtime.manifest.denoisers["fp16"]
+    engine = load_engine(entry.backend, demo_bundle / entry.file.path)
+    state = runtime.table.initial(noise)
+    for timestep in runtime.table.timesteps:
+        latents = np.concatenate([runtime.table.model_input(state)] * 2)
+        inputs = {"latents": latents, "timestep": np.full(2, timestep, np.float32), **conditioning.guided}
+        unconditional, conditional = engine.run(inputs)[MODEL_OUTPUT]
+        output = unconditional + np.float32(GUIDANCE_SCALE) * (conditional - unconditional)
+        state = runtime.table.advance(state, output[None])
+    np.testing.assert_array_equal(swapped, state.latents)
+
+
+def test_runtime_loop_equals_the_diffusers_pipeline(demo_bundle: Path, demo_pipeline: Path) -> None:
+    runtime = DenoiseRuntime.load(demo_bundle)
+    source = load_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
+    noise = runtime.noise([3])
+    prompt = "a large blue circle in the bottom left"
+    ours = runtime.denoise(runtime.encode([prompt]), runtime.bundle.schedule("uniform:fp16"), noise)
+    with torch.inference_mode():
+        theirs = source.pipe(
+            prompt,
+            num_inference_steps=NUM_STEPS,
+            latents=torch.from_numpy(noise),
+            output_type="latent",
+            **source.call_options(),
+        ).images.numpy()
+    assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs)
+
+
+def test_seeds_reproduce_and_prompts_share_a_batch(demo_bundle: Path) -> None:
+    runtime = DenoiseRuntime.load(demo_bundle)
+    schedule = runtime.bundle.schedule()
+    prompts = ["a large red ring on the right", "a small white square at the top"]
+    both = runtime.generate(prompts, [1, 2], schedule)
+    again = runtime.generate(prompts, [1, 2], schedule)
+    np.testing.assert_array_equal(both, again)
+    alone = runtime.generate(prompts[1:], [2], schedule)
+    assert np.abs(both[1].astype(int) - alone[0]).mean() < 0.5
+    other = runtime.generate(prompts[1:], [3], schedule)
+    assert np.abs(other.astype(int) - alone).mean() > 0.5
+
+
+def _options(**changes) -> BuildOptions:
+    prompts = ("a large red circle in the center", "a small blue square on the left")
+    return BuildOptions(**{"precisions": (Precision.FP16,), "prompts": prompts, "num_steps": 2, **changes})
+
+
+def test_weights_above_the_size_limit_go_to_a_file_of_their_own(
+    tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "EXTERNAL_DATA_BYTES", 30_000_000)
+    build(demo_pipeline, tmp_path / "bundle", _options(onnx_dir=tmp_path / "onnx"))
+    bundle = Bundle.open(tmp_path / "bundle")
+    entry = bundle.manifest.denoisers["fp16"]
+    assert entry.weights is not None
+    assert entry.weights.bytes > 30_000_000 > entry.file.bytes
+    runtime = DenoiseRuntime.load(tmp_path / "bundle")
+    latents = runtime.denoise(runtime.encode(["a red circle"]), bundle.schedule("uniform:fp16"), runtime.noise([0]))
+    assert np.isfinite(latents).all()
+    onnx.checker.check_model(str(tmp_path / "onnx" / "fp16.onnx"))
+    assert (tmp_path / "onnx" / "fp16.onnx.data").exists()
+    with open(tmp_path / "bundle" / entry.weights.path, "r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"\xff\xff\xff\xff")
+    with pytest.raises(Exception, match="was altered"):
+        DenoiseRuntime.load(tmp_path / "bundle").denoiser("fp16")
+
+
+def test_a_build_that_misses_its_floor_fails_and_leaves_nothing(
+    tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong activation scale, as a buggy calibrator would give, planted in the INT8 recipe."""
+    real = engine_build.calibrate_ranges
+
+    def too_small(*args):
+        found = real(*args)
+        return {
+            name: type(item)(item.weight, item.input_amax / 50, item.pre_quant_scale) for name, item in found.items()
+        }
+
+    recipe = RECIPES[Precision.INT8]
+    monkeypatch.setitem(
+        RECIPES, Precision.INT8, type(recipe)(**{**vars(recipe), "variants": (Variant("max", "max", batch_limit=2),)})
+    )
+    monkeypatch.setattr(engine_build, "calibrate_ranges", too_small)
+    out = tmp_path / "out"
+    with pytest.raises(BuildError, match=r"int8: the built engine has an SQNR of .* dB .* its floor is 22.0 dB"):
+        build(
+            demo_pipeline,
+            out / "bundle",
+            _options(precisions=(Precision.FP16, Precision.INT8), onnx_dir=out / "onnx"),
+        )
+    assert list(out.iterdir()) == []
+
+
+def test_a_miscompiled_engine_is_caught(tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lowering that drops a cast or a bias, as an optimizer was seen to do, planted in the FP16 engine."""
+    real = cpu_lowering.lower_for_cpu
+
+    def broken(model):
+        lowered, counts = real(model)
+        gelu = next(node for node in lowered.graph.node if node.op_type == "Gelu")
+        gelu.op_type = "Relu"
+        del gelu.attribute[:]
+        return lowered, counts
+
+    monkeypatch.setattr(engine_build, "lower_for_cpu", broken)
+    with pytest.raises(BuildError, match="fp16: the built engine has an SQNR of"):
+        build(demo_pipeline, tmp_path / "bundle", _options())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["_text", "_vae", "_denoisers"])
+def test_an_interrupted_build_leaves_nothing(
+    stage: str, tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle_build._Build, stage, interrupt)
+    monkeypatch.setattr(bundle_build._Build, "_gather", lambda self: ([], []))
+    if stage != "_denoisers":
+        monkeypatch.setattr(bundle_build._Build, "_denoisers", lambda *_: {})
+    if stage == "_vae":
+        monkeypatch.setattr(bundle_build._Build, "_text", lambda *_: (None, None))
+    with pytest.raises(KeyboardInterrupt):
+        build(demo_pipeline, tmp_path / "bundle", _options(onnx_dir=tmp_path / "onnx"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_bundle_survives_a_failed_rebuild(
+    demo_bundle: Path, copy_of, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy_of(demo_bundle)
+    before = json.loads((bundle / "manifest.json").read_text())
+    monkeypatch.setattr(
+        bundle_build._Build, "run", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OSError, match="No space left"):
+        build(demo_pipeline, bundle, _options(force=True))
+    assert json.loads((bundle / "manifest.json").read_text()) == before
+    assert Bundle.open(bundle).verify() > 0
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]

@@ -1,0 +1,228 @@
+"""Codes, scales, Q/DQ insertion and CPU lowering on small layers whose results numpy can state exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from engines.backends import load_engine
+from engines.errors import BuildError
+from engines.precision import Precision
+from tmpdiff_export.accuracy import sqnr_db
+from tmpdiff_export.cpu_lowering import lower_for_cpu
+from tmpdiff_export.onnx_export import ExportInput, export_graph, save_checked
+from tmpdiff_export.qdq import insert_qdq
+from tmpdiff_export.ranges import layers_sharing_inputs, quantizable_linears
+from tmpdiff_export.recipes import RECIPES, stays_high_precision
+from tmpdiff_export.scales import LayerRange, QuantizedLayer, fp16_scale, quantize_layer
+
+QUANTIZED = (Precision.FP8, Precision.INT8, Precision.INT4)
+K, N = 256, 96
+
+
+class TwoLinears(torch.nn.Module):
+    """Two layers that read the same activation, as q and k do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = torch.nn.Linear(K, N)
+        self.b = torch.nn.Linear(K, N)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) * 0.5 + self.b(x)
+
+
+@pytest.fixture(scope="module")
+def module() -> TwoLinears:
+    return TwoLinears().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def activation() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, 7, K)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def graph(module: TwoLinears, activation: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+    inputs = [ExportInput("x", torch.from_numpy(activation), {0: "batch"})]
+    return export_graph(module, inputs, {"y": {0: "batch"}}, tmp_path_factory.mktemp("onnx") / "x.onnx", half=True)
+
+
+def quantized(
+    module: TwoLinears, precision: Precision, pre_quant_scale: np.ndarray | None = None
+) -> dict[str, QuantizedLayer]:
+    recipe = RECIPES[precision]
+    amax = None if recipe.input is None else 4.0
+    layers = {}
+    for name in ("a", "b"):
+        weight = module.get_submodule(name).weight.numpy()
+        if pre_quant_scale is not None:
+            weight = weight / pre_quant_scale
+        layers[name] = quantize_layer(LayerRange(weight, amax, pre_quant_scale), precision, recipe.block_size)
+    return layers
+
+
+def expected(module: TwoLinears, layers: dict[str, QuantizedLayer], x: np.ndarray) -> np.ndarray:
+    """What the codes and scales say, in float64."""
+    total = np.zeros((*x.shape[:-1], N))
+    for name, factor in (("a", 0.5), ("b", 1.0)):
+        layer = layers[name]
+        data = x.astype(np.float64)
+        if layer.pre_quant_scale is not None:
+            data = data * layer.pre_quant_scale.astype(np.float64)
+        if layer.input_scale is not None:
+            scale = float(layer.input_scale)
+            if layer.precision is Precision.FP8:
+                data = (
+                    np.clip(data / scale, -448, 448)
+                    .astype(np.float32)
+                    .astype(ml_dtypes.float8_e4m3fn)
+                    .astype(np.float64)
+                )
+            else:
+                data = np.clip(np.rint(data / scale), -128, 127)
+            data = data * scale
+        bias = module.get_submodule(name).bias.numpy().astype(np.float16).astype(np.float64)
+        total += factor * (data @ layer.dequantized().astype(np.float64) + bias)
+    return total
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_cpu_engine_computes_what_codes_and_scales_say(
+    precision: Precision,
+    smooth: bool,
+    module: TwoLinears,
+    graph: onnx.ModelProto,
+    activation: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    scale = np.exp(np.random.default_rng(1).normal(0, 0.3, K)).astype(np.float32) if smooth else None
+    layers = quantized(module, precision, scale)
+    lowered, counts = lower_for_cpu(insert_qdq(graph, layers, RECIPES[precision]))
+    onnx.save(lowered, tmp_path / "engine.onnx")
+    measured = load_engine("onnxruntime", tmp_path / "engine.onnx").run({"x": activation})["y"]
+    # An activation on the edge between two codes may round either way in FP32; hence dB and not equality.
+    assert sqnr_db(expected(module, layers, activation), measured) > 55.0
+    kind = {Precision.FP8: "fp8-emulated", Precision.INT8: "MatMulIntegerToFloat", Precision.INT4: "MatMulNBits"}
+    assert counts[kind[precision]] == 2
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_the_onnx_file_is_standard_strongly_typed_and_stores_codes(
+    precision: Precision, module: TwoLinears, graph: onnx.ModelProto, tmp_path: Path
+) -> None:
+    layers = quantized(module, precision)
+    model = insert_qdq(graph, layers, RECIPES[precision])
+    save_checked(model, tmp_path / "model.onnx")
+    assert [(item.domain, item.version) for item in model.opset_import] == [("", RECIPES[precision].opset)]
+    stored = {item.name: item for item in model.graph.initializer}
+    kinds = {
+        Precision.FP8: TensorProto.FLOAT8E4M3FN,
+        Precision.INT8: TensorProto.INT8,
+        Precision.INT4: TensorProto.INT4,
+    }
+    for name, layer in layers.items():
+        codes = stored[f"{name}.weight_codes"]
+        assert codes.data_type == kinds[precision]
+        read = numpy_helper.to_array(codes).astype(np.float32)
+        np.testing.assert_array_equal(read, layer.codes.astype(np.float32))
+        assert f"{name}.weight" not in stored, "the FP16 weight is still in the file"
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert stored[node.input[1]].data_type == TensorProto.FLOAT16
+    quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantizers) == (0 if precision is Precision.INT4 else 1), "layers that share an input share its Q/DQ"
+
+
+def test_layers_with_different_input_scales_get_quantizers_of_their_own(
+    module: TwoLinears, graph: onnx.ModelProto, activation: np.ndarray, tmp_path: Path
+) -> None:
+    layers = {
+        name: quantize_layer(LayerRange(module.get_submodule(name).weight.numpy(), amax, None), Precision.INT8, None)
+        for name, amax in (("a", 4.0), ("b", 2.0))
+    }
+    model = insert_qdq(graph, layers, RECIPES[Precision.INT8])
+    lowered, _ = lower_for_cpu(model)
+    onnx.save(lowered, tmp_path / "engine.onnx")
+    measured = load_engine("onnxruntime", tmp_path / "engine.onnx").run({"x": activation})["y"]
+    assert sqnr_db(expected(module, layers, activation), measured) > 55.0
+
+
+def test_a_layer_that_is_not_in_the_graph_is_an_error(module: TwoLinears, graph: onnx.ModelProto) -> None:
+    layers = quantized(module, Precision.INT8)
+    layers["missing"] = layers["a"]
+    with pytest.raises(BuildError, match=r"1 of 3 layers were not found.*missing"):
+        insert_qdq(graph, layers, RECIPES[Precision.INT8])
+
+
+@pytest.mark.parametrize(
+    ("precision", "floor_db"), [(Precision.FP8, 29.0), (Precision.INT8, 40.0), (Precision.INT4, 18.0)]
+)
+def test_quantized_weights_are_as_near_as_their_format_allows(precision: Precision, floor_db: float) -> None:
+    weight = np.random.default_rng(2).standard_normal((N, K)).astype(np.float32)
+    layer = quantize_layer(LayerRange(weight, 1.0, None), precision, RECIPES[precision].block_size)
+    assert sqnr_db(weight.T, layer.dequantized()) > floor_db
+
+
+def test_int4_needs_whole_blocks() -> None:
+    with pytest.raises(ValueError, match=r"K \(200\) to be a multiple of the block size \(128\)"):
+        quantize_layer(LayerRange(np.zeros((4, 200), np.float32), None, None), Precision.INT4, 128)
+
+
+def test_tiny_scales_stay_normal_fp16_numbers() -> None:
+    scale = fp16_scale(np.array([0.0, 1e-9, 1.0]), Precision.INT8)
+    assert scale.dtype == np.float16
+    assert (scale.astype(np.float32) >= 6.1e-5).all()
+
+
+def test_export_leaves_the_module_as_it_was(module: TwoLinears, activation: np.ndarray, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    inputs = [ExportInput("x", torch.from_numpy(activation), {0: "batch"})]
+    export_graph(module, inputs, {"y": {0: "batch"}}, tmp_path / "x.onnx", half=True)
+    for name, tensor in module.state_dict().items():
+        assert tensor.dtype is torch.float32
+        assert torch.equal(tensor, before[name])
+
+
+def test_layers_reading_one_tensor_are_found(module: TwoLinears, activation: np.ndarray) -> None:
+    assert layers_sharing_inputs(module, ["a", "b"], (torch.from_numpy(activation),)) == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "stays"),
+    [
+        ("transformer_blocks.0.attn1.to_q", False),
+        ("transformer_blocks.0.ff.net.0.proj", False),
+        ("single_transformer_blocks.3.proj_out", False),  # Flux: a block's own projection, not the final one
+        ("down_blocks.0.attentions.0.proj_out", False),  # UNet, likewise
+        ("proj_out", True),
+        ("adaln_single.linear", True),
+        ("norm_out.linear", True),
+        ("transformer_blocks.0.norm1.linear", True),
+        ("caption_projection.linear_1", True),
+        ("time_embedding.linear_1", True),
+        ("x_embedder", True),
+    ],
+)
+def test_what_stays_in_high_precision(name: str, stays: bool) -> None:
+    assert (stays_high_precision(name) is not None) is stays
+
+
+def test_nothing_to_quantize_is_an_error() -> None:
+    with pytest.raises(BuildError, match="no linear layer can be quantized"):
+        quantizable_linears(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)), "denoiser", None)
+
+
+def test_sqnr_of_known_noise_and_of_broken_output() -> None:
+    reference = np.array([3.0, 4.0])
+    assert sqnr_db(reference, reference + np.array([0.3, -0.4])) == pytest.approx(20.0)
+    assert sqnr_db(reference, reference) == 200.0
+    assert sqnr_db(reference, np.array([np.nan, 4.0])) == -200.0

@@ -56,7 +56,7 @@ def test_the_manifest_says_how_each_engine_was_made(demo_bundle: Path) -> None:
         assert entry.sqnr_db >= entry.sqnr_floor_db == recipe.sqnr_floor_db
         assert entry.recipe in ({variant.name for variant in recipe.variants} or {"none"})
     assert manifest.denoisers["int8"].lowering["MatMulIntegerToFloat"] == 40
-    assert manifest.denoisers["int4"].lowering["MatMulNBits"] == 40
+    assert manifest.denoisers["int4"].lowering["MatMulNBits"] == 45
     assert manifest.denoisers["fp8"].lowering["fp8-emulated"] == 40
 
 
@@ -84,7 +84,7 @@ def test_quantized_files_are_as_small_as_their_format(demo_build: DemoBuild) -> 
     print(ratios)
     assert ratios["int8"] < 0.60
     assert ratios["fp8"] < 0.60
-    assert ratios["int4"] < 0.40
+    assert ratios["int4"] < 0.30
 
 
 def test_fp16_schedule_equals_a_plain_loop_bit_for_bit(demo_bundle: Path) -> None:

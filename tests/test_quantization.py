@@ -213,12 +213,12 @@ def test_layers_reading_one_tensor_are_found(module: TwoLinears, activation: np.
     ],
 )
 def test_what_stays_in_high_precision(name: str, stays: bool) -> None:
-    assert (stays_high_precision(name) is not None) is stays
+    assert (stays_high_precision(name, RECIPES[Precision.INT8]) is not None) is stays
 
 
 def test_nothing_to_quantize_is_an_error() -> None:
     with pytest.raises(BuildError, match="no linear layer can be quantized"):
-        quantizable_linears(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)), "denoiser", None)
+        quantizable_linears(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)), "denoiser", RECIPES[Precision.INT8])
 
 
 def test_sqnr_of_known_noise_and_of_broken_output() -> None:

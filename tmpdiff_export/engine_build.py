@@ -207,7 +207,7 @@ def _quantized(
     batches: Sequence[Batch],
 ) -> onnx.ModelProto:
     recipe = RECIPES[precision]
-    names = quantizable_linears(module, prefix, recipe.block_size)
+    names = quantizable_linears(module, prefix, recipe)
     ranges = calibrate_ranges(module, names, recipe, variant, batches)
     layers = {name: quantize_layer(found, precision, recipe.block_size) for name, found in ranges.items()}
     return insert_qdq(base, layers, recipe)

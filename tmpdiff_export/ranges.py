@@ -18,13 +18,13 @@ from tmpdiff_export.scales import LayerRange
 Batch = tuple[torch.Tensor, ...]
 
 
-def quantizable_linears(module: torch.nn.Module, prefix: str, block_size: int | None) -> list[str]:
+def quantizable_linears(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
     """Names of the linear layers below `module.<prefix>` that a recipe quantizes.
 
     Args:
         module: the export wrapper.
         prefix: attribute of the wrapper that holds the denoiser.
-        block_size: leave out layers whose K is not a multiple of it (INT4), None for no limit.
+        recipe: names what stays in high precision; with a block size, layers whose K is no multiple of it stay too.
 
     Raises:
         BuildError: no layer is left, so that the "quantized" engine would be an FP16 one.
@@ -33,13 +33,13 @@ def quantizable_linears(module: torch.nn.Module, prefix: str, block_size: int | 
         name
         for name, layer in module.named_modules()
         if isinstance(layer, torch.nn.Linear)
-        and stays_high_precision(name.removeprefix(f"{prefix}.")) is None
-        and (block_size is None or layer.in_features % block_size == 0)
+        and stays_high_precision(name.removeprefix(f"{prefix}."), recipe) is None
+        and (recipe.block_size is None or layer.in_features % recipe.block_size == 0)
     ]
     if not names:
         raise BuildError(
             f"{type(module).__name__}: no linear layer can be quantized"
-            + (f" (none has an input width that is a multiple of {block_size})" if block_size else "")
+            + (f" (none has an input width that is a multiple of {recipe.block_size})" if recipe.block_size else "")
         )
     return names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +28,7 @@ class OnnxRuntimeEngine:
         Raises:
             BackendError: ONNX Runtime refuses the file.
         """
-        import onnxruntime
-
+        onnxruntime = _library()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
@@ -63,9 +63,19 @@ class OnnxRuntimeEngine:
 
 def version() -> str:
     """Version of the installed ONNX Runtime."""
+    return str(_library().__version__)
+
+
+def _library() -> Any:
+    """The `onnxruntime` module, its telemetry off.
+
+    Its official builds send trace events to Microsoft unless this variable is set before they are first
+    imported (Privacy.md in the package). A value that the user has set stays.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    return str(onnxruntime.__version__)
+    return onnxruntime
 
 
 def _dtype(name: str) -> np.dtype:

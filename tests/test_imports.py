@@ -1,0 +1,119 @@
+"""Imports run one way, and the runtime imports nothing that a product does not have."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPORT_WORLD = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "modelopt",
+    "rich",
+    "skimage",
+    "matplotlib",
+    "safetensors",
+)
+FORBIDDEN = {
+    "engines": {"calibration", "tmpdiff_export", "tools", *EXPORT_WORLD},
+    "calibration": {"tmpdiff_export", "tools", "torch", "diffusers", "transformers", "onnx", "modelopt"},
+    "tmpdiff_export": {"tools"},
+    "tests": {"tools"},
+}
+RUNTIME_LIBRARIES = {"numpy", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+WALK = """
+import sys
+before = {name.partition(".")[0] for name in sys.modules}
+import importlib, pkgutil
+package = importlib.import_module(sys.argv[1])
+names = [package.__name__]
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if not module.name.endswith(".__main__"):
+        importlib.import_module(module.name)
+        names.append(module.name)
+print(*names)
+loaded = {name.partition(".")[0] for name in sys.modules} - before
+print(*sorted(name for name in loaded - sys.stdlib_module_names if not name.startswith("_sysconfigdata")))
+"""
+
+
+def files_of(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and top-level name of every import in a file, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; imports here are absolute"
+            yield node.lineno, str(node.module).partition(".")[0]
+
+
+def in_subprocess(program: str, *args: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", program, *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_run_one_way(package: str) -> None:
+    files = files_of(package)
+    assert files
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files
+        for line, name in imports_of(path)
+        if name in FORBIDDEN[package]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ["engines", "calibration"])
+def test_importing_every_module_loads_nothing_forbidden(package: str) -> None:
+    names, loaded = in_subprocess(WALK, package)
+    expected = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in files_of(package)
+        if path.name != "__main__.py"
+    }
+    assert set(names.split()) == expected
+    assert not set(loaded.split()) & FORBIDDEN[package]
+    if package == "engines":
+        assert set(loaded.split()) == {"engines", *RUNTIME_LIBRARIES}
+
+
+def test_the_command_line_starts_without_libraries() -> None:
+    program = "import sys, engines.cli; print(*({'numpy', 'pydantic', 'onnxruntime', 'PIL'} & set(sys.modules)))"
+    assert in_subprocess(program) == [""]
+
+
+def test_the_runtime_imports_what_it_declares() -> None:
+    declared = {
+        requirement.partition(">")[0].strip().lower()
+        for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    }
+    distributions = packages_distributions()
+    imported = {name for path in files_of("engines") for _, name in imports_of(path)}
+    third_party = imported - sys.stdlib_module_names - {"engines"}
+    assert third_party
+    used = {distribution.lower() for name in third_party for distribution in distributions.get(name, [name])}
+    assert used == declared

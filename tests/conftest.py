@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 NUM_STEPS = 12
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 4.5  # the pipeline's default
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) ->
         (
             "a large red circle in the top left on a dark background",
             "a small blue square in the center and a large yellow ring in the bottom right",
-            "a large green triangle on the right",
+            "a large green triangle at the right",
             "a small purple diamond at the top and a large white circle at the bottom",
         ),
         (
             "a large cyan square in the top right",
-            "a small orange circle on the left and a large blue triangle on the right",
+            "a small orange circle at the left and a large blue triangle at the right",
         ),
     )
     build(
@@ -63,7 +63,6 @@ def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) ->
             precisions=tuple(Precision),
             prompts=prompts.calibration,
             num_steps=NUM_STEPS,
-            guidance_scale=GUIDANCE_SCALE,
             onnx_dir=folder / "onnx",
         ),
     )

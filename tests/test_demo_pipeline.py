@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from engines.precision import Precision
+from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
+from tmpdiff_export.bundle_build import BuildOptions, build
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.readback import judge, read_picture, score
 from tmpdiff_export.demo.scenes import has_held_out_pair, held_out_captions, is_held_out, parse_caption
@@ -109,14 +112,27 @@ def test_text_encoder_activations_fit_fp16(pipeline: Any) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_gate_pictures_of_unseen_captions_read_back(pipeline: Any) -> None:
+def test_gate_pictures_of_unseen_captions_read_back(tmp_path: Path) -> None:
+    """Through the FP16 engine and the runtime: the pipeline as users get it, and twice as fast here as FP32 torch."""
     captions = held_out_captions("plain", 50, seed=0) + held_out_captions("composed", 50, seed=0)
-    pictures = [p for start in range(0, 100, 10) for p in generate(pipeline, captions[start : start + 10])]
+    prompts = ("a small red circle in the center", "a large blue square at the left")
+    options = BuildOptions(precisions=(Precision.FP16,), prompts=prompts, num_steps=STEPS)
+    build(pipeline_folder(), tmp_path / "bundle", options)
+    runtime = DenoiseRuntime.load(tmp_path / "bundle")
+    schedule = runtime.bundle.schedule("uniform:fp16")
+    pictures = [runtime.generate([caption], [seed], schedule)[0] for seed, caption in enumerate(captions)]
     accuracies = score(pictures, captions)
     print("read back of 100 unseen captions:", {name: f"{value:.0%}" for name, value in accuracies.items()})
     assert accuracies["colour_and_position"] >= 0.90
     # The same pictures under the captions of others: agreement there would mean a reader that always agrees.
     assert score(pictures, captions[1:] + captions[:1])["colour_and_position"] <= 0.10
+
+
+@pytest.mark.parametrize("kind", ["plain", "composed"])
+def test_the_diffusers_pipeline_itself_draws_what_is_asked_for(pipeline: Any, kind: str) -> None:
+    captions = held_out_captions(kind, 4, seed=1)
+    accuracies = score(generate(pipeline, captions), captions)
+    assert accuracies["colour_and_position"] == 1.0
 
 
 @pytest.mark.parametrize("kind", ["plain", "composed", "unusual"])

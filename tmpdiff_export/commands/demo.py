@@ -23,7 +23,6 @@ from engines.text import PromptFile, read_prompts
 
 PROMPT_SETS = ("plain", "composed", "unusual")
 NUM_STEPS = 20
-GUIDANCE_SCALE = 3.0
 SHEET_NAME = "side_by_side.png"
 
 
@@ -62,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
                 prompts=prompts.calibration,
                 num_steps=NUM_STEPS,
                 seed=args.seed,
-                guidance_scale=GUIDANCE_SCALE,
                 onnx_dir=args.out / "onnx",
                 force=True,
             ),

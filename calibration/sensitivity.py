@@ -107,6 +107,24 @@ class ValidationRow(_Record):
     loses_to: tuple[str, ...] = ()
 
 
+class CalibrationSettings(_Record):
+    """What a bundle was calibrated with.
+
+    Attributes:
+        bundle_id: of the bundle.
+        guidance_scale: of every run.
+        seed: of the first calibration sample's noise.
+        calibration_prompts: one sample each.
+        validation_prompts: one sample each.
+    """
+
+    bundle_id: str
+    guidance_scale: float
+    seed: int
+    calibration_prompts: tuple[str, ...]
+    validation_prompts: tuple[str, ...]
+
+
 class Sensitivity(_Record):
     """Everything a calibration measured, and the schedule it chose.
 
@@ -123,6 +141,7 @@ class Sensitivity(_Record):
         predicted_error: its predicted E; `measured_error` is its E on the validation samples.
         pareto: the front, fastest first; a selection where `pareto_size`, its real size, is larger.
         loses_to: as in the "schedule" row of `validation`.
+        settings: None where no bundle was calibrated.
     """
 
     version: Literal[1] = SENSITIVITY_VERSION
@@ -152,6 +171,7 @@ class Sensitivity(_Record):
     pareto: tuple[ParetoPoint, ...]
     pareto_size: int
     validation: tuple[ValidationRow, ...]
+    settings: CalibrationSettings | None = None
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:

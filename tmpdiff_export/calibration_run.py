@@ -12,6 +12,8 @@ from calibration.allocation import Budget
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
 from calibration.calibrate import Progress
 from calibration.latency import step_latencies
+from calibration.sensitivity import CalibrationSettings
+from engines.bundle import Bundle
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
@@ -70,9 +72,44 @@ def calibrate_bundle(
         journal=with_latencies,
         progress=report,
     )
-    result.sensitivity.save(runtime.bundle.sensitivity_path)
-    result.schedule(runtime.manifest.bundle_id).save(runtime.bundle.schedule_path)
-    return result.sensitivity
+    bundle_id = runtime.manifest.bundle_id
+    settings = CalibrationSettings(
+        bundle_id=bundle_id,
+        guidance_scale=scale,
+        seed=seed,
+        calibration_prompts=prompts.calibration,
+        validation_prompts=prompts.validation,
+    )
+    found = result.sensitivity.model_copy(update={"settings": settings})
+    found.save(runtime.bundle.sensitivity_path)
+    result.schedule(bundle_id).save(runtime.bundle.schedule_path)
+    return found
+
+
+def read_calibration(bundle: Bundle) -> Sensitivity:
+    """The sensitivity document, checked against the schedule and the manifest it is shown beside.
+
+    Raises:
+        TmpDiffError: not calibrated, or the documents contradict each other.
+    """
+    remedy = f"run `tmpdiff-export calibrate {bundle.folder} --prompts FILE`"
+    for path in (bundle.sensitivity_path, bundle.schedule_path):
+        if not path.exists():
+            raise TmpDiffError(f"bundle {bundle.folder} is not calibrated: it holds no {path.name}; {remedy}")
+    found = Sensitivity.load(bundle.sensitivity_path)
+    if found.precisions != bundle.manifest.precisions or found.num_steps != bundle.manifest.sampling.num_steps:
+        raise TmpDiffError(
+            f"sensitivity {bundle.sensitivity_path} has {found.num_steps} steps at {', '.join(found.precisions)}, the "
+            f"bundle {bundle.manifest.sampling.num_steps} at {', '.join(bundle.manifest.precisions)}; {remedy}"
+        )
+    if found.settings is None or found.settings.bundle_id != bundle.manifest.bundle_id:
+        raise TmpDiffError(f"sensitivity {bundle.sensitivity_path} was measured on another bundle; {remedy}")
+    if found.schedule != bundle.schedule().precisions:
+        raise TmpDiffError(
+            f"{bundle.schedule_path.name} of {bundle.folder} is not the schedule that {bundle.sensitivity_path.name} "
+            f"describes; {remedy}"
+        )
+    return found
 
 
 def _latencies(runtime: DenoiseRuntime, prompts: PromptFile, scale: float, report: Progress) -> dict[str, float]:

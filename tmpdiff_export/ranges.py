@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +61,9 @@ def calibrate_ranges(
         A range per layer name. Layers that read the same activation share `pre_quant_scale` (the
         geometric mean of theirs) and `input_amax`, so that one QuantizeLinear serves them all.
     """
-    import modelopt.torch.quantization as mtq
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import modelopt.torch.quantization as mtq
 
     quantizers: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name in names:
@@ -74,7 +77,8 @@ def calibrate_ranges(
         for batch in used:
             model(*batch)
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of every layer that the recipe leaves out
         quantized = mtq.quantize(copy.deepcopy(module), config, forward_loop)
     found: dict[str, LayerRange] = {}
     channel_amax: dict[str, np.ndarray] = {}

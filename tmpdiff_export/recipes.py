@@ -69,7 +69,15 @@ _ACTIVATION_OUTLIERS = (
 # The floors are set well below what trained denoisers give and well above what a wrong scale, a
 # dropped layer or a miscompiled graph gives (an optimizer that drops a cast costs 15 dB or more).
 RECIPES: dict[Precision, Recipe] = {
-    Precision.FP16: Recipe(Precision.FP16, opset=20, weight={}, input=None, variants=(), high_precision=(("*", "the reference"),), sqnr_floor_db=50.0),
+    Precision.FP16: Recipe(
+        Precision.FP16,
+        opset=20,
+        weight={},
+        input=None,
+        variants=(),
+        high_precision=(("*", "the reference"),),
+        sqnr_floor_db=50.0,
+    ),
     Precision.FP8: Recipe(
         Precision.FP8,
         opset=20,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from calibration import Sensitivity
 from engines.bundle import Bundle
 
 
@@ -17,19 +16,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the manifest, and schedule and sensitivity where the bundle was calibrated."""
+    from tmpdiff_export.calibration_run import read_calibration
     from tmpdiff_export.commands.build import print_engines
     from tmpdiff_export.commands.calibrate import print_sensitivity
     from tmpdiff_export.display import print_json
 
     bundle = Bundle.open(args.bundle)
-    schedule = bundle.schedule() if bundle.schedule_path.exists() else None
-    found = Sensitivity.load(bundle.sensitivity_path) if bundle.sensitivity_path.exists() else None
+    calibrated = bundle.schedule_path.exists() or bundle.sensitivity_path.exists()
+    found = read_calibration(bundle) if calibrated else None
     if args.json:
         print_json(
             {
                 "manifest": bundle.manifest.model_dump(mode="json"),
-                "schedule": schedule and schedule.model_dump(mode="json"),
-                "sensitivity": found and found.model_dump(mode="json"),
+                "schedule": bundle.schedule().model_dump(mode="json") if found else None,
+                "sensitivity": found.model_dump(mode="json") if found else None,
             }
         )
         return 0

@@ -1,0 +1,58 @@
+"""The report of a calibrated bundle: reads its documents, draws pictures where prompts are given, writes one HTML file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.bundle import Bundle
+from engines.errors import TmpDiffError
+from engines.files import atomic_write_text
+from tmpdiff_export.calibration_run import read_calibration
+from tmpdiff_export.display import Report
+from tmpdiff_export.report_page import page
+from tmpdiff_export.report_pictures import draw
+
+
+def write_report(
+    folder: Path, out: Path, *, prompts: Sequence[str] = (), pictures: int = 0, progress: Report | None = None
+) -> dict[str, Any]:
+    """Writes the report of a bundle. Equal documents, prompts and engines give equal bytes.
+
+    Args:
+        folder: bundle folder.
+        out: the HTML file, replaced where it exists.
+        prompts: what to draw; without any the page has no pictures.
+        pictures: pictures per prompt and schedule, with seeds 0 .. pictures - 1.
+        progress: called with (stage, done, total).
+
+    Returns:
+        JSON data: "report" (path), "bundle_id", "bytes", "pictures" (how many the page shows) and "loses_to".
+
+    Raises:
+        TmpDiffError: the bundle is not calibrated or its documents do not belong together, an engine cannot
+            run, or `out` cannot be written; nothing was written.
+    """
+    if not out.parent.is_dir():
+        raise TmpDiffError(f"output folder {out.parent} does not exist; make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise TmpDiffError(f"output folder {out.parent} is not writable")
+    if out.is_dir():
+        raise TmpDiffError(f"output {out} is a folder; name a file")
+    bundle = Bundle.open(folder)
+    found = read_calibration(bundle)
+    rows = draw(bundle, prompts, pictures, progress) if prompts and pictures else ()
+    text = page(bundle.manifest, found, rows)
+    try:
+        atomic_write_text(out, text)
+    except OSError as error:
+        raise TmpDiffError(f"report {out} cannot be written: {error.strerror or error}") from error
+    return {
+        "report": str(out),
+        "bundle_id": bundle.manifest.bundle_id,
+        "bytes": len(text.encode()),
+        "pictures": sum(len(row.drawings) for row in rows),
+        "loses_to": list(found.loses_to),
+    }

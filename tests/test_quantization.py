@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
@@ -21,6 +22,7 @@ from tmpdiff_export.qdq import insert_qdq
 from tmpdiff_export.ranges import layers_sharing_inputs, quantizable_linears
 from tmpdiff_export.recipes import RECIPES, stays_high_precision
 from tmpdiff_export.scales import LayerRange, QuantizedLayer, fp16_scale, quantize_layer
+from tmpdiff_export.shape_folding import fold_shapes
 
 QUANTIZED = (Precision.FP8, Precision.INT8, Precision.INT4)
 K, N = 256, 96
@@ -190,6 +192,47 @@ def test_export_leaves_the_module_as_it_was(module: TwoLinears, activation: np.n
     for name, tensor in module.state_dict().items():
         assert tensor.dtype is torch.float32
         assert torch.equal(tensor, before[name])
+
+
+class Attention(torch.nn.Module):
+    """Reshapes as attention has them: a symbolic batch, a symbolic text length, fixed heads."""
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        batch, _, width = x.shape
+        q = x.view(batch, -1, 4, width // 4).transpose(1, 2)
+        k = text.view(batch, -1, 4, width // 4).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        return out.transpose(1, 2).reshape(batch, -1, width).squeeze(1)
+
+
+def test_folding_shapes_changes_no_bit_at_any_size(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    shape = {"x": (2, 9, 32), "text": (2, 5, 32)}
+    inputs = [
+        ExportInput(name, torch.zeros(size), {0: "batch", **({1: "text"} if name == "text" else {})})
+        for name, size in shape.items()
+    ]
+    before = export_graph(Attention().eval(), inputs, {"y": {0: "batch"}}, tmp_path / "x.onnx", half=False)
+    after = onnx.ModelProto()
+    after.CopyFrom(before)
+    assert fold_shapes(after, tmp_path / "scratch.onnx") > 20
+    assert not any(node.op_type in ("Shape", "Gather", "Concat", "If") for node in after.graph.node)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+    engines = []
+    for name, model in (("before", before), ("after", after)):
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        onnx.checker.check_model(str(tmp_path / f"{name}.onnx"), full_check=True)
+        options = onnxruntime.SessionOptions()  # constants let its optimizer fuse more, which rounds differently
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        engines.append(onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), options))
+    for batch, length in ((1, 1), (2, 5), (3, 7), (5, 40)):
+        arrays = {
+            "x": generator.standard_normal((batch, 9, 32)).astype(np.float32),
+            "text": generator.standard_normal((batch, length, 32)).astype(np.float32),
+        }
+        expected, measured = (engine.run(None, arrays)[0] for engine in engines)
+        assert expected.shape == (batch, 9, 32)
+        np.testing.assert_array_equal(measured, expected)
 
 
 def test_layers_reading_one_tensor_are_found(module: TwoLinears, activation: np.ndarray) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
+import torch
 
 from engines.backends import require_backend
 from engines.bundle import MANIFEST_NAME
@@ -38,6 +40,7 @@ from tmpdiff_export.onnx_export import ExportInput, export_graph
 from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
 from tmpdiff_export.ranges import Batch
 from tmpdiff_export.scheduler_table import sampler_table
+from tmpdiff_export.shape_folding import fold_shapes
 
 Progress = Callable[[str, int, int], None]
 
@@ -222,7 +225,7 @@ class _Build:
             ExportInput(name, example, axes, keep_dtype=name == TIMESTEP)
             for (name, axes), example in zip(family.inputs.items(), range_batches[0], strict=True)
         ]
-        graph = export_graph(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, self.scratch / "export.onnx", half=True)
+        graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
         check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, check_batches)
         engines = {}
         for done, precision in enumerate(self.options.precisions, 1):
@@ -232,6 +235,18 @@ class _Build:
             )
         self.report("build denoisers", total, total)
         return engines
+
+    def _export(
+        self,
+        module: torch.nn.Module,
+        inputs: Sequence[ExportInput],
+        outputs: Mapping[str, Mapping[int, str]],
+        *,
+        half: bool,
+    ) -> onnx.ModelProto:
+        graph = export_graph(module, inputs, outputs, self.scratch / "export.onnx", half=half)
+        fold_shapes(graph, self.scratch / "shapes.onnx")
+        return graph
 
     def _text(self) -> tuple[EngineEntry, TextEntry]:
         self.report("build text encoder", 0, 1)
@@ -261,7 +276,7 @@ class _Build:
         inputs = [
             ExportInput(name, tensor, {0: "batch"}) for name, tensor in zip(family.text_inputs, batch, strict=True)
         ]
-        graph = export_graph(module, inputs, family.text_outputs, self.scratch / "text.onnx", half=False)
+        graph = self._export(module, inputs, family.text_outputs, half=False)
         check = AccuracyCheck.of(module, family.text_inputs, next(iter(family.text_outputs)), [batch])
         entry = build_component(module, graph, "text_encoder", check, self.bundle, self.scratch)
         self.report("build text encoder", 1, 1)
@@ -272,7 +287,7 @@ class _Build:
         module = VaeDecoder(self.source.pipe.vae).eval()
         latents = check_batches[-1][0][:1]  # of the last step kept, so close to a clean picture
         inputs = [ExportInput(LATENTS, latents, {0: "batch"})]
-        graph = export_graph(module, inputs, {"image": {0: "batch"}}, self.scratch / "vae.onnx", half=False)
+        graph = self._export(module, inputs, {"image": {0: "batch"}}, half=False)
         check = AccuracyCheck.of(module, [LATENTS], "image", [(latents,)])
         entry = build_component(module, graph, "vae_decoder", check, self.bundle, self.scratch)
         self.report("build VAE decoder", 1, 1)

@@ -155,9 +155,7 @@ def _read(path: Path, data: bytes) -> tuple[list[dict[str, Any]], int]:
         record = _parse(line)
         if record is None:
             if number < len(lines) or torn:
-                raise JournalError(
-                    f"journal {path} is damaged at line {number}; start the calibration afresh to replace it"
-                )
+                raise JournalError(f"journal {path} is damaged at line {number}; delete it to start afresh")
             break
         records.append(record)
         sound_bytes += len(line) + 1
@@ -169,7 +167,7 @@ def _difference(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> 
     name = next((name for name in expected if found.get(name) != expected[name]), "parameters")
     return (
         f"journal {path} belongs to another calibration: its {subjects.get(name, name)} is "
-        f"{_brief(found.get(name))}, expected {_brief(expected[name])}; start afresh to replace it, "
+        f"{_brief(found.get(name))}, expected {_brief(expected[name])}; delete it to start afresh, "
         "or go on with the arguments it was made with"
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from engines.backends import backend_version
 from engines.runtime import Conditioning, DenoiseRuntime
 
 WARM_UP_ROUNDS = 2
@@ -69,3 +73,17 @@ def step_latencies(
         return lambda: runtime.step(state, precision, batch, guidance_scale)
 
     return interleaved({name: one_step(name) for name in runtime.precisions}, rounds, on_round)
+
+
+def machine(runtime: DenoiseRuntime, threads: int | None) -> str:
+    """What latencies were measured on: threads, processor, backend and its version."""
+    entry = runtime.manifest.denoisers[runtime.precisions[0]]
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    cores = len(os.sched_getaffinity(0))
+    return f"{threads or cores} threads on {cores} cores of {model}, {entry.backend} {backend_version(entry.backend)}"

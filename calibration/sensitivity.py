@@ -112,6 +112,7 @@ class CalibrationSettings(_Record):
 
     Attributes:
         bundle_id: of the bundle.
+        machine: what the step latencies were measured on.
         guidance_scale: of every run.
         seed: of the first calibration sample's noise.
         calibration_prompts: one sample each.
@@ -119,6 +120,7 @@ class CalibrationSettings(_Record):
     """
 
     bundle_id: str
+    machine: str
     guidance_scale: float
     seed: int
     calibration_prompts: tuple[str, ...]

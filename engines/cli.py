@@ -49,14 +49,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
     parser.add_argument(
         "--prompt",
-        type=_prompt,
+        type=parse_prompt,
         action="append",
         required=True,
         metavar="TEXT",
         help="what to draw; repeat it for several pictures in one batch",
     )
     parser.add_argument(
-        "--seed", type=_seed, required=True, metavar="S", help="seed of the first picture, the next get S+1, S+2, ..."
+        "--seed",
+        type=parse_seed,
+        required=True,
+        metavar="S",
+        help="seed of the first picture, the next get S+1, S+2, ...",
     )
     parser.add_argument(
         "--out",
@@ -71,12 +75,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="which step runs at which precision (default: the calibrated schedule in the bundle)",
     )
     parser.add_argument(
-        "--negative-prompt", type=_prompt, default="", metavar="TEXT", help="what guidance leads away from"
+        "--negative-prompt", type=parse_prompt, default="", metavar="TEXT", help="what guidance leads away from"
     )
     parser.add_argument(
-        "--guidance-scale", type=_guidance_scale, metavar="G", help="1 or less: no guidance (default: the bundle's)"
+        "--guidance-scale",
+        type=parse_guidance_scale,
+        metavar="G",
+        help="1 or less: no guidance (default: the bundle's)",
     )
-    parser.add_argument("--threads", type=_threads, metavar="N", help="worker threads (default: one per core)")
+    parser.add_argument("--threads", type=parse_threads, metavar="N", help="worker threads (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -266,7 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prompt(text: str) -> str:
+def parse_prompt(text: str) -> str:
+    """An argument that is a prompt."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -274,11 +282,13 @@ def _prompt(text: str) -> str:
     return text
 
 
-def _seed(text: str) -> int:
+def parse_seed(text: str) -> int:
+    """An argument that is a seed."""
     return _integer(text, 0, MAX_SEED)
 
 
-def _threads(text: str) -> int:
+def parse_threads(text: str) -> int:
+    """An argument that is a number of threads."""
     return _integer(text, 1, MAX_THREADS)
 
 
@@ -292,7 +302,8 @@ def _integer(text: str, low: int, high: int) -> int:
     return value
 
 
-def _guidance_scale(text: str) -> float:
+def parse_guidance_scale(text: str) -> float:
+    """An argument that is a guidance scale."""
     try:
         value = float(text)
     except ValueError:

@@ -88,6 +88,8 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     os.chmod(scratch, 0o777 & ~_umask())
     try:
         yield scratch
+        if target.exists() and not replace:
+            raise TmpDiffError(f"output folder {target} appeared while the work went on; it was left as it is")
         if target.exists():
             retired = scratch.with_suffix(".old")
             os.rename(target, retired)

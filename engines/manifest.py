@@ -122,7 +122,7 @@ class TextEntry(_Document):
 
 
 class RangeCalibrationEntry(_Document):
-    """What the scales were calibrated on."""
+    """The prompts a build was given (their hash), and how many of them gave the scales."""
 
     prompts_sha256: Sha256
     num_prompts: int

@@ -68,8 +68,6 @@ class DenoiseRuntime:
         self._threads = threads
         self._engines: dict[str, Engine] = {}
         self._tokenizer: object | None = None
-        # One array a step, so that the loop allocates nothing for it.
-        self._timesteps = [np.float32(value) for value in self.table.timesteps]
 
     @classmethod
     def load(cls, path: Path | str, *, threads: int | None = None) -> DenoiseRuntime:
@@ -153,7 +151,7 @@ class DenoiseRuntime:
         guided = guidance_scale > 1.0
         if guided:
             latents = np.concatenate([latents, latents])
-        timestep = np.full(len(latents), self._timesteps[state.step_index], np.float32)
+        timestep = np.full(len(latents), self.table.timesteps[state.step_index], np.float32)
         engine = self.denoiser(precision)
         output = _output(engine.run({LATENTS: latents, TIMESTEP: timestep, **conditioning}), MODEL_OUTPUT)
         if guided:

@@ -143,22 +143,28 @@ def _options(**changes) -> BuildOptions:
 def test_weights_above_the_size_limit_go_to_a_file_of_their_own(
     tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_export, "EXTERNAL_DATA_BYTES", 30_000_000)
-    build(demo_pipeline, tmp_path / "bundle", _options(onnx_dir=tmp_path / "onnx"))
+    monkeypatch.setattr(onnx_export, "EXTERNAL_DATA_BYTES", 8_000_000)
+    precisions = (Precision.FP16, Precision.INT8, Precision.INT4)
+    build(demo_pipeline, tmp_path / "bundle", _options(precisions=precisions, onnx_dir=tmp_path / "onnx"))
     bundle = Bundle.open(tmp_path / "bundle")
-    entry = bundle.manifest.denoisers["fp16"]
-    assert entry.weights is not None
-    assert entry.weights.bytes > 30_000_000 > entry.file.bytes
+    for precision in precisions:
+        entry = bundle.manifest.denoisers[precision.value]
+        assert entry.weights is not None
+        assert entry.weights.bytes > 8_000_000 > entry.file.bytes
+        path = tmp_path / "onnx" / f"{precision.value}.onnx"
+        assert path.with_suffix(".onnx.data").stat().st_size > 8_000_000
+        onnx.checker.check_model(str(path), full_check=True)
+    kept = {file.path for file in bundle.manifest.files()} | {"manifest.json"}
+    assert {path.relative_to(bundle.folder).as_posix() for path in bundle.folder.rglob("*") if path.is_file()} == kept
+    entry = bundle.manifest.denoisers["int8"]
     runtime = DenoiseRuntime.load(tmp_path / "bundle")
-    latents = runtime.denoise(runtime.encode(["a red circle"]), bundle.schedule("uniform:fp16"), runtime.noise([0]))
+    latents = runtime.denoise(runtime.encode(["a red circle"]), bundle.schedule("uniform:int8"), runtime.noise([0]))
     assert np.isfinite(latents).all()
-    onnx.checker.check_model(str(tmp_path / "onnx" / "fp16.onnx"))
-    assert (tmp_path / "onnx" / "fp16.onnx.data").exists()
     with open(tmp_path / "bundle" / entry.weights.path, "r+b") as stream:
         stream.seek(1000)
         stream.write(b"\xff\xff\xff\xff")
     with pytest.raises(Exception, match="was altered"):
-        DenoiseRuntime.load(tmp_path / "bundle").denoiser("fp16")
+        DenoiseRuntime.load(tmp_path / "bundle").denoiser("int8")
 
 
 def test_a_build_that_misses_its_floor_fails_and_leaves_nothing(
@@ -236,3 +242,57 @@ def test_an_existing_bundle_survives_a_failed_rebuild(
     assert json.loads((bundle / "manifest.json").read_text()) == before
     assert Bundle.open(bundle).verify() > 0
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+def _pixart(tmp_path: Path, demo_pipeline: Path, **changes) -> Path:
+    """The embedded pipeline around another, untrained PixArt denoiser."""
+    from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    pipe = DiffusionPipeline.from_pretrained(demo_pipeline, local_files_only=True)
+    config = {
+        **pipe.transformer.config,
+        "num_layers": 1,
+        "num_attention_heads": 6,
+        "cross_attention_dim": 384,
+        **changes,
+    }
+    pipe.transformer = PixArtTransformer2DModel.from_config(config)
+    if "use_additional_conditions" in changes:  # only PixArt-Alpha hands over resolution and aspect ratio
+        pipe = PixArtAlphaPipeline(**pipe.components)
+    pipe.save_pretrained(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"use_additional_conditions": True, "sample_size": 128}, {"height": 64, "width": 96}),
+        ({"use_additional_conditions": None, "sample_size": 128}, {"height": 64, "width": 64}),  # as the 1024 px models
+        ({"out_channels": 4}, {"guidance_scale": 1.0}),  # no learned variance; traced without guidance, at batch 1
+        ({"cross_attention_dim": 192, "num_attention_heads": 3}, {}),  # K = 192 stays out of INT4's blocks of 128
+    ],
+)
+def test_other_pixart_denoisers_build_and_run(changes, options, tmp_path: Path, demo_pipeline: Path) -> None:
+    pipeline = _pixart(tmp_path, demo_pipeline, **changes)
+    precisions = (Precision.FP16, Precision.INT8, Precision.INT4)
+    manifest = build(pipeline, tmp_path / "bundle", _options(precisions=precisions, **options))
+    runtime = DenoiseRuntime.load(tmp_path / "bundle")
+    pictures = runtime.generate(
+        ["a red circle", "a blue ring", "a white square"], [0, 1, 2], runtime.bundle.schedule("uniform:int4")
+    )
+    assert pictures.shape == (3, manifest.sampling.height, manifest.sampling.width, 3)
+
+
+def test_failures_inside_the_model_are_one_clear_error(
+    tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_):
+        raise RuntimeError("shape mismatch\nsecond line")
+
+    monkeypatch.setattr(engine_build, "calibrate_ranges", fails)
+    with pytest.raises(
+        BuildError, match=r"PixArtTransformer2DModel: build denoisers: int8 failed: RuntimeError: shape mismatch$"
+    ):
+        build(demo_pipeline, tmp_path / "bundle", _options(precisions=(Precision.FP16, Precision.INT8)))
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 
@@ -34,11 +33,18 @@ from engines.manifest import (
 from engines.precision import Precision
 from engines.sampler import SamplerTable
 from engines.version import VERSION
-from tmpdiff_export.engine_build import BACKEND, AccuracyCheck, build_component, build_denoiser, file_entry
+from tmpdiff_export.engine_build import (
+    BACKEND,
+    AccuracyCheck,
+    build_component,
+    build_denoiser,
+    file_entry,
+    with_larger_batch,
+)
 from tmpdiff_export.families import DENOISER, VaeDecoder
 from tmpdiff_export.onnx_export import ExportInput, export_graph
 from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.ranges import Batch, spread
 from tmpdiff_export.scheduler_table import sampler_table
 from tmpdiff_export.shape_folding import fold_shapes
 
@@ -82,7 +88,7 @@ class BuildOptions:
 def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
     """Builds a bundle from a diffusers pipeline folder.
 
-    Nothing is left at `out` (nor in `options.onnx_dir`) unless everything succeeded.
+    Nothing is left at `out` unless everything succeeded; `options.onnx_dir` is filled just before that.
 
     Args:
         pipeline: folder written by `save_pretrained`.
@@ -103,22 +109,50 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
     resolve_backend(options.backend)
     if len(options.prompts) < 2:
         raise BuildError(
-            f"a build needs at least 2 prompts (one checks what the others calibrate), got {len(options.prompts)}"
+            f"a build needs at least 2 calibration prompts (one checks what the others calibrate), got {len(options.prompts)}"
         )
     if options.num_steps < 1:
         raise BuildError(f"number of steps is {options.num_steps}, expected 1 or more")
-    report("load pipeline", 0, 1)
-    with staged_folder(Path(out), replace=options.force) as bundle:
+    out = Path(out)
+    _check_folders(out, options)
+    stage = "load pipeline"
+
+    def note(what: str, done: int, total: int) -> None:
+        nonlocal stage
+        stage = what
+        report(what, done, total)
+
+    note(stage, 0, 1)
+    with staged_folder(out, replace=options.force) as bundle:
         source = load_pipeline(
             Path(pipeline), height=options.height, width=options.width, guidance_scale=options.guidance_scale
         )
-        report("load pipeline", 1, 1)
+        note(stage, 1, 1)
         table = sampler_table(source.pipe.scheduler, options.num_steps)
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=bundle) as scratch:
-            manifest = _Build(source, table, options, bundle, Path(scratch), report).run()
+            try:
+                manifest = _Build(source, table, options, bundle, Path(scratch), note).run()
+            except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise BuildError(f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first}") from error
             if options.onnx_dir is not None:
                 _keep_onnx(Path(scratch), options.onnx_dir)
     return manifest
+
+
+def _check_folders(out: Path, options: BuildOptions) -> None:
+    """Refuses before the work what could not be written, or should not be replaced, after it."""
+    if options.force and out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).exists():
+        raise TmpDiffError(
+            f"output folder {out} is no bundle (it holds no {MANIFEST_NAME}); --force replaces bundles only"
+        )
+    target = options.onnx_dir
+    if target is None:
+        return
+    if target.exists() and not target.is_dir():
+        raise TmpDiffError(f"--onnx-dir {target} is a file; name a folder")
+    if Path(os.path.abspath(target)).is_relative_to(os.path.abspath(out)):
+        raise TmpDiffError(f"--onnx-dir {target} is inside the bundle {out}; name a folder beside it")
 
 
 def resolve_backend(backend: str) -> str:
@@ -214,7 +248,7 @@ class _Build:
             self.report("run pipeline", seen, steps * len(prompts))
 
         batches = gather_batches(self.source, prompts, self.options.num_steps, self.options.seed, on_step)
-        return _spread(batches[:-steps], RANGE_BATCHES), _spread(batches[-steps:], CHECK_BATCHES)
+        return spread(batches[:-steps], RANGE_BATCHES), spread(batches[-steps:], CHECK_BATCHES)
 
     def _denoisers(self, range_batches: Sequence[Batch], check_batches: Sequence[Batch]) -> dict[str, EngineEntry]:
         family, source = self.source.family, self.source
@@ -226,7 +260,7 @@ class _Build:
             for (name, axes), example in zip(family.inputs.items(), range_batches[0], strict=True)
         ]
         graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
-        check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, check_batches)
+        check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches))
         engines = {}
         for done, precision in enumerate(self.options.precisions, 1):
             self.report(f"build denoisers: {precision.value}", done, total)
@@ -277,7 +311,8 @@ class _Build:
             ExportInput(name, tensor, {0: "batch"}) for name, tensor in zip(family.text_inputs, batch, strict=True)
         ]
         graph = self._export(module, inputs, family.text_outputs, half=False)
-        check = AccuracyCheck.of(module, family.text_inputs, next(iter(family.text_outputs)), [batch])
+        single = tuple(tensor[:1] for tensor in batch)
+        check = AccuracyCheck.of(module, family.text_inputs, next(iter(family.text_outputs)), [batch, single])
         entry = build_component(module, graph, "text_encoder", check, self.bundle, self.scratch)
         self.report("build text encoder", 1, 1)
         return entry, text
@@ -288,23 +323,14 @@ class _Build:
         latents = check_batches[-1][0][:1]  # of the last step kept, so close to a clean picture
         inputs = [ExportInput(LATENTS, latents, {0: "batch"})]
         graph = self._export(module, inputs, {"image": {0: "batch"}}, half=False)
-        check = AccuracyCheck.of(module, [LATENTS], "image", [(latents,)])
+        check = AccuracyCheck.of(module, [LATENTS], "image", with_larger_batch([(latents,)]))
         entry = build_component(module, graph, "vae_decoder", check, self.bundle, self.scratch)
         self.report("build VAE decoder", 1, 1)
         return entry
 
 
-def _spread(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """At most `count` batches, evenly over the sequence, both ends included."""
-    if len(batches) <= count:
-        return list(batches)
-    return [batches[round(index)] for index in np.linspace(0, len(batches) - 1, count)]
-
-
 def _keep_onnx(scratch: Path, target: Path) -> None:
     """Moves the ONNX files into `target`, each under a temporary name first."""
-    if target.exists() and not target.is_dir():
-        raise TmpDiffError(f"--onnx-dir {target} is a file; name a folder")
     target.mkdir(parents=True, exist_ok=True)
     kept = [path for path in sorted(scratch.iterdir()) if path.stem.split(".")[0] in _ONNX_NAMES]
     staged = [(path, target / f".{path.name}.partial") for path in kept]
@@ -318,4 +344,5 @@ def _keep_onnx(scratch: Path, target: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+_MODEL_ERRORS = (RuntimeError, AttributeError, LookupError, TypeError, ValueError, onnx.checker.ValidationError)
 _ONNX_NAMES = {*(precision.value for precision in Precision), "text_encoder", "vae_decoder"}

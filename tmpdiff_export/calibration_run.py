@@ -11,7 +11,7 @@ from calibration import Sensitivity, calibrate, open_journal
 from calibration.allocation import Budget
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
 from calibration.calibrate import Progress
-from calibration.latency import step_latencies
+from calibration.latency import machine, step_latencies
 from calibration.sensitivity import CalibrationSettings
 from engines.bundle import Bundle
 from engines.errors import TmpDiffError
@@ -29,6 +29,7 @@ def calibrate_bundle(
     method: Literal["bisection", "sweep"] = "bisection",
     seed: int = 0,
     guidance_scale: float | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
@@ -43,6 +44,7 @@ def calibrate_bundle(
         method: "bisection" or "sweep".
         seed: seed of the first sample's noise.
         guidance_scale: None for the bundle's.
+        threads: worker threads of a CPU backend, None for one per core.
         progress: called with (stage, done, total).
 
     Raises:
@@ -52,7 +54,7 @@ def calibrate_bundle(
     report = progress or (lambda stage, done, total: None)
     if seed < 0:
         raise TmpDiffError(f"seed is {seed}, expected 0 or more")
-    runtime = DenoiseRuntime.load(bundle)
+    runtime = DenoiseRuntime.load(bundle, threads=threads)
     runtime.bundle.verify(runtime.manifest.files())
     scale = runtime.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     evaluator = BundleEvaluator(runtime, prompts.calibration, seed, scale)
@@ -60,8 +62,12 @@ def calibrate_bundle(
     folder = bundle / JOURNAL_FOLDER
     folder.mkdir(exist_ok=True)
     name = f"{evaluator.key()[:12]}-{held_out.key()[:12]}.journal"
-    with_latencies = open_journal(folder / name, evaluator, held_out)
-    latencies = with_latencies.remember("step latencies in ms", lambda: _latencies(runtime, prompts, scale, report))
+    journal = open_journal(folder / name, evaluator, held_out)
+    latencies = journal.remember(
+        # A bundle moves between machines with its journal; latencies hold where they were measured.
+        f"step latencies in ms, {machine(runtime, threads)}",
+        lambda: _latencies(runtime, prompts, scale, report),
+    )
     result = calibrate(
         evaluator,
         latencies,
@@ -69,12 +75,13 @@ def calibrate_bundle(
         budget=budget,
         validation=held_out,
         decode=lambda latents: _decode(runtime, latents),
-        journal=with_latencies,
+        journal=journal,
         progress=report,
     )
     bundle_id = runtime.manifest.bundle_id
     settings = CalibrationSettings(
         bundle_id=bundle_id,
+        machine=machine(runtime, threads),
         guidance_scale=scale,
         seed=seed,
         calibration_prompts=prompts.calibration,

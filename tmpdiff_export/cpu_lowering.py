@@ -102,13 +102,14 @@ class _Lowering:
         for index in (0, 1):
             product = self.producers.get(node.input[index])
             bias = self.initializers.get(node.input[1 - index])
+            if product is None or bias is None or self.readers[node.input[index]] != 1:
+                continue
+            weight = self._quantized_weight(product)
+            codes = None if weight is None else self.initializers[weight.input[0]]
             if (
-                product is not None
-                and bias is not None
-                and len(bias.dims) == 1
-                and self.readers[node.input[index]] == 1
-                and self._quantized_weight(product) is not None
-                and self._kind(self._quantized_weight(product).input[0]) in (TensorProto.INT8, TensorProto.INT4)  # type: ignore[union-attr]
+                codes is not None
+                and codes.data_type in (TensorProto.INT8, TensorProto.INT4)
+                and list(bias.dims) == [codes.dims[1]]
             ):
                 self.fused_bias[product.output[0]] = node
                 return
@@ -193,7 +194,7 @@ def _to_fp32(graph: onnx.GraphProto, counts: Counter[str]) -> None:
         if item.data_type not in (TensorProto.FLOAT16, TensorProto.FLOAT):
             continue
         name = item.name
-        if int(np.prod(item.dims)) < SMALL_TENSOR_VALUES or name.endswith("_scale"):
+        if len(item.dims) <= 1 or int(np.prod(item.dims)) < SMALL_TENSOR_VALUES or name.endswith("_scale"):
             if is_float16(item):
                 item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), name))
                 counts["fp32-math"] += 1

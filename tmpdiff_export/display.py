@@ -18,7 +18,7 @@ Report = Callable[[str, int, int], None]
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Report]:
-    """A progress display on stderr that takes (stage, done, total); one line per stage."""
+    """A progress display on stderr that takes (stage, done, total); one line per stage, none unless it is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -26,7 +26,7 @@ def progress_bar() -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=False) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         current: tuple[str, Any] | None = None
 
         def report(stage: str, done: int, total: int) -> None:

@@ -58,6 +58,12 @@ class AccuracyCheck:
         return cls(tuple(names), output, tuple(batches), tuple(torch_outputs(module, batches)))
 
 
+def with_larger_batch(batches: Sequence[Batch]) -> list[Batch]:
+    """`batches` and one of twice the size: a batch size baked into a graph shows there."""
+    first, last = batches[0], batches[-1]
+    return [*batches, tuple(torch.cat(pair) for pair in zip(first, last, strict=True))]
+
+
 def build_denoiser(
     module: torch.nn.Module,
     prefix: str,

@@ -25,6 +25,7 @@ class Family:
 
     Attributes:
         component: the pipeline attribute that holds the denoiser.
+        pipelines: classes whose loop is plain guidance around the denoiser; others add to it.
         inputs: denoiser engine inputs in the wrapper's order, with their symbolic axes.
         wrap: makes the export wrapper from (pipeline, height, width).
         arguments: picks the wrapper's inputs out of the arguments the pipeline calls the denoiser with.
@@ -36,6 +37,7 @@ class Family:
     """
 
     component: str
+    pipelines: tuple[str, ...]
     inputs: Mapping[str, Axes]
     wrap: Callable[[Any, int, int], torch.nn.Module]
     arguments: Callable[[Mapping[str, Any]], tuple[torch.Tensor, ...]]
@@ -55,7 +57,8 @@ class PixArtDenoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module, height: int, width: int) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.extra = bool(denoiser.config.use_additional_conditions)
+        # The module resolves a configured None by its size; the configuration does not.
+        self.extra = bool(denoiser.use_additional_conditions)
         self.halve = denoiser.config.out_channels // 2 == denoiser.config.in_channels
         self.register_buffer("resolution", torch.tensor([[float(height), float(width)]]), persistent=False)
         self.register_buffer("aspect_ratio", torch.tensor([[height / width]]), persistent=False)
@@ -126,6 +129,7 @@ _TEXT_AXES = {0: "batch", 1: "text"}
 FAMILIES: dict[str, Family] = {
     "PixArtTransformer2DModel": Family(
         component="transformer",
+        pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
         inputs={
             LATENTS: {0: "batch"},
             TIMESTEP: {0: "batch"},
@@ -155,8 +159,14 @@ def family_of(pipe: Any) -> tuple[str, Family]:
         if denoiser is not None:
             name = type(denoiser).__name__
             found.append(name)
-            if name in FAMILIES and FAMILIES[name].component == component:
-                return name, FAMILIES[name]
+            family = FAMILIES.get(name)
+            if family is not None and family.component == component:
+                if type(pipe).__name__ not in family.pipelines:
+                    raise BuildError(
+                        f"pipeline class {type(pipe).__name__} is not supported for {name}; this release exports "
+                        f"{', '.join(family.pipelines)}"
+                    )
+                return name, family
     what = f"denoiser class {found[0]}" if found else "a pipeline without a transformer or unet"
     raise BuildError(
         f"{type(pipe).__name__}: {what} is not supported; this release exports {', '.join(sorted(FAMILIES))}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
 
 from engines.errors import BuildError
 
@@ -84,7 +85,7 @@ def export_graph(
                 do_constant_folding=False,
                 dynamic_axes=axes,
             )
-    except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, torch.onnx.OnnxExporterError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BuildError(f"ONNX export of {type(module).__name__} failed: {first}") from error
     model = onnx.load(path)
@@ -151,6 +152,8 @@ def save_graph(model: onnx.ModelProto, path: Path) -> Path | None:
         return None
     data = path.with_suffix(path.suffix + ".data")
     onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
+    # Saving leaves the weights in the file only; the caller's graph keeps its own.
+    load_external_data_for_model(model, str(path.parent))
     return data
 
 

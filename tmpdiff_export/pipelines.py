@@ -101,7 +101,8 @@ def load_pipeline(
     size = int(getattr(pipe, family.component).config.sample_size) * int(pipe.vae_scale_factor)
     defaults = inspect.signature(type(pipe).__call__).parameters
     longest = int(defaults["max_sequence_length"].default) if "max_sequence_length" in defaults else 10**9
-    height, width = height or size, width or size
+    height = size if height is None else height
+    width = size if width is None else width
     factor = int(pipe.vae_scale_factor) * int(getattr(getattr(pipe, family.component).config, "patch_size", 1) or 1)
     for label, value in (("height", height), ("width", width)):
         if value <= 0 or value % factor:

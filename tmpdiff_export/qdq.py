@@ -26,7 +26,7 @@ def insert_qdq(model: onnx.ModelProto, layers: Mapping[str, QuantizedLayer], rec
     """A copy of `model` with every layer in `layers` quantized.
 
     Args:
-        model: as `onnx_export.export_fp16` returns it.
+        model: as `onnx_export.export_graph` returns it.
         layers: codes and scales per module name; `<name>.weight` must be a MatMul or Gemm weight.
         recipe: gives the opset and the block size.
 
@@ -43,7 +43,7 @@ def insert_qdq(model: onnx.ModelProto, layers: Mapping[str, QuantizedLayer], rec
     if missing:
         raise BuildError(
             f"{recipe.precision.value}: {len(missing)} of {len(layers)} layers were not found in the exported graph, "
-            f"first {missing[0]}; the exporter renamed or fused them"
+            f"first {missing[0]}; it was renamed or fused, or shares its weight with another layer"
         )
     del graph.node[:]
     graph.node.extend(writer.nodes)

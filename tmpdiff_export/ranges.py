@@ -71,7 +71,7 @@ def calibrate_ranges(
         if recipe.input is not None:
             quantizers.append({"quantizer_name": f"{name}.input_quantizer", "cfg": recipe.input})
     config = {"quant_cfg": quantizers, "algorithm": variant.algorithm}
-    used = _spread(batches, variant.batch_limit)
+    used = spread(batches, variant.batch_limit)
 
     def forward_loop(model: torch.nn.Module) -> None:
         for batch in used:
@@ -103,13 +103,16 @@ def calibrate_ranges(
 
 def layers_sharing_inputs(module: torch.nn.Module, names: Sequence[str], batch: Batch) -> list[list[str]]:
     """Groups of two or more layers that read the very same tensor (a block's q, k and v)."""
-    readers: dict[int, list[str]] = {}
-    held: list[torch.Tensor] = []  # keeps every tensor alive, so that an id is never reused
+    groups: list[list[str]] = []
 
     def hook(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            held.append(args[0])
-            readers.setdefault(id(args[0]), []).append(name)
+            # Noted on the tensor itself, which then lives no longer than it would anyhow.
+            group = getattr(args[0], "_tmpdiff_readers", None)
+            if group is None:
+                group = args[0]._tmpdiff_readers = []
+                groups.append(group)
+            group.append(name)
 
         return note
 
@@ -120,14 +123,16 @@ def layers_sharing_inputs(module: torch.nn.Module, names: Sequence[str], batch: 
     finally:
         for handle in handles:
             handle.remove()
-    return [group for group in readers.values() if len(group) > 1]
+    return [group for group in groups if len(group) > 1]
 
 
 def _share(found: dict[str, LayerRange], group: Sequence[str], channel_amax: dict[str, np.ndarray]) -> None:
     ranges = [found[name] for name in group]
     shared = ranges[0].pre_quant_scale
+    scales = [item.pre_quant_scale for item in ranges if item.pre_quant_scale is not None]
+    if len(scales) not in (0, len(ranges)):
+        raise BuildError(f"layers {', '.join(group)} read one activation, but only some of them were smoothed")
     if shared is not None:
-        scales = [item.pre_quant_scale for item in ranges if item.pre_quant_scale is not None]
         shared = np.exp(np.mean([np.log(scale) for scale in scales], axis=0)).astype(np.float32)
     amaxes = [item.input_amax for item in ranges if item.input_amax is not None]
     if amaxes and shared is not None:
@@ -139,7 +144,8 @@ def _share(found: dict[str, LayerRange], group: Sequence[str], channel_amax: dic
         found[name] = LayerRange(weight, max(amaxes) if amaxes else None, shared)
 
 
-def _spread(batches: Sequence[Batch], limit: int | None) -> list[Batch]:
+def spread(batches: Sequence[Batch], limit: int | None) -> list[Batch]:
+    """At most `limit` batches, evenly over the sequence, both ends included; all of them for None."""
     if limit is None or limit >= len(batches):
         return list(batches)
     return [batches[round(index)] for index in np.linspace(0, len(batches) - 1, limit)]

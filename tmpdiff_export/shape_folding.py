@@ -44,7 +44,7 @@ def fold_shapes(model: onnx.ModelProto, scratch: Path) -> int:
     reshapes = [node for node in graph.node if node.op_type == "Reshape" and node.input[1] in set(names)]
     ends = list(dict.fromkeys(name for node in reshapes for name in (node.input[0], node.output[0])))
     first, second = (
-        _values(model, names, ends, sizes, scratch) for sizes in ({"batch": 2, "text": 24}, {"batch": 3, "text": 40})
+        _values(model, names, ends, sizes, scratch) for sizes in ({"batch": 2, "text": 23}, {"batch": 3, "text": 41})
     )
     constants = {
         name: first[name]

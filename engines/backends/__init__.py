@@ -42,3 +42,15 @@ def require_backend(backend: str) -> None:
     module, how = BACKENDS[backend]
     if importlib.util.find_spec(module) is None:
         raise BackendError(f"backend {backend!r} needs the module {module}, which is not installed; {how}")
+
+
+def backend_version(backend: str) -> str:
+    """Version of a backend's installed library.
+
+    Raises:
+        BackendError: unknown or not installed.
+    """
+    require_backend(backend)
+    from engines.backends.onnxruntime import version
+
+    return version()

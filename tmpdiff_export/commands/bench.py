@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calibration.latency import ROUNDS, interleaved
+from calibration.latency import ROUNDS, interleaved, machine
+from engines.cli import parse_threads
+from engines.errors import TmpDiffError
 from engines.runtime import Conditioning, DenoiseRuntime
 from engines.schedule import Schedule
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
     parser.add_argument("--pipeline", type=Path, metavar="DIR", help="also time this pipeline's denoiser in FP32 torch")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"timed rounds (default {ROUNDS})")
-    parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: one per core)")
+    parser.add_argument("--threads", type=parse_threads, metavar="N", help="worker threads (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -92,7 +93,7 @@ def bench(
                 "remark": f"no gain over {runtime.precisions[0]} on this backend" if no_gain else "",
             }
         )
-    return {"machine": _machine(runtime), "rows": rows, "loops": _loops(runtime, conditioning, rounds, report)}
+    return {"machine": machine(runtime, threads), "rows": rows, "loops": _loops(runtime, conditioning, rounds, report)}
 
 
 def _loops(
@@ -136,6 +137,8 @@ def _torch_step(
 
     sampling = runtime.manifest.sampling
     source = load_pipeline(pipeline, height=sampling.height, width=sampling.width)
+    if source.weights_sha256 != runtime.manifest.model.denoiser_sha256:
+        raise TmpDiffError(f"the bundle was not built from pipeline {pipeline}; pass the pipeline it was built from")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     module = source.family.wrap(source.pipe, source.height, source.width).eval()
     batch = conditioning.batch(sampling.guidance_scale)
@@ -153,15 +156,3 @@ def _torch_step(
             return module(*inputs)
 
     return step
-
-
-def _machine(runtime: DenoiseRuntime) -> str:
-    entry = next(iter(runtime.manifest.denoisers.values()))
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, {entry.backend} {entry.backend_version}"

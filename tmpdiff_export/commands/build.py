@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from engines.cli import parse_guidance_scale, parse_seed
 from engines.manifest import Manifest
 from engines.precision import Precision, parse_precisions
 from engines.text import read_prompts
@@ -24,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="prompts for range calibration")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="num_inference_steps (default 20)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the first calibration run (default 0)"
+        "--seed", type=parse_seed, default=0, metavar="S", help="seed of the first calibration run (default 0)"
     )
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="default: that of the pipeline's call")
+    parser.add_argument(
+        "--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: that of the pipeline's call"
+    )
     parser.add_argument("--height", type=int, metavar="PIXELS", help="default: the pipeline's own")
     parser.add_argument("--width", type=int, metavar="PIXELS", help="default: the pipeline's own")
     parser.add_argument("--onnx-dir", type=Path, metavar="DIR", help="keep the exported <precision>.onnx files there")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
 from calibration.allocation import Budget
+from engines.cli import parse_guidance_scale, parse_seed, parse_threads
 from engines.text import PromptFile, read_prompts
 
 
@@ -23,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=("bisection", "sweep"), default="bisection", help="default bisection")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="calibration prompts used (default 8)")
     parser.add_argument("--validation-samples", type=int, default=8, metavar="N", help="validation prompts (default 8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first sample (default 0)")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="default: the bundle's")
+    parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="seed of the first sample (default 0)")
+    parser.add_argument("--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: the bundle's")
+    parser.add_argument("--threads", type=parse_threads, metavar="N", help="worker threads (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
             method=args.method,
             seed=args.seed,
             guidance_scale=args.guidance_scale,
+            threads=args.threads,
             progress=report,
         )
     if args.json:
@@ -131,6 +134,8 @@ def print_sensitivity(found: Sensitivity) -> None:
         ],
     )
     print_validation(found)
+    if found.settings:
+        print(f"latencies are sums of step latencies measured on {found.settings.machine}")
     print(f"budget: {found.budget}")
     print(f"schedule: {schedule_strip(found.schedule)}")
     print(

@@ -14,7 +14,7 @@ import numpy as np
 
 from calibration import Sensitivity
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET
-from engines.cli import write_pictures
+from engines.cli import parse_seed, write_pictures
 from engines.files import atomic_write_text
 from engines.manifest import Manifest
 from engines.precision import REFERENCE, Precision
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-set", choices=PROMPT_SETS, default="composed", help="default composed")
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="calibration and validation prompts each")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="validation prompts drawn (default 4)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="default 0")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -135,6 +135,7 @@ def summarise(
         },
         "latencies_ms": found.latencies_ms,
         "schedule": list(found.schedule),
+        "machine": found.settings.machine if found.settings else None,
         "budget": found.budget,
         "loses_to": list(found.loses_to),
         "rows": [
@@ -169,7 +170,7 @@ def _sheet(path: Path, prompts: tuple[str, ...], rows: dict[str, list[np.ndarray
     from engines.files import atomic_write_bytes
 
     figure, axes = pyplot.subplots(
-        len(prompts), len(rows), figsize=(2.2 * len(rows), 2.45 * len(prompts)), squeeze=False
+        len(prompts), len(rows), figsize=(1.9 * len(rows), 2.1 * len(prompts)), squeeze=False
     )
     for column, (name, pictures) in enumerate(rows.items()):
         for row, picture in enumerate(pictures):
@@ -180,8 +181,8 @@ def _sheet(path: Path, prompts: tuple[str, ...], rows: dict[str, list[np.ndarray
                 axis.set_title(name if name in (REFERENCE.value, "schedule") else f"uniform {name}", fontsize=10)
     for row, prompt in enumerate(prompts):
         axes[row][0].annotate(prompt, (0, -0.06), xycoords="axes fraction", fontsize=7, va="top", annotation_clip=False)
-    figure.tight_layout(h_pad=1.4)
+    figure.subplots_adjust(left=0, right=1, bottom=0.02, top=0.96, wspace=0.03, hspace=0.14)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", pad_inches=0.05)
     pyplot.close(figure)
     atomic_write_bytes(path, buffer.getvalue())

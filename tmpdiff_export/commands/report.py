@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from engines.cli import parse_prompt
+
 PICTURES = 2
 
 
@@ -14,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="page to write, self-contained")
     parser.add_argument(
         "--prompt",
-        type=_prompt,
+        type=parse_prompt,
         action="append",
         default=[],
         metavar="TEXT",
@@ -50,11 +52,3 @@ def run(args: argparse.Namespace) -> int:
     if result["loses_to"]:
         print(f"the schedule LOSES on validation to: {', '.join(result['loses_to'])} (the page says so at its top)")
     return 0
-
-
-def _prompt(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("the text is not valid UTF-8") from None
-    return text

@@ -101,7 +101,7 @@ class Bundle:
         return data
 
     def verify(self, entries: Iterable[FileEntry] | None = None) -> int:
-        """Checks files (all by default) and the documents `calibrate` wrote; returns how many.
+        """Checks files (all by default) and the stored schedule; returns how many.
 
         Raises:
             BundleError: a file is missing, truncated or altered.

@@ -236,6 +236,8 @@ def guarded(program: str, command: Callable[[], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container that stops us, as Ctrl-C
         status = command()
         sys.stdout.flush()
         return status

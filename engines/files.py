@@ -80,9 +80,11 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     if target.exists() and not replace:
-        raise TmpDiffError(f"output folder {target} already exists; name a new one or pass --force to replace it")
+        what = "folder" if target.is_dir() else "file"
+        raise TmpDiffError(f"output {what} {target} already exists; name a new one or pass --force to replace a bundle")
     if target.exists() and not target.is_dir():
         raise TmpDiffError(f"output {target} is a file; name a folder")
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     os.chmod(scratch, 0o777 & ~_umask())
@@ -103,6 +105,9 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             os.rename(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
         raise
     fsync_folder(target.parent)
 

@@ -104,7 +104,7 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
         "build", demo_pipeline, *build, "--backend", "cuda", says="unknown backend 'cuda'; this release has onnxruntime"
     )
     refused("build", demo_pipeline, *build, "--backend", "tensorrt", says="is not part of this release")
-    refused("build", demo_pipeline, *build, "--steps", "0", says="number of steps is 0")
+    refused("build", demo_pipeline, *build, "--steps", "0", says="number of steps is 0, expected 1 to 1000")
     refused(
         "build",
         demo_pipeline,
@@ -119,6 +119,7 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
     refused("build", demo_pipeline, "--out", tmp_path, "--prompts", prompts, "--force", says="is no bundle")
     refused("build", demo_pipeline, "--out", bundle, "--prompts", blank, says="holds no prompts")
     refused("build", demo_pipeline, "--out", bundle, "--prompts", tmp_path / "no.txt", says="no.txt does not exist")
+    refused("build", empty, "--out", out / "deep" / "er" / "bundle", "--prompts", prompts, says="model_index.json")
     assert list(out.iterdir()) == []
 
 
@@ -155,7 +156,10 @@ def test_build_refuses_to_overwrite(demo_bundle: Path, copy_of, prompts: Path, d
     assert cli("verify", bundle).returncode == 0
 
 
-def test_ctrl_c_during_a_build_leaves_nothing(tmp_path: Path, prompts: Path, demo_pipeline: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(
+    how: signal.Signals, tmp_path: Path, prompts: Path, demo_pipeline: Path
+) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
         command("build", demo_pipeline, "--out", out / "bundle", "--prompts", prompts, "--onnx-dir", out / "onnx"),
@@ -169,12 +173,12 @@ def test_ctrl_c_during_a_build_leaves_nothing(tmp_path: Path, prompts: Path, dem
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -285,6 +289,12 @@ def test_a_newer_or_altered_manifest_is_refused(demo_bundle: Path, copy_of) -> N
     refused("inspect", bundle, says="is not valid JSON")
     path.unlink()
     refused("inspect", bundle, says="is not a bundle: it holds no manifest.json")
+
+
+def test_a_report_overwrites_pages_only(demo_bundle: Path, copy_of) -> None:
+    bundle = copy_of(demo_bundle)
+    refused("report", bundle, "--out", bundle / "manifest.json", says="does not end in .html")
+    assert cli("verify", bundle).returncode == 0
 
 
 # calibrate -------------------------------------------------------------------------------------------------------

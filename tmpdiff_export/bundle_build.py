@@ -54,6 +54,8 @@ Progress = Callable[[str, int, int], None]
 RANGE_PROMPTS = 3
 RANGE_BATCHES = 24
 CHECK_BATCHES = 6
+# As many as schedulers are trained on; a table of more would only be slow to make.
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         raise BuildError(
             f"a build needs at least 2 calibration prompts (one checks what the others calibrate), got {len(options.prompts)}"
         )
-    if options.num_steps < 1:
-        raise BuildError(f"number of steps is {options.num_steps}, expected 1 or more")
+    if not 1 <= options.num_steps <= MAX_STEPS:
+        raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
     out = Path(out)
     _check_folders(out, options)
     stage = "load pipeline"

@@ -41,6 +41,8 @@ def write_report(
         raise TmpDiffError(f"output folder {out.parent} is not writable")
     if out.is_dir():
         raise TmpDiffError(f"output {out} is a folder; name a file")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise TmpDiffError(f"report {out} does not end in .html; the report is an HTML page")
     bundle = Bundle.open(folder)
     found = read_calibration(bundle)
     rows = draw(bundle, prompts, pictures, progress) if prompts and pictures else ()

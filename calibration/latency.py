@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.backends import backend_version
+from engines.backends import BACKENDS, backend_version
+from engines.bundle import UNIFORM_PREFIX
+from engines.manifest import EngineEntry
 from engines.runtime import Conditioning, DenoiseRuntime
 
 WARM_UP_ROUNDS = 2
@@ -56,28 +58,70 @@ def step_latencies(
     guidance_scale: float,
     rounds: int = ROUNDS,
     on_round: Callable[[int, int], None] | None = None,
+    also: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Latency of one loop iteration (denoiser call and sampler update) per precision.
+
+    On the CPU single steps are timed in turns. On a GPU whole uniform loops run in turns, because a
+    step alone would be charged for transfers that a loop does not make; their steps are timed on the device.
 
     Args:
         runtime: the loaded bundle.
         conditioning: for N prompts; the batch size that is timed.
         guidance_scale: above 1, a call is one batch of 2 N.
-        rounds: counted rounds.
+        rounds: counted rounds; on a GPU each gives T samples.
         on_round: called after every round with (done, total).
+        also: other work on the CPU to time in the same turns, by name.
     """
+    if runs_on_gpu(runtime):
+        return _device_step_latencies(runtime, conditioning, guidance_scale, max(2, rounds // 5), on_round)
     batch = conditioning.batch(guidance_scale)
     state = runtime.table.initial(runtime.noise(range(conditioning.size)))
 
     def one_step(precision: str) -> Callable[[], object]:
         return lambda: runtime.step(state, precision, batch, guidance_scale)
 
-    return interleaved({name: one_step(name) for name in runtime.precisions}, rounds, on_round)
+    return interleaved({name: one_step(name) for name in runtime.precisions} | dict(also or {}), rounds, on_round)
+
+
+def _device_step_latencies(
+    runtime: DenoiseRuntime,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    rounds: int,
+    on_round: Callable[[int, int], None] | None,
+) -> dict[str, Timing]:
+    times: dict[str, list[float]] = {name: [] for name in runtime.precisions}
+    noise = runtime.noise(range(conditioning.size))
+    for number in range(WARM_UP_ROUNDS + rounds):
+        for name, kept in times.items():
+            schedule = runtime.bundle.schedule(f"{UNIFORM_PREFIX}{name}")
+            steps: list[float] = []
+            runtime.denoise(
+                conditioning,
+                schedule,
+                noise,
+                guidance_scale=guidance_scale,
+                on_step=lambda _index, _precision, seconds, steps=steps: steps.append(seconds * 1e3),  # type: ignore[misc]
+            )
+            if number >= WARM_UP_ROUNDS:
+                kept += steps
+        if on_round:
+            on_round(number + 1, WARM_UP_ROUNDS + rounds)
+    return {name: Timing(statistics.median(values), min(values), rounds) for name, values in times.items()}
+
+
+def runs_on_gpu(runtime: DenoiseRuntime) -> bool:
+    """Whether the bundle's denoisers run on a GPU and their loop on the device."""
+    return BACKENDS[_reference(runtime).backend].device == "gpu"
 
 
 def machine(runtime: DenoiseRuntime, threads: int | None) -> str:
-    """What latencies were measured on: threads, processor, backend and its version."""
-    entry = runtime.manifest.denoisers[runtime.precisions[0]]
+    """What latencies were measured on: GPU, or threads and processor; backend and its version."""
+    entry = _reference(runtime)
+    library = f"{entry.backend} {backend_version(entry.backend)}"
+    if runs_on_gpu(runtime):
+        return f"{entry.device}, {library}"
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -86,4 +130,8 @@ def machine(runtime: DenoiseRuntime, threads: int | None) -> str:
         ]
         model = names[0] if names else model
     cores = len(os.sched_getaffinity(0))
-    return f"{threads or cores} threads on {cores} cores of {model}, {entry.backend} {backend_version(entry.backend)}"
+    return f"{threads or cores} threads on {cores} cores of {model}, {library}"
+
+
+def _reference(runtime: DenoiseRuntime) -> EngineEntry:
+    return runtime.manifest.denoisers[runtime.precisions[0]]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from engines.documents import check_version, one_line, read_json
 from engines.errors import BundleError, ScheduleError
 from engines.files import inside, sha256_bytes, sha256_file
-from engines.manifest import MANIFEST_VERSION, FileEntry, Manifest
+from engines.manifest import MANIFEST_VERSION, OLDEST_MANIFEST_VERSION, FileEntry, Manifest
 from engines.schedule import Schedule
 
 MANIFEST_NAME = "manifest.json"
@@ -47,7 +47,7 @@ class Bundle:
         if not path.exists():
             raise BundleError(f"folder {folder} is not a bundle: it holds no {MANIFEST_NAME}")
         data = read_json(path, "manifest", BundleError)
-        check_version(data, path, "manifest", MANIFEST_VERSION, BundleError)
+        check_version(data, path, "manifest", MANIFEST_VERSION, BundleError, oldest=OLDEST_MANIFEST_VERSION)
         try:
             manifest = Manifest.model_validate(data)
         except ValidationError as error:

@@ -30,6 +30,7 @@ PROGRAM = "tmpdiff-runtime"
 INTERRUPTED = 130
 MAX_SEED = (1 << 63) - 1
 MAX_THREADS = 1024
+MAX_RESIDENT_ENGINES = 64
 PNG = ".png"
 
 
@@ -84,6 +85,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="1 or less: no guidance (default: the bundle's)",
     )
     parser.add_argument("--threads", type=parse_threads, metavar="N", help="worker threads (default: one per core)")
+    parser.add_argument(
+        "--resident-engines",
+        type=parse_resident_engines,
+        metavar="R",
+        help="TensorRT: denoiser engines kept in device memory at once (default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -118,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         from engines.bundle import Bundle
         from engines.runtime import DenoiseRuntime
 
-        runtime = DenoiseRuntime(Bundle.open(args.bundle), threads=args.threads)
+        runtime = DenoiseRuntime(Bundle.open(args.bundle), threads=args.threads, resident_engines=args.resident_engines)
         schedule = runtime.bundle.schedule(args.schedule)
         guidance_scale = args.guidance_scale
         if guidance_scale is None:
@@ -128,20 +135,21 @@ def run(args: argparse.Namespace) -> int:
                 f"--negative-prompt has no effect at guidance scale {guidance_scale:g}; "
                 "pass --guidance-scale above 1, or no negative prompt"
             )
-    with _timed(seconds, "text"):  # before the large engines, because it refuses prompts that are too long
-        conditioning = runtime.encode(args.prompt, args.negative_prompt)
-    with _timed(seconds, "load"):
-        runtime.preload(schedule)
-    with _timed(seconds, "loop"), np.errstate(over="ignore", invalid="ignore"):  # `decode` refuses what overflowed
-        latents = runtime.denoise(
-            conditioning,
-            schedule,
-            runtime.noise(seeds),
-            guidance_scale=guidance_scale,
-            on_step=lambda _, precision, elapsed: step_seconds.setdefault(precision, []).append(elapsed),
-        )
-    with _timed(seconds, "decode"):
-        pictures = runtime.decode(latents)
+    with runtime:
+        with _timed(seconds, "text"):  # before the large engines, because it refuses prompts that are too long
+            conditioning = runtime.encode(args.prompt, args.negative_prompt)
+        with _timed(seconds, "load"):
+            runtime.preload(schedule)
+        with _timed(seconds, "loop"), np.errstate(over="ignore", invalid="ignore"):  # `decode` refuses what overflowed
+            latents = runtime.denoise(
+                conditioning,
+                schedule,
+                runtime.noise(seeds),
+                guidance_scale=guidance_scale,
+                on_step=lambda _, precision, elapsed: step_seconds.setdefault(precision, []).append(elapsed),
+            )
+        with _timed(seconds, "decode"):
+            pictures = runtime.decode(latents)
     with _timed(seconds, "write"):
         write_pictures(outputs, pictures)
 
@@ -292,6 +300,11 @@ def parse_seed(text: str) -> int:
 def parse_threads(text: str) -> int:
     """An argument that is a number of threads."""
     return _integer(text, 1, MAX_THREADS)
+
+
+def parse_resident_engines(text: str) -> int:
+    """An argument that limits how many denoiser engines are resident."""
+    return _integer(text, 1, MAX_RESIDENT_ENGINES)
 
 
 def _integer(text: str, low: int, high: int) -> int:

@@ -73,8 +73,10 @@ def read_json(path: Path, kind: str, error: type[TmpDiffError]) -> dict[str, Any
     return data
 
 
-def check_version(data: dict[str, Any], path: Path, kind: str, version: int, error: type[TmpDiffError]) -> None:
-    """Refuses documents of another format version, newer ones by name.
+def check_version(
+    data: dict[str, Any], path: Path, kind: str, version: int, error: type[TmpDiffError], *, oldest: int | None = None
+) -> None:
+    """Refuses documents of another format version than `version` (or `oldest` to `version`), newer ones by name.
 
     Raises:
         TmpDiffError: (as the class `error`).
@@ -84,7 +86,7 @@ def check_version(data: dict[str, Any], path: Path, kind: str, version: int, err
         raise error(
             f"{kind} {path} has format version {found}, this release reads up to {version}; upgrade tmpdiff-export"
         )
-    if found != version or type(found) is not int:
+    if type(found) is not int or not (version if oldest is None else oldest) <= found:
         raise error(f"{kind} {path} has format version {found!r}, expected {version}")
 
 

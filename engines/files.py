@@ -38,7 +38,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
+def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Writes `data` to `path` so that a reader sees the old file or the whole new one, never a part.
 
     Raises:

@@ -10,7 +10,8 @@ from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.precision import REFERENCE
 
-MANIFEST_VERSION: Final = 1
+MANIFEST_VERSION: Final = 2
+OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
 
 Sha256 = str
@@ -36,6 +37,44 @@ class TensorSpec(_Document):
     shape: tuple[int | str, ...]
 
 
+class LayerShare(_Document):
+    """How much of a plan runs at one layer precision.
+
+    Attributes:
+        layers: number of layers.
+        time_share: their part of the measured time, None if the plan was not profiled.
+    """
+
+    layers: int = Field(ge=0)
+    time_share: float | None = Field(default=None, ge=0, le=1)
+
+
+class PlanEntry(_Document):
+    """What is particular to a TensorRT plan.
+
+    Attributes:
+        version_compatible: whether later TensorRT versions and the lean runtime run it.
+        hardware_compatibility: which GPUs run it besides the architecture it was built on.
+        profile: (min, opt, max) shape of every input.
+        weight_streaming: whether its weights may stay in host memory.
+        weights_bytes: device memory of its weights.
+        scratch_bytes: device memory of its activations at the largest shapes.
+        layers: by layer precision, from the engine inspector.
+        inspector: the engine inspector's JSON.
+        warnings: what the build had to say about it.
+    """
+
+    version_compatible: bool
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"]
+    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    weight_streaming: bool
+    weights_bytes: int = Field(ge=0)
+    scratch_bytes: int = Field(ge=0)
+    layers: dict[str, LayerShare]
+    inspector: FileEntry
+    warnings: tuple[str, ...] = ()
+
+
 class EngineEntry(_Document):
     """One engine.
 
@@ -52,6 +91,7 @@ class EngineEntry(_Document):
         sqnr_floor_db: the least the build accepted.
         inputs: what `Engine.run` takes.
         outputs: what it returns.
+        plan: for TensorRT plans only.
     """
 
     file: FileEntry
@@ -66,6 +106,7 @@ class EngineEntry(_Document):
     sqnr_floor_db: float
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    plan: PlanEntry | None = None
 
     def files(self) -> tuple[FileEntry, ...]:
         """The engine file and, if it has one, its weight file."""
@@ -133,7 +174,7 @@ class RangeCalibrationEntry(_Document):
 class Manifest(_Document):
     """`manifest.json`; `bundle_id` is the hash of everything else in it."""
 
-    version: Literal[1] = MANIFEST_VERSION
+    version: Literal[1, 2] = MANIFEST_VERSION
     created_with: str
     bundle_id: str
     model: ModelEntry
@@ -149,13 +190,16 @@ class Manifest(_Document):
     def _whole(self) -> Manifest:
         if REFERENCE.value not in self.denoisers:
             raise ValueError(f"denoisers lack the reference precision {REFERENCE.value}")
+        backends = {entry.backend for entry in self.denoisers.values()}
+        if len(backends) > 1:
+            raise ValueError(f"denoisers are of several backends ({', '.join(sorted(backends))}), expected one")
         if self.bundle_id != self.identity():
             raise ValueError("bundle_id does not match the manifest's content; the manifest was altered")
         return self
 
     def identity(self) -> str:
-        """Hex SHA-256 of the canonical JSON of everything but `bundle_id`."""
-        return manifest_identity(self.model_dump(mode="json"))
+        """Hex SHA-256 of the canonical JSON of everything but `bundle_id`; fields that the file lacks do not count."""
+        return manifest_identity(self.model_dump(mode="json", exclude_unset=True))
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -176,6 +220,7 @@ class Manifest(_Document):
             self.sampler,
             self.text.tokenizer,
             *(file for entry in self.engines().values() for file in entry.files()),
+            *(entry.plan.inspector for entry in self.engines().values() if entry.plan is not None),
         )
 
 

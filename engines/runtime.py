@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from engines.backends import load_engine
+from engines.backends import HostOptions, open_host
 from engines.bundle import Bundle
-from engines.engine import Arrays, Engine
+from engines.engine import Arrays, Engine, EngineHost
 from engines.errors import BackendError, BundleError
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry
+from engines.loop import Loop, StepHook, host_step, named_output
+from engines.manifest import LATENTS, EngineEntry
 from engines.sampler import SamplerState, SamplerTable
 from engines.schedule import Schedule
 from engines.text import encode_prompts, load_tokenizer
-
-StepHook = Callable[[int, str, float], None]
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,17 @@ class Conditioning:
 class DenoiseRuntime:
     """A loaded bundle.
 
-    Engines are loaded when a schedule first needs them and stay resident; swapping is a dictionary
-    look-up. Not thread-safe.
+    Engines are loaded when a schedule first needs them and swapped by name. They live on the host of
+    their backend: `close` frees what they hold on a device, and so does leaving a `with` block. Not
+    thread-safe.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, resident_engines: int | None = None) -> None:
         """Reads the sampler table; engines are loaded later.
 
         Raises:
             BundleError, SamplerError: a file is damaged, or the table does not fit the manifest.
+            BackendError: `resident_engines` is given for a backend that has no such limit.
         """
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -65,22 +66,44 @@ class DenoiseRuntime:
             raise BundleError(
                 f"sampler table has {self.table.num_steps} steps, the manifest says {self.manifest.sampling.num_steps}"
             )
-        self._threads = threads
-        self._engines: dict[str, Engine] = {}
+        backend = self.manifest.denoisers[self.precisions[0]].backend
+        if resident_engines is not None and backend != "tensorrt":
+            raise BackendError(
+                f"a limit on resident engines is for bundles of the tensorrt backend; this one's engines run on {backend}"
+            )
+        self._options = HostOptions(threads=threads, resident_engines=resident_engines)
+        self._hosts: dict[str, EngineHost] = {}
+        self._added: set[str] = set()
         self._tokenizer: object | None = None
 
     @classmethod
-    def load(cls, path: Path | str, *, threads: int | None = None) -> DenoiseRuntime:
+    def load(
+        cls, path: Path | str, *, threads: int | None = None, resident_engines: int | None = None
+    ) -> DenoiseRuntime:
         """Opens the bundle at `path`.
 
         Args:
             path: bundle folder.
             threads: worker threads of a CPU backend, None for one per core.
+            resident_engines: denoiser engines that a GPU backend keeps in device memory at once, None for
+                all; with fewer than a schedule uses, engines are loaded and dropped during the loop.
 
         Raises:
             BundleError: the folder is no bundle, or is damaged.
         """
-        return cls(Bundle.open(path), threads=threads)
+        return cls(Bundle.open(path), threads=threads, resident_engines=resident_engines)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees every engine; the runtime loads them again if it is used once more."""
+        self._added.clear()
+        while self._hosts:
+            self._hosts.popitem()[1].close()
 
     @property
     def num_steps(self) -> int:
@@ -93,8 +116,8 @@ class DenoiseRuntime:
         return self.manifest.precisions
 
     def preload(self, schedule: Schedule) -> None:
-        """Loads every engine a prompt-to-image run with `schedule` needs."""
-        for precision in dict.fromkeys(schedule.precisions):
+        """Loads every engine a prompt-to-image run with `schedule` needs, or as many as may be resident."""
+        for precision in tuple(dict.fromkeys(schedule.precisions))[: self._options.resident_engines]:
             self.denoiser(precision)
         self._engine("text encoder", self.manifest.text_encoder)
         self._engine("VAE decoder", self.manifest.vae_decoder)
@@ -106,9 +129,7 @@ class DenoiseRuntime:
             BackendError: the bundle holds no such precision, or its backend is not available.
             BundleError: its file is damaged.
         """
-        if precision not in self.manifest.denoisers:
-            raise BackendError(f"no engine of precision {precision!r}; the bundle holds {', '.join(self.precisions)}")
-        return self._engine(precision, self.manifest.denoisers[precision])
+        return self._denoiser_host(precision).engine(precision)
 
     def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
         """Runs the text encoder on prompts and on the negative prompt.
@@ -147,17 +168,7 @@ class DenoiseRuntime:
         Returns:
             The next state; its arrays are new.
         """
-        latents = self.table.model_input(state)
-        guided = guidance_scale > 1.0
-        if guided:
-            latents = np.concatenate([latents, latents])
-        timestep = np.full(len(latents), self.table.timesteps[state.step_index], np.float32)
-        engine = self.denoiser(precision)
-        output = _output(engine.run({LATENTS: latents, TIMESTEP: timestep, **conditioning}), MODEL_OUTPUT)
-        if guided:
-            unconditional, conditional = np.split(output, 2)
-            output = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
-        return self.table.advance(state, output)
+        return host_step(self.table, state, self.denoiser(precision), conditioning, guidance_scale)
 
     def denoise(
         self,
@@ -175,7 +186,8 @@ class DenoiseRuntime:
             schedule: checked against this bundle.
             noise: unit normal, float32 [N, C, h, w]; not changed.
             guidance_scale: None for the bundle's own.
-            on_step: called after each step with step index, precision and seconds.
+            on_step: called with step index, precision and seconds of each step; after each step where
+                the loop runs on the CPU, after the last where it runs on a GPU.
 
         Returns:
             Final latents, float32 [N, C, h, w], owned by the caller.
@@ -189,16 +201,9 @@ class DenoiseRuntime:
         if noise.shape != expected:
             raise ValueError(f"noise has shape {noise.shape}, expected {expected}")
         scale = self.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
-        batch = conditioning.batch(scale)
         for precision in dict.fromkeys(schedule.precisions):
-            self.denoiser(precision)
-        state = self.table.initial(noise)
-        for step_index, precision in enumerate(schedule.precisions):
-            begin = time.perf_counter()
-            state = self.step(state, precision, batch, scale)
-            if on_step is not None:
-                on_step(step_index, precision, time.perf_counter() - begin)
-        return state.latents.copy()
+            host = self._denoiser_host(precision)
+        return host.denoise(Loop(self.table, schedule.precisions, conditioning.batch(scale), noise, scale, on_step))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Pictures of final latents [N, C, h, w]: uint8 [N, H, W, 3].
@@ -207,7 +212,7 @@ class DenoiseRuntime:
             BackendError: the decoder returned numbers that are not finite, as it does for latents that overflowed.
         """
         decoder = self._engine("VAE decoder", self.manifest.vae_decoder)
-        image = _output(decoder.run({LATENTS: np.ascontiguousarray(latents, np.float32)}), "image")
+        image = named_output(decoder.run({LATENTS: np.ascontiguousarray(latents, np.float32)}), "image")
         if not np.isfinite(image).all():
             raise BackendError(
                 "the decoded picture is not finite: the latents overflowed in the loop; lower the guidance scale, or try "
@@ -241,14 +246,21 @@ class DenoiseRuntime:
         )
         return self.decode(latents)
 
+    def _denoiser_host(self, precision: str) -> EngineHost:
+        """The host of the denoisers, which knows `precision`."""
+        if precision not in self.manifest.denoisers:
+            raise BackendError(f"no engine of precision {precision!r}; the bundle holds {', '.join(self.precisions)}")
+        return self._host_of(precision, self.manifest.denoisers[precision])
+
     def _engine(self, name: str, entry: EngineEntry) -> Engine:
-        if name not in self._engines:
+        return self._host_of(name, entry).engine(name)
+
+    def _host_of(self, name: str, entry: EngineEntry) -> EngineHost:
+        """The host of an entry's backend, with the entry's files checked and added to it."""
+        if name not in self._added:
             paths = [self.bundle.path_of(file) for file in entry.files()]
-            self._engines[name] = load_engine(entry.backend, paths[0], threads=self._threads)
-        return self._engines[name]
-
-
-def _output(outputs: dict[str, np.ndarray], name: str) -> np.ndarray:
-    if name not in outputs:
-        raise BackendError(f"an engine returned {', '.join(outputs)}, expected {name}; build the bundle again")
-    return outputs[name]
+            if entry.backend not in self._hosts:
+                self._hosts[entry.backend] = open_host(entry.backend, self._options)
+            self._hosts[entry.backend].add(name, entry, paths[0])
+            self._added.add(name)
+        return self._hosts[entry.backend]

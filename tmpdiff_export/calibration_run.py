@@ -54,12 +54,51 @@ def calibrate_bundle(
     report = progress or (lambda stage, done, total: None)
     if seed < 0:
         raise TmpDiffError(f"seed is {seed}, expected 0 or more")
-    runtime = DenoiseRuntime.load(bundle, threads=threads)
+    with DenoiseRuntime.load(bundle, threads=threads) as runtime:
+        return _calibrate(runtime, prompts, budget, method, seed, guidance_scale, threads, report)
+
+
+def read_calibration(bundle: Bundle) -> Sensitivity:
+    """The sensitivity document, checked against the schedule and the manifest it is shown beside.
+
+    Raises:
+        TmpDiffError: not calibrated, or the documents contradict each other.
+    """
+    remedy = f"run `tmpdiff-export calibrate {bundle.folder} --prompts FILE`"
+    for path in (bundle.sensitivity_path, bundle.schedule_path):
+        if not path.exists():
+            raise TmpDiffError(f"bundle {bundle.folder} is not calibrated: it holds no {path.name}; {remedy}")
+    found = Sensitivity.load(bundle.sensitivity_path)
+    if found.precisions != bundle.manifest.precisions or found.num_steps != bundle.manifest.sampling.num_steps:
+        raise TmpDiffError(
+            f"sensitivity {bundle.sensitivity_path} has {found.num_steps} steps at {', '.join(found.precisions)}, the "
+            f"bundle {bundle.manifest.sampling.num_steps} at {', '.join(bundle.manifest.precisions)}; {remedy}"
+        )
+    if found.settings is None or found.settings.bundle_id != bundle.manifest.bundle_id:
+        raise TmpDiffError(f"sensitivity {bundle.sensitivity_path} was measured on another bundle; {remedy}")
+    if found.schedule != bundle.schedule().precisions:
+        raise TmpDiffError(
+            f"{bundle.schedule_path.name} of {bundle.folder} is not the schedule that {bundle.sensitivity_path.name} "
+            f"describes; {remedy}"
+        )
+    return found
+
+
+def _calibrate(
+    runtime: DenoiseRuntime,
+    prompts: PromptFile,
+    budget: Budget | None,
+    method: Literal["bisection", "sweep"],
+    seed: int,
+    guidance_scale: float | None,
+    threads: int | None,
+    report: Progress,
+) -> Sensitivity:
     runtime.bundle.verify(runtime.manifest.files())
     scale = runtime.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     evaluator = BundleEvaluator(runtime, prompts.calibration, seed, scale)
     held_out = BundleEvaluator(runtime, prompts.validation, seed + VALIDATION_SEED_OFFSET, scale)
-    folder = bundle / JOURNAL_FOLDER
+    folder = runtime.bundle.folder / JOURNAL_FOLDER
     folder.mkdir(exist_ok=True)
     name = f"{evaluator.key()[:12]}-{held_out.key()[:12]}.journal"
     journal = open_journal(folder / name, evaluator, held_out)
@@ -90,32 +129,6 @@ def calibrate_bundle(
     found = result.sensitivity.model_copy(update={"settings": settings})
     found.save(runtime.bundle.sensitivity_path)
     result.schedule(bundle_id).save(runtime.bundle.schedule_path)
-    return found
-
-
-def read_calibration(bundle: Bundle) -> Sensitivity:
-    """The sensitivity document, checked against the schedule and the manifest it is shown beside.
-
-    Raises:
-        TmpDiffError: not calibrated, or the documents contradict each other.
-    """
-    remedy = f"run `tmpdiff-export calibrate {bundle.folder} --prompts FILE`"
-    for path in (bundle.sensitivity_path, bundle.schedule_path):
-        if not path.exists():
-            raise TmpDiffError(f"bundle {bundle.folder} is not calibrated: it holds no {path.name}; {remedy}")
-    found = Sensitivity.load(bundle.sensitivity_path)
-    if found.precisions != bundle.manifest.precisions or found.num_steps != bundle.manifest.sampling.num_steps:
-        raise TmpDiffError(
-            f"sensitivity {bundle.sensitivity_path} has {found.num_steps} steps at {', '.join(found.precisions)}, the "
-            f"bundle {bundle.manifest.sampling.num_steps} at {', '.join(bundle.manifest.precisions)}; {remedy}"
-        )
-    if found.settings is None or found.settings.bundle_id != bundle.manifest.bundle_id:
-        raise TmpDiffError(f"sensitivity {bundle.sensitivity_path} was measured on another bundle; {remedy}")
-    if found.schedule != bundle.schedule().precisions:
-        raise TmpDiffError(
-            f"{bundle.schedule_path.name} of {bundle.folder} is not the schedule that {bundle.sensitivity_path.name} "
-            f"describes; {remedy}"
-        )
     return found
 
 

@@ -57,24 +57,24 @@ def draw(bundle: Bundle, prompts: Sequence[str], count: int, progress: Report | 
     Raises:
         TmpDiffError: a prompt is too long, or a file of the bundle is damaged.
     """
-    runtime = DenoiseRuntime(bundle)
-    schedules = {
-        **{name: bundle.schedule(f"uniform:{name}") for name in runtime.precisions},
-        SCHEDULE: bundle.schedule(),
-    }
-    total = len(prompts) * count * len(schedules)
-    runtime.encode(prompts)  # refuses a prompt before minutes are spent on the others
-    rows: list[Row] = []
-    for prompt in prompts:
-        for seed in range(count):
-            drawn: dict[str, np.ndarray] = {}
-            for name, schedule in schedules.items():
-                drawn[name] = runtime.generate([prompt], [seed], schedule)[0]
-                if progress:
-                    progress("pictures", len(rows) * len(schedules) + len(drawn), total)
-            reference = drawn[runtime.precisions[0]]
-            rows.append(Row(prompt, seed, tuple(compare(name, drawn[name], reference) for name in schedules)))
-    return tuple(rows)
+    with DenoiseRuntime(bundle) as runtime:
+        schedules = {
+            **{name: bundle.schedule(f"uniform:{name}") for name in runtime.precisions},
+            SCHEDULE: bundle.schedule(),
+        }
+        total = len(prompts) * count * len(schedules)
+        runtime.encode(prompts)  # refuses a prompt before minutes are spent on the others
+        rows: list[Row] = []
+        for prompt in prompts:
+            for seed in range(count):
+                drawn: dict[str, np.ndarray] = {}
+                for name, schedule in schedules.items():
+                    drawn[name] = runtime.generate([prompt], [seed], schedule)[0]
+                    if progress:
+                        progress("pictures", len(rows) * len(schedules) + len(drawn), total)
+                reference = drawn[runtime.precisions[0]]
+                rows.append(Row(prompt, seed, tuple(compare(name, drawn[name], reference) for name in schedules)))
+        return tuple(rows)
 
 
 def compare(name: str, picture: np.ndarray, reference: np.ndarray) -> Drawing:

@@ -3,45 +3,97 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+from dataclasses import dataclass
 
-from engines.engine import Engine
+from engines.engine import EngineHost
 from engines.errors import BackendError
 
-# name -> (importable module, how to get it)
-BACKENDS: dict[str, tuple[str, str]] = {
-    "onnxruntime": ("onnxruntime", "pip install onnxruntime"),
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a backend needs.
+
+    Attributes:
+        modules: alternatives, one of which must be importable.
+        also: modules that must be importable as well.
+        install: how to get them.
+        device: "cpu" or "gpu".
+    """
+
+    modules: tuple[str, ...]
+    install: str
+    device: str
+    also: tuple[str, ...] = ()
+
+
+BACKENDS: dict[str, BackendInfo] = {
+    "onnxruntime": BackendInfo(("onnxruntime",), "pip install onnxruntime", "cpu"),
+    "tensorrt": BackendInfo(
+        ("tensorrt", "tensorrt_lean"),
+        "pip install tensorrt cuda-bindings (tensorrt_lean instead of tensorrt runs version-compatible plans)",
+        "gpu",
+        also=("cuda.bindings",),
+    ),
+    "tensorrt-rtx": BackendInfo(
+        ("onnxruntime_ep_nv_tensorrt_rtx",),
+        "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        "gpu",
+        also=("onnxruntime",),
+    ),
 }
 
 
-def load_engine(backend: str, path: Path, *, threads: int | None = None) -> Engine:
-    """Loads an engine file whose hash has been checked.
+@dataclass(frozen=True)
+class HostOptions:
+    """How engines are hosted.
+
+    Attributes:
+        threads: worker threads of a CPU backend, None for one per core.
+        resident_engines: denoiser engines that a GPU backend keeps in device memory at once, None for all.
+    """
+
+    threads: int | None = None
+    resident_engines: int | None = None
+
+
+def open_host(backend: str, options: HostOptions | None = None) -> EngineHost:
+    """An empty host for the engines of one bundle.
 
     Args:
         backend: a key of `BACKENDS`, as the manifest names it.
-        path: the engine file.
-        threads: worker threads of a CPU backend, None for one per core.
+        options: how engines are hosted.
 
     Raises:
-        BackendError: the backend is unknown or not installed, or it refuses the file.
+        BackendError: the backend is unknown or not installed, or has no device to run on.
     """
     require_backend(backend)
-    from engines.backends.onnxruntime import OnnxRuntimeEngine
+    options = options or HostOptions()
+    if backend == "tensorrt":
+        from engines.backends.tensorrt.host import TensorRtHost
 
-    return OnnxRuntimeEngine(path, threads=threads)
+        return TensorRtHost(resident_engines=options.resident_engines)
+    if backend == "tensorrt-rtx":
+        from engines.backends.tensorrt_rtx import require_device
+
+        require_device()
+    from engines.backends.session_host import SessionHost
+
+    return SessionHost(backend, options.threads)
 
 
 def require_backend(backend: str) -> None:
-    """Checks that a backend exists and its library is installed.
+    """Checks that a backend exists and its libraries are installed.
 
     Raises:
         BackendError: naming what was asked, what is there and what to install.
     """
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; this release has {', '.join(BACKENDS)}")
-    module, how = BACKENDS[backend]
-    if importlib.util.find_spec(module) is None:
-        raise BackendError(f"backend {backend!r} needs the module {module}, which is not installed; {how}")
+    info = BACKENDS[backend]
+    missing = [] if any(map(_importable, info.modules)) else [" or ".join(info.modules)]
+    missing += [name for name in info.also if not _importable(name)]
+    if missing:
+        raise BackendError(f"backend {backend!r} needs the module {missing[0]}, which is not installed; {info.install}")
 
 
 def backend_version(backend: str) -> str:
@@ -51,6 +103,21 @@ def backend_version(backend: str) -> str:
         BackendError: unknown or not installed.
     """
     require_backend(backend)
+    if backend == "tensorrt":
+        from engines.backends.tensorrt.bindings import VERSION
+
+        return VERSION
+    if backend == "tensorrt-rtx":
+        from engines.backends.tensorrt_rtx import version as rtx_version
+
+        return rtx_version()
     from engines.backends.onnxruntime import version
 
     return version()
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package
+        return False

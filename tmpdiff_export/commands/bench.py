@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calibration.latency import ROUNDS, interleaved, machine
+from calibration.latency import ROUNDS, interleaved, machine, runs_on_gpu, step_latencies
 from engines.cli import parse_threads
 from engines.errors import TmpDiffError
 from engines.runtime import Conditioning, DenoiseRuntime
@@ -67,33 +67,38 @@ def bench(
         JSON data: "machine", "rows" (per precision and for torch: median and least ms, speed-up over the
         FP16 engine) and "loops" (whole loops that swap at every step against uniform ones).
     """
-    runtime = DenoiseRuntime.load(bundle, threads=threads)
-    scale = runtime.manifest.sampling.guidance_scale
-    conditioning = runtime.encode(["a bench mark"])
-    batch = conditioning.batch(scale)
-    state = runtime.table.initial(runtime.noise(range(conditioning.size)))
-    work: dict[str, Callable[[], object]] = {
-        name: (lambda name=name: runtime.step(state, name, batch, scale))  # type: ignore[misc]
-        for name in runtime.precisions
-    }
-    if pipeline is not None:
-        work["torch fp32"] = _torch_step(pipeline, runtime, conditioning, threads)
-    timings = interleaved(work, rounds, lambda done, total: report("steps", done, total))
-    reference = timings[runtime.precisions[0]].median_ms
-    rows = []
-    for name, timing in timings.items():
-        speedup = reference / timing.median_ms
-        no_gain = name in runtime.precisions[1:] and speedup <= 1.0
-        rows.append(
-            {
-                "name": name,
-                "median_ms": timing.median_ms,
-                "min_ms": timing.min_ms,
-                "speedup": speedup,
-                "remark": f"no gain over {runtime.precisions[0]} on this backend" if no_gain else "",
-            }
+    with DenoiseRuntime.load(bundle, threads=threads) as runtime:
+        scale = runtime.manifest.sampling.guidance_scale
+        conditioning = runtime.encode(["a bench mark"])
+        also: dict[str, Callable[[], object]] = {}
+        if pipeline is not None:
+            if runs_on_gpu(runtime):
+                raise TmpDiffError(
+                    "--pipeline times FP32 torch on the CPU; this bundle's engines run on a GPU: leave it out"
+                )
+            also["torch fp32"] = _torch_step(pipeline, runtime, conditioning, threads)
+        timings = step_latencies(
+            runtime, conditioning, scale, rounds, lambda done, total: report("steps", done, total), also
         )
-    return {"machine": machine(runtime, threads), "rows": rows, "loops": _loops(runtime, conditioning, rounds, report)}
+        reference = timings[runtime.precisions[0]].median_ms
+        rows = []
+        for name, timing in timings.items():
+            speedup = reference / timing.median_ms
+            no_gain = name in runtime.precisions[1:] and speedup <= 1.0
+            rows.append(
+                {
+                    "name": name,
+                    "median_ms": timing.median_ms,
+                    "min_ms": timing.min_ms,
+                    "speedup": speedup,
+                    "remark": f"no gain over {runtime.precisions[0]} on this backend" if no_gain else "",
+                }
+            )
+        return {
+            "machine": machine(runtime, threads),
+            "rows": rows,
+            "loops": _loops(runtime, conditioning, rounds, report),
+        }
 
 
 def _loops(

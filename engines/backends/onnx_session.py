@@ -1,0 +1,100 @@
+"""What the engines that run in an ONNX Runtime session have in common, on whichever execution provider."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.engine import Arrays
+from engines.errors import BackendError
+
+# ONNX Runtime's names of the tensor types that an engine may have.
+DTYPES: dict[str, np.dtype] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int64)": np.dtype(np.int64),
+}
+
+
+class OnnxSession:
+    """An ONNX file in an `onnxruntime.InferenceSession`, its inputs checked and its failures raised as BackendError.
+
+    Attributes:
+        inputs: dtype of every input, by name.
+        outputs: names of the outputs.
+    """
+
+    def __init__(self, path: Path, options: Any, *, name: str, providers: Sequence[str] | None = None) -> None:
+        """Loads `path`.
+
+        Args:
+            path: the ONNX file.
+            options: its `onnxruntime.SessionOptions`.
+            name: what error messages call the engine.
+            providers: execution providers by name; None if `options` has them.
+
+        Raises:
+            BackendError: ONNX Runtime refuses the file.
+        """
+        onnxruntime = library()
+        try:
+            # The Python class would answer a provider's failure with a second try on the CPU.
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        except Exception as error:  # its exception classes share no public base
+            raise BackendError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {words(error)}") from error
+        self.inputs = {item.name: _dtype(item.type) for item in self._session.get_inputs()}
+        self.outputs = [item.name for item in self._session.get_outputs()]
+        self._name = name
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """One inference; see `engines.engine.Engine`."""
+        require_names(self._name, self.inputs, inputs)
+        for name, expected in self.inputs.items():
+            if inputs[name].dtype != expected:
+                raise BackendError(
+                    f"engine {self._name}: input {name} must be {expected}, received {inputs[name].dtype}"
+                )
+        try:
+            values = self._session.run(self.outputs, dict(inputs))
+        except Exception as error:
+            raise BackendError(f"engine {self._name} failed: {words(error)}") from error
+        return dict(zip(self.outputs, values, strict=True))
+
+
+def library() -> Any:
+    """The `onnxruntime` module, its telemetry off.
+
+    Its official builds send trace events to Microsoft unless this variable is set before they are first
+    imported (Privacy.md in the package). A value that the user has set stays.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
+def require_names(engine: str, expected: Iterable[str], inputs: Arrays) -> None:
+    """Checks that `inputs` are the ones an engine takes.
+
+    Raises:
+        BackendError: some are missing or unknown.
+    """
+    names = set(expected)
+    if set(inputs) != names:
+        raise BackendError(f"engine {engine} takes inputs {sorted(names)}, received {sorted(inputs)}")
+
+
+def words(error: Exception) -> str:
+    """What the library said, cut to one line of a message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _dtype(name: str) -> np.dtype:
+    if name not in DTYPES:
+        raise BackendError(f"engine input of type {name} is not supported; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]

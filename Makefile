@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BINDINGS := $(VENV)/tensorrt/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help setup demo test lint runtime-binary clean
@@ -21,6 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)
 
+# The real TensorRT bindings of several versions, to check our calls against; no TensorRT library.
+$(BINDINGS): $(STAMP) tools/fetch_bindings.py tools/bindings_typing.py
+	$(BIN)/python tools/fetch_bindings.py --into $(VENV)/tensorrt
+	touch $(BINDINGS)
+
 demo: $(STAMP)
 	$(BIN)/tmpdiff-export demo --out build/demo
 
@@ -29,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint
+test: lint $(BINDINGS)
 	$(BIN)/python -m pytest
 
 runtime-binary: $(STAMP)

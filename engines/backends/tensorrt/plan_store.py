@@ -1,0 +1,231 @@
+"""Finished plans by what shaped them, so that an interrupted build of several precisions can go on.
+
+An entry is three files: the plan, the inspector's JSON beside it, and a document with the key's
+fields and the plan's facts. The document is written last and holds the hashes of the others, so that
+an unfinished or damaged entry is never found. A lock per key keeps two processes from building the
+same plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engines.backends.tensorrt.gpu import Gpu
+from engines.backends.tensorrt.options import PlanOptions
+from engines.backends.tensorrt.profiles import Profile
+from engines.documents import canonical_json, read_document, write_document
+from engines.errors import BuildError
+from engines.files import fsync_folder, sha256_bytes, sha256_file
+from engines.manifest import LayerShare
+
+# Raise it when this code builds different plans from the same inputs, or stores them differently.
+PLAN_FORMAT = 1
+
+
+class PlanTensor(BaseModel):
+    """An input or output of a plan; dynamic axes are -1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class PlanFacts(BaseModel):
+    """What is known of a built plan.
+
+    Attributes:
+        sha256: of the plan file.
+        bytes: size of the plan file.
+        inspector_sha256: of the engine inspector's JSON beside it.
+        weights_bytes: device memory of its weights.
+        stripped_weights_bytes: of them, left out of the plan file.
+        streamable_weights_bytes: of them, those that weight streaming can keep in host memory.
+        scratch_bytes: device memory of one execution context at the largest shapes, without weight streaming.
+        inputs: in the plan's order.
+        outputs: in the plan's order.
+        layers: by layer precision.
+        build_s: seconds the build took.
+        warnings: ours first, then TensorRT's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    bytes: int
+    inspector_sha256: str
+    weights_bytes: int
+    stripped_weights_bytes: int
+    streamable_weights_bytes: int
+    scratch_bytes: int
+    inputs: tuple[PlanTensor, ...]
+    outputs: tuple[PlanTensor, ...]
+    layers: dict[str, LayerShare]
+    build_s: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """Everything that shapes a plan.
+
+    Attributes:
+        fields: as JSON data, in plain words.
+    """
+
+    fields: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the canonical JSON; the name of the entry."""
+        return sha256_bytes(canonical_json(self.fields))
+
+
+def plan_key(
+    onnx: Path, *, precision: str, profile: Profile, options: PlanOptions, gpu: Gpu, tensorrt_version: str
+) -> PlanKey:
+    """The key of the plan that `build_plan` makes from the same arguments.
+
+    The content of the ONNX file and of its external data is hashed, not the time they were written;
+    external data is the one file that the export writes, `data_file(onnx)`.
+
+    Raises:
+        OSError: `onnx` cannot be read.
+    """
+    data = data_file(onnx)
+    return PlanKey(
+        {
+            "format": PLAN_FORMAT,
+            "onnx_sha256": sha256_file(onnx),
+            "external_data_sha256": sha256_file(data) if data.exists() else None,
+            "precision": precision,
+            "tensorrt": tensorrt_version,
+            "gpu": gpu.name,
+            "compute_capability": list(gpu.compute_capability),
+            "options": options.canonical(),
+            "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.items()},
+        }
+    )
+
+
+def data_file(onnx: Path) -> Path:
+    """Where the export puts the weights of an ONNX file above 2 GB; need not exist."""
+    return onnx.with_suffix(onnx.suffix + ".data")
+
+
+def network_bytes(onnx: Path) -> int:
+    """Size of an ONNX file with its external data: its weights, near enough for memory estimates."""
+    data = data_file(onnx)
+    return onnx.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def inspector_file(plan: Path) -> Path:
+    """Where the engine inspector's JSON of a plan is."""
+    return plan.with_suffix(plan.suffix + ".layers.json")
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """A whole entry of a store.
+
+    Attributes:
+        path: the plan; copy or link it, the store owns it.
+        inspector: the engine inspector's JSON.
+        facts: what is known of it.
+        reused: whether it was there before.
+    """
+
+    path: Path
+    inspector: Path
+    facts: PlanFacts
+    reused: bool
+
+
+class PlanStore:
+    """A folder of finished plans; safe to share between processes on one host."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens `folder`, making it if need be.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def find(self, key: PlanKey) -> StoredPlan | None:
+        """The plan of `key` if it is there and its hashes match, else None."""
+        plan, document = self._plan(key), self._document(key)
+        if not document.exists():
+            return None
+        with contextlib.suppress(BuildError, ValidationError, OSError):  # damaged: the same as not there
+            data = read_document(document, "stored plan", PLAN_FORMAT, BuildError)
+            facts = PlanFacts.model_validate(data.get("plan"))
+            whole = sha256_file(plan) == facts.sha256 and sha256_file(inspector_file(plan)) == facts.inspector_sha256
+            if whole and data.get("key") == key.fields:
+                return StoredPlan(plan, inspector_file(plan), facts, reused=True)
+        return None
+
+    def put(self, key: PlanKey, build: Callable[[Path], PlanFacts]) -> StoredPlan:
+        """The plan of `key`: found, or built and stored.
+
+        A second process that asks for the same plan waits for the first and then finds it.
+
+        Args:
+            key: what the plan is built from.
+            build: writes the plan to the path it is given and the inspector's JSON to `inspector_file` of it.
+
+        Raises:
+            TmpDiffError: from `build`; the store is as it was, on Ctrl-C too.
+            OSError: the folder is not writable or the disk is full.
+        """
+        plan = self._plan(key)
+        with locked(plan):
+            if stored := self.find(key):
+                return stored
+            for left in self._folder.glob(f".{key.digest}.*.partial"):  # of a process that died: the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{key.digest}.", suffix=".partial", dir=self._folder))
+            try:
+                facts = build(scratch / plan.name)
+                self._document(key).unlink(missing_ok=True)
+                os.replace(inspector_file(scratch / plan.name), inspector_file(plan))
+                os.replace(scratch / plan.name, plan)
+                fsync_folder(self._folder)
+                entry = {"version": PLAN_FORMAT, "key": key.fields, "plan": facts.model_dump(mode="json")}
+                write_document(self._document(key), entry)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return StoredPlan(plan, inspector_file(plan), facts, reused=False)
+
+    def _plan(self, key: PlanKey) -> Path:
+        return self._folder / f"{key.digest}.plan"
+
+    def _document(self, key: PlanKey) -> Path:
+        return self._folder / f"{key.digest}.json"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes (and other threads) that lock the same `path` waiting; a dead owner's lock is gone.
+
+    The lock is a file `<path>.lock` of its own, since `path` itself is replaced when it is written.
+
+    Raises:
+        OSError: the folder is missing or not writable.
+    """
+    import fcntl  # not on every system that runs plans
+
+    with open(path.with_name(path.name + ".lock"), "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

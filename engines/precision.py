@@ -14,15 +14,20 @@ class Precision(StrEnum):
     FP8: E4M3 weights and activations (W8A8), static per-tensor scales.
     INT8: 8-bit weights (per-channel scales) and activations (static per-tensor scales), W8A8.
     INT4: 4-bit weights in blocks, 16-bit activations (weight-only).
+    NVFP4: E2M1 weights and activations (W4A4) in blocks of 16, with an E4M3 scale per block and one FP32 scale
+        per tensor; block scales of activations are dynamic. Tensor cores take it from Blackwell on.
     """
 
     FP16 = "fp16"
     FP8 = "fp8"
     INT8 = "int8"
     INT4 = "int4"
+    NVFP4 = "nvfp4"
 
 
 REFERENCE = Precision.FP16
+# What is built unless other precisions are named; NVFP4 runs on one generation of GPUs only.
+DEFAULT_PRECISIONS = (Precision.FP16, Precision.FP8, Precision.INT8, Precision.INT4)
 
 
 def parse_precisions(text: str) -> tuple[Precision, ...]:

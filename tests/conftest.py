@@ -38,7 +38,7 @@ def demo_pipeline() -> Path:
 def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> DemoBuild:
     """Built at all four precisions and calibrated with two prompts; do not write into it."""
     from calibration import HighSteps
-    from engines.precision import Precision
+    from engines.precision import DEFAULT_PRECISIONS
     from engines.text import PromptFile
     from tmpdiff_export.bundle_build import BuildOptions, build
     from tmpdiff_export.calibration_run import calibrate_bundle
@@ -60,7 +60,7 @@ def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) ->
         demo_pipeline,
         folder / "bundle",
         BuildOptions(
-            precisions=tuple(Precision),
+            precisions=DEFAULT_PRECISIONS,
             prompts=prompts.calibration,
             num_steps=NUM_STEPS,
             onnx_dir=folder / "onnx",

@@ -12,11 +12,11 @@ import torch
 from conftest import GUIDANCE_SCALE, NUM_STEPS, DemoBuild
 from onnx import TensorProto
 
-from engines.backends import load_engine
+from engines.backends.onnxruntime import OnnxRuntimeEngine
 from engines.bundle import Bundle
 from engines.errors import BuildError
 from engines.manifest import MODEL_OUTPUT
-from engines.precision import Precision
+from engines.precision import DEFAULT_PRECISIONS, Precision
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export import bundle_build, cpu_lowering, engine_build, onnx_export
 from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
@@ -39,7 +39,7 @@ def real_inputs(demo_pipeline: Path):
     return list(source.family.inputs), batches[::2], torch_outputs(module, batches[::2])
 
 
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", DEFAULT_PRECISIONS)
 def test_sqnr_against_fp32_torch_on_real_inputs(precision: Precision, demo_bundle: Path, real_inputs) -> None:
     names, batches, references = real_inputs
     engine = DenoiseRuntime.load(demo_bundle).denoiser(precision.value)
@@ -50,7 +50,7 @@ def test_sqnr_against_fp32_torch_on_real_inputs(precision: Precision, demo_bundl
 
 def test_the_manifest_says_how_each_engine_was_made(demo_bundle: Path) -> None:
     manifest = Bundle.open(demo_bundle).manifest
-    assert manifest.precisions == tuple(precision.value for precision in Precision)
+    assert manifest.precisions == tuple(precision.value for precision in DEFAULT_PRECISIONS)
     for name, entry in manifest.denoisers.items():
         recipe = RECIPES[Precision(name)]
         assert entry.sqnr_db >= entry.sqnr_floor_db == recipe.sqnr_floor_db
@@ -60,7 +60,7 @@ def test_the_manifest_says_how_each_engine_was_made(demo_bundle: Path) -> None:
     assert manifest.denoisers["fp8"].lowering["fp8-emulated"] == 40
 
 
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", DEFAULT_PRECISIONS)
 def test_onnx_files_are_valid_and_store_quantized_weights(precision: Precision, demo_build: DemoBuild) -> None:
     path = demo_build.onnx / f"{precision.value}.onnx"
     onnx.checker.check_model(str(path), full_check=True)
@@ -79,8 +79,8 @@ def test_onnx_files_are_valid_and_store_quantized_weights(precision: Precision, 
 
 
 def test_quantized_files_are_as_small_as_their_format(demo_build: DemoBuild) -> None:
-    size = {precision: (demo_build.onnx / f"{precision.value}.onnx").stat().st_size for precision in Precision}
-    ratios = {precision.value: size[precision] / size[Precision.FP16] for precision in Precision}
+    size = {precision: (demo_build.onnx / f"{precision.value}.onnx").stat().st_size for precision in DEFAULT_PRECISIONS}
+    ratios = {precision.value: size[precision] / size[Precision.FP16] for precision in DEFAULT_PRECISIONS}
     print(ratios)
     assert ratios["int8"] < 0.60
     assert ratios["fp8"] < 0.60
@@ -94,7 +94,7 @@ def test_fp16_schedule_equals_a_plain_loop_bit_for_bit(demo_bundle: Path) -> Non
     swapped = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
 
     entry = runtime.manifest.denoisers["fp16"]
-    engine = load_engine(entry.backend, demo_bundle / entry.file.path)
+    engine = OnnxRuntimeEngine(demo_bundle / entry.file.path)
     state = runtime.table.initial(noise)
     for timestep in runtime.table.timesteps:
         latents = np.concatenate([runtime.table.model_input(state)] * 2)

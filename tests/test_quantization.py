@@ -12,14 +12,14 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from engines.backends import load_engine
+from engines.backends.onnxruntime import OnnxRuntimeEngine
 from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.accuracy import sqnr_db
 from tmpdiff_export.cpu_lowering import lower_for_cpu
 from tmpdiff_export.onnx_export import ExportInput, export_graph, save_checked
 from tmpdiff_export.qdq import insert_qdq
-from tmpdiff_export.ranges import layers_sharing_inputs, quantizable_linears
+from tmpdiff_export.ranges import layers_sharing_inputs, quantizable_layers
 from tmpdiff_export.recipes import RECIPES, stays_high_precision
 from tmpdiff_export.scales import LayerRange, QuantizedLayer, fp16_scale, quantize_layer
 from tmpdiff_export.shape_folding import fold_shapes
@@ -110,7 +110,7 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(
     layers = quantized(module, precision, scale)
     lowered, counts = lower_for_cpu(insert_qdq(graph, layers, RECIPES[precision]))
     onnx.save(lowered, tmp_path / "engine.onnx")
-    measured = load_engine("onnxruntime", tmp_path / "engine.onnx").run({"x": activation})["y"]
+    measured = OnnxRuntimeEngine(tmp_path / "engine.onnx").run({"x": activation})["y"]
     # An activation on the edge between two codes may round either way in FP32; hence dB and not equality.
     assert sqnr_db(expected(module, layers, activation), measured) > 55.0
     kind = {Precision.FP8: "fp8-emulated", Precision.INT8: "MatMulIntegerToFloat", Precision.INT4: "MatMulNBits"}
@@ -154,7 +154,7 @@ def test_layers_with_different_input_scales_get_quantizers_of_their_own(
     model = insert_qdq(graph, layers, RECIPES[Precision.INT8])
     lowered, _ = lower_for_cpu(model)
     onnx.save(lowered, tmp_path / "engine.onnx")
-    measured = load_engine("onnxruntime", tmp_path / "engine.onnx").run({"x": activation})["y"]
+    measured = OnnxRuntimeEngine(tmp_path / "engine.onnx").run({"x": activation})["y"]
     assert sqnr_db(expected(module, layers, activation), measured) > 55.0
 
 
@@ -260,8 +260,8 @@ def test_what_stays_in_high_precision(name: str, stays: bool) -> None:
 
 
 def test_nothing_to_quantize_is_an_error() -> None:
-    with pytest.raises(BuildError, match="no linear layer can be quantized"):
-        quantizable_linears(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)), "denoiser", RECIPES[Precision.INT8])
+    with pytest.raises(BuildError, match="no layer can be quantized"):
+        quantizable_layers(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)), "denoiser", RECIPES[Precision.FP8])
 
 
 def test_sqnr_of_known_noise_and_of_broken_output() -> None:

@@ -42,11 +42,34 @@ def torch_outputs(module: torch.nn.Module, batches: Sequence[Batch]) -> list[np.
 
 
 def engine_sqnr_db(
-    engine: Engine, names: Sequence[str], output: str, batches: Sequence[Batch], references: Sequence[np.ndarray]
+    engine: Engine,
+    names: Sequence[str],
+    output: str,
+    batches: Sequence[Batch],
+    references: Sequence[np.ndarray],
+    batch_size: int | None = None,
 ) -> float:
-    """SQNR of one engine output over all batches together, in dB."""
-    measured = [
-        engine.run({name: tensor.numpy() for name, tensor in zip(names, batch, strict=True)})[output]
-        for batch in batches
-    ]
-    return sqnr_db(np.concatenate(references), np.concatenate(measured))
+    """SQNR of one engine output over all batches together, in dB.
+
+    Args:
+        engine: takes and returns the batch on axis 0 of every array.
+        names: engine input names in the order of each batch.
+        output: the engine output that is compared.
+        batches: its inputs.
+        references: what it should return, one per batch.
+        batch_size: regroup the samples to engine calls of this size, None for the batches as they are; what
+            is missing in the last one is filled with its last sample.
+    """
+    arrays = [[tensor.numpy() for tensor in batch] for batch in batches]
+    if batch_size is not None:
+        arrays = _regrouped(arrays, batch_size)
+    measured = [engine.run(dict(zip(names, batch, strict=True)))[output] for batch in arrays]
+    expected = np.concatenate(references)
+    return sqnr_db(expected, np.concatenate(measured)[: len(expected)])
+
+
+def _regrouped(batches: Sequence[Sequence[np.ndarray]], size: int) -> list[list[np.ndarray]]:
+    whole = [np.concatenate(arrays) for arrays in zip(*batches, strict=True)]
+    short = -len(whole[0]) % size
+    whole = [np.concatenate([array, np.repeat(array[-1:], short, axis=0)]) for array in whole]
+    return [[array[start : start + size] for array in whole] for start in range(0, len(whole[0]), size)]

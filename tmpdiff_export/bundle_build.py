@@ -7,21 +7,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 import torch
 
-from engines.backends import require_backend
 from engines.bundle import MANIFEST_NAME
 from engines.documents import canonical_json
-from engines.errors import BackendError, BuildError, TmpDiffError
+from engines.errors import BuildError, TmpDiffError
 from engines.files import atomic_write_text, sha256_bytes, staged_folder
 from engines.manifest import (
     LATENTS,
     MODEL_OUTPUT,
-    TIMESTEP,
     EngineEntry,
     Manifest,
     ModelEntry,
@@ -34,8 +32,8 @@ from engines.precision import Precision
 from engines.sampler import SamplerTable
 from engines.version import VERSION
 from tmpdiff_export.engine_build import (
-    BACKEND,
     AccuracyCheck,
+    Target,
     build_component,
     build_denoiser,
     file_entry,
@@ -44,9 +42,11 @@ from tmpdiff_export.engine_build import (
 from tmpdiff_export.families import DENOISER, VaeDecoder
 from tmpdiff_export.onnx_export import ExportInput, export_graph
 from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
+from tmpdiff_export.plan_settings import PlanSettings
 from tmpdiff_export.ranges import Batch, spread
 from tmpdiff_export.scheduler_table import sampler_table
 from tmpdiff_export.shape_folding import fold_shapes
+from tmpdiff_export.targets import open_target, resolve_backend
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,6 +73,7 @@ class BuildOptions:
         width: picture width in pixels, None for the pipeline's own.
         onnx_dir: keep the strongly typed `<precision>.onnx` files here, None to drop them.
         force: replace an existing bundle.
+        plans: settings of TensorRT plans; refused by other backends unless left alone.
     """
 
     precisions: tuple[Precision, ...]
@@ -85,6 +86,7 @@ class BuildOptions:
     width: int | None = None
     onnx_dir: Path | None = None
     force: bool = False
+    plans: PlanSettings = field(default_factory=PlanSettings)
 
 
 def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
@@ -108,7 +110,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         TmpDiffError: `out` exists and `force` is not set.
     """
     report = progress or (lambda stage, done, total: None)
-    resolve_backend(options.backend)
+    backend = resolve_backend(options.backend)
     if len(options.prompts) < 2:
         raise BuildError(
             f"a build needs at least 2 calibration prompts (one checks what the others calibrate), got {len(options.prompts)}"
@@ -124,21 +126,23 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         stage = what
         report(what, done, total)
 
+    target = open_target(backend, options.plans, options.precisions, note)
     note(stage, 0, 1)
     with staged_folder(out, replace=options.force) as bundle:
         source = load_pipeline(
             Path(pipeline), height=options.height, width=options.width, guidance_scale=options.guidance_scale
         )
+        target.require_memory(sum(item.numel() for item in source.denoiser.parameters()))
         note(stage, 1, 1)
         table = sampler_table(source.pipe.scheduler, options.num_steps)
-        with tempfile.TemporaryDirectory(prefix=".onnx-", dir=bundle) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=bundle) as scratch:
             try:
-                manifest = _Build(source, table, options, bundle, Path(scratch), note).run()
+                manifest = _Build(source, table, options, target, bundle, Path(scratch), note).run()
             except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise BuildError(f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first}") from error
             if options.onnx_dir is not None:
-                _keep_onnx(Path(scratch), options.onnx_dir)
+                _keep_onnx(Path(scratch) / "onnx", options.onnx_dir)
     return manifest
 
 
@@ -148,29 +152,13 @@ def _check_folders(out: Path, options: BuildOptions) -> None:
         raise TmpDiffError(
             f"output folder {out} is no bundle (it holds no {MANIFEST_NAME}); --force replaces bundles only"
         )
-    target = options.onnx_dir
-    if target is None:
+    kept = options.onnx_dir
+    if kept is None:
         return
-    if target.exists() and not target.is_dir():
-        raise TmpDiffError(f"--onnx-dir {target} is a file; name a folder")
-    if Path(os.path.abspath(target)).is_relative_to(os.path.abspath(out)):
-        raise TmpDiffError(f"--onnx-dir {target} is inside the bundle {out}; name a folder beside it")
-
-
-def resolve_backend(backend: str) -> str:
-    """The backend a build uses; "auto" is ONNX Runtime on the CPU in this release.
-
-    Raises:
-        BackendError: unknown, not installed, or not built by this release.
-    """
-    name = BACKEND if backend == "auto" else backend
-    if name in ("tensorrt", "torch"):
-        raise BackendError(
-            f"backend {name!r} is not part of this release; use onnxruntime. For TensorRT, keep the strongly typed ONNX "
-            "files with --onnx-dir and build engines from them"
-        )
-    require_backend(name)
-    return name
+    if kept.exists() and not kept.is_dir():
+        raise TmpDiffError(f"--onnx-dir {kept} is a file; name a folder")
+    if Path(os.path.abspath(kept)).is_relative_to(os.path.abspath(out)):
+        raise TmpDiffError(f"--onnx-dir {kept} is inside the bundle {out}; name a folder beside it")
 
 
 class _Build:
@@ -181,6 +169,7 @@ class _Build:
         source: SourcePipeline,
         table: SamplerTable,
         options: BuildOptions,
+        target: Target,
         bundle: Path,
         scratch: Path,
         report: Progress,
@@ -188,6 +177,7 @@ class _Build:
         self.source = source
         self.table = table
         self.options = options
+        self.target = target
         self.bundle = bundle
         self.scratch = scratch
         self.report = report
@@ -257,17 +247,23 @@ class _Build:
         module = family.wrap(source.pipe, source.height, source.width).eval()
         total = len(self.options.precisions) + 1
         self.report("build denoisers", 0, total)
-        inputs = [
-            ExportInput(name, example, axes, keep_dtype=name == TIMESTEP)
-            for (name, axes), example in zip(family.inputs.items(), range_batches[0], strict=True)
-        ]
+        inputs = family.export_inputs(range_batches[0])
         graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
         check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches))
         engines = {}
         for done, precision in enumerate(self.options.precisions, 1):
             self.report(f"build denoisers: {precision.value}", done, total)
             engines[precision.value] = build_denoiser(
-                module, DENOISER, graph, precision, range_batches, check, self.bundle, self.scratch
+                self.target,
+                module,
+                DENOISER,
+                graph,
+                precision,
+                range_batches,
+                check,
+                self.bundle,
+                self.scratch,
+                batch_per_picture=2 if source.guidance_scale > 1.0 else 1,
             )
         self.report("build denoisers", total, total)
         return engines
@@ -300,7 +296,7 @@ class _Build:
             pad_token_id=int(pipe.tokenizer.pad_token_id),
             lowercase=family.lowercase,
         )
-        module = family.wrap_text(pipe).eval()
+        module = family.wrap_text(pipe, self.source.height, self.source.width).eval()
         tokens = pipe.tokenizer(
             [prompt.lower().strip() if family.lowercase else prompt for prompt in (*self.options.prompts[:3], "")],
             padding="max_length",
@@ -315,7 +311,9 @@ class _Build:
         graph = self._export(module, inputs, family.text_outputs, half=False)
         single = tuple(tensor[:1] for tensor in batch)
         check = AccuracyCheck.of(module, family.text_inputs, next(iter(family.text_outputs)), [batch, single])
-        entry = build_component(module, graph, "text_encoder", check, self.bundle, self.scratch)
+        entry = build_component(
+            self.target, graph, "text_encoder", check, self.bundle, self.scratch, batch_per_picture=2
+        )
         self.report("build text encoder", 1, 1)
         return entry, text
 
@@ -326,15 +324,17 @@ class _Build:
         inputs = [ExportInput(LATENTS, latents, {0: "batch"})]
         graph = self._export(module, inputs, {"image": {0: "batch"}}, half=False)
         check = AccuracyCheck.of(module, [LATENTS], "image", with_larger_batch([(latents,)]))
-        entry = build_component(module, graph, "vae_decoder", check, self.bundle, self.scratch)
+        entry = build_component(
+            self.target, graph, "vae_decoder", check, self.bundle, self.scratch, batch_per_picture=1
+        )
         self.report("build VAE decoder", 1, 1)
         return entry
 
 
-def _keep_onnx(scratch: Path, target: Path) -> None:
+def _keep_onnx(folder: Path, target: Path) -> None:
     """Moves the ONNX files into `target`, each under a temporary name first."""
     target.mkdir(parents=True, exist_ok=True)
-    kept = [path for path in sorted(scratch.iterdir()) if path.stem.split(".")[0] in _ONNX_NAMES]
+    kept = sorted(folder.iterdir())
     staged = [(path, target / f".{path.name}.partial") for path in kept]
     try:
         for path, partial in staged:
@@ -347,4 +347,3 @@ def _keep_onnx(scratch: Path, target: Path) -> None:
 
 
 _MODEL_ERRORS = (RuntimeError, AttributeError, LookupError, TypeError, ValueError, onnx.checker.ValidationError)
-_ONNX_NAMES = {*(precision.value for precision in Precision), "text_encoder", "vae_decoder"}

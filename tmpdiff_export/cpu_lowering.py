@@ -4,12 +4,14 @@ Same codes, same scales, other operators; the ONNX file for TensorRT is untouche
 
 - FP16 tensors: computed in FP32, because CPU kernels emulate FP16. Weights are FP16 in the file and
   are cast once when the engine is loaded; so are those of a graph exported in FP32.
-- INT8: one fused integer product (MatMulIntegerToFloat) per linear layer, with the activation's zero
+- INT8: one fused integer product (MatMulIntegerToFloat) per linear layer or convolution, with the activation's zero
   point moved from 0 (signed) to 128 (unsigned): the same 256 codes, for which x86 has an instruction.
 - FP8: emulated. Weights are dequantized when the engine is loaded, activations are rounded to E4M3.
 - INT4: MatMulNBits on the packed codes.
+- NVFP4: emulated. Weights are dequantized when the engine is loaded, activations are quantized to E2M1 with
+  dynamic block scales and dequantized, in functions of standard operators (`cpu_nvfp4`).
 
-The operators are ONNX Runtime's contrib operators, written explicitly and not left to its optimizer:
+The fused operators are ONNX Runtime's contrib operators, written explicitly and not left to its optimizer:
 its Q/DQ passes were seen to compute wrong results silently on such graphs.
 """
 
@@ -21,7 +23,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tmpdiff_export import cpu_nvfp4
+from tmpdiff_export.cpu_convolution import gather_taps
 from tmpdiff_export.onnx_export import drop_unused, is_float16
+from tmpdiff_export.qdq_nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN
 
 CONTRIB = "com.microsoft"
 # Below this many values a weight is stored in FP32: a cast node costs more than it saves.
@@ -51,8 +56,15 @@ def lower_for_cpu(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, in
     graph.node.extend(nodes)
     del graph.value_info[:]
     drop_unused(graph)
-    if any(node.domain == CONTRIB for node in graph.node):
+    versions = {item.domain: item for item in result.opset_import}
+    if TRT_DOMAIN in versions:
+        result.opset_import.remove(versions[TRT_DOMAIN])
+    domains = {node.domain for node in graph.node}
+    if CONTRIB in domains:
         result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    if cpu_nvfp4.DOMAIN in domains:
+        result.opset_import.append(helper.make_opsetid(cpu_nvfp4.DOMAIN, 1))
+        result.functions.extend(cpu_nvfp4.functions(versions[""].version))
     return result, dict(sorted(counts.items()))
 
 
@@ -64,6 +76,12 @@ class _Lowering:
         self.producers = {name: node for node in graph.node for name in node.output}
         self.readers = Counter(name for node in graph.node for name in node.input)
         self.readers.update(item.name for item in graph.output)
+        # A DequantizeLinear with a computed scale is NVFP4's: the scales of its blocks are quantized themselves.
+        self.block_scales = {
+            node.input[1]
+            for node in graph.node
+            if node.op_type == "DequantizeLinear" and node.input[1] in self.producers
+        }
         self.fused_bias: dict[str, onnx.NodeProto] = {}
         for node in graph.node:
             self._find_bias(node)
@@ -75,12 +93,22 @@ class _Lowering:
         weight = self._quantized_weight(node)
         if weight is not None:
             kind = self.initializers[weight.input[0]].data_type
+            if kind == TensorProto.INT8 and node.op_type == "Conv":
+                return self._integer_convolution(node, weight)
             if kind == TensorProto.INT8:
                 return self._integer_product(node, weight)
             if kind == TensorProto.INT4:
                 return self._nbits_product(node, weight)
-        if node.op_type == "DequantizeLinear" and self._kind(node.input[0]) == TensorProto.FLOAT8E4M3FN:
-            return self._fp8_weight(node)
+        if node.op_type == DYNAMIC_QUANTIZE:
+            return []  # its DequantizeLinear stands for both
+        if node.op_type == "DequantizeLinear":
+            block_scale = self.producers.get(node.input[1])
+            if block_scale is not None:
+                return self._nvfp4(node, block_scale)
+            if node.output[0] in self.block_scales:
+                return []
+            if self._kind(node.input[0]) == TensorProto.FLOAT8E4M3FN:
+                return self._fp8_weight(node)
         return [node]
 
     def _kind(self, name: str) -> int | None:
@@ -88,7 +116,7 @@ class _Lowering:
 
     def _quantized_weight(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
         """The DequantizeLinear of a stored weight that `node` multiplies by."""
-        if node.op_type != "MatMul":
+        if node.op_type not in ("MatMul", "Conv"):
             return None
         source = self.producers.get(node.input[1])
         if source is None or source.op_type != "DequantizeLinear" or source.input[0] not in self.initializers:
@@ -108,6 +136,7 @@ class _Lowering:
             codes = None if weight is None else self.initializers[weight.input[0]]
             if (
                 codes is not None
+                and product.op_type == "MatMul"
                 and codes.data_type in (TensorProto.INT8, TensorProto.INT4)
                 and list(bias.dims) == [codes.dims[1]]
             ):
@@ -123,25 +152,40 @@ class _Lowering:
         return bias, add.output[0]
 
     def _integer_product(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> list[onnx.NodeProto]:
-        activation = self.producers[node.input[0]]
-        scale = activation.input[1]
-        quantize = self.producers[activation.input[0]]
-        zero, codes = f"{scale}_zero_point_u8", f"{quantize.output[0]}_u8"
-        nodes = []
-        if zero not in self.initializers:
-            tensor = numpy_helper.from_array(np.uint8(128), zero)
-            self.initializers[zero] = tensor
-            self.graph.initializer.append(tensor)
-            nodes.append(helper.make_node("QuantizeLinear", [quantize.input[0], scale, zero], [codes], name=codes))
+        nodes, codes, scale, zero = self._unsigned_codes(node.input[0])
         bias, output = self._outputs(node)
         inputs = [codes, weight.input[0], scale, weight.input[1], zero, "", bias]
-        nodes.append(
-            helper.make_node(
-                "MatMulIntegerToFloat", inputs if bias else inputs[:5], [output], name=node.name, domain=CONTRIB
-            )
-        )
+        return [*nodes, self._matmul_integer(node.name, inputs, output)]
+
+    def _integer_convolution(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> list[onnx.NodeProto]:
+        nodes, codes, scale, zero = self._unsigned_codes(node.input[0])
+        gathered = gather_taps(node, codes, zero, self.initializers[weight.input[0]])
+        self.graph.initializer.extend(gathered.initializers)
+        product, bias = f"{node.output[0]}_channels_last_product", node.input[2] if len(node.input) > 2 else ""
+        inputs = [gathered.data, gathered.weight, scale, weight.input[1], zero, "", bias]
+        back = helper.make_node("Transpose", [product], node.output, name=f"{product}/back", perm=[0, 3, 1, 2])
+        return [*nodes, *gathered.nodes, self._matmul_integer(node.name, inputs, product), back]
+
+    def _unsigned_codes(self, activation: str) -> tuple[list[onnx.NodeProto], str, str, str]:
+        """The node that makes an activation's codes, unless they are made, and the names of codes, scale, zero point."""
+        dequantize = self.producers[activation]
+        scale = dequantize.input[1]
+        quantize = self.producers[dequantize.input[0]]
+        zero, codes = f"{scale}_zero_point_u8", f"{quantize.output[0]}_u8"
+        if zero in self.initializers:
+            return [], codes, scale, zero
+        tensor = numpy_helper.from_array(np.uint8(128), zero)
+        self.initializers[zero] = tensor
+        self.graph.initializer.append(tensor)
+        node = helper.make_node("QuantizeLinear", [quantize.input[0], scale, zero], [codes], name=codes)
+        return [node], codes, scale, zero
+
+    def _matmul_integer(self, name: str, inputs: list[str], output: str) -> onnx.NodeProto:
+        """inputs: data, weight, both scales, zero point, "" and the bias or ""."""
         self.counts["MatMulIntegerToFloat"] += 1
-        return nodes
+        return helper.make_node(
+            "MatMulIntegerToFloat", inputs if inputs[-1] else inputs[:5], [output], name=name, domain=CONTRIB
+        )
 
     def _nbits_product(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> list[onnx.NodeProto]:
         stem = weight.input[0]
@@ -185,6 +229,17 @@ class _Lowering:
             helper.make_node("Cast", [node.input[0]], [wide], name=wide, to=TensorProto.FLOAT),
             helper.make_node("Mul", [wide, node.input[1]], [node.output[0]], name=f"{wide}/scale"),
         ]
+
+    def _nvfp4(self, node: onnx.NodeProto, block_scale: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """A weight, or an activation with its dynamic quantization, behind a double DequantizeLinear."""
+        tensor_scale, output = block_scale.input[1], node.output[0]
+        quantize = self.producers.get(node.input[0])
+        if quantize is not None:
+            self.counts["nvfp4-emulated-activations"] += 1
+            return [cpu_nvfp4.fake_quantize_node(quantize.input[0], tensor_scale, output)]
+        self.counts["nvfp4-emulated"] += 1
+        codes = self.initializers[node.input[0]]
+        return [cpu_nvfp4.dequantize_node(codes, block_scale.input[0], tensor_scale, output)]
 
 
 def _to_fp32(graph: onnx.GraphProto, counts: Counter[str]) -> None:

@@ -25,7 +25,7 @@ from tmpdiff_export.step_finder import StepFinder, close, listed
 OUTPUTS = {"transformer": Transformer2DModelOutput, "unet": UNet2DConditionOutput}
 
 LATENTS_ARGUMENTS = {"hidden_states", "sample"}  # of transformers, of UNets
-CONSTANT_ARGUMENTS = {"added_cond_kwargs", "return_dict"}  # the picture size is part of the engine
+CONSTANT_ARGUMENTS = {"return_dict", "resolution", "aspect_ratio"}  # the picture size is part of the engine
 
 
 def attach(
@@ -117,7 +117,7 @@ class BundleDenoiser(torch.nn.Module):
         self.runtime = runtime
         self.last_run: list[tuple[int, str]] = []
         self._original = [denoiser]  # in a list, so that moving this module leaves it where it is
-        self._family = FAMILIES[runtime.manifest.model.denoiser_class]
+        self._family = FAMILIES[runtime.manifest.model.pipeline_class]
         self._finder = StepFinder(runtime.table)
         self._pipe = weakref.ref(pipe)
         self._scheduler = pipe.scheduler
@@ -140,6 +140,11 @@ class BundleDenoiser(torch.nn.Module):
     def device(self) -> torch.device:
         """The pipeline's device; engines run on their own."""
         return self._place.device
+
+    @property
+    def add_embedding(self) -> Any:
+        """The replaced UNet's; SDXL pipelines read its width."""
+        return self.original.add_embedding
 
     @property
     def calls(self) -> Counter[str]:
@@ -184,7 +189,11 @@ class BundleDenoiser(torch.nn.Module):
     def _inputs(self, call: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Engine inputs by name, still as the pipeline passed them."""
         taken = LATENTS_ARGUMENTS | CONSTANT_ARGUMENTS | set(self._family.inputs)
-        given = {name for name, value in call.items() if not (value is None or (isinstance(value, dict) and not value))}
+        passed = {**call, **(call.get("added_cond_kwargs") or {})}
+        passed.pop("added_cond_kwargs", None)
+        given = {
+            name for name, value in passed.items() if not (value is None or (isinstance(value, dict) and not value))
+        }
         if given - taken:
             raise ValueError(
                 f"the denoiser was called with {', '.join(sorted(given - taken))}, which the bundle's engines do not "
@@ -247,13 +256,14 @@ def _runtime(bundle: Path | str | Bundle | DenoiseRuntime) -> DenoiseRuntime:
 
 def _component(pipe: Any, runtime: DenoiseRuntime) -> str:
     """The attribute of the pipeline that holds its denoiser, of the class the bundle was built from."""
-    wanted = runtime.manifest.model.denoiser_class
-    if wanted not in FAMILIES:
+    model = runtime.manifest.model
+    family, wanted = FAMILIES.get(model.pipeline_class), model.denoiser_class
+    if family is None or family.denoiser_class != wanted:
         raise BundleError(
-            f"bundle {runtime.bundle.folder} was built from a {wanted}; this release attaches "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"bundle {runtime.bundle.folder} was built from the {wanted} of a {model.pipeline_class}; this release "
+            f"attaches bundles of {', '.join(FAMILIES)}"
         )
-    component = FAMILIES[wanted].component
+    component = family.component
     found = {name: getattr(pipe, name) for name in OUTPUTS if getattr(pipe, name, None) is not None}
     denoiser = found.get(component)
     if isinstance(denoiser, BundleDenoiser):
@@ -263,6 +273,12 @@ def _component(pipe: Any, runtime: DenoiseRuntime) -> str:
         raise BundleError(
             f"{type(pipe).__name__} has {received or 'neither a transformer nor a unet'}; bundle "
             f"{runtime.bundle.folder} was built from a {component} of class {wanted}; build a bundle from this pipeline"
+        )
+    reason = family.refusal(denoiser)
+    if reason is not None:
+        raise BundleError(
+            f"bundle {runtime.bundle.folder} does not fit the {component} of this {type(pipe).__name__}: {reason}; "
+            "build a bundle from this pipeline"
         )
     return component
 

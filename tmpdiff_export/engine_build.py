@@ -1,31 +1,29 @@
-"""From a torch module to a checked engine file: export, quantize, lower, load, compare with torch."""
+"""From an exported graph to a checked engine file: quantize, hand to the target backend, compare with torch."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import onnx
 import torch
 
-from engines.backends import load_engine
-from engines.backends.onnxruntime import version as onnxruntime_version
 from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
-from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
-from tmpdiff_export.cpu_lowering import lower_for_cpu
-from tmpdiff_export.onnx_export import save_checked, save_graph
+from tmpdiff_export.accuracy import torch_outputs
+from tmpdiff_export.onnx_export import save_checked
 from tmpdiff_export.qdq import insert_qdq
-from tmpdiff_export.ranges import Batch, calibrate_ranges, quantizable_linears
+from tmpdiff_export.ranges import Batch, calibrate_ranges, quantizable_layers
 from tmpdiff_export.recipes import RECIPES, Variant
 from tmpdiff_export.scales import quantize_layer
 
-BACKEND = "onnxruntime"
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
 COMPONENT_FLOOR_DB = 40.0
 
@@ -64,7 +62,65 @@ def with_larger_batch(batches: Sequence[Batch]) -> list[Batch]:
     return [*batches, tuple(torch.cat(pair) for pair in zip(first, last, strict=True))]
 
 
+@dataclass(frozen=True, eq=False)
+class EngineJob:
+    """One engine to make.
+
+    Attributes:
+        name: "fp16", "int8", ..., "text_encoder" or "vae_decoder"; stem of its files.
+        graph: its ONNX graph with weights in memory; not changed.
+        onnx_file: the same graph on disk, checked.
+        recipe: quantization variant, "none" where nothing is quantized.
+        quantized: precision of its quantized layers, None where nothing is quantized.
+        check: inputs and references for its SQNR.
+        floor_db: the least SQNR the build accepts.
+        batch_per_picture: samples of an engine call for one picture; 2 where guidance doubles the batch.
+    """
+
+    name: str
+    graph: onnx.ModelProto
+    onnx_file: Path
+    recipe: str
+    quantized: Precision | None
+    check: AccuracyCheck
+    floor_db: float
+    batch_per_picture: int
+
+
+class Target(Protocol):
+    """A backend that engines are built for."""
+
+    @property
+    def backend(self) -> str:
+        """Its key in `engines.backends.BACKENDS`."""
+        ...
+
+    def require_memory(self, parameters: int) -> None:
+        """Refuses a denoiser that cannot be built here, before any work.
+
+        Args:
+            parameters: number of its parameters.
+
+        Raises:
+            BuildError: naming what would fit.
+        """
+        ...
+
+    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
+        """Writes the engine under `folder`, loads it as the runtime would, and measures its SQNR.
+
+        Args:
+            job: what to make.
+            folder: a bundle folder, or one that stands for it; files go to `engines/` in it.
+
+        Raises:
+            BackendError: the backend refuses the graph.
+        """
+        ...
+
+
 def build_denoiser(
+    target: Target,
     module: torch.nn.Module,
     prefix: str,
     base: onnx.ModelProto,
@@ -72,118 +128,76 @@ def build_denoiser(
     range_batches: Sequence[Batch],
     check: AccuracyCheck,
     bundle: Path,
-    onnx_folder: Path,
+    scratch: Path,
+    *,
+    batch_per_picture: int,
 ) -> EngineEntry:
     """Builds the engine of one precision; of several recipe variants the one with the best SQNR is kept.
 
     Args:
+        target: the backend to build for.
         module: float32 export wrapper.
         prefix: attribute of the wrapper that holds the denoiser.
         base: its FP16 graph.
         precision: what to build.
         range_batches: inputs for range calibration.
         check: inputs for the comparison with torch.
-        bundle: bundle folder in the making; the engine goes to `engines/<precision>.onnx`.
-        onnx_folder: receives `<precision>.onnx`, the strongly typed graph for TensorRT.
+        bundle: bundle folder in the making; the engine goes to `engines/` in it.
+        scratch: folder on the same file system; `onnx/<precision>.onnx` in it receives the strongly typed graph.
+        batch_per_picture: see `EngineJob`.
 
     Raises:
         BuildError: no variant reaches the precision's SQNR floor, or the graph is not valid.
     """
     recipe = RECIPES[precision]
-    best: EngineEntry | None = None
+    best: tuple[EngineEntry, Path] | None = None
     for variant in recipe.variants or (None,):
         name = "none" if variant is None else variant.name
         graph = base if variant is None else _quantized(module, prefix, base, precision, variant, range_batches)
-        trial = onnx_folder / f"{precision.value}.{name}.onnx"
-        save_checked(graph, trial)
-        engine_file = bundle / "engines" / f"{precision.value}.{name}.onnx"
-        entry = lower_and_check(
-            graph,
-            engine_file,
-            bundle,
-            check,
-            onnx_sha256=sha256_file(trial),
-            recipe=name,
-            floor_db=recipe.sqnr_floor_db,
-        )
-        if best is not None and best.sqnr_db >= entry.sqnr_db:
-            _remove(trial, engine_file)
-            continue
-        if best is not None:
-            _remove(onnx_folder / f"{precision.value}.{best.recipe}.onnx", bundle / best.file.path)
-        best = entry
+        trial = scratch / f"{precision.value}-{name}"
+        onnx_file = trial / "onnx" / f"{precision.value}.onnx"
+        onnx_file.parent.mkdir(parents=True)
+        save_checked(graph, onnx_file)
+        quantized = None if variant is None else precision
+        floor = recipe.sqnr_floor_db
+        job = EngineJob(precision.value, graph, onnx_file, name, quantized, check, floor, batch_per_picture)
+        entry = target.make(job, trial)
+        if best is None or entry.sqnr_db > best[0].sqnr_db:
+            if best is not None:
+                shutil.rmtree(best[1])
+            best = entry, trial
+        else:
+            shutil.rmtree(trial)
     assert best is not None  # every recipe has a variant, and the reference counts as one
-    engine_path = bundle / "engines" / f"{precision.value}.onnx"
-    weights = _rename_graph(bundle / best.file.path, engine_path)
-    _rename_graph(onnx_folder / f"{precision.value}.{best.recipe}.onnx", onnx_folder / f"{precision.value}.onnx")
-    final = best.model_copy(
-        update={
-            "file": file_entry(bundle, engine_path),
-            "weights": None if weights is None else file_entry(bundle, weights),
-            "onnx_sha256": sha256_file(onnx_folder / f"{precision.value}.onnx"),
-        }
-    )
-    require_floor(precision.value, final)
-    return final
+    entry, trial = best
+    require_floor(precision.value, entry)
+    _move_files(trial / "onnx", scratch / "onnx")
+    _move_files(trial / "engines", bundle / "engines")
+    return entry
 
 
 def build_component(
-    module: torch.nn.Module, graph: onnx.ModelProto, name: str, check: AccuracyCheck, bundle: Path, onnx_folder: Path
+    target: Target,
+    graph: onnx.ModelProto,
+    name: str,
+    check: AccuracyCheck,
+    bundle: Path,
+    scratch: Path,
+    *,
+    batch_per_picture: int,
 ) -> EngineEntry:
-    """Builds the text encoder or the VAE decoder as `engines/<name>.onnx`, FP16 weights.
+    """Builds the text encoder or the VAE decoder from FP16 weights; arguments as for `build_denoiser`.
 
     Raises:
         BuildError: its SQNR is below `COMPONENT_FLOOR_DB`, or the graph is not valid.
     """
-    path = onnx_folder / f"{name}.onnx"
-    save_checked(graph, path)
-    entry = lower_and_check(
-        graph,
-        bundle / "engines" / f"{name}.onnx",
-        bundle,
-        check,
-        onnx_sha256=sha256_file(path),
-        recipe="none",
-        floor_db=COMPONENT_FLOOR_DB,
-    )
+    onnx_file = scratch / "onnx" / f"{name}.onnx"
+    onnx_file.parent.mkdir(parents=True, exist_ok=True)
+    save_checked(graph, onnx_file)
+    job = EngineJob(name, graph, onnx_file, "none", None, check, COMPONENT_FLOOR_DB, batch_per_picture)
+    entry = target.make(job, bundle)
     require_floor(name, entry)
     return entry
-
-
-def lower_and_check(
-    graph: onnx.ModelProto,
-    engine_file: Path,
-    bundle: Path,
-    check: AccuracyCheck,
-    *,
-    onnx_sha256: str,
-    recipe: str,
-    floor_db: float,
-) -> EngineEntry:
-    """Lowers a graph for the CPU, writes the engine file, loads it as the runtime would, and measures its SQNR.
-
-    Raises:
-        BackendError: ONNX Runtime refuses it.
-    """
-    lowered, counts = lower_for_cpu(graph)
-    engine_file.parent.mkdir(parents=True, exist_ok=True)
-    weights = save_graph(lowered, engine_file)
-    engine = load_engine(BACKEND, engine_file)
-    measured = engine_sqnr_db(engine, check.names, check.output, check.batches, check.references)
-    return EngineEntry(
-        file=file_entry(bundle, engine_file),
-        weights=None if weights is None else file_entry(bundle, weights),
-        backend=BACKEND,
-        backend_version=onnxruntime_version(),
-        device="cpu",
-        lowering=counts,
-        onnx_sha256=onnx_sha256,
-        recipe=recipe,
-        sqnr_db=round(measured, 2),
-        sqnr_floor_db=floor_db,
-        inputs=_specs(lowered.graph.input),
-        outputs=_specs(lowered.graph.output),
-    )
 
 
 def require_floor(name: str, entry: EngineEntry) -> None:
@@ -213,13 +227,14 @@ def _quantized(
     batches: Sequence[Batch],
 ) -> onnx.ModelProto:
     recipe = RECIPES[precision]
-    names = quantizable_linears(module, prefix, recipe)
+    names = quantizable_layers(module, prefix, recipe)
     ranges = calibrate_ranges(module, names, recipe, variant, batches)
     layers = {name: quantize_layer(found, precision, recipe.block_size) for name, found in ranges.items()}
     return insert_qdq(base, layers, recipe)
 
 
-def _specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+def tensor_specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """The specs of graph inputs or outputs."""
     return tuple(
         TensorSpec(
             name=value.name,
@@ -230,21 +245,7 @@ def _specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _weight_file(path: Path) -> Path:
-    return path.with_suffix(path.suffix + ".data")
-
-
-def _remove(*graphs: Path) -> None:
-    for path in graphs:
-        path.unlink()
-        _weight_file(path).unlink(missing_ok=True)
-
-
-def _rename_graph(old: Path, new: Path) -> Path | None:
-    """Renames a graph file; one with a weight file is written anew, because it names that file."""
-    if not _weight_file(old).exists():
-        old.rename(new)
-        return None
-    weights = save_graph(onnx.load(old), new)
-    _remove(old)
-    return weights
+def _move_files(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        os.replace(path, target / path.name)

@@ -71,6 +71,7 @@ def export_graph(
             _half_precision(module) if half else contextlib.nullcontext(),
             torch.inference_mode(),
             _static_squeeze(),
+            _plain_rms_norm(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -219,3 +220,25 @@ def _static_squeeze() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.squeeze = original
+
+
+@contextlib.contextmanager
+def _plain_rms_norm() -> Iterator[None]:
+    """Writes `torch.nn.RMSNorm` as plain operations: at this opset the exporter has none for it.
+
+    In FP32, as torch computes it for FP16 tensors.
+    """
+    original = torch.nn.RMSNorm.forward
+
+    def forward(norm: torch.nn.RMSNorm, data: torch.Tensor) -> torch.Tensor:
+        axes = list(range(-len(norm.normalized_shape), 0))
+        wide = data.float()
+        eps = torch.finfo(data.dtype).eps if norm.eps is None else norm.eps
+        result = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps)
+        return (result if norm.weight is None else result * norm.weight.float()).to(data.dtype)
+
+    torch.nn.RMSNorm.forward = forward
+    try:
+        yield
+    finally:
+        torch.nn.RMSNorm.forward = original

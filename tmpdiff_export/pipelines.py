@@ -15,7 +15,7 @@ import torch
 
 from engines.errors import BuildError
 from engines.files import sha256_bytes, sha256_file
-from tmpdiff_export.families import Family, bind_call, family_of
+from tmpdiff_export.families import Family, bind_call, family_of, require_supported
 from tmpdiff_export.ranges import Batch
 
 
@@ -93,6 +93,7 @@ def load_pipeline(
         raise BuildError(f"{index} is not readable: {error}") from error
     if not isinstance(data, dict) or "_class_name" not in data:
         raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
+    require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are loaded
     pipe = _load(folder)
     name, family = family_of(pipe)
     for component in pipe.components.values():
@@ -155,6 +156,12 @@ def gather_batches(
     finally:
         handle.remove()
     return batches
+
+
+def _denoiser_class(index: dict[str, Any]) -> str | None:
+    """Class name of the transformer or unet that a model_index.json lists as [library, class]."""
+    entries = [index.get(name) for name in ("transformer", "unet")]
+    return next((str(entry[1]) for entry in entries if isinstance(entry, list) and entry[1:] and entry[1]), None)
 
 
 def _load(folder: Path) -> Any:

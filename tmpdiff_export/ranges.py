@@ -19,8 +19,10 @@ from tmpdiff_export.scales import LayerRange
 Batch = tuple[torch.Tensor, ...]
 
 
-def quantizable_linears(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
-    """Names of the linear layers below `module.<prefix>` that a recipe quantizes.
+def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
+    """Names of the layers below `module.<prefix>` that a recipe quantizes.
+
+    They are linear layers, and with `recipe.convolutions` also undilated convolutions of one group.
 
     Args:
         module: the export wrapper.
@@ -33,16 +35,31 @@ def quantizable_linears(module: torch.nn.Module, prefix: str, recipe: Recipe) ->
     names = [
         name
         for name, layer in module.named_modules()
-        if isinstance(layer, torch.nn.Linear)
+        if (_fits_linear(layer, recipe) or _fits_convolution(layer, recipe))
         and stays_high_precision(name.removeprefix(f"{prefix}."), recipe) is None
-        and (recipe.block_size is None or layer.in_features % recipe.block_size == 0)
     ]
     if not names:
         raise BuildError(
-            f"{type(module).__name__}: no linear layer can be quantized"
+            f"{type(module).__name__}: no layer can be quantized"
             + (f" (none has an input width that is a multiple of {recipe.block_size})" if recipe.block_size else "")
         )
     return names
+
+
+def _fits_linear(layer: torch.nn.Module, recipe: Recipe) -> bool:
+    return isinstance(layer, torch.nn.Linear) and (
+        recipe.block_size is None or layer.in_features % recipe.block_size == 0
+    )
+
+
+def _fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
+    return (
+        recipe.convolutions
+        and isinstance(layer, torch.nn.Conv2d)
+        and layer.groups == 1
+        and layer.dilation == (1, 1)
+        and layer.padding_mode == "zeros"
+    )
 
 
 def calibrate_ranges(
@@ -52,14 +69,15 @@ def calibrate_ranges(
 
     Args:
         module: float32 export wrapper; called as `module(*batch)`.
-        names: linear layers to quantize, as in `module.named_modules()`.
+        names: layers to quantize, as in `module.named_modules()`.
         recipe: number formats of weights and inputs.
         variant: the algorithm.
         batches: denoiser inputs from real pipeline runs, over all timesteps.
 
     Returns:
         A range per layer name. Layers that read the same activation share `pre_quant_scale` (the
-        geometric mean of theirs) and `input_amax`, so that one QuantizeLinear serves them all.
+        geometric mean of theirs) and `input_amax`, so that one QuantizeLinear serves them all, and know
+        the largest magnitude of all their weights.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,7 +110,7 @@ def calibrate_ranges(
         if smoothing is not None:
             channel_amax[name] = smoothing.reshape(-1)
         found[name] = LayerRange(
-            weight=_array(layer.weight),
+            weight=_array(layer.weight.flatten(1)),
             input_amax=None if amax is None else float(amax.max()),
             pre_quant_scale=None if scale is None else scale.reshape(-1),
         )
@@ -137,11 +155,15 @@ def _share(found: dict[str, LayerRange], group: Sequence[str], channel_amax: dic
     amaxes = [item.input_amax for item in ranges if item.input_amax is not None]
     if amaxes and shared is not None:
         amaxes = [float((channel_amax[name] * shared).max()) for name in group]
-    for name, item in zip(group, ranges, strict=True):
-        weight = item.weight
-        if shared is not None and item.pre_quant_scale is not None:
-            weight = weight * (item.pre_quant_scale / shared)
-        found[name] = LayerRange(weight, max(amaxes) if amaxes else None, shared)
+    weights = [
+        item.weight * (item.pre_quant_scale / shared)
+        if shared is not None and item.pre_quant_scale is not None
+        else item.weight
+        for item in ranges
+    ]
+    weight_amax = max(float(np.abs(weight).max()) for weight in weights)
+    for name, weight in zip(group, weights, strict=True):
+        found[name] = LayerRange(weight, max(amaxes) if amaxes else None, shared, weight_amax)
 
 
 def spread(batches: Sequence[Batch], limit: int | None) -> list[Batch]:

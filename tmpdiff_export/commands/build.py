@@ -5,23 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from engines.backends import BACKENDS
+from engines.backends.tensorrt.options import HARDWARE_COMPATIBILITY, PlanOptions
+from engines.backends.tensorrt.profiles import ShapeRange
 from engines.cli import parse_guidance_scale, parse_seed
-from engines.manifest import Manifest
-from engines.precision import Precision, parse_precisions
+from engines.errors import BuildError
+from engines.manifest import EngineEntry, Manifest
+from engines.precision import DEFAULT_PRECISIONS, Precision, parse_precisions
 from engines.text import read_prompts
-
-BACKEND_CHOICES = ("auto", "tensorrt", "onnxruntime", "torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
-    everything = ",".join(precision.value for precision in Precision)
+    everything = ",".join(precision.value for precision in DEFAULT_PRECISIONS)
     parser.add_argument(
         "pipeline", type=Path, metavar="PIPELINE_DIR", help="diffusers pipeline folder (save_pretrained)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="bundle folder to make")
-    parser.add_argument("--precisions", default=everything, help=f"comma-separated (default {everything})")
-    parser.add_argument("--backend", default="auto", help=f"one of {', '.join(BACKEND_CHOICES)} (default auto)")
+    parser.add_argument(
+        "--precisions", default=everything, help=f"comma-separated, of {', '.join(Precision)} (default {everything})"
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help=f"one of auto, {', '.join(BACKENDS)} (default auto: tensorrt where its builder and a GPU are, else onnxruntime)",
+    )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="prompts for range calibration")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="num_inference_steps (default 20)")
     parser.add_argument(
@@ -35,15 +43,91 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--onnx-dir", type=Path, metavar="DIR", help="keep the exported <precision>.onnx files there")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_plan_arguments(parser.add_argument_group("TensorRT plans"))
+
+
+def _add_plan_arguments(group: argparse._ArgumentGroup) -> None:
+    default = PlanOptions()
+    group.add_argument(
+        "--batch",
+        type=_shape_range,
+        default=ShapeRange(1, 1, 4),
+        metavar="MIN:OPT:MAX",
+        help="pictures at once (default 1:1:4); OPT is what the plans are tuned for",
+    )
+    group.add_argument(
+        "--shape",
+        type=_named_shape_range,
+        action="append",
+        default=[],
+        metavar="SYMBOL=MIN:OPT:MAX",
+        help="sizes of another symbolic axis of the exported graphs; repeat it for several",
+    )
+    group.add_argument(
+        "--builder-optimization-level",
+        type=int,
+        default=default.builder_optimization_level,
+        metavar="0..5",
+        help=f"how long the builder searches (default {default.builder_optimization_level})",
+    )
+    group.add_argument(
+        "--workspace-mib", type=int, metavar="MIB", help="most scratch a layer may use (default: no limit)"
+    )
+    group.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory at run time")
+    group.add_argument(
+        "--version-compatible", action="store_true", help="run on the lean runtime and on later TensorRT versions"
+    )
+    group.add_argument(
+        "--hardware-compatibility",
+        choices=HARDWARE_COMPATIBILITY,
+        default=default.hardware_compatibility,
+        help="which other GPUs the plans must run on (default none)",
+    )
+    group.add_argument("--refittable", action="store_true", help="let TensorRT's Refitter replace weights; costs speed")
+    group.add_argument(
+        "--plan-cache",
+        type=Path,
+        metavar="DIR",
+        help="finished plans and timing caches (default: the user's cache folder)",
+    )
+
+
+def _shape_range(text: str) -> ShapeRange:
+    try:
+        return ShapeRange.parse(text)
+    except BuildError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _named_shape_range(text: str) -> tuple[str, ShapeRange]:
+    symbol, equals, sizes = text.partition("=")
+    if not (symbol and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SYMBOL=MIN:OPT:MAX")
+    return symbol, _shape_range(sizes)
 
 
 def run(args: argparse.Namespace) -> int:
     """Builds and prints what was built."""
-    from tmpdiff_export.bundle_build import BuildOptions, build, resolve_backend
+    from tmpdiff_export.bundle_build import BuildOptions, build
     from tmpdiff_export.display import print_json, progress_bar
+    from tmpdiff_export.plan_settings import PlanSettings
+    from tmpdiff_export.targets import resolve_backend
 
     precisions = parse_precisions(args.precisions)
     backend = resolve_backend(args.backend)
+    plans = PlanSettings(
+        options=PlanOptions(
+            builder_optimization_level=args.builder_optimization_level,
+            workspace_bytes=None if args.workspace_mib is None else args.workspace_mib << 20,
+            weight_streaming=args.weight_streaming,
+            version_compatible=args.version_compatible,
+            hardware_compatibility=args.hardware_compatibility,
+            refittable=args.refittable,
+        ),
+        batch=args.batch,
+        shapes=dict(args.shape),
+        cache=args.plan_cache,
+    )
     options = BuildOptions(
         precisions=precisions,
         prompts=read_prompts(args.prompts).calibration,
@@ -55,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
         width=args.width,
         onnx_dir=args.onnx_dir,
         force=args.force,
+        plans=plans,
     )
     with progress_bar() as report:
         manifest = build(args.pipeline, args.out, options, report)
@@ -88,14 +173,17 @@ def print_engines(manifest: Manifest) -> None:
         ["engine", "backend", "recipe", "MB", "SQNR dB", "floor dB"],
         rows,
         [
-            *(
-                f"{name}: {entry.backend} runs {_lowering(entry.lowering)}"
-                for name, entry in manifest.denoisers.items()
-            ),
+            *(f"{name}: {entry.backend} runs {_layers(entry)}" for name, entry in manifest.denoisers.items()),
             f"bundle id {manifest.bundle_id[:12]}, built with {manifest.created_with}",
         ],
     )
 
 
-def _lowering(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} x {what}" for what, count in counts.items())
+def _layers(entry: EngineEntry) -> str:
+    """What the backend made of the graph: rewrites on the CPU, layers by precision in a plan."""
+    if entry.plan is None:
+        return ", ".join(f"{count} x {what}" for what, count in entry.lowering.items()) or "the ONNX graph as it is"
+    return ", ".join(
+        f"{share.layers} {name} layers" + ("" if share.time_share is None else f" ({share.time_share:.0%} of the time)")
+        for name, share in entry.plan.layers.items()
+    )

@@ -17,7 +17,7 @@ from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET
 from engines.cli import parse_seed, write_pictures
 from engines.files import atomic_write_text
 from engines.manifest import Manifest
-from engines.precision import REFERENCE, Precision
+from engines.precision import DEFAULT_PRECISIONS, REFERENCE
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile, read_prompts
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             pipeline_folder(),
             bundle,
             BuildOptions(
-                precisions=tuple(Precision),
+                precisions=DEFAULT_PRECISIONS,
                 prompts=prompts.calibration,
                 num_steps=NUM_STEPS,
                 seed=args.seed,
@@ -90,26 +90,26 @@ def draw(
     The starting noise is that of the validation samples, so that the pictures are the ones that were
     measured.
     """
-    runtime = DenoiseRuntime.load(bundle)
-    schedules = {
-        **{name: runtime.bundle.schedule(f"uniform:{name}") for name in runtime.precisions},
-        "schedule": runtime.bundle.schedule(),
-    }
-    folder = out / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[np.ndarray]] = {}
-    names = []
-    total = len(prompts) * len(schedules)
-    for index, prompt in enumerate(prompts):
-        for name, schedule in schedules.items():
-            picture = runtime.generate([prompt], [seed + VALIDATION_SEED_OFFSET + index], schedule)
-            path = folder / f"{index}-{name}.png"
-            write_pictures([path], picture)
-            names.append(path.name)
-            rows.setdefault(name, []).append(picture[0])
-            report("pictures", len(names), total)
-    _sheet(folder / SHEET_NAME, prompts, rows)
-    return [*names, SHEET_NAME]
+    with DenoiseRuntime.load(bundle) as runtime:
+        schedules = {
+            **{name: runtime.bundle.schedule(f"uniform:{name}") for name in runtime.precisions},
+            "schedule": runtime.bundle.schedule(),
+        }
+        folder = out / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows: dict[str, list[np.ndarray]] = {}
+        names = []
+        total = len(prompts) * len(schedules)
+        for index, prompt in enumerate(prompts):
+            for name, schedule in schedules.items():
+                picture = runtime.generate([prompt], [seed + VALIDATION_SEED_OFFSET + index], schedule)
+                path = folder / f"{index}-{name}.png"
+                write_pictures([path], picture)
+                names.append(path.name)
+                rows.setdefault(name, []).append(picture[0])
+                report("pictures", len(names), total)
+        _sheet(folder / SHEET_NAME, prompts, rows)
+        return [*names, SHEET_NAME]
 
 
 def summarise(

@@ -1,0 +1,94 @@
+"""INT8 convolutions: the CPU engine against what codes and scales say, and which convolutions are quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from engines.backends.onnxruntime import OnnxRuntimeEngine
+from engines.precision import Precision
+from tmpdiff_export.accuracy import sqnr_db
+from tmpdiff_export.cpu_lowering import lower_for_cpu
+from tmpdiff_export.onnx_export import ExportInput, export_graph, save_checked
+from tmpdiff_export.qdq import insert_qdq
+from tmpdiff_export.ranges import calibrate_ranges, quantizable_layers
+from tmpdiff_export.recipes import RECIPES
+from tmpdiff_export.scales import quantize_layer
+
+RECIPE = RECIPES[Precision.INT8]
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.denoiser(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 1, "stride": 2, "bias": False},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": (3, 5), "padding": (0, 2), "stride": (1, 2), "bias": False},
+    ],
+    ids=str,
+)
+def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # Two of them, so that the second reads what the first wrote.
+    first, second = torch.nn.Conv2d(6, 10, 3, padding=1), torch.nn.Conv2d(10, 7, **options)
+    module = Wrapper(torch.nn.Sequential(first, torch.nn.SiLU(), second)).eval().requires_grad_(False)
+    x = torch.randn(2, 6, 9, 12)
+    names = quantizable_layers(module, "denoiser", RECIPE)
+    assert names == ["denoiser.0", "denoiser.2"]
+    found = calibrate_ranges(module, names, RECIPE, RECIPE.variants[0], [(x,)])
+    layers = {name: quantize_layer(item, Precision.INT8, None) for name, item in found.items()}
+    inputs = [ExportInput("x", x, {0: "batch"})]
+    base = export_graph(module, inputs, {"y": {0: "batch"}}, tmp_path / "base.onnx", half=True)
+    model = insert_qdq(base, layers, RECIPE)
+    save_checked(model, tmp_path / "int8.onnx")
+    lowered, counts = lower_for_cpu(model)
+    assert counts["MatMulIntegerToFloat"] == 2
+    assert "Conv" not in {node.op_type for node in lowered.graph.node}
+    onnx.save(lowered, tmp_path / "engine.onnx")
+
+    def quantized(name: str, layer: torch.nn.Conv2d, data: torch.Tensor) -> torch.Tensor:
+        scale = float(layers[name].input_scale)
+        codes = torch.clamp(torch.round(data.float() / scale), -128, 127).double()
+        weight = torch.from_numpy(layers[name].dequantized().T.reshape(layer.weight.shape).copy()).double()
+        bias = None if layer.bias is None else layer.bias.half().double()
+        return torch.nn.functional.conv2d(codes * scale, weight, bias, layer.stride, layer.padding)
+
+    for batch in (x, torch.randn(3, 6, 9, 12)):
+        expected = quantized(names[1], second, torch.nn.functional.silu(quantized(names[0], first, batch))).numpy()
+        measured = OnnxRuntimeEngine(tmp_path / "engine.onnx").run({"x": batch.numpy()})["y"]
+        assert measured.shape == expected.shape
+        # A code on the edge between two values may round either way; hence dB and not equality.
+        assert sqnr_db(expected, measured) > 55.0
+
+
+def test_only_plain_convolutions_are_quantized_and_only_in_int8() -> None:
+    denoiser = torch.nn.ModuleDict(
+        {
+            "plain": torch.nn.Conv2d(8, 8, 3),
+            "depthwise": torch.nn.Conv2d(8, 8, 3, groups=8),
+            "dilated": torch.nn.Conv2d(8, 8, 3, dilation=2),
+            "reflecting": torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+            "conv_in": torch.nn.Conv2d(8, 8, 3),
+            "block": torch.nn.ModuleDict({"conv_shortcut": torch.nn.Conv2d(8, 8, 1)}),
+            "upsamplers": torch.nn.ModuleList([torch.nn.Conv2d(8, 8, 3)]),
+            "linear": torch.nn.Linear(128, 8),
+        }
+    )
+    module = Wrapper(denoiser)
+    assert quantizable_layers(module, "denoiser", RECIPE) == ["denoiser.plain", "denoiser.linear"]
+    for precision in (Precision.FP8, Precision.INT4, Precision.NVFP4):
+        assert quantizable_layers(module, "denoiser", RECIPES[precision]) == ["denoiser.linear"]

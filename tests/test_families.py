@@ -1,0 +1,212 @@
+"""Denoisers of every family: the wrapper against the pipeline, the engine against torch, what is quantized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+
+from engines.backends.onnxruntime import OnnxRuntimeEngine
+from engines.errors import BuildError
+from engines.manifest import MODEL_OUTPUT
+from engines.precision import Precision
+from tmpdiff_export.accuracy import sqnr_db, torch_outputs
+from tmpdiff_export.cpu_lowering import lower_for_cpu
+from tmpdiff_export.cpu_target import CpuTarget
+from tmpdiff_export.engine_build import AccuracyCheck, build_denoiser
+from tmpdiff_export.families import DENOISER, DENOISERS, FAMILIES, denoiser_family, family_of
+from tmpdiff_export.families.flux import pack
+from tmpdiff_export.families.miniatures import TEXT_TOKENS, Miniature, miniature
+from tmpdiff_export.onnx_export import export_graph, save_graph
+from tmpdiff_export.pipelines import load_pipeline
+from tmpdiff_export.ranges import Batch
+from tmpdiff_export.shape_folding import fold_shapes
+
+FP16_FLOOR_DB = 50.0
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A miniature and its FP16 graph."""
+
+    small: Miniature
+    module: torch.nn.Module
+    graph: onnx.ModelProto
+    batches: list[Batch]
+
+    def feeds(self, batch: Batch) -> dict[str, np.ndarray]:
+        return {name: tensor.numpy() for name, tensor in zip(self.small.family.inputs, batch, strict=True)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Exports a family, once."""
+    made: dict[str, Exported] = {}
+
+    def export(name: str) -> Exported:
+        if name not in made:
+            small = miniature(name)
+            module, batches = small.wrap(), small.batches(4, seed=1)
+            folder = tmp_path_factory.mktemp(name)
+            inputs = small.family.export_inputs(batches[0])
+            graph = export_graph(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, folder / "export.onnx", half=True)
+            fold_shapes(graph, folder / "shapes.onnx")
+            made[name] = Exported(small, module, graph, batches)
+        return made[name]
+
+    return export
+
+
+def rows(batch: Batch, count: int) -> Batch:
+    """`count` samples made of those in `batch`, all different."""
+    repeated = (torch.cat([tensor] * count)[:count] for tensor in batch)
+    latents, *rest = repeated
+    return (latents + torch.arange(count).reshape(-1, 1, 1, 1), *rest)
+
+
+def test_every_family_has_a_miniature() -> None:
+    for name, family in DENOISERS.items():
+        small = miniature(name)
+        assert type(small.denoiser).__name__ == family.denoiser_class
+        assert denoiser_family(small.denoiser) == (name, family)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_the_wrapper_computes_what_the_pipeline_is_given(name: str) -> None:
+    small = miniature(name)
+    module = small.wrap()
+    scheduled = []
+    batches, outputs = small.calls(3, seed=5)
+    for batch, output in zip(batches, outputs, strict=True):
+        with torch.inference_mode():
+            measured = module(*batch)
+        assert measured.shape == batch[0].shape
+        expected = output.chunk(2, dim=1)[0] if name == "pixart" else output
+        torch.testing.assert_close(
+            pack(measured) if name.startswith("flux") else measured, expected, rtol=1e-4, atol=1e-4
+        )
+        scheduled.append(float(batch[1][0]))
+    np.testing.assert_allclose(scheduled, small.pipe.scheduler.timesteps.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_the_fp16_engine_equals_torch_at_any_batch_and_text_length(
+    name: str, exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    export = exported(name)
+    save_graph(lower_for_cpu(export.graph)[0], tmp_path / "engine.onnx")
+    engine = OnnxRuntimeEngine(tmp_path / "engine.onnx")
+    three = rows(export.batches[1], 3)
+    shorter = tuple(tensor[:, : TEXT_TOKENS - 5] if tensor.shape[1:2] == (TEXT_TOKENS,) else tensor for tensor in three)
+    assert any(a.shape != b.shape for a, b in zip(three, shorter, strict=True))
+    for batch in (rows(export.batches[0], 1), three, shorter):
+        (expected,) = torch_outputs(export.module, [batch])
+        measured = engine.run(export.feeds(batch))[MODEL_OUTPUT]
+        assert measured.shape == tuple(batch[0].shape)
+        assert sqnr_db(expected, measured) > FP16_FLOOR_DB
+
+
+# Layers (linear ones, with INT8 convolutions too) that stay in FP16 are embedders, modulation, text projections,
+# output layers, and in UNets the convolutions on the bare residual stream; with INT4 the output layers only.
+QUANTIZED = [
+    ("pixart", Precision.NVFP4, 2 * 10),  # 8 attention projections and 2 of the feed-forward per block
+    ("sana", Precision.INT8, 2 * 10),  # of them 2 pointwise convolutions per block
+    ("flux", Precision.INT4, 2 * 12 + 2 * 5 + 12),  # double and single blocks, modulation and embedders
+    ("flux-schnell", Precision.INT8, 2 * 12 + 2 * 5),
+    ("sd3", Precision.FP8, 2 * 16 + 9),  # the last block does not update the text
+    ("unet", Precision.INT8, 6 * (10 + 2) + 12 * 2),  # 6 transformers with pointwise projections, 12 residual blocks
+    ("unet-sdxl", Precision.FP8, 6 * (2 * 10 + 2)),  # 6 transformers of two layers; no convolutions
+]
+
+
+def test_every_family_is_quantized_here() -> None:
+    assert {name for name, *_ in QUANTIZED} == set(DENOISERS)
+    assert {precision for _, precision, _ in QUANTIZED} == set(Precision) - {Precision.FP16}
+
+
+@pytest.mark.parametrize(("name", "precision", "layers"), QUANTIZED)
+def test_quantized_engines_reach_their_floor_and_leave_no_layer_out(
+    name: str, precision: Precision, layers: int, exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    export = exported(name)
+    check = AccuracyCheck.of(
+        export.module, list(export.small.family.inputs), MODEL_OUTPUT, [rows(export.batches[2], 3)]
+    )
+    build_denoiser(
+        CpuTarget(), export.module, DENOISER, export.graph, precision, export.batches, check, tmp_path, tmp_path,
+        batch_per_picture=2,
+    )  # fmt: skip
+    model = onnx.load(tmp_path / "onnx" / f"{precision.value}.onnx")
+    codes = {
+        Precision.FP8: TensorProto.FLOAT8E4M3FN,
+        Precision.INT8: TensorProto.INT8,
+        Precision.INT4: TensorProto.INT4,
+        Precision.NVFP4: TensorProto.FLOAT4E2M1,
+    }[precision]
+    assert sum(item.data_type == codes and len(item.dims) > 1 for item in model.graph.initializer) == layers
+
+
+def test_flux_in_fp16_sees_timestep_and_guidance_in_full(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    """The strongly typed file itself: FP16 would round timesteps to halves and 1000 times the guidance to twos."""
+    export = exported("flux")
+    latents, _, text, pooled, _ = rows(export.batches[0], 2)
+    batch = (latents, torch.tensor([931.2, 457.3]), text, pooled, torch.tensor([3.603, 7.517]))
+    (expected,) = torch_outputs(export.module, [batch])
+    session = onnxruntime.InferenceSession(export.graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    kinds = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+    feeds = export.feeds(batch)
+    measured = session.run(
+        None, {item.name: feeds[item.name].astype(kinds[item.type]) for item in session.get_inputs()}
+    )
+    assert sqnr_db(expected, measured[0].astype(np.float32)) > FP16_FLOOR_DB
+
+
+@pytest.mark.parametrize("name", [name for name, family in DENOISERS.items() if family not in FAMILIES.values()])
+def test_a_pipeline_of_which_only_the_denoiser_is_supported_is_refused_before_it_is_loaded(
+    name: str, tmp_path: Path
+) -> None:
+    pipe = miniature(name).pipe
+    index = {"_class_name": type(pipe).__name__, "transformer": ["diffusers", type(pipe.transformer).__name__]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))  # and nothing beside it
+    for refused in (lambda: family_of(pipe), lambda: load_pipeline(tmp_path)):
+        with pytest.raises(BuildError) as caught:
+            refused()
+        text = str(caught.value)
+        assert text.startswith(f"pipeline class {type(pipe).__name__} is not supported; its denoiser class ")
+        assert f" {name}" in text
+        assert "PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline" in text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("unet", {"in_channels": 9}, "family unet: it takes more channels than it returns"),
+        ("unet", {"class_embed_type": "timestep"}, "family unet: it is conditioned by class_embed_type='timestep'"),
+        ("unet", {"addition_embed_type": "image"}, "its addition_embed_type is 'image', not None; family unet-sdxl: "),
+        ("sana", {"guidance_embeds": True}, "Sana-Sprint"),
+        ("flux", {"out_channels": 8}, "family flux: it takes more channels than it returns"),
+    ],
+)
+def test_denoisers_that_are_called_otherwise_are_refused(name: str, changes: dict, reason: str) -> None:
+    small = miniature(name)
+    small.denoiser.register_to_config(**changes)
+    with pytest.raises(BuildError, match="cannot be exported") as caught:
+        denoiser_family(small.denoiser)
+    assert reason in str(caught.value)

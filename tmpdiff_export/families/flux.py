@@ -1,0 +1,151 @@
+"""FLUX.1: guidance-distilled (dev) and without a guidance embedding (schnell)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.models.transformers import transformer_flux
+
+from engines.manifest import TIMESTEP
+from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, DenoiserFamily, latents_and_timestep
+from tmpdiff_export.ranges import Batch
+
+# The pipeline divides timesteps by this and the denoiser multiplies them, and the guidance, by it again.
+TRAIN_TIMESTEPS = 1000
+
+
+class FluxDenoiser(torch.nn.Module):
+    """`FluxTransformer2DModel` as (latents, timestep, text, pooled text[, guidance]) -> flow prediction.
+
+    The pipeline packs 2x2 latents into one token of 4 C channels; here that is done inside, so that latents are
+    [B, C, h, w] as everywhere. Positions depend on the picture's size only: their rotary table is a constant.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, rows: int, columns: int) -> None:
+        """rows, columns: tokens, that is h / 2 and w / 2."""
+        super().__init__()
+        self.denoiser = denoiser
+        ids = torch.zeros(rows, columns, 3)
+        ids[..., 1] += torch.arange(rows)[:, None]
+        ids[..., 2] += torch.arange(columns)[None, :]
+        # No buffers: those become FP16 with the weights, and diffusers rotates in FP32.
+        self.cos, self.sin = denoiser.pos_embed(ids.reshape(-1, 3))
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """latents [B, C, h, w], timestep [B] in 0..1000, text [B, L, D], pooled [B, P], guidance [B] -> [B, C, h, w]."""
+        no_ids = torch.zeros(1, 3)
+        with self._exportable(timestep, guidance, encoder_hidden_states.shape[1]):
+            tokens = self.denoiser(
+                hidden_states=pack(latents),
+                timestep=timestep,
+                guidance=guidance,
+                pooled_projections=pooled_projections,
+                encoder_hidden_states=encoder_hidden_states,
+                txt_ids=no_ids,
+                img_ids=no_ids,
+                return_dict=False,
+            )[0]
+        return unpack(tokens, latents.shape[2] // 2, latents.shape[3] // 2)
+
+    @contextlib.contextmanager
+    def _exportable(self, timestep: torch.Tensor, guidance: torch.Tensor | None, text: int) -> Iterator[None]:
+        """The denoiser, computing the same from what exports well.
+
+        Its embedders get FP32 timesteps and guidance, which it would round to its own type first. Its rotary table,
+        which it would compute in FP64, is the constant one; text tokens are all at position 0, where the rotation is
+        none. Its rotation reshapes by sizes that tracing would take for constants.
+        """
+        scaled = () if guidance is None else (guidance * TRAIN_TIMESTEPS,)
+        size = self.cos.shape[1]
+        rotary = (
+            torch.cat([torch.ones(text, size), self.cos]),
+            torch.cat([torch.zeros(text, size), self.sin]),
+        )
+        handles = [
+            self.denoiser.time_text_embed.register_forward_pre_hook(lambda _, args: (timestep, *scaled, args[-1])),
+            self.denoiser.pos_embed.register_forward_hook(lambda *_: rotary),
+        ]
+        original = transformer_flux.apply_rotary_emb
+        transformer_flux.apply_rotary_emb = _rotate
+        try:
+            yield
+        finally:
+            transformer_flux.apply_rotary_emb = original
+            for handle in handles:
+                handle.remove()
+
+
+def _rotate(data: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], sequence_dim: int) -> torch.Tensor:
+    """data [B, S, heads, D], rotary two [S, D] -> [B, S, heads, D]; pairs of neighbours are rotated, in FP32."""
+    cos, sin = (table[None, :, None, :] for table in rotary)
+    real, imaginary = data.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
+    return (data.float() * cos + turned * sin).to(data.dtype)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] -> [B, h w / 4, 4 C], as `FluxPipeline` does."""
+    batch, channels, height, width = latents.shape
+    blocks = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(batch, (height // 2) * (width // 2), 4 * channels)
+
+
+def unpack(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[B, rows columns, 4 C] -> [B, C, 2 rows, 2 columns], the inverse of `pack`."""
+    batch, _, channels = tokens.shape
+    blocks = tokens.reshape(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(batch, channels // 4, 2 * rows, 2 * columns)
+
+
+def _wrap(pipe: Any, height: int, width: int) -> FluxDenoiser:
+    pixels = 2 * int(pipe.vae_scale_factor)
+    return FluxDenoiser(pipe.transformer, height // pixels, width // pixels)
+
+
+def _arguments(call: Mapping[str, Any]) -> Batch:
+    rows, columns = (int(call["img_ids"][:, axis].max()) + 1 for axis in (1, 2))
+    return (
+        unpack(call["hidden_states"], rows, columns),
+        call["timestep"].float() * TRAIN_TIMESTEPS,
+        call["encoder_hidden_states"],
+        call["pooled_projections"],
+    )
+
+
+def _refusal(denoiser: torch.nn.Module, guided: bool) -> str | None:
+    config = denoiser.config
+    if config.out_channels not in (None, config.in_channels):
+        return "it takes more channels than it returns (inpainting or control)"
+    if config.guidance_embeds is not guided:
+        return f"it has {'a' if config.guidance_embeds else 'no'} guidance embedding"
+    return None
+
+
+FLUX_SCHNELL = DenoiserFamily(
+    denoiser_class="FluxTransformer2DModel",
+    component="transformer",
+    inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
+    wrap=_wrap,
+    arguments=_arguments,
+    refusal=lambda denoiser: _refusal(denoiser, guided=False),
+)
+# The guidance scale is an input, not a constant: it is chosen per picture, and one engine serves every scale. It is
+# float32, because 3600 (a scale of 3.6, times 1000) and its neighbours are 2 apart in FP16.
+FLUX = replace(
+    FLUX_SCHNELL,
+    inputs={**FLUX_SCHNELL.inputs, "guidance": BATCH_AXES},
+    arguments=lambda call: (*_arguments(call), call["guidance"].float()),
+    refusal=lambda denoiser: _refusal(denoiser, guided=True),
+    float32_inputs=frozenset({TIMESTEP, "guidance"}),
+)

@@ -1,0 +1,78 @@
+"""PixArt-Alpha and PixArt-Sigma."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tmpdiff_export.families.components import MaskedTextEncoder
+from tmpdiff_export.families.family import TEXT_AXES, Family, latents_and_timestep
+from tmpdiff_export.ranges import Batch
+
+
+class PixArtDenoiser(torch.nn.Module):
+    """`PixArtTransformer2DModel` as (latents, timestep, text, mask) -> noise prediction.
+
+    The second half of the output channels (the learned variance) is cut off, as the pipelines do.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, height: int, width: int) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        # The module resolves a configured None by its size; the configuration does not.
+        self.extra = bool(denoiser.use_additional_conditions)
+        self.halve = denoiser.config.out_channels // 2 == denoiser.config.in_channels
+        self.register_buffer("resolution", torch.tensor([[float(height), float(width)]]), persistent=False)
+        self.register_buffer("aspect_ratio", torch.tensor([[height / width]]), persistent=False)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """latents [B, C, h, w], timestep [B], text [B, L, D], mask [B, L] -> [B, C, h, w]."""
+        size = latents.shape[0]
+        conditions = {
+            "resolution": self.resolution.expand(size, -1) if self.extra else None,
+            "aspect_ratio": self.aspect_ratio.expand(size, -1) if self.extra else None,
+        }
+        output = self.denoiser(
+            latents,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            encoder_attention_mask=encoder_attention_mask,
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )[0]
+        return output.chunk(2, dim=1)[0] if self.halve else output
+
+
+def masked_arguments(call: Mapping[str, Any]) -> Batch:
+    """Latents, timestep, text and its mask, as PixArt and Sana pipelines hand them over."""
+    return (
+        call["hidden_states"],
+        call["timestep"].float(),
+        call["encoder_hidden_states"],
+        call["encoder_attention_mask"].to(call["encoder_hidden_states"].dtype),
+    )
+
+
+PIXART = Family(
+    denoiser_class="PixArtTransformer2DModel",
+    component="transformer",
+    inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES, "encoder_attention_mask": TEXT_AXES},
+    wrap=lambda pipe, height, width: PixArtDenoiser(pipe.transformer, height, width),
+    arguments=masked_arguments,
+    refusal=lambda denoiser: None,
+    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    wrap_text=lambda pipe, height, width: MaskedTextEncoder(pipe.text_encoder),
+    text_inputs=("input_ids", "attention_mask"),
+    text_outputs={"encoder_hidden_states": TEXT_AXES, "encoder_attention_mask": TEXT_AXES},
+    lowercase=True,
+    call_options={"use_resolution_binning": False, "clean_caption": False},
+    pipeline_refusal=lambda pipe: None,
+)

@@ -1,0 +1,125 @@
+"""UNets of Stable Diffusion: 1.x and 2.x, and SDXL with its pooled text and size conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from engines.manifest import TIMESTEP
+from tmpdiff_export.families.components import PlainTextEncoder, SdxlTextEncoder
+from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, Family, latents_and_timestep
+from tmpdiff_export.ranges import Batch
+
+TEXT_TIME = "text_time"  # SDXL's `addition_embed_type`
+
+
+class UNetDenoiser(torch.nn.Module):
+    """`UNet2DConditionModel` as (latents, timestep, text[, pooled text, time ids]) -> noise prediction."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """latents [B, C, h, w], timestep [B], text [B, L, D]; SDXL: pooled text [B, P], ids [B, 6] -> [B, C, h, w]."""
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.denoiser(
+            latents, timestep, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+
+def _arguments(call: Mapping[str, Any]) -> Batch:
+    latents = call["sample"]
+    return latents, call["timestep"].float().expand(latents.shape[0]), call["encoder_hidden_states"]
+
+
+def _refusal(denoiser: torch.nn.Module, addition: str | None) -> str | None:
+    config = denoiser.config
+    if config.in_channels != config.out_channels:
+        return "it takes more channels than it returns (inpainting, depth or editing)"
+    for name in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds"):
+        if getattr(config, name) is not None:
+            return f"it is conditioned by {name}={getattr(config, name)!r}"
+    if config.addition_embed_type != addition:
+        return f"its addition_embed_type is {config.addition_embed_type!r}, not {addition!r}"
+    return None
+
+
+def _pipeline_refusal(pipe: Any) -> str | None:
+    if pipe.safety_checker is not None:
+        return (
+            "it has a safety checker, and the pictures of a bundle pass through none; if they are checked elsewhere, "
+            "save the pipeline with safety_checker=None, requires_safety_checker=False"
+        )
+    return _clip_refusal(pipe.text_encoder)
+
+
+def _clip_refusal(encoder: torch.nn.Module) -> str | None:
+    name = type(encoder).__name__
+    if not name.startswith("CLIPTextModel") or getattr(encoder.config, "use_attention_mask", False):
+        return f"its text encoder is a {name}, not a CLIPTextModel that takes token ids only"
+    return None
+
+
+def _sdxl_pipeline_refusal(pipe: Any) -> str | None:
+    if pipe.text_encoder is None or pipe.tokenizer is None:
+        return "it has one text encoder only (a refiner)"
+    if pipe.tokenizer.get_vocab() != pipe.tokenizer_2.get_vocab():
+        return "its two tokenizers have different vocabularies"
+    if getattr(pipe.vae.config, "latents_mean", None) is not None:
+        return "its VAE has latents_mean, which the VAE decoder engine does not apply"
+    return _clip_refusal(pipe.text_encoder) or _clip_refusal(pipe.text_encoder_2)
+
+
+def _wrap_sdxl_text(pipe: Any, height: int, width: int) -> SdxlTextEncoder:
+    return SdxlTextEncoder(
+        pipe.text_encoder,
+        pipe.text_encoder_2,
+        end_token_id=int(pipe.tokenizer.eos_token_id),
+        second_pad_token_id=int(pipe.tokenizer_2.pad_token_id),
+        zero_empty=bool(pipe.config.force_zeros_for_empty_prompt),
+        size=(height, width),
+    )
+
+
+UNET = Family(
+    denoiser_class="UNet2DConditionModel",
+    component="unet",
+    inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES},
+    wrap=lambda pipe, height, width: UNetDenoiser(pipe.unet),
+    arguments=_arguments,
+    refusal=lambda denoiser: _refusal(denoiser, None),
+    pipelines=("StableDiffusionPipeline",),
+    wrap_text=lambda pipe, height, width: PlainTextEncoder(pipe.text_encoder),
+    text_inputs=("input_ids",),
+    text_outputs={"encoder_hidden_states": TEXT_AXES},
+    lowercase=False,
+    call_options={},
+    pipeline_refusal=_pipeline_refusal,
+)
+# Time ids are an input, so that a pipeline a bundle is attached to may pass others; they are pixels, up to thousands,
+# which FP16 rounds.
+UNET_SDXL = replace(
+    UNET,
+    inputs={**UNET.inputs, "text_embeds": BATCH_AXES, "time_ids": BATCH_AXES},
+    arguments=lambda call: (
+        *_arguments(call),
+        *(call["added_cond_kwargs"][name] for name in ("text_embeds", "time_ids")),
+    ),
+    refusal=lambda denoiser: _refusal(denoiser, TEXT_TIME),
+    float32_inputs=frozenset({TIMESTEP, "time_ids"}),
+    pipelines=("StableDiffusionXLPipeline",),
+    wrap_text=_wrap_sdxl_text,
+    text_outputs={"encoder_hidden_states": TEXT_AXES, "text_embeds": BATCH_AXES, "time_ids": BATCH_AXES},
+    pipeline_refusal=_sdxl_pipeline_refusal,
+)

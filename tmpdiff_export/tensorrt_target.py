@@ -1,0 +1,205 @@
+"""Engines for TensorRT: plans built on this host's GPU from the exported graphs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from engines.backends.tensorrt.bindings import VERSION, version_tuple
+from engines.backends.tensorrt.builder import build_plan, require_builder
+from engines.backends.tensorrt.engine import open_engine
+from engines.backends.tensorrt.gpu import current_gpu
+from engines.backends.tensorrt.inspection import read_inspector, speed_warning, summarize
+from engines.backends.tensorrt.plan_store import PlanFacts, PlanStore, StoredPlan, plan_key
+from engines.backends.tensorrt.preflight import (
+    BuildEstimate,
+    EngineMemory,
+    host_available_bytes,
+    require_build_memory,
+    require_precision,
+    require_runtime_memory,
+)
+from engines.backends.tensorrt.profiles import Profile, ShapeRange, profile, symbols_of
+from engines.backends.tensorrt.profiling import latency_ms, layer_times
+from engines.backends.tensorrt.timing_cache import timing_cache_path
+from engines.errors import BuildError
+from engines.files import sha256_file
+from engines.manifest import EngineEntry, PlanEntry, TensorSpec
+from engines.precision import REFERENCE, Precision
+from tmpdiff_export.accuracy import engine_sqnr_db
+from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.plan_settings import BATCH, PlanSettings
+
+Progress = Callable[[str, int, int], None]
+
+# With scales; every weight counts as quantized, which is the least a plan can take.
+_BITS_PER_WEIGHT = {
+    Precision.FP16: 16.0,
+    Precision.FP8: 8.0,
+    Precision.INT8: 8.0,
+    Precision.INT4: 4.0 + 16 / 128,
+    Precision.NVFP4: 4.0 + 8 / 16,
+}
+
+
+class TensorRtTarget:
+    """`tmpdiff_export.engine_build.Target`: plans for the current GPU, `engines/<name>.plan`.
+
+    A plan is built once per cache folder: an interrupted build goes on with the plans that it finished.
+    """
+
+    backend = "tensorrt"
+
+    def __init__(self, settings: PlanSettings, precisions: Sequence[Precision], progress: Progress) -> None:
+        """Checks everything that can be checked before work begins.
+
+        Args:
+            settings: what the user asked for.
+            precisions: the denoiser engines that will be made.
+            progress: called with (stage, steps done, steps in all) while plans are built.
+
+        Raises:
+            BackendError: no GPU, no builder, or a precision that this GPU or TensorRT cannot have.
+        """
+        require_builder()
+        self._gpu = current_gpu()
+        self._settings = settings
+        self._progress = progress
+        self._precisions = tuple(precisions)
+        for precision in precisions:
+            require_precision(precision.value, self._gpu, version_tuple(), settings.options)
+        self._cache = settings.cache or default_cache()
+        self._store = PlanStore(self._cache)
+        self._reference_ms: float | None = None
+
+    def require_memory(self, parameters: int) -> None:
+        """Estimates what building and running needs; see `Target.require_memory`."""
+        weights = {precision.value: int(parameters * _BITS_PER_WEIGHT[precision] / 8) for precision in self._precisions}
+        workspace = self._settings.options.workspace_bytes or 0
+        require_build_memory(
+            {name: BuildEstimate(count, workspace) for name, count in weights.items()},
+            self._gpu,
+            host_available_bytes(),
+        )
+        streamed = self._settings.options.weight_streaming
+        require_runtime_memory(
+            {name: EngineMemory(count, 0, count if streamed else 0) for name, count in weights.items()},
+            io_bytes=0,
+            resident=1,
+            gpu=self._gpu,
+        )
+
+    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
+        """Builds the plan or finds it in the cache, loads it, measures its SQNR and its layers; see `Target.make`."""
+        specs = tensor_specs(job.graph.graph.input)
+        shapes = profile(specs, self._ranges(specs, job))
+        stored = self._plan(job, shapes)
+        engines = folder / "engines"
+        engines.mkdir(parents=True, exist_ok=True)
+        plan, inspector = engines / f"{job.name}.plan", engines / f"{job.name}.layers.json"
+        shutil.copyfile(stored.path, plan)
+        shutil.copyfile(stored.inspector, inspector)
+        opt_shapes = {name: opt for name, (_, opt, _) in shapes.items()}
+        check, options = job.check, self._settings.options
+        with open_engine(
+            plan, version_compatible=options.version_compatible, weight_streaming=options.weight_streaming
+        ) as engine:
+            batch_size = opt_shapes[specs[0].name][0]
+            measured = engine_sqnr_db(
+                engine, check.names, check.output, check.batches, check.references, batch_size=batch_size
+            )
+            step_ms = latency_ms(engine, opt_shapes)
+            times = layer_times(engine, opt_shapes)
+        warnings = [*stored.facts.warnings]
+        if job.name == REFERENCE.value:
+            self._reference_ms = step_ms
+        elif job.quantized is not None and self._reference_ms is not None:
+            slow = speed_warning(job.quantized.value, step_ms, self._reference_ms)
+            warnings = [slow, *warnings] if slow else warnings
+        return EngineEntry(
+            file=file_entry(folder, plan),
+            backend=self.backend,
+            backend_version=VERSION,
+            device=f"{self._gpu.architecture} {self._gpu.name}",
+            lowering={},
+            onnx_sha256=sha256_file(job.onnx_file),
+            recipe=job.recipe,
+            sqnr_db=round(measured, 2),
+            sqnr_floor_db=job.floor_db,
+            inputs=specs,
+            outputs=tensor_specs(job.graph.graph.output),
+            plan=PlanEntry(
+                version_compatible=options.version_compatible,
+                hardware_compatibility=options.hardware_compatibility,
+                profile=shapes,
+                weight_streaming=options.weight_streaming,
+                weights_bytes=stored.facts.weights_bytes,
+                scratch_bytes=stored.facts.scratch_bytes,
+                layers=summarize(read_inspector(inspector.read_text()), times),
+                inspector=file_entry(folder, inspector),
+                warnings=tuple(warnings),
+            ),
+        )
+
+    def _ranges(self, specs: Sequence[TensorSpec], job: EngineJob) -> dict[str, ShapeRange]:
+        """The range of every symbol of an engine: as asked, else the sizes that the pipeline itself uses.
+
+        Raises:
+            BuildError: a range was asked for a symbol that the denoiser does not have.
+        """
+        pictures, factor = self._settings.batch, job.batch_per_picture
+        fixed = pictures.min == pictures.max
+        batch = ShapeRange(
+            # A range also takes calls without guidance, one sample per picture; a fixed size stays fixed.
+            pictures.min * factor if fixed else pictures.min,
+            pictures.opt * factor,
+            pictures.max * factor,
+        )
+        symbols = symbols_of(specs)
+        unknown = sorted(set(self._settings.shapes) - set(symbols))
+        if unknown and job.name in self._precisions:
+            raise BuildError(
+                f"--shape names {', '.join(unknown)}, which no denoiser input has; its symbolic axes are {', '.join(symbols)}"
+            )
+        asked = {**_seen_sizes(specs, job), **self._settings.shapes, BATCH: batch}
+        return {symbol: asked[symbol] for symbol in symbols}
+
+    def _plan(self, job: EngineJob, shapes: Profile) -> StoredPlan:
+        precision = (job.quantized or REFERENCE).value
+        options, gpu = self._settings.options, self._gpu
+        key = plan_key(
+            job.onnx_file, precision=precision, profile=shapes, options=options, gpu=gpu, tensorrt_version=VERSION
+        )
+
+        def build(target: Path) -> PlanFacts:
+            return build_plan(
+                job.onnx_file,
+                target,
+                precision=precision,
+                profile=shapes,
+                options=options,
+                gpu=gpu,
+                timing_cache=timing_cache_path(self._cache, VERSION, gpu),
+                progress=lambda stage, done, total: self._progress(f"{job.name}: {stage}", done, total),
+            )
+
+        return self._store.put(key, build)
+
+
+def _seen_sizes(specs: Sequence[TensorSpec], job: EngineJob) -> dict[str, ShapeRange]:
+    """The sizes of symbolic axes in the pipeline's own runs."""
+    seen: dict[str, list[int]] = {}
+    for batch in job.check.batches:
+        arrays = dict(zip(job.check.names, batch, strict=True))
+        for spec in specs:
+            for symbol, size in zip(spec.shape, arrays[spec.name].shape, strict=True):
+                if isinstance(symbol, str):
+                    seen.setdefault(symbol, []).append(int(size))
+    return {symbol: ShapeRange(min(sizes), max(sizes), max(sizes)) for symbol, sizes in seen.items()}
+
+
+def default_cache() -> Path:
+    """The user's folder of finished plans, `$XDG_CACHE_HOME/tmpdiff-export/plans` or under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tmpdiff-export" / "plans"

@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from needs_gpu import needs_gpu
 
 from engines.errors import BackendError
 from engines.loop import Loop, host_loop
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, FileEntry, PlanEntry, TensorSpec
 from engines.sampler import SamplerRow, SamplerTable
+
+pytestmark = needs_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "encoder_hidden_states"

@@ -1,23 +1,14 @@
-"""Tests that need a GPU; `pytest tests/gpu` on a host that has one. Elsewhere they skip and say why."""
+"""The mark of tests that need a GPU; `pytest tests/gpu` on a host that has one. Elsewhere they skip and say why."""
 
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = _missing()
-    if reason is not None:
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def _missing() -> str | None:
-    """Why no test here can run, or None."""
+def missing() -> str | None:
+    """Why no such test can run here, or None."""
     try:
         from cuda.bindings import runtime
     except ImportError:
@@ -28,3 +19,6 @@ def _missing() -> str | None:
     if all(importlib.util.find_spec(name) is None for name in ("tensorrt", "tensorrt_lean")):
         return "neither tensorrt nor tensorrt_lean is installed"
     return None
+
+
+needs_gpu = pytest.mark.skipif(missing() is not None, reason=missing() or "")

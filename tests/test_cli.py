@@ -89,7 +89,7 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
     blank.write_text("# nothing\n\n")
     refused("build", tmp_path / "absent", *build, says="does not exist; pass a folder written by save_pretrained")
     refused("build", empty, *build, says="it holds no model_index.json")
-    refused("build", broken, *build, says="cannot be loaded")
+    refused("build", broken, *build, says="a pipeline without a transformer or unet is not supported")
     refused(
         "build",
         demo_pipeline,
@@ -103,7 +103,9 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
     refused(
         "build", demo_pipeline, *build, "--backend", "cuda", says="unknown backend 'cuda'; this release has onnxruntime"
     )
-    refused("build", demo_pipeline, *build, "--backend", "tensorrt", says="is not part of this release")
+    refused("build", demo_pipeline, *build, "--backend", "tensorrt", says="needs the module tensorrt or tensorrt_lean")
+    refused("build", demo_pipeline, *build, "--backend", "torch", says="is not part of this release")
+    refused("build", demo_pipeline, *build, "--version-compatible", says="are settings of TensorRT plans")
     refused("build", demo_pipeline, *build, "--steps", "0", says="number of steps is 0, expected 1 to 1000")
     refused(
         "build",
@@ -169,7 +171,7 @@ def test_an_interrupted_build_leaves_nothing(
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     deadline = time.monotonic() + TIMEOUT_S
-    while not list(out.glob(".bundle*/.onnx-*/export.onnx")):  # in the middle of the work
+    while not list(out.glob(".bundle*/.scratch-*/export.onnx")):  # in the middle of the work
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

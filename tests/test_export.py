@@ -18,7 +18,7 @@ from engines.errors import BuildError
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import DEFAULT_PRECISIONS, Precision
 from engines.runtime import DenoiseRuntime
-from tmpdiff_export import bundle_build, cpu_lowering, engine_build, onnx_export
+from tmpdiff_export import bundle_build, cpu_lowering, cpu_target, engine_build, onnx_export
 from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
 from tmpdiff_export.bundle_build import BuildOptions, build
 from tmpdiff_export.pipelines import gather_batches, load_pipeline
@@ -205,7 +205,7 @@ def test_a_miscompiled_engine_is_caught(tmp_path: Path, demo_pipeline: Path, mon
         del gelu.attribute[:]
         return lowered, counts
 
-    monkeypatch.setattr(engine_build, "lower_for_cpu", broken)
+    monkeypatch.setattr(cpu_target, "lower_for_cpu", broken)
     with pytest.raises(BuildError, match="fp16: the built engine has an SQNR of"):
         build(demo_pipeline, tmp_path / "bundle", _options())
     assert list(tmp_path.iterdir()) == []

@@ -53,7 +53,7 @@ def main() -> int:
             print(f"{path.name} {architecture}: {verdict}", flush=True)
             rows.append(
                 {
-                    "file": path.name,
+                    "file": f"{path.absolute().parent.name}/{path.name}",
                     "sha256": sha256_file(path),
                     "bytes": path.stat().st_size,
                     "architecture": architecture,

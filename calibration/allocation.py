@@ -1,15 +1,7 @@
 """Allocation: the schedule with the least predicted error, or the least latency, under a budget.
 
-A multiple-choice knapsack: every step picks one precision, latencies and contributions to the error add
-up. Solved exactly by a dynamic programme over steps that keeps, at each, every (latency, error) pair that
-no other one dominates (Nemhauser and Ullmann, Management Science 15, 1969); the last set is the Pareto
-front, and every budget is answered from it.
-
-Latencies are rounded to whole nanoseconds and errors to 2^-50 of the largest contribution (a power of
-two, so that binary fractions stay exact), and added as
-integers: sums do not depend on their order, ties are ties, and a budget that equals a reachable value is
-met. Among schedules equal in both, the one that runs the earliest differing step at the precision listed
-first wins.
+Latency and error budgets are answered from the exact Pareto front, see `calibration.pareto`; changes of precision and
+the engines that fit into memory are described by `calibration.costs`.
 """
 
 from __future__ import annotations
@@ -20,17 +12,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from calibration.costs import NO_COSTS, AllocationCosts, relative_latency
+from calibration.pareto import Allocation, integers, pareto_front
 from engines.errors import BudgetError
 
-NANOSECONDS_PER_MS = 1_000_000
-ERROR_BITS = 50
+__all__ = [
+    "Allocation",
+    "AllocationCosts",
+    "Budget",
+    "Dominated",
+    "ErrorBudget",
+    "HighSteps",
+    "LatencyBudget",
+    "allocate",
+    "drop_dominated",
+    "pareto_front",
+    "relative_latency",
+    "require_reachable",
+]
+
 BUDGET_TOLERANCE = 1e-12
 """Relative rounding of a budget that a caller computed from a reachable value."""
 
 
 @dataclass(frozen=True)
 class LatencyBudget:
-    """Mean step latency of at most `ratio` times the reference's."""
+    """Mean step latency, changes of precision included, of at most `ratio` times the reference's."""
 
     ratio: float
 
@@ -52,7 +59,11 @@ class ErrorBudget:
 
 @dataclass(frozen=True)
 class HighSteps:
-    """Exactly `count` steps at the reference, the others at the fastest low precision."""
+    """Exactly `count` steps at the reference, the others at the fastest low precision.
+
+    Which steps is a matter of predicted error alone, as a count leaves the latency open; of schedules equal in it, the
+    one with the cheapest changes of precision. To weigh changes against error give a latency budget.
+    """
 
     count: int
 
@@ -65,23 +76,8 @@ Budget = LatencyBudget | ErrorBudget | HighSteps
 
 
 @dataclass(frozen=True)
-class Allocation:
-    """A schedule and what is predicted for it.
-
-    Attributes:
-        precisions: one name per step index.
-        error: predicted E.
-        latency: mean step latency relative to the reference.
-    """
-
-    precisions: tuple[str, ...]
-    error: float
-    latency: float
-
-
-@dataclass(frozen=True)
 class Dominated:
-    """A precision that `by` beats: no slower, and no larger error."""
+    """A precision that `by` beats: no slower, no larger error, no costlier to change to or from."""
 
     precision: str
     by: str
@@ -89,14 +85,18 @@ class Dominated:
 
 
 def drop_dominated(
-    precisions: Sequence[str], latencies_ms: Mapping[str, float], errors: Mapping[str, float]
+    precisions: Sequence[str],
+    latencies_ms: Mapping[str, float],
+    errors: Mapping[str, float],
+    costs: AllocationCosts = NO_COSTS,
 ) -> tuple[tuple[str, ...], tuple[Dominated, ...]]:
-    """Sorts out the precisions that are no use: another one is no slower and has no larger error.
+    """Sorts out the precisions that are no use: putting another one in their place is no slower and errs no more.
 
     Args:
         precisions: the reference first; it is always kept. Of two that are equal the first is kept.
         latencies_ms: step latency by precision.
         errors: E of the uniform schedule by precision, 0 for the reference.
+        costs: of changes; where they differ by pair, the other precision must not be costlier to change to or from.
 
     Returns:
         The precisions left, in order, and the others, each with what beats it.
@@ -106,8 +106,12 @@ def drop_dominated(
     for index, name in enumerate(precisions):
 
         def beats(other: str, rank: int, name: str = name, index: int = index) -> bool:
-            mine, theirs = (latencies_ms[name], errors[name]), (latencies_ms[other], errors[other])
-            return theirs[0] <= mine[0] and theirs[1] <= mine[1] and (theirs != mine or rank < index)
+            mine, theirs = (
+                (latencies_ms[one], errors[one], *_changes_ns(one, {name, other}, precisions, costs))
+                for one in (name, other)
+            )
+            no_worse = all(their <= my for their, my in zip(theirs, mine, strict=True))
+            return no_worse and (theirs != mine or rank < index)
 
         rivals = [other for rank, other in enumerate(precisions) if rank != index and beats(other, rank)]
         if index == 0 or not rivals:
@@ -123,61 +127,10 @@ def drop_dominated(
     return tuple(left), tuple(dropped)
 
 
-def relative_latency(schedule: Sequence[str], latencies_ms: Mapping[str, float], reference: str) -> float:
-    """Mean step latency of a schedule relative to the reference's."""
-    total = sum(_nanoseconds(latencies_ms[name]) for name in schedule)
-    return total / (len(schedule) * _nanoseconds(latencies_ms[reference]))
-
-
-def pareto_front(
-    precisions: Sequence[str],
-    latencies_ms: Mapping[str, float],
-    contributions: np.ndarray,
-    power: float = 1.0,
-) -> tuple[Allocation, ...]:
-    """Every schedule that no other one beats in latency and predicted error, fastest first.
-
-    Args:
-        precisions: P names, the reference first.
-        latencies_ms: step latency by precision.
-        contributions: float64 [T, P], what step i at precision p adds; non-negative.
-        power: the predicted error is the sum of contributions to this power; positive.
-
-    Returns:
-        Allocations of strictly rising latency and strictly falling error, one for each such pair.
-
-    Raises:
-        ValueError: shapes or values out of range.
-
-    The front of 100 steps and 5 precisions has a few thousand points and takes a tenth of a second. Errors
-    that are nearly a linear function of latency at every step make it a hundred times larger.
-    """
-    steps_ns, errors = _integers(precisions, latencies_ms, contributions)
-    num_steps = len(errors)
-    total_ns = np.zeros(1, dtype=np.int64)
-    total_error = np.zeros(1, dtype=np.int64)
-    # per step the choice and the entry it continues with; last step first, so that ties fall to early steps
-    trail: list[tuple[np.ndarray, np.ndarray]] = []
-    for step in reversed(range(num_steps)):
-        next_ns = (steps_ns[:, None] + total_ns).ravel()
-        next_error = (errors[step][:, None] + total_error).ravel()
-        order = np.lexsort((next_error, next_ns))
-        least = np.minimum.accumulate(next_error[order])
-        kept = order[np.concatenate(([True], least[1:] < least[:-1]))]
-        trail.append((kept // len(total_ns), kept % len(total_ns)))
-        total_ns, total_error = next_ns[kept], next_error[kept]
-    entries = np.arange(len(total_ns))
-    choices = np.empty((len(entries), num_steps), dtype=np.int64)
-    for step, (choice, parent) in enumerate(reversed(trail)):
-        choices[:, step] = choice[entries]
-        entries = parent[entries]
-    names = np.array(precisions)
-    picked = np.asarray(contributions, dtype=np.float64)[np.arange(num_steps), choices]
-    reference_ns = num_steps * int(steps_ns[0])
-    return tuple(
-        Allocation(tuple(names[row].tolist()), math.fsum(parts) ** power, int(total) / reference_ns)
-        for row, parts, total in zip(choices, picked, total_ns, strict=True)
-    )
+def _changes_ns(name: str, pair: set[str], precisions: Sequence[str], costs: AllocationCosts) -> list[int]:
+    """What changes between `name` and every precision outside `pair` cost, both ways."""
+    others = [other for other in precisions if other not in pair]
+    return [costs.swap_ns(*change) for other in others for change in ((name, other), (other, name))]
 
 
 def allocate(
@@ -187,6 +140,7 @@ def allocate(
     budget: Budget,
     power: float = 1.0,
     front: Sequence[Allocation] | None = None,
+    costs: AllocationCosts = NO_COSTS,
 ) -> Allocation:
     """The best schedule under a budget; arguments as in `pareto_front`.
 
@@ -195,15 +149,15 @@ def allocate(
 
     Returns:
         Least predicted error for a latency budget (the fastest such), least latency for an error budget (the
-        most accurate such), least predicted error for a number of high-precision steps.
+        most accurate such), least predicted error for a number of high-precision steps (the fastest such).
 
     Raises:
         BudgetError: no schedule meets the budget; names the nearest value that one does.
         ValueError: shapes or values out of range.
     """
     if isinstance(budget, HighSteps):
-        return _high_steps(precisions, latencies_ms, contributions, budget.count, power)
-    front = front or pareto_front(precisions, latencies_ms, contributions, power)
+        return _high_steps(precisions, latencies_ms, contributions, budget, power, costs)
+    front = front or pareto_front(precisions, latencies_ms, contributions, power, costs)
     if isinstance(budget, LatencyBudget):
         require_reachable(budget, front[0].latency, len(front[0].precisions))
         return [entry for entry in front if entry.latency <= budget.ratio * (1 + BUDGET_TOLERANCE)][-1]
@@ -216,13 +170,15 @@ def allocate(
     return within[0]
 
 
-def require_reachable(budget: Budget | None, fastest: float, num_steps: int) -> None:
+def require_reachable(budget: Budget | None, fastest: float, num_steps: int, costs: AllocationCosts = NO_COSTS) -> None:
     """Refuses a latency or step budget that no schedule can meet, which needs no scores to know.
 
     Args:
         budget: None and error budgets pass.
-        fastest: mean step latency of the fastest schedule, relative to the reference.
+        fastest: mean step latency of the fastest schedule, relative to the reference. It is uniform, whatever
+            changes of precision cost.
         num_steps: T.
+        costs: a schedule of both high and low steps takes two engines.
 
     Raises:
         BudgetError: names the nearest value that can be met.
@@ -236,51 +192,76 @@ def require_reachable(budget: Budget | None, fastest: float, num_steps: int) -> 
         raise BudgetError(
             f"no schedule has {budget.count} high-precision steps; the loop has {num_steps}, so ask for at most that"
         )
+    if isinstance(budget, HighSteps) and 0 < budget.count < num_steps and costs.max_engines == 1:
+        raise BudgetError(
+            f"{budget.count} high-precision steps of {num_steps} take two engines, but max_engines is 1; ask for 0 or "
+            f"{num_steps} steps, or allow two engines"
+        )
 
 
 def _high_steps(
     precisions: Sequence[str],
     latencies_ms: Mapping[str, float],
     contributions: np.ndarray,
-    count: int,
+    budget: HighSteps,
     power: float,
+    costs: AllocationCosts,
 ) -> Allocation:
-    steps_ns, errors = _integers(precisions, latencies_ms, contributions)
-    num_steps = len(errors)
-    if count > num_steps:
-        raise BudgetError(f"{count} high-precision steps asked for in a loop of {num_steps}; {num_steps} is the most")
-    if len(precisions) == 1 and count < num_steps:
+    problem = integers(precisions, latencies_ms, contributions, costs)
+    num_steps = len(problem.errors)
+    require_reachable(budget, 0.0, num_steps, costs)
+    if len(precisions) == 1 and budget.count < num_steps:
         raise BudgetError(
-            f"{count} high-precision steps asked for, but no low precision is faster than "
+            f"{budget.count} high-precision steps asked for, but no low precision is faster than "
             f"{precisions[0]}; the nearest that can be met is {num_steps}"
         )
-    low = min(range(1, len(precisions)), key=lambda p: (steps_ns[p], errors[:, p].sum()), default=0)
-    gain = errors[:, low] - errors[:, 0]
-    high = set(np.argsort(-gain, kind="stable")[:count].tolist())
-    choices = [0 if step in high else low for step in range(num_steps)]
+    low = min(range(1, len(precisions)), key=lambda p: (problem.steps_ns[p], problem.errors[:, p].sum()), default=0)
+    pair = [0, low]
+    picked = _place_high_steps(problem.errors[:, pair].tolist(), problem.swaps_ns[pair][:, pair].tolist(), budget.count)
+    choices = [pair[choice] for choice in picked]
     schedule = tuple(precisions[choice] for choice in choices)
     error = math.fsum(float(contributions[step, choice]) for step, choice in enumerate(choices))
-    return Allocation(schedule, error**power, relative_latency(schedule, latencies_ms, precisions[0]))
+    return Allocation(schedule, error**power, relative_latency(schedule, latencies_ms, precisions[0], costs))
 
 
-def _integers(
-    precisions: Sequence[str], latencies_ms: Mapping[str, float], contributions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Latencies in ns, int64 [P], and contributions in units of 2^-50 of the largest, int64 [T, P]."""
-    values = np.asarray(contributions, dtype=np.float64)
-    if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] != len(precisions):
-        raise ValueError(f"contributions have shape {values.shape}, expected [T, {len(precisions)}]")
-    if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise ValueError("contributions hold negative or non-finite values; clip scores at 0 first")
-    steps_ns = np.array([_nanoseconds(latencies_ms[name]) for name in precisions], dtype=np.int64)
-    unit = math.ldexp(1.0, math.frexp(float(values.max()))[1] - ERROR_BITS)
-    return steps_ns, np.rint(values / unit).astype(np.int64)
+def _place_high_steps(errors: list[list[int]], swaps_ns: list[list[int]], count: int) -> list[int]:
+    """Per step 0 (high) or 1 (low), `count` of them high: least error, then least cost of changes, then high first.
+
+    A dynamic programme from the last step to the first.
+
+    Args:
+        errors: [T][2], by step and choice.
+        swaps_ns: [2][2], by choice before and after.
+        count: at most T.
+    """
+    # [choice before][high steps left]: the best of the steps from here on, and the choice it begins with
+    best: list[list[tuple[float, float, int]]] = [[(0, 0, 0)] + [(math.inf, math.inf, 0)] * count] * 2
+    trail = []
+    for step in reversed(range(len(errors))):
+        # nothing is before the first step
+        best = [
+            [_best_option(errors[step], changes_ns, best, left) for left in range(count + 1)]
+            for changes_ns in (swaps_ns if step else [[0, 0]])
+        ]
+        trail.append(best)
+    choices: list[int] = []
+    left = count
+    for table in reversed(trail):
+        choice = table[choices[-1] if choices else 0][left][2]
+        choices.append(choice)
+        left -= choice == 0
+    return choices
 
 
-def _nanoseconds(latency_ms: float) -> int:
-    if not (math.isfinite(latency_ms) and latency_ms * NANOSECONDS_PER_MS >= 1):
-        raise ValueError(f"step latency is {latency_ms} ms, expected a number of at least one nanosecond")
-    return round(latency_ms * NANOSECONDS_PER_MS)
+def _best_option(
+    errors: list[int], changes_ns: list[int], follow: list[list[tuple[float, float, int]]], left: int
+) -> tuple[float, float, int]:
+    """The best of both choices for a step, with what follows it."""
+    options = []
+    for choice in (0, 1) if left else (1,):
+        error, cost_ns, _ = follow[choice][left - (choice == 0)]
+        options.append((error + errors[choice], cost_ns + changes_ns[choice], choice))
+    return min(options)
 
 
 def _at_least(value: float) -> str:

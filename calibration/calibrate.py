@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from calibration.allocation import (
 from calibration.evaluator import Evaluator
 from calibration.journal import Journal
 from calibration.measurements import Decode, Measurements, mean
+from calibration.metrics import psnr_db
+from calibration.quality import QualityBudget, fastest_meeting
 from calibration.scores import (
     DIRECTIONS,
     METHODS,
@@ -108,7 +111,7 @@ def calibrate(
     latencies_ms: Mapping[str, float],
     *,
     method: Literal["bisection", "sweep"] = "bisection",
-    budget: Budget | None = None,
+    budget: Budget | QualityBudget | None = None,
     validation: Evaluator | None = None,
     decode: Decode | None = None,
     journal: Journal | None = None,
@@ -126,7 +129,8 @@ def calibrate(
         latencies_ms: measured step latency of every precision; keep them in the journal
             (`Journal.remember`), so that a resumed run has the same.
         method: "bisection" evaluates as few steps as the ranking needs, "sweep" all.
-        budget: what the schedule has to meet; None: see `DEFAULT_ERROR_FRACTION`.
+        budget: what the schedule has to meet; None: see `DEFAULT_ERROR_FRACTION`. A quality budget is met by
+            measurement on the validation samples, and needs those and `decode`.
         validation: the loop over samples that calibration does not use. None: predictors are compared on the
             calibration samples, and no schedule is validated.
         decode: final latents float32 [C, H, W] to a picture uint8 [H, W, 3], for SSIM and PSNR.
@@ -141,8 +145,11 @@ def calibrate(
         ValueError: the arguments do not fit together.
     """
     _check(evaluator, latencies_ms, method, validation, journal)
+    if isinstance(budget, QualityBudget) and not (validation and decode):
+        raise ValueError(f"a budget of {budget} needs validation samples and a decoder to be measured with")
     fastest = min(latencies_ms[name] for name in evaluator.precisions) / latencies_ms[evaluator.precisions[0]]
-    require_reachable(budget, fastest, evaluator.num_steps)
+    if not isinstance(budget, QualityBudget):
+        require_reachable(budget, fastest, evaluator.num_steps)
     journal = journal or Journal.in_memory(_journal_key(evaluator, validation))
     report = progress or (lambda stage, done, total: None)
     calibration = Measurements("calibration", evaluator, journal)
@@ -171,7 +178,11 @@ def calibrate(
     fits, points = fit_predictors(held_out or calibration, kept, values, partial(report, "fit"))
     predictor = best_fit(fits)
     front = pareto_front(kept, latencies_ms, values[predictor].values, values[predictor].power)
-    chosen, wording = _choose(kept, latencies_ms, values[predictor], budget, front)
+    if isinstance(budget, QualityBudget):
+        assert held_out is not None  # checked above
+        chosen, wording = _meet_quality(front, budget, held_out, partial(report, "quality"))
+    else:
+        chosen, wording = _choose(kept, latencies_ms, values[predictor], budget, front)
 
     rows: tuple[ValidationRow, ...] = ()
     if held_out:
@@ -261,6 +272,28 @@ def _choose(
     elif isinstance(budget, HighSteps):
         wording = f"{budget.count} steps at {kept[0]}"
     return allocate(kept, latencies_ms, found.values, budget, found.power, front), wording
+
+
+def _meet_quality(
+    front: tuple[Allocation, ...], budget: QualityBudget, held_out: Measurements, report: Callable[[int, int], None]
+) -> tuple[Allocation, str]:
+    """The fastest schedule of the front that meets a quality budget on the validation samples, and the budget in words."""
+    done, total = 0, (len(front).bit_length() + 1) * held_out.num_samples
+
+    def measure(allocation: Allocation) -> float:
+        nonlocal done
+        results = []
+        for sample in range(held_out.num_samples):
+            results.append(held_out.schedule_error("quality", allocation.precisions, sample, pictures=True))
+            done += 1
+            report(done, total)
+        if budget.metric == "ssim":
+            return mean([result["ssim"] for result in results])
+        found = psnr_db([result["mse"] for result in results])
+        return math.inf if found is None else found
+
+    chosen, quality = fastest_meeting(front, budget, measure)
+    return chosen, f"{budget} on the validation samples (measured: {quality:.4g})"
 
 
 def _thinned(front: tuple[Allocation, ...]) -> tuple[Allocation, ...]:

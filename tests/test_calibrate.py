@@ -18,6 +18,7 @@ from calibration import (
     ErrorBudget,
     HighSteps,
     LatencyBudget,
+    QualityBudget,
     Sensitivity,
     baselines,
     calibrate,
@@ -145,6 +146,27 @@ def test_error_budget_and_default_budget():
     assert default.pareto[0].precisions == ("int4",) * STEPS
     assert default.budget == "default budget: at most 0.25 of the error of uniform int4"
     assert 0.375 < default.predicted_latency < 1
+
+
+@pytest.mark.parametrize("metric", ["ssim", "psnr"])
+def test_quality_budget_is_met_by_measurement_on_unseen_samples(metric):
+    def quality(result):
+        row = result.validation[0]
+        return row.ssim if metric == "ssim" else row.psnr_db
+
+    options = {"validation": loop(seed=1), "decode": picture}
+    known = run(budget=LatencyBudget(0.75), **options).sensitivity
+    result = run(budget=QualityBudget(metric, quality(known)), **options).sensitivity
+    assert quality(result) >= quality(known)
+    assert result.predicted_latency <= known.predicted_latency
+    assert result.predicted_latency > result.pareto[0].latency  # the fastest schedule falls short
+    assert result.budget.startswith(f"{metric} at least ")
+    assert "validation: quality" in result.calls
+
+
+def test_quality_budget_needs_something_to_measure_with():
+    with pytest.raises(ValueError, match=r"a budget of ssim at least 0\.9 needs validation samples and a decoder"):
+        run(budget=QualityBudget("ssim", 0.9))
 
 
 def test_a_latency_or_step_budget_out_of_reach_is_refused_before_measuring():

@@ -12,6 +12,7 @@ from calibration.allocation import Budget
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
 from calibration.calibrate import Progress
 from calibration.latency import machine, step_latencies
+from calibration.quality import QualityBudget
 from calibration.sensitivity import CalibrationSettings
 from engines.bundle import Bundle
 from engines.errors import TmpDiffError
@@ -25,7 +26,7 @@ def calibrate_bundle(
     bundle: Path,
     prompts: PromptFile,
     *,
-    budget: Budget | None = None,
+    budget: Budget | QualityBudget | None = None,
     method: Literal["bisection", "sweep"] = "bisection",
     seed: int = 0,
     guidance_scale: float | None = None,
@@ -87,7 +88,7 @@ def read_calibration(bundle: Bundle) -> Sensitivity:
 def _calibrate(
     runtime: DenoiseRuntime,
     prompts: PromptFile,
-    budget: Budget | None,
+    budget: Budget | QualityBudget | None,
     method: Literal["bisection", "sweep"],
     seed: int,
     guidance_scale: float | None,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
 from calibration.allocation import Budget
+from calibration.quality import METRICS, QualityBudget
 from engines.cli import parse_guidance_scale, parse_seed, parse_threads
 from engines.text import PromptFile, read_prompts
 
@@ -19,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget-latency", type=float, metavar="R", help="mean step latency, as a fraction of FP16's")
-    budget.add_argument("--budget-error", type=float, metavar="E", help="predicted error of the final latents")
+    budget.add_argument(
+        "--budget-error",
+        type=_error_budget,
+        metavar="E|ssim:X|psnr:DB",
+        help="predicted error of the final latents, or picture quality measured on the validation prompts",
+    )
     budget.add_argument("--high-steps", type=int, metavar="K", help="number of steps at FP16")
     parser.add_argument("--method", choices=("bisection", "sweep"), default="bisection", help="default bisection")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="calibration prompts used (default 8)")
@@ -30,7 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def budget_of(args: argparse.Namespace) -> Budget | None:
+def _error_budget(text: str) -> ErrorBudget | QualityBudget:
+    """An argument such as "0.001", "ssim:0.95" or "psnr:35"."""
+    kind, colon, number = text.rpartition(":")
+    try:
+        if not colon:
+            return ErrorBudget(float(number))
+        for metric in METRICS:
+            if kind == metric:
+                return QualityBudget(metric, float(number))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    raise argparse.ArgumentTypeError(f"{text!r} names no quality; choose from {', '.join(METRICS)}, or give an error")
+
+
+def budget_of(args: argparse.Namespace) -> Budget | QualityBudget | None:
     """The budget the arguments ask for.
 
     Raises:
@@ -39,7 +59,7 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
     if args.budget_latency is not None:
         return LatencyBudget(args.budget_latency)
     if args.budget_error is not None:
-        return ErrorBudget(args.budget_error)
+        return args.budget_error
     if args.high_steps is not None:
         return HighSteps(args.high_steps)
     return None

@@ -1,0 +1,60 @@
+"""Budgets in SSIM and PSNR: the fastest schedule that meets them when it is run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from calibration.pareto import Allocation
+from calibration.quality import QualityBudget, fastest_meeting
+from engines.errors import BudgetError
+
+FRONT = tuple(Allocation(("fp16",) * k + ("int8",) * (20 - k), 0.02 * (20 - k) ** 2, 0.5 + k / 40) for k in range(21))
+
+
+def ssim(allocation: Allocation) -> float:
+    return 1.0 - allocation.error / 10
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.9, 0.99, 0.9999, 1.0])
+def test_it_is_the_fastest_that_meets_the_target(target: float) -> None:
+    asked: list[Allocation] = []
+
+    def measure(allocation: Allocation) -> float:
+        asked.append(allocation)
+        return ssim(allocation)
+
+    found, quality = fastest_meeting(FRONT, QualityBudget("ssim", target), measure)
+    meeting = [allocation for allocation in FRONT if ssim(allocation) >= target]
+    assert found == meeting[0]
+    assert quality == ssim(found)
+    assert len(asked) == len(set(asked)) <= 6
+
+
+def test_noise_never_gives_a_schedule_that_falls_short() -> None:
+    def measure(allocation: Allocation) -> float:
+        return ssim(allocation) + 0.05 * math.sin(1000 * allocation.latency)
+
+    found, quality = fastest_meeting(FRONT, QualityBudget("ssim", 0.8), measure)
+    assert quality == measure(found) >= 0.8
+
+
+def test_identical_pictures_meet_every_psnr() -> None:
+    only = FRONT[-1:]
+    assert fastest_meeting(only, QualityBudget("psnr", 200.0), lambda _: math.inf) == (only[0], math.inf)
+
+
+def test_what_cannot_be_reached_names_what_can() -> None:
+    with pytest.raises(
+        BudgetError, match=r"no schedule reaches psnr at least 50 dB; the most accurate has 41.25, so ask"
+    ):
+        fastest_meeting(FRONT, QualityBudget("psnr", 50.0), lambda allocation: 41.25 - allocation.error)
+
+
+@pytest.mark.parametrize(
+    ("metric", "target"), [("ssim", 0.0), ("ssim", 1.1), ("psnr", math.inf), ("psnr", -1.0), ("lpips", 0.5)]
+)
+def test_targets_out_of_range_are_refused(metric: str, target: float) -> None:
+    with pytest.raises(ValueError, match=r"target is|metric is"):
+        QualityBudget(metric, target)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from calibration.allocation import (
     pareto_front,
     require_reachable,
 )
+from calibration.costs import NO_COSTS, AllocationCosts
 from calibration.evaluator import Evaluator
 from calibration.journal import Journal
 from calibration.measurements import Decode, Measurements, mean
@@ -117,6 +118,7 @@ def calibrate(
     journal: Journal | None = None,
     progress: Progress | None = None,
     max_evaluations: int | None = None,
+    costs: AllocationCosts = NO_COSTS,
 ) -> CalibrationResult:
     """Measures how each step suffers from each precision and finds a schedule under a budget.
 
@@ -137,6 +139,7 @@ def calibrate(
         journal: from `open_journal`, to survive interruption; None keeps measurements in memory.
         progress: see `Progress`.
         max_evaluations: evaluations per score curve of the bisection, see `adaptive_bisection`.
+        costs: what a change of precision costs, and how many precisions a schedule may use.
 
     Raises:
         BudgetError: no schedule meets the budget. A latency or step budget is refused before anything is measured; an
@@ -149,14 +152,14 @@ def calibrate(
         raise ValueError(f"a budget of {budget} needs validation samples and a decoder to be measured with")
     fastest = min(latencies_ms[name] for name in evaluator.precisions) / latencies_ms[evaluator.precisions[0]]
     if not isinstance(budget, QualityBudget):
-        require_reachable(budget, fastest, evaluator.num_steps)
+        require_reachable(budget, fastest, evaluator.num_steps, costs)
     journal = journal or Journal.in_memory(_journal_key(evaluator, validation))
     report = progress or (lambda stage, done, total: None)
     calibration = Measurements("calibration", evaluator, journal)
     held_out = Measurements("validation", validation, journal, decode) if validation else None
 
     uniform = _uniform_errors(calibration, evaluator.precisions, partial(report, "calibration runs"))
-    kept, dropped = drop_dominated(evaluator.precisions, latencies_ms, uniform)
+    kept, dropped = drop_dominated(evaluator.precisions, latencies_ms, uniform, costs)
     for loser in dropped:
         calibration.forget(loser.precision)
     curves = [
@@ -177,17 +180,17 @@ def calibrate(
         _uniform_errors(held_out, evaluator.precisions, partial(report, "validation runs"))
     fits, points = fit_predictors(held_out or calibration, kept, values, partial(report, "fit"))
     predictor = best_fit(fits)
-    front = pareto_front(kept, latencies_ms, values[predictor].values, values[predictor].power)
+    front = pareto_front(kept, latencies_ms, values[predictor].values, values[predictor].power, costs)
     if isinstance(budget, QualityBudget):
         assert held_out is not None  # checked above
         chosen, wording = _meet_quality(front, budget, held_out, partial(report, "quality"))
     else:
-        chosen, wording = _choose(kept, latencies_ms, values[predictor], budget, front)
+        chosen, wording = _choose(kept, latencies_ms, values[predictor], budget, front, costs)
 
     rows: tuple[ValidationRow, ...] = ()
     if held_out:
         rows = validation_rows(
-            held_out, chosen.precisions, evaluator.precisions, latencies_ms, partial(report, "validation")
+            held_out, chosen.precisions, evaluator.precisions, latencies_ms, partial(report, "validation"), costs
         )
     for measurements in filter(None, (calibration, held_out)):
         repeated = measurements.evaluator.recomputed
@@ -202,6 +205,8 @@ def calibrate(
             num_steps=evaluator.num_steps,
             num_samples=evaluator.num_samples,
             precisions=evaluator.precisions,
+            swap_ms=costs.by_pair(evaluator.precisions),
+            max_engines=costs.max_engines,
             latencies_ms={name: float(latencies_ms[name]) for name in evaluator.precisions},
             uniform_errors=uniform,
             dropped=tuple(DroppedRecord(**asdict(loser)) for loser in dropped),
@@ -259,6 +264,7 @@ def _choose(
     found: Contributions,
     budget: Budget | None,
     front: tuple[Allocation, ...],
+    costs: AllocationCosts,
 ) -> tuple[Allocation, str]:
     """The schedule under the budget, and the budget in words."""
     if budget is None:
@@ -271,7 +277,7 @@ def _choose(
         wording = f"predicted error at most {budget.error:g}"
     elif isinstance(budget, HighSteps):
         wording = f"{budget.count} steps at {kept[0]}"
-    return allocate(kept, latencies_ms, found.values, budget, found.power, front), wording
+    return allocate(kept, latencies_ms, found.values, budget, found.power, front, costs), wording
 
 
 def _meet_quality(

@@ -55,6 +55,11 @@ class AllocationCosts:
             raise ValueError(f"swap_ms lacks {before} to {after}; give every ordered pair of precisions, or one number")
         return round(self.swap_ms[before, after] * NANOSECONDS_PER_MS)
 
+    def by_pair(self, precisions: Sequence[str]) -> dict[str, float]:
+        """ "before after" -> ms, of the ordered pairs of precisions whose change costs something."""
+        pairs = {f"{a} {b}": self.swap_ns(a, b) / NANOSECONDS_PER_MS for a in precisions for b in precisions}
+        return {pair: cost_ms for pair, cost_ms in pairs.items() if cost_ms > 0}
+
 
 NO_COSTS = AllocationCosts()
 """Changes are free, and a schedule may use every precision."""

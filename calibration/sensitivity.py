@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engines.documents import one_line, read_document, write_document
 from engines.errors import TmpDiffError
 
-SENSITIVITY_VERSION: Final = 1
+SENSITIVITY_VERSION: Final = 2
 
 
 class _Record(BaseModel):
@@ -134,6 +134,8 @@ class Sensitivity(_Record):
         evaluator_key: `Evaluator.key()` of the calibration samples; `validation_key` of the others.
         precisions: all built precisions, the reference first; `dropped` says which are left out and why.
         latencies_ms: measured step latency by precision, as given to `calibrate`.
+        swap_ms: "before after" -> ms that a change of precision was charged, where any was.
+        max_engines: most distinct precisions that a schedule was allowed, None for any number.
         uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference.
         calls: denoiser calls by stage and precision, everything included.
         search_calls: those spent on scores; `sweep_calls` is what full sweeps would take instead.
@@ -146,7 +148,7 @@ class Sensitivity(_Record):
         settings: None where no bundle was calibrated.
     """
 
-    version: Literal[1] = SENSITIVITY_VERSION
+    version: Literal[2] = SENSITIVITY_VERSION
     evaluator_key: str
     validation_key: str | None
     method: Literal["bisection", "sweep"]
@@ -154,6 +156,8 @@ class Sensitivity(_Record):
     num_samples: int = Field(ge=1)
     precisions: tuple[str, ...]
     latencies_ms: dict[str, float]
+    swap_ms: dict[str, float] = Field(default_factory=dict)
+    max_engines: int | None = None
     uniform_errors: dict[str, float]
     dropped: tuple[DroppedRecord, ...]
     scores: tuple[ScoreRecord, ...]

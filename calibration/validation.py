@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from calibration import baselines
-from calibration.allocation import relative_latency
+from calibration.costs import NO_COSTS, AllocationCosts, relative_latency
 from calibration.measurements import Measurements, mean
 from calibration.metrics import psnr_db
 from calibration.scores import PREDICTORS, Contributions, predict
@@ -125,6 +125,7 @@ def validation_rows(
     precisions: Sequence[str],
     latencies_ms: Mapping[str, float],
     on_run: OnRun | None = None,
+    costs: AllocationCosts = NO_COSTS,
 ) -> tuple[ValidationRow, ...]:
     """Runs the chosen schedule and every baseline on the validation samples.
 
@@ -134,10 +135,12 @@ def validation_rows(
         precisions: all built precisions in order of precision (the pool of the baselines is sorted by it).
         latencies_ms: step latency by precision.
         on_run: see `OnRun`.
+        costs: what changes of precision cost.
 
     Returns:
-        The chosen schedule first, then uniform schedules, then baselines of the same latency. A schedule
-        that several names stand for is run once.
+        The chosen schedule first, then uniform schedules, then baselines with the same number of steps per
+        precision: of the same latency, unless changes cost something. A schedule that several names stand for
+        is run once.
     """
     pool = sorted(chosen, key=list(precisions).index)
     generator = np.random.default_rng(SEED)
@@ -166,7 +169,8 @@ def validation_rows(
                 if on_run:
                     on_run(done, total)
             draws.append(values)
-        rows[name] = _row(name, named[name], draws, relative_latency(named[name][0], latencies_ms, precisions[0]))
+        latency = mean([relative_latency(drawn, latencies_ms, precisions[0], costs) for drawn in named[name]])
+        rows[name] = _row(name, named[name], draws, latency)
     schedule_row = rows["schedule"]
     winners = tuple(
         name

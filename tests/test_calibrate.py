@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from calibration import (
     open_journal,
 )
 from calibration.allocation import relative_latency
+from calibration.costs import AllocationCosts
 from calibration.journal import Journal, JournalError
 from calibration.sensitivity import FitRecord
 from calibration.validation import best_fit, fit
@@ -162,6 +164,23 @@ def test_quality_budget_is_met_by_measurement_on_unseen_samples(metric):
     assert result.predicted_latency > result.pareto[0].latency  # the fastest schedule falls short
     assert result.budget.startswith(f"{metric} at least ")
     assert "validation: quality" in result.calls
+
+
+def test_swaps_are_charged_and_engines_limited():
+    free = run(budget=LatencyBudget(0.7)).sensitivity
+    assert len(set(free.schedule)) == 2
+    assert (free.swap_ms, free.max_engines) == ({}, None)
+    one = run(budget=LatencyBudget(0.7), costs=AllocationCosts(max_engines=1)).sensitivity
+    assert set(one.schedule) == {"int8"}
+    assert one.max_engines == 1
+    assert one.predicted_error > free.predicted_error
+    dear = run(budget=LatencyBudget(0.7), costs=AllocationCosts(swap_ms=2.0)).sensitivity
+    swaps = [sum(a != b for a, b in pairwise(found.schedule)) for found in (free, dear)]
+    assert swaps[1] < swaps[0]
+    assert dear.swap_ms["fp16 int8"] == 2.0
+    charged = sum(LATENCIES_MS[name] for name in dear.schedule) + 2.0 * swaps[1]
+    assert dear.predicted_latency == pytest.approx(charged / (STEPS * LATENCIES_MS["fp16"]))
+    assert dear.validation[0].latency == pytest.approx(dear.predicted_latency)
 
 
 def test_quality_budget_needs_something_to_measure_with():

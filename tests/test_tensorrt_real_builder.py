@@ -136,4 +136,4 @@ def test_the_exported_graphs_are_accepted(rtx: Any, demo_build: DemoBuild, tmp_p
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "verdicts.json").read_text())["rows"]
-    assert [row["file"] for row in rows] == [f"{name}.onnx" for name in names]
+    assert [row["file"] for row in rows] == [f"onnx/{name}.onnx" for name in names]

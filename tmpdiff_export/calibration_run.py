@@ -11,6 +11,7 @@ from calibration import Sensitivity, calibrate, open_journal
 from calibration.allocation import Budget
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
 from calibration.calibrate import Progress
+from calibration.costs import NO_COSTS, AllocationCosts
 from calibration.latency import machine, step_latencies
 from calibration.quality import QualityBudget
 from calibration.sensitivity import CalibrationSettings
@@ -31,6 +32,7 @@ def calibrate_bundle(
     seed: int = 0,
     guidance_scale: float | None = None,
     threads: int | None = None,
+    costs: AllocationCosts = NO_COSTS,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
@@ -46,6 +48,7 @@ def calibrate_bundle(
         seed: seed of the first sample's noise.
         guidance_scale: None for the bundle's.
         threads: worker threads of a CPU backend, None for one per core.
+        costs: what a change of precision costs, and how many precisions a schedule may use.
         progress: called with (stage, done, total).
 
     Raises:
@@ -56,7 +59,7 @@ def calibrate_bundle(
     if seed < 0:
         raise TmpDiffError(f"seed is {seed}, expected 0 or more")
     with DenoiseRuntime.load(bundle, threads=threads) as runtime:
-        return _calibrate(runtime, prompts, budget, method, seed, guidance_scale, threads, report)
+        return _calibrate(runtime, prompts, budget, method, seed, guidance_scale, threads, costs, report)
 
 
 def read_calibration(bundle: Bundle) -> Sensitivity:
@@ -93,6 +96,7 @@ def _calibrate(
     seed: int,
     guidance_scale: float | None,
     threads: int | None,
+    costs: AllocationCosts,
     report: Progress,
 ) -> Sensitivity:
     runtime.bundle.verify(runtime.manifest.files())
@@ -117,6 +121,7 @@ def _calibrate(
         decode=lambda latents: _decode(runtime, latents),
         journal=journal,
         progress=report,
+        costs=costs,
     )
     bundle_id = runtime.manifest.bundle_id
     settings = CalibrationSettings(

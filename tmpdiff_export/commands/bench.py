@@ -125,6 +125,7 @@ def _loops(
                 "swaps": steps - 1,
                 "loop_ms": times["mixed"].median_ms,
                 "sum_of_steps_ms": expected,
+                "swap_ms": (times["mixed"].median_ms - expected) / max(steps - 1, 1),
                 "over_sum_percent": (times["mixed"].median_ms / expected - 1.0) * 100.0,
             }
         )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
 from calibration.allocation import Budget
+from calibration.costs import AllocationCosts
 from calibration.quality import METRICS, QualityBudget
-from engines.cli import parse_guidance_scale, parse_seed, parse_threads
+from engines.cli import parse_guidance_scale, parse_resident_engines, parse_seed, parse_threads
 from engines.text import PromptFile, read_prompts
 
 
@@ -27,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predicted error of the final latents, or picture quality measured on the validation prompts",
     )
     budget.add_argument("--high-steps", type=int, metavar="K", help="number of steps at FP16")
+    parser.add_argument(
+        "--swap-ms", type=float, default=0.0, metavar="MS", help="cost of a change of precision (`bench` measures it)"
+    )
+    parser.add_argument(
+        "--resident-engines",
+        type=parse_resident_engines,
+        metavar="R",
+        help="most different precisions in the schedule, so that no engine is loaded inside a loop (default: any number)",
+    )
     parser.add_argument("--method", choices=("bisection", "sweep"), default="bisection", help="default bisection")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="calibration prompts used (default 8)")
     parser.add_argument("--validation-samples", type=int, default=8, metavar="N", help="validation prompts (default 8)")
@@ -85,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             guidance_scale=args.guidance_scale,
             threads=args.threads,
+            costs=AllocationCosts(args.swap_ms, args.resident_engines),
             progress=report,
         )
     if args.json:

@@ -1,0 +1,208 @@
+"""Statistics of the experiments, and their commands on a small bundle."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from tiny_pipeline import PROMPTS, save_tiny_pipeline
+
+from calibration.statistics import (
+    bootstrap_interval,
+    error_regret,
+    error_regret_at,
+    r_squared,
+    rank_deviation,
+    rank_deviation_at,
+    rank_deviations,
+    spearman,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_STEPS = 6
+UNSEEN = ("a large yellow ring", "a tiny white square at the top")
+
+
+# statistics
+
+
+def test_interval_covers_the_mean_about_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        values = generator.normal(3.0, 1.0, size=30)
+        interval = bootstrap_interval(lambda rows, v=values: float(v[rows].mean()), 30, draws=200)
+        assert interval.low <= interval.value <= interval.high
+        covered += interval.low <= 3.0 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_paired_differences_are_tighter_than_independent_ones():
+    generator = np.random.default_rng(1)
+    level = generator.lognormal(0, 2, size=20)
+    first, second = level, 0.9 * level * generator.normal(1, 0.01, size=20)
+
+    def ratio(rows: np.ndarray, others: np.ndarray) -> float:
+        return float(second[rows].mean() / first[others].mean())
+
+    paired = bootstrap_interval(lambda rows: ratio(rows, rows), 20)
+    independent = bootstrap_interval(ratio, 20, 20)
+    assert 0.88 < paired.low < paired.high < 0.92
+    assert independent.low < 0.7
+    assert independent.high > 1.1
+
+
+def test_undefined_draws_are_left_out_and_equal_arguments_give_equal_intervals():
+    values = np.array([0.0, 0.0, 1.0, 2.0])
+
+    def statistic(rows: np.ndarray) -> float:
+        total = values[rows].sum()
+        return float(values[rows].max() / total) if total > 0 else float("nan")
+
+    first, again = (bootstrap_interval(statistic, 4) for _ in range(2))
+    assert first == again
+    assert 0 < first.low <= first.value <= first.high <= 1
+
+
+@pytest.mark.parametrize(("sizes", "options"), [((1,), {}), ((), {}), ((5, 1), {}), ((5,), {"confidence": 1.0})])
+def test_intervals_that_cannot_be_are_refused(sizes, options):
+    with pytest.raises(ValueError, match="expected"):
+        bootstrap_interval(lambda *rows: 0.0, *sizes, **options)
+
+
+def test_agreement_is_that_of_scipy_and_undefined_for_constants():
+    generator = np.random.default_rng(2)
+    predicted = generator.integers(0, 9, size=40).astype(float)  # with ties
+    measured = predicted**2 + generator.normal(0, 5, size=40)
+    assert r_squared(predicted, measured) == pytest.approx(stats.pearsonr(predicted, measured).statistic ** 2)
+    assert spearman(predicted, measured) == pytest.approx(stats.spearmanr(predicted, measured).statistic)
+    assert np.isnan(r_squared(np.ones(4), np.arange(4)))
+
+
+def test_rank_deviation_of_two_exchanged_steps():
+    truth, found = np.array([4.0, 3.0, 2.0, 1.0]), np.array([4.0, 2.0, 3.0, 1.0])
+    assert rank_deviations(truth, found).tolist() == [0, 1, 1, 0]
+    assert rank_deviation(truth, found) == 0.5
+    assert rank_deviation_at(truth, found).tolist() == pytest.approx([0, 0.5, 2 / 3, 0.5])
+    assert rank_deviation(truth, 7 * truth) == 0
+    # negative scores are all alike: their order does not count
+    assert rank_deviation(np.array([1.0, -1.0, -2.0]), np.array([1.0, -2.0, -1.0])) == 0
+
+
+def test_regret_is_what_the_wrong_steps_cost():
+    truth, found = np.array([4.0, 3.0, 2.0, 1.0]), np.array([4.0, 2.0, 3.0, 1.0])
+    # K = 2 keeps 3 + 1 where 2 + 1 was possible; every other K is right
+    assert error_regret_at(truth, found).tolist() == pytest.approx([0, 0, 1 / 3, 0])
+    assert error_regret(truth, found) == pytest.approx(1 / 12)
+    assert error_regret_at(np.array([1.0, 0.0, -1.0]), np.array([1.0, 2.0, 3.0]))[2] == 0
+    assert error_regret(truth, truth) == 0
+
+
+# commands
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> tuple[Path, Path]:
+    """A bundle of two precisions and a prompt file."""
+    from engines.precision import Precision
+    from tmpdiff_export.bundle_build import BuildOptions, build
+
+    folder = tmp_path_factory.mktemp("experiments")
+    save_tiny_pipeline(folder / "pipeline", demo_pipeline / "tokenizer")
+    options = BuildOptions(
+        precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime"
+    )
+    build(folder / "pipeline", folder / "bundle", options)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(["[calibration]", *PROMPTS, "[validation]", *UNSEEN]))
+    return folder / "bundle", prompts
+
+
+def command(name: str, *args: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", f"tools.experiments.{name}", *map(str, args)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def run(name: str, studied: tuple[Path, Path], out: Path, *args: object) -> dict[str, Any]:
+    bundle, prompts = studied
+    samples = ("--samples", 2, "--validation-samples", 2, "--threads", 1)
+    done = command(name, bundle, "--prompts", prompts, *samples, "--out", out, *args)
+    assert done.returncode == 0, done.stderr
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    found: dict[str, Any] = json.loads(out.with_suffix(".json").read_text())
+    return found
+
+
+def test_commands_go_on_share_what_they_measure_and_draw_again(studied: tuple[Path, Path], tmp_path: Path) -> None:
+    steps = run("single_steps", studied, tmp_path / "single")
+    curve = steps["data"]["int8"]["downcast"]
+    assert np.shape(curve) == (2, NUM_STEPS)
+    assert steps["findings"]["int8"]["downcast"]["mean"] == pytest.approx(np.mean(curve, axis=0), rel=1e-5)
+    assert str(tmp_path) not in json.dumps(steps), "results name no paths of the machine"
+
+    (journal,) = (studied[0] / "experiments").glob("*.journal")
+    measured = journal.read_bytes()
+    journal.write_bytes(measured[: len(measured) // 2])  # as if it had been interrupted
+    ranks = run("rank_deviation", studied, tmp_path / "ranks")
+    assert journal.read_bytes() == measured, "it goes on where the other one stopped"
+    assert ranks["data"] == steps["data"]
+    sweep = ranks["findings"]["int8"]["downcast"]["methods"]["evenly spaced"][-1]
+    assert (sweep["evaluations"], sweep["calls_share"], sweep["deviation"], sweep["regret"]) == (NUM_STEPS, 1, 0, 0)
+
+    drawn = tmp_path / "ranks.json"
+    before = drawn.read_bytes()
+    (tmp_path / "ranks.png").unlink()
+    again = command("rank_deviation", "--redraw", drawn)
+    assert again.returncode == 0, again.stderr
+    assert drawn.read_bytes() == before
+    assert (tmp_path / "ranks.png").exists()
+
+
+def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> None:
+    fits = run("additivity", studied, tmp_path / "additivity", "--every", 1, "--draws", 2)
+    data = fits["data"]["int8"]
+    assert {pattern.count("H") for pattern in data["patterns"]} == {2, 3, 4}
+    assert np.shape(data["calibration"]) == np.shape(data["validation"]) == (len(data["patterns"]), 2)
+    found = fits["findings"]["int8"]["calibration"]["fits"]["downcast"]["r2"]["value"]
+    low = np.array([[letter == "L" for letter in pattern] for pattern in data["patterns"]])
+    predicted = low @ np.clip(np.mean(data["downcast"], axis=0), 0, None)
+    assert found == pytest.approx(r_squared(predicted, np.mean(data["calibration"], axis=1)), rel=1e-4)
+    assert len(fits["goals"]) == 2
+
+    quality = run("quality", studied, tmp_path / "quality", "--every", 1, "--draws", 2)
+    for count, rows in quality["data"]["precisions"]["int8"]["rows"].items():
+        assert set(rows) == {"schedule", "first K", "last K", "both ends", "evenly spread", "random"}
+        for row in rows.values():
+            assert {pattern.count("H") for pattern in row["patterns"]} == {int(count)}
+            assert np.shape(row["error"]) == np.shape(row["ssim"]) == (len(row["patterns"]), 2)
+        first = rows["first K"]
+        means = quality["findings"]["int8"]["counts"][count]["means"]["first K"]
+        assert means["error"]["value"] == pytest.approx(np.mean(first["error"]), rel=1e-5)
+        against = quality["findings"]["int8"]["counts"][count]["against"]["error"]["first K"]["value"]
+        assert against == pytest.approx(np.mean(rows["schedule"]["error"]) / np.mean(first["error"]), rel=1e-4)
+    assert quality["data"]["uniform"]["fp16"]["error"] == [[0.0, 0.0]]
+    assert {goal["verdict"] for goal in quality["goals"]} <= {"met", "missed", "not distinguishable"}
+    assert len(quality["goals"]) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        ((), 2, "prompts is missing"),
+        (("--samples", "9"), 1, "expected 2 (a confidence interval needs two) to 3"),
+        (("--samples", "2", "--precisions", "int3"), 1, "'int3' is not in the bundle; choose from int8"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(studied: tuple[Path, Path], tmp_path: Path, args, status, words) -> None:
+    bundle, prompts = studied
+    given = ("--prompts", prompts, "--validation-samples", 2, "--out", tmp_path / "x") if args else ()
+    done = command("single_steps", bundle, *given, *args)
+    assert done.returncode == status
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())

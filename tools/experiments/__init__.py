@@ -1,0 +1,11 @@
+"""The experiments of the TMPDiff paper on any bundle, one command each.
+
+    python -m tools.experiments.single_steps   BUNDLE --prompts FILE --out PREFIX
+    python -m tools.experiments.additivity     BUNDLE --prompts FILE --out PREFIX
+    python -m tools.experiments.rank_deviation BUNDLE --prompts FILE --out PREFIX
+    python -m tools.experiments.quality        BUNDLE --prompts FILE --out PREFIX
+
+Each writes PREFIX.json with the raw figures of every sample and PREFIX.png, and prints its goals. What was measured is
+kept in a journal beside the bundle that all four share, so that an interrupted command goes on where it stopped and
+none measures what another has. `--redraw FILE.json` analyses and draws again without a bundle.
+"""

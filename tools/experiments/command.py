@@ -1,0 +1,187 @@
+"""What the four commands share: arguments, the result file, goals, and drawing again from the result file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from calibration.statistics import Interval
+from engines.documents import read_json
+from engines.errors import TmpDiffError
+from engines.files import atomic_write_text
+from tmpdiff_export.display import print_table, progress_bar
+from tools.experiments.figures import save
+from tools.experiments.study import Study, add_study_arguments, open_study
+
+DIGITS = 6
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal, and what was measured for it.
+
+    Attributes:
+        subject: what it is about, as "int8, K = 8".
+        target: what is asked for, in words.
+        value: what was measured, in words.
+        verdict: "met", "missed", or "not distinguishable" where the difference lies within the confidence interval.
+    """
+
+    subject: str
+    target: str
+    value: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What follows from the measured data.
+
+    Attributes:
+        findings: JSON data; all that the figure shows beyond the data.
+        goals: in the order printed.
+    """
+
+    findings: dict[str, Any]
+    goals: tuple[Goal, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment: measuring is apart from what is made of it.
+
+    Attributes:
+        name: of the module.
+        about: first line of the help.
+        add_arguments: declares arguments of its own.
+        measure: raw data of every sample, JSON; the only part that runs a model.
+        analyse: gets the result file's content, setting and data.
+        draw: gets the content, and the findings.
+    """
+
+    name: str
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[Study, argparse.Namespace], dict[str, Any]]
+    analyse: Callable[[dict[str, Any]], Analysis]
+    draw: Callable[[dict[str, Any], dict[str, Any]], Figure]
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Runs the command; the exit status: 0 whether goals are met or not, 1 for a failure, 2 for wrong usage."""
+        parser = argparse.ArgumentParser(prog=f"python -m tools.experiments.{self.name}", description=self.about)
+        add_study_arguments(parser)
+        self.add_arguments(parser)
+        parser.add_argument("--out", type=Path, metavar="PREFIX", help="writes PREFIX.json and PREFIX.png")
+        parser.add_argument("--redraw", type=Path, metavar="JSON", help="analyse and draw a result file again")
+        args = parser.parse_args(arguments)
+        missing = [name for name in ("bundle", "prompts", "out") if getattr(args, name) is None]
+        if not args.redraw and missing:
+            parser.error(f"{missing[0]} is missing; give BUNDLE, --prompts and --out, or --redraw")
+        try:
+            content = self._read(args.redraw) if args.redraw else self._measure(args)
+            self._finish(content, args.redraw.with_suffix("") if args.redraw else args.out)
+        except TmpDiffError as error:
+            print(f"{self.name}: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    def _measure(self, args: argparse.Namespace) -> dict[str, Any]:
+        if not args.out.parent.is_dir():
+            raise TmpDiffError(f"output folder {args.out.parent} does not exist; make it first")
+        with progress_bar() as report, open_study(args, report) as study:
+            data = self.measure(study, args)
+            setting = study.setting
+        content = {
+            "experiment": self.name,
+            "version": VERSION,
+            "command": self._wording(args),
+            "setting": setting,
+            "data": data,
+        }
+        rounded: dict[str, Any] = round_numbers(content)
+        return rounded
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        content = read_json(path, "result file", TmpDiffError)
+        if (content.get("experiment"), content.get("version")) != (self.name, VERSION):
+            raise TmpDiffError(
+                f"{path} holds {content.get('experiment')!r} version {content.get('version')!r}, expected "
+                f"{self.name!r} version {VERSION}; measure again, or use the command that made it"
+            )
+        return content
+
+    def _finish(self, content: dict[str, Any], prefix: Path) -> None:
+        found = self.analyse(content)
+        findings = round_numbers(found.findings)
+        whole = {**content, "findings": findings, "goals": [asdict(goal) for goal in found.goals]}
+        atomic_write_text(_beside(prefix, ".json"), compact_json(whole) + "\n")
+        save(lambda: self.draw(content, findings), _beside(prefix, ".png"))
+        print_goals(self.name, found.goals)
+
+    def _wording(self, args: argparse.Namespace) -> str:
+        """The command as it was given; paths by their name only."""
+        words = [f"python -m tools.experiments.{self.name} BUNDLE"]
+        for name, value in vars(args).items():
+            if name not in ("bundle", "redraw") and value is not None:
+                words.append(f"--{name.replace('_', '-')} {value.name if isinstance(value, Path) else value}")
+        return " ".join(words)
+
+
+def print_goals(name: str, goals: Sequence[Goal]) -> None:
+    """The goals as a table on stdout."""
+    if not goals:
+        print(f"{name}: no goal is set for this experiment")
+        return
+    rows = [[goal.subject, goal.target, goal.value, goal.verdict] for goal in goals]
+    met = sum(goal.verdict == "met" for goal in goals)
+    print_table(f"Goals of {name}: {met} of {len(goals)} met", ["", "goal", "measured", ""], rows)
+
+
+def verdict(met: bool) -> str:
+    """A goal without a confidence interval to consider."""
+    return "met" if met else "missed"
+
+
+def interval_of(values: dict[str, float]) -> Interval:
+    """An interval from its JSON form."""
+    return Interval(**values)
+
+
+def wording(interval: Interval, form: str = ".3f") -> str:
+    """An interval in words, "0.981 [0.972, 0.990]"."""
+    return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def round_numbers(data: Any) -> Any:
+    """JSON data with floats of six significant digits; NaN and infinities become None."""
+    if isinstance(data, dict):
+        return {key: round_numbers(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [round_numbers(value) for value in data]
+    if isinstance(data, float):
+        return float(f"{data:.{DIGITS}g}") if math.isfinite(data) else None
+    return data
+
+
+def compact_json(data: Any, depth: int = 0) -> str:
+    """JSON with lists of numbers on one line."""
+    indent = " " * (depth + 1)
+    if isinstance(data, dict) and data:
+        parts = [f"{indent}{json.dumps(str(key))}: {compact_json(value, depth + 1)}" for key, value in data.items()]
+        return "{\n" + ",\n".join(parts) + "\n" + " " * depth + "}"
+    if isinstance(data, list) and any(isinstance(value, (dict, list, str)) for value in data):
+        return "[\n" + ",\n".join(indent + compact_json(value, depth + 1) for value in data) + "\n" + " " * depth + "]"
+    return json.dumps(data, allow_nan=False)
+
+
+def _beside(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)

@@ -1,0 +1,69 @@
+"""Style of the figures: white ground, so that they read on light and dark pages, and colour-blind safe colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from engines.files import atomic_write_bytes
+from tmpdiff_export.report_figures import MARKERS, SHADES, places
+
+INK, GRID = "#1a1a1a", "#dddddd"
+RANDOM = "#8a8a8a"
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "figure.facecolor": "white",
+    "figure.titlesize": 10,
+    "font.size": 9,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.5,
+    "savefig.facecolor": "white",
+}
+DPI = 130
+SIMULATED = "onnxruntime"
+"""The backend that has no kernels for NVFP4 and computes what they would give."""
+
+
+def panels(rows: int, columns: int, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[list[Axes]]]:
+    """An empty figure of `rows` by `columns` axes."""
+    figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
+    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def save(draw: Callable[[], Figure], path: Path) -> None:
+    """Draws a figure in the style of all and writes it as PNG."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        draw().savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    atomic_write_bytes(path, buffer.getvalue())
+
+
+def label(precision: str, backend: str) -> str:
+    """A precision as figures and tables name it; what has no kernels on the backend is named as simulated."""
+    if precision == "nvfp4":
+        return "nvfp4 (W4A4, simulated)" if backend == SIMULATED else "nvfp4 (W4A4)"
+    return precision
+
+
+def colour(precision: str) -> str:
+    """The same in every figure and in the report."""
+    return SHADES[places([precision])[precision]][0]
+
+
+def marker(precision: str) -> str:
+    """The same in every figure and in the report."""
+    return MARKERS[places([precision])[precision] % len(MARKERS)]

@@ -1,0 +1,118 @@
+"""What single-step scores predict for schedules of one low precision, and how well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from calibration.scores import DIRECTIONS, PREDICTORS, contributions
+from calibration.statistics import Interval, bootstrap_interval, r_squared, spearman
+from tools.experiments.schedules import high_steps
+
+_NAMES = ("reference", "low")
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """Scores of one low precision, sample by sample.
+
+    Attributes:
+        scores: by direction, float64 [S, T].
+        uniform: E(all p), float64 [S].
+    """
+
+    scores: dict[str, np.ndarray]
+    uniform: np.ndarray
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> SampleScores:
+        """From the data of a result file."""
+        return cls({name: np.array(data[name]) for name in DIRECTIONS}, np.array(data["uniform"]))
+
+    def predicted(self, predictor: str, high: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Predicted E of schedules, float64 [N].
+
+        Args:
+            predictor: one of `PREDICTORS`.
+            high: bool [N, T], the steps at the reference.
+            rows: samples whose mean scores to use, repeated ones counting more; None for all.
+        """
+        values, power = self.contributions(predictor, rows)
+        return np.asarray((~high @ values) ** power)
+
+    def contributions(self, predictor: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+        """What a step at the low precision adds, float64 [T], and the power of the sum."""
+        rows = np.arange(len(self.uniform)) if rows is None else rows
+        curves = {(name, _NAMES[1]): values[rows].mean(axis=0) for name, values in self.scores.items()}
+        found = contributions(predictor, _NAMES, curves, {_NAMES[1]: float(self.uniform[rows].mean())})
+        return found.values[:, 1], found.power
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one predictor describes measured errors; intervals over samples.
+
+    Attributes:
+        r2: over all schedules.
+        r2_within: among schedules that agree on the heaviest step, the one with the largest contribution. Where one step
+            dwarfs the others, `r2` says little more than whether it was spared; this is what is left to the others.
+        ratio: sum of predicted over sum of measured.
+    """
+
+    predictor: str
+    r2: Interval
+    r2_within: Interval
+    spearman: Interval
+    ratio: Interval
+
+
+def fit_predictors(scores: SampleScores, patterns: list[str], measured: np.ndarray, *, held_out: bool) -> list[Fit]:
+    """A fit per predictor.
+
+    Args:
+        scores: of the calibration samples.
+        patterns: N schedules.
+        measured: E, float64 [N, samples].
+        held_out: whether `measured` is of other samples than the scores; both are then resampled.
+    """
+    high = high_steps(patterns)
+    return [_fit(predictor, scores, high, measured, held_out) for predictor in PREDICTORS]
+
+
+def _fit(predictor: str, scores: SampleScores, high: np.ndarray, measured: np.ndarray, held_out: bool) -> Fit:
+    sizes = (len(scores.uniform), measured.shape[1]) if held_out else (len(scores.uniform),)
+    spared = high[:, int(np.argmax(scores.contributions(predictor)[0]))]
+
+    def interval(agreement: Callable[[np.ndarray, np.ndarray], float]) -> Interval:
+        def statistic(rows: np.ndarray, others: np.ndarray | None = None) -> float:
+            chosen = rows if others is None else others  # without samples of their own the two are paired
+            return agreement(scores.predicted(predictor, high, rows), measured[:, chosen].mean(axis=1))
+
+        return bootstrap_interval(statistic, *sizes)
+
+    return Fit(
+        predictor,
+        r2=interval(r_squared),
+        r2_within=interval(lambda predicted, found: r_squared(_centred(predicted, spared), _centred(found, spared))),
+        spearman=interval(spearman),
+        ratio=interval(_ratio),
+    )
+
+
+def better(fits: list[Fit]) -> Fit:
+    """The one with the highest R^2 among those that rise; the first where none does."""
+    return max(fits, key=lambda fit: fit.r2.value if fit.spearman.value > 0 else -1.0)
+
+
+def _centred(values: np.ndarray, spared: np.ndarray) -> np.ndarray:
+    """Values less the mean of the group they belong to, [N]."""
+    groups = {chosen: values[spared == chosen].mean() for chosen in np.unique(spared)}
+    return values - np.array([groups[chosen] for chosen in spared])
+
+
+def _ratio(predicted: np.ndarray, measured: np.ndarray) -> float:
+    total = float(measured.sum())
+    return float(predicted.sum()) / total if total > 0 else float("nan")

@@ -1,0 +1,273 @@
+"""Quality against latency on prompts never seen: our schedule beside the baselines (figure 4 of the paper).
+
+At every K the calibration's schedule, the fixed rules and random schedules have K steps at the reference, so that
+their latency is the same; uniform precisions are baselines where they are no slower. Differences are paired: all
+run on the same samples. Goal, for K from T/5 to 4T/5: E and 1 - SSIM at least 20 % below the best baseline, and
+never above any. Where a 95 % confidence interval does not settle it, the result is "not distinguishable".
+
+LPIPS is not measured: its network has to be downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from calibration.allocation import HighSteps, allocate
+from calibration.metrics import psnr_db
+from calibration.statistics import bootstrap_interval
+from tools.experiments.additivity import random_schedules
+from tools.experiments.command import Analysis, Experiment, Goal
+from tools.experiments.figures import INK, RANDOM, colour, label, panels
+from tools.experiments.prediction import SampleScores, better, fit_predictors
+from tools.experiments.schedules import (
+    counts_between,
+    fixed_rules,
+    pattern_of,
+    precisions_of,
+    random_patterns,
+)
+from tools.experiments.study import Study
+
+OURS = "schedule"
+RANDOM_NAME = "random"
+BELOW = 0.2
+METRICS = {"error": "E", "dissimilarity": "1 - SSIM"}
+RULE_STYLES = {"first K": ":>", "last K": ":<", "both ends": "--^", "evenly spread": "--v"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares which schedules."""
+    parser.add_argument("--every", type=int, default=2, metavar="N", help="every Nth K from T/5 to 4T/5 (default 2)")
+    parser.add_argument("--draws", type=int, default=3, metavar="N", help="random schedules per K (default 3)")
+
+
+def measure(study: Study, args: argparse.Namespace) -> dict[str, Any]:
+    """Latencies, and per precision the predictor chosen and every row's values by schedule and unseen sample."""
+    data: dict[str, Any] = {"latencies_ms": study.latencies_ms(), "uniform": {}, "precisions": {}}
+    for precision in study.runtime.precisions:
+        runs = study.validation_errors("uniform runs", [(precision,) * study.num_steps])
+        data["uniform"][precision] = _columns(runs)
+    for precision in study.precisions:
+        predictor, patterns = _choose(study, precision, args)
+        rows = {}
+        for count in counts_between(study.num_steps, args.every):
+            named = {
+                **{name: [patterns_at[count]] for name, patterns_at in patterns.items()},
+                **{name: [pattern] for name, pattern in fixed_rules(study.num_steps, count).items()},
+                RANDOM_NAME: list(random_patterns(study.num_steps, count, args.draws)),
+            }
+            rows[str(count)] = {name: _row(study, precision, row_patterns) for name, row_patterns in named.items()}
+        data["precisions"][precision] = {"predictor": predictor, "rows": rows}
+        study.forget(precision)
+    return data
+
+
+def _choose(study: Study, precision: str, args: argparse.Namespace) -> tuple[str, dict[str, dict[int, str]]]:
+    """The predictor that fits random schedules best on the calibration samples, and its schedule at every K.
+
+    Unseen samples have no part in it. More ways to choose a schedule are further entries by name.
+    """
+    scores = SampleScores.of({"uniform": study.uniform(precision), **study.scores(precision)})
+    drawn = random_schedules(study.num_steps, args.every, args.draws)
+    schedules = [precisions_of(pattern, study.reference, precision) for pattern in drawn]
+    measured = np.array(study.calibration_errors("random schedules", schedules))
+    predictor = better(fit_predictors(scores, drawn, measured, held_out=False)).predictor
+    values, power = scores.contributions(predictor)
+    pair = (study.reference, precision)
+    chosen = {
+        count: allocate(
+            pair,
+            dict.fromkeys(pair, 1.0),  # K says it all: latency has no part in it
+            np.stack([np.zeros_like(values), values], axis=1),
+            HighSteps(count),
+            power,
+        ).precisions
+        for count in counts_between(study.num_steps, args.every)
+    }
+    return predictor, {OURS: {count: pattern_of(schedule, study.reference) for count, schedule in chosen.items()}}
+
+
+def _row(study: Study, precision: str, patterns: list[str]) -> dict[str, Any]:
+    schedules = [precisions_of(pattern, study.reference, precision) for pattern in patterns]
+    return {"patterns": patterns, **_columns(study.validation_errors("schedules", schedules))}
+
+
+def _columns(runs: list[list[dict[str, float]]]) -> dict[str, list[list[float]]]:
+    """ "error", "ssim" and "mse" by schedule and sample."""
+    return {key: [[values[key] for values in rows] for rows in runs] for key in ("error", "ssim", "mse")}
+
+
+def analyse(content: dict[str, Any]) -> Analysis:
+    """Per precision and K every row's means, our ratios to every baseline, and the goals."""
+    setting, data = content["setting"], content["data"]
+    latencies, reference = data["latencies_ms"], setting["reference"]
+    findings: dict[str, Any] = {}
+    goals = []
+    for precision, measured in data["precisions"].items():
+        ratio = latencies[precision] / latencies[reference]
+        findings[precision] = {"faster": ratio < 1, "counts": {}}
+        for count, rows in measured["rows"].items():
+            share = int(count) / setting["num_steps"]
+            latency = share + (1 - share) * ratio
+            baselines = {name: row for name, row in rows.items() if name in (*RULE_STYLES, RANDOM_NAME)}
+            for name, row in data["uniform"].items():
+                # without a speed-up there is no latency to be equal in: then only the precision itself is compared
+                if name == precision or (ratio < 1 and latencies[name] / latencies[reference] <= latency):
+                    baselines[f"uniform {name}"] = row
+            entry = {
+                "latency": latency,
+                "means": {name: _means(row) for name, row in (rows | baselines).items()},
+                "against": {metric: _against(rows[OURS], baselines, metric) for metric in METRICS},
+            }
+            findings[precision]["counts"][count] = entry
+            for metric, symbol in METRICS.items():
+                goals += _goals(
+                    f"{label(precision, setting['backend'])}, K = {count}, {symbol}", entry["against"][metric]
+                )
+    return Analysis(findings, tuple(goals))
+
+
+def _values(row: dict[str, Any], metric: str) -> np.ndarray:
+    """Of every sample, float64 [S]; the mean over schedules where a row has several."""
+    values = np.array(row["error"]) if metric == "error" else 1 - np.array(row["ssim"])
+    return np.asarray(values.mean(axis=0))
+
+
+def _means(row: dict[str, Any]) -> dict[str, Any]:
+    error = np.array(row["error"])
+    spread = float(error.mean(axis=1).std(ddof=1)) if len(error) > 1 else None
+    interval = bootstrap_interval(lambda rows: float(error[:, rows].mean()), error.shape[1])
+    return {
+        "error": asdict(interval),
+        "error_spread": spread,
+        "ssim": float(np.mean(row["ssim"])),
+        "psnr_db": psnr_db([value for values in row["mse"] for value in values]),
+    }
+
+
+def _against(ours: dict[str, Any], baselines: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Mean of ours over mean of each baseline, paired by sample."""
+    own = _values(ours, metric)
+    ratios = {}
+    for name, row in baselines.items():
+        others = _values(row, metric)
+        if ours.get("patterns") == row.get("patterns"):
+            ratios[name] = {"value": 1.0, "low": 1.0, "high": 1.0}
+        elif others.mean() > 0:
+            ratios[name] = asdict(
+                bootstrap_interval(lambda rows, o=others: float(own[rows].mean() / o[rows].mean()), len(own))
+            )
+    return ratios
+
+
+def _goals(subject: str, ratios: dict[str, dict[str, float]]) -> list[Goal]:
+    """Two goals: below the best baseline by a fifth, and above none."""
+    if not ratios:
+        return []
+    best = max(ratios, key=lambda name: ratios[name]["value"])
+    ratio = ratios[best]
+    unsettled = "not distinguishable" if ratio["low"] <= 1 - BELOW else "missed"
+    below = "met" if ratio["value"] <= 1 - BELOW else unsettled
+    above = [name for name, found in ratios.items() if found["value"] > 1]
+    surely = [name for name in above if ratios[name]["low"] > 1]
+    return [
+        Goal(
+            subject,
+            f">= {BELOW:.0%} below the best baseline",
+            f"{1 - ratio['value']:+.0%} [{1 - ratio['high']:+.0%}, {1 - ratio['low']:+.0%}] below {best}",
+            below,
+        ),
+        Goal(
+            subject,
+            "above no baseline",
+            f"above {', '.join(surely or above)}" if above else "above none",
+            "missed" if surely else "not distinguishable" if above else "met",
+        ),
+    ]
+
+
+def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
+    """A column per precision; E, 1 - SSIM and PSNR against K, with the latency above where there is a speed-up."""
+    setting, data = content["setting"], content["data"]
+    figure, rows = panels(3, len(findings), width=3.6, height=2.6)
+    for column, (precision, found) in enumerate(findings.items()):
+        for row, key in enumerate(("error", "ssim", "psnr_db")):
+            axes = rows[row][column]
+            _lines(axes, found["counts"], key, colour(precision))
+            if key != "psnr_db":
+                axes.set_yscale("log")
+            axes.set_xlabel(f"steps at {setting['reference']}, K")
+        rows[0][column].set_title(label(precision, setting["backend"]))
+        ratio = data["latencies_ms"][precision] / data["latencies_ms"][setting["reference"]]
+        if found["faster"]:
+            _latency_axis(rows[0][column], ratio, setting["num_steps"])
+        else:
+            rows[0][column].text(
+                0.98, 0.97, "no speed-up on this machine", transform=rows[0][column].transAxes, ha="right", va="top",
+                fontsize=8,
+            )  # fmt: skip
+    for row, words in enumerate(("E", "1 - SSIM", "PSNR, dB")):
+        rows[row][0].set_ylabel(words)
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    figure.suptitle(
+        f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['validation_prompts'])} unseen samples; band: "
+        "95 % confidence of the schedule's E, bars: spread of random schedules"
+    )
+    return figure
+
+
+def _lines(axes: Axes, counts: dict[str, Any], key: str, shade: str) -> None:
+    steps = [int(count) for count in counts]
+    entries = [entry["means"] for entry in counts.values()]
+    uniform = {name for means in entries for name in means if name.startswith("uniform")}
+    for name in [name for name in entries[0] if name not in uniform]:
+        values = np.array([_plotted(means[name], key) for means in entries])
+        if name == RANDOM_NAME:
+            spread = [means[name]["error_spread"] or 0.0 for means in entries] if key == "error" else None
+            axes.errorbar(steps, values, spread, fmt="-s", color=RANDOM, markersize=4, linewidth=1, label=name)
+        elif name in RULE_STYLES:
+            axes.plot(steps, values, RULE_STYLES[name], color=INK, markersize=4, linewidth=0.9, label=name)
+        else:
+            look = "-" if name == OURS else "-."
+            axes.plot(steps, values, look, marker="*", color=shade, markersize=10, linewidth=1.8, label=name, zorder=4)
+            if key == "error":
+                low, high = ([means[name]["error"][bound] for means in entries] for bound in ("low", "high"))
+                axes.fill_between(steps, low, high, color=shade, alpha=0.15, linewidth=0)
+    for name in sorted(uniform):
+        level = next(_plotted(means[name], key) for means in entries if name in means)
+        if level:  # the reference is exact, and has no PSNR
+            axes.axhline(level, color=RANDOM, linewidth=0.8, linestyle=":")
+            axes.text(steps[-1], level, name, fontsize=7, ha="right", va="bottom", color=RANDOM)
+
+
+def _plotted(means: dict[str, Any], key: str) -> Any:
+    if key == "error":
+        return means["error"]["value"]
+    return 1 - means["ssim"] if key == "ssim" else means[key]
+
+
+def _latency_axis(axes: Axes, ratio: float, num_steps: int) -> None:
+    """Latency relative to the reference, above the axes; `ratio` is the low precision's, below 1."""
+
+    def latency(count: Any) -> Any:
+        return ratio + (1 - ratio) * count / num_steps
+
+    def count(relative: Any) -> Any:
+        return (relative - ratio) / (1 - ratio) * num_steps
+
+    above = axes.secondary_xaxis("top", functions=(latency, count))
+    above.set_xlabel("relative latency", fontsize=8)
+    above.tick_params(labelsize=7)
+
+
+EXPERIMENT = Experiment("quality", __doc__.splitlines()[0], add_arguments, measure, analyse, draw)
+
+if __name__ == "__main__":
+    sys.exit(EXPERIMENT.main())

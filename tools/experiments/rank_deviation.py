@@ -1,0 +1,201 @@
+"""Rank deviation of the bisection against the steps it samples, beside even sampling and the full sweep (figure 3).
+
+Measures every step of every sample, as `single_steps` does, and replays the searches on the mean curves. Goal: with
+its own number of evaluations the bisection spends at most half the denoiser calls of the sweep, with a mean rank
+deviation of at most one step and an error regret of at most 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from calibration.bisection import default_evaluations
+from calibration.scores import DIRECTIONS, sweep_calls
+from calibration.statistics import (
+    Interval,
+    bootstrap_interval,
+    error_regret,
+    error_regret_at,
+    rank_deviation,
+    rank_deviation_at,
+)
+from tools.experiments import single_steps
+from tools.experiments.command import Analysis, Experiment, Goal, verdict
+from tools.experiments.figures import INK, RANDOM, colour, label, panels
+from tools.experiments.replay import METHODS, Curve, Method
+from tools.experiments.schedules import counts_between
+
+CALLS_SHARE, DEVIATION, REGRET = 0.5, 1.0, 0.02
+FEWEST = 3
+DRAWS = 200
+SHADES = (INK, "#0072b2", "#7a6a00")
+STYLES = ("-o", "--s", "-.^", ":D")
+
+
+def curves(measured: dict[str, Any], direction: str, rows: np.ndarray | None = None) -> Curve:
+    """The mean curve over samples; over repeated ones where `rows` repeats them."""
+    scores = np.array(measured[direction])
+    rows = np.arange(len(scores)) if rows is None else rows
+    local = np.array(measured["local"])[rows].mean(axis=0) if "local" in measured else None
+    return Curve(scores[rows].mean(axis=0), local)
+
+
+def analyse(content: dict[str, Any]) -> Analysis:
+    """What every method finds with every number of evaluations, and the goals at the calibrator's own."""
+    findings: dict[str, Any] = {}
+    goals = []
+    setting = content["setting"]
+    for precision, measured in content["data"].items():
+        findings[precision] = {}
+        for direction in DIRECTIONS:
+            curve = curves(measured, direction)
+            own = {name: _at_default(measured, direction, method) for name, method in METHODS.items()}
+            findings[precision][direction] = {
+                "methods": {name: _points(curve, method) for name, method in METHODS.items()},
+                "at_default": own,
+                "split_halves": _split_halves(measured, direction),
+            }
+            found = own["bisection"]
+            deviation, regret = Interval(**found["deviation"]), Interval(**found["regret"])
+            goals.append(
+                Goal(
+                    f"{label(precision, setting['backend'])}, {direction}",
+                    f"calls <= {CALLS_SHARE:.0%}, deviation <= {DEVIATION:g}, regret <= {REGRET:.0%}",
+                    f"calls {found['calls_share']:.0%}, deviation {deviation.value:.2f} "
+                    f"[{deviation.low:.2f}, {deviation.high:.2f}], regret {regret.value:.1%} "
+                    f"[{regret.low:.1%}, {regret.high:.1%}] ({found['regret_in_range']['value']:.1%} from T/5 to 4T/5)",
+                    verdict(
+                        found["calls_share"] <= CALLS_SHARE and deviation.value <= DEVIATION and regret.value <= REGRET
+                    ),
+                )
+            )
+    return Analysis(findings, tuple(goals))
+
+
+def _points(curve: Curve, method: Method) -> list[dict[str, Any]]:
+    """One entry per number of steps sampled; the sweep is the last one."""
+    num_steps = len(curve.scores)
+    points: dict[int, dict[str, Any]] = {}
+    for evaluations in range(min(FEWEST, num_steps), num_steps + 1):
+        found = method(curve, evaluations)
+        per_count = rank_deviation_at(curve.scores, found.scores)
+        points[found.evaluations] = {
+            "evaluations": found.evaluations,
+            "calls_share": found.calls / sweep_calls(num_steps, 1),
+            "deviation": rank_deviation(curve.scores, found.scores),
+            "deviation_over_counts": [float(per_count.min()), float(per_count.max())],
+            "regret": error_regret(curve.scores, found.scores),
+            "regret_in_range": _regret_in_range(curve.scores, found.scores),
+        }
+    return [points[count] for count in sorted(points)]
+
+
+def _at_default(measured: dict[str, Any], direction: str, method: Method) -> dict[str, Any]:
+    """Figures with the calibrator's own number of evaluations; the curve is resampled over samples."""
+    samples, num_steps = np.array(measured[direction]).shape
+
+    def figure_of(of: Any) -> Interval:
+        def statistic(rows: np.ndarray) -> float:
+            curve = curves(measured, direction, rows)
+            return float(of(curve.scores, method(curve, default_evaluations(num_steps)).scores))
+
+        return bootstrap_interval(statistic, samples, draws=DRAWS)
+
+    curve = curves(measured, direction)
+    found = method(curve, default_evaluations(num_steps))
+    return {
+        "evaluations": found.evaluations,
+        "calls_share": found.calls / sweep_calls(num_steps, 1),
+        "deviation": asdict(figure_of(rank_deviation)),
+        "deviation_at": rank_deviation_at(curve.scores, found.scores).tolist(),
+        "regret": asdict(figure_of(error_regret)),
+        "regret_in_range": asdict(figure_of(_regret_in_range)),
+    }
+
+
+def _regret_in_range(truth: np.ndarray, found: np.ndarray) -> float:
+    """Mean error regret over K from T/5 to 4T/5: at the largest K next to nothing is left to compare with."""
+    return float(error_regret_at(truth, found)[list(counts_between(len(truth), 1))].mean())
+
+
+def _split_halves(measured: dict[str, Any], direction: str) -> dict[str, float]:
+    """A full sweep on one half of the samples, judged by a full sweep on the other; means over random splits.
+
+    What the samples do not settle: where this is large, a search that follows the curve of these samples more closely
+    gains nothing on others.
+    """
+    scores = np.array(measured[direction])
+    generator = np.random.default_rng(0)
+    half = len(scores) // 2
+    pairs = []
+    for _ in range(DRAWS):
+        order = generator.permutation(len(scores))
+        pairs.append((scores[order[half:]].mean(axis=0), scores[order[:half]].mean(axis=0)))
+    return {
+        "deviation": float(np.mean([rank_deviation(*pair) for pair in pairs])),
+        "regret_in_range": float(np.mean([_regret_in_range(*pair) for pair in pairs])),
+    }
+
+
+def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
+    """A column per precision; rank deviation and error regret of both directions, and calls, against steps sampled."""
+    figure, rows = panels(2 * len(DIRECTIONS) + 1, len(findings), width=3.3, height=1.9)
+    setting = content["setting"]
+    default = default_evaluations(setting["num_steps"])
+    for column, (precision, found) in enumerate(findings.items()):
+        looks = {
+            name: (shade, style)
+            for name, shade, style in zip(METHODS, (colour(precision), *SHADES), STYLES, strict=False)
+        }
+        for index, direction in enumerate(DIRECTIONS):
+            deviation, regret = rows[2 * index][column], rows[2 * index + 1][column]
+            for name, points in found[direction]["methods"].items():
+                shade, style = looks[name]
+                steps = [point["evaluations"] for point in points]
+                line = {"color": shade, "markersize": 3, "linewidth": 1.1, "label": name}
+                deviation.plot(steps, [point["deviation"] for point in points], style, **line)
+                regret.plot(steps, [100 * point["regret_in_range"] for point in points], style, **line)
+                if name == "bisection":
+                    bounds = np.array([point["deviation_over_counts"] for point in points]).T
+                    deviation.fill_between(steps, *bounds, color=shade, alpha=0.15, linewidth=0)
+                calls = [100 * point["calls_share"] for point in points]
+                rows[-1][column].plot(steps, calls, style, **line, alpha=1 if index == 0 else 0.4)
+            noise = found[direction]["split_halves"]
+            deviation.axhline(noise["deviation"], color=RANDOM, linestyle=":")
+            top = regret.get_ylim()[1]
+            regret.axhline(100 * noise["regret_in_range"], color=RANDOM, linestyle=":")
+            regret.set_ylim(top=1.6 * top)  # the dotted line may lie far above what is compared
+        goals = [DEVIATION, 100 * REGRET] * len(DIRECTIONS) + [100 * CALLS_SHARE]
+        for row, goal in zip(rows, goals, strict=True):
+            row[column].axhline(goal, color=INK, linewidth=0.8, alpha=0.6)
+            row[column].axvline(default, color=RANDOM, linewidth=0.8, alpha=0.6)
+            row[column].set_ylim(bottom=0)
+        rows[0][column].set_title(label(precision, setting["backend"]))
+        rows[-1][column].set_xlabel("steps sampled")
+    words = [f"{direction}:\n{what}" for direction in DIRECTIONS for what in ("rank deviation", "regret, %")]
+    for row, name in zip(rows, [*words, "calls,\n% of sweep"], strict=True):
+        row[0].set_ylabel(name)
+    handles, names = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    figure.suptitle(
+        f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['calibration_prompts'])} samples. Band: over K; "
+        "regret: mean over K from T/5 to 4T/5;\nhorizontal line: goal, vertical: the calibrator's own number; dotted, if on the "
+        "scale: a full sweep on half of the samples, judged by the other half"
+    )
+    return figure
+
+
+def _no_arguments(_: argparse.ArgumentParser) -> None:
+    """Nothing beyond what every experiment takes."""
+
+
+EXPERIMENT = Experiment("rank_deviation", __doc__.splitlines()[0], _no_arguments, single_steps.measure, analyse, draw)
+
+if __name__ == "__main__":
+    sys.exit(EXPERIMENT.main())

@@ -1,0 +1,99 @@
+"""Change of the final latent error from single-step downcasts and upcasts, per precision (figure 1 of the paper).
+
+Measures every step of every sample. A downcast score is the error E of a reference run with one step at the low
+precision; an upcast score is by how much E of the uniform low-precision run falls with one step at the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from calibration.scores import DIRECTIONS
+from calibration.statistics import bootstrap_interval, spearman
+from tools.experiments.command import Analysis, Experiment
+from tools.experiments.figures import colour, label, marker, panels
+from tools.experiments.study import Study
+
+
+def measure(study: Study, _: argparse.Namespace) -> dict[str, Any]:
+    """Per precision "uniform" [S], "downcast" and "upcast" [S][T]."""
+    data: dict[str, Any] = {}
+    for precision in study.precisions:
+        data[precision] = {"uniform": study.uniform(precision), **study.scores(precision)}
+        study.forget(precision)
+    return data
+
+
+def analyse(content: dict[str, Any]) -> Analysis:
+    """Mean curves with confidence bands, how far they span, and whether steps add up."""
+    findings = {}
+    for precision, measured in content["data"].items():
+        uniform = np.array(measured["uniform"])
+        entry: dict[str, Any] = {}
+        sums = {}
+        for direction in DIRECTIONS:
+            scores = np.array(measured[direction])
+            bands = [
+                bootstrap_interval(lambda rows, column=scores[:, step]: float(column[rows].mean()), len(scores))
+                for step in range(scores.shape[1])
+            ]
+            positive = scores.mean(axis=0)[scores.mean(axis=0) > 0]
+            total = bootstrap_interval(
+                lambda rows, scores=scores, uniform=uniform: float(scores[rows].sum() / uniform[rows].sum()),
+                len(scores),
+            )
+            sums[direction] = scores.mean(axis=0)
+            entry[direction] = {
+                "mean": sums[direction].tolist(),
+                "low": [band.low for band in bands],
+                "high": [band.high for band in bands],
+                "decades": float(np.log10(positive.max() / positive.min())) if len(positive) else None,
+                "sum_over_uniform": asdict(total),
+                "highest_steps": np.argsort(-sums[direction], kind="stable")[:5].tolist(),
+            }
+        entry["rank_correlation"] = spearman(sums["downcast"], sums["upcast"])
+        entry["uniform"] = asdict(bootstrap_interval(lambda rows, u=uniform: float(u[rows].mean()), len(uniform)))
+        findings[precision] = entry
+    return Analysis(findings, ())
+
+
+def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
+    """A row per direction, a column per precision; means of 0 or less are crosses on the lower edge."""
+    figure, rows = panels(2, len(findings), width=3.1, height=2.7)
+    setting = content["setting"]
+    for row, direction in zip(rows, DIRECTIONS, strict=True):
+        means = np.array([entry[direction]["mean"] for entry in findings.values()])
+        positive = means[means > 0]
+        floor, top = (positive.min() / 2, positive.max() * 3) if len(positive) else (1e-12, 1.0)
+        for axes, (precision, entry) in zip(row, findings.items(), strict=True):
+            mean, low, high = (np.array(entry[direction][name]) for name in ("mean", "low", "high"))
+            steps = np.arange(len(mean))
+            shade = colour(precision)
+            band = np.maximum(low, floor), np.maximum(high, floor)
+            axes.fill_between(steps, *band, color=shade, alpha=0.22, linewidth=0)
+            axes.plot(steps, np.maximum(mean, floor), color=shade, linewidth=1.2)
+            above = mean > 0
+            axes.plot(steps[above], mean[above], marker(precision), color=shade, markersize=4)
+            axes.plot(steps[~above], np.full((~above).sum(), floor), "x", color=shade, markersize=6)
+            axes.set(yscale="log", xlabel="step index", ylim=(floor * 0.8, top))
+            if direction == DIRECTIONS[0]:
+                axes.set_title(label(precision, setting["backend"]))
+        row[0].set_ylabel(f"{direction} score")
+    samples = len(setting["calibration_prompts"])
+    figure.suptitle(
+        f"Change of E by a single step: {setting['denoiser']}, T = {setting['num_steps']}, mean of {samples} samples, "
+        "95 % confidence band, x: zero or less"
+    )
+    return figure
+
+
+EXPERIMENT = Experiment("single_steps", __doc__.splitlines()[0], lambda parser: None, measure, analyse, draw)
+
+if __name__ == "__main__":
+    sys.exit(EXPERIMENT.main())

@@ -1,0 +1,241 @@
+"""A bundle under study: its samples, the journal all experiments share, and what they measure on it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration import open_journal
+from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.journal import Journal
+from calibration.latency import machine, step_latencies
+from calibration.measurements import Measurements
+from calibration.scores import DIRECTIONS
+from engines.errors import TmpDiffError
+from engines.files import sha256_bytes
+from engines.runtime import DenoiseRuntime
+from engines.text import read_prompts
+from engines.version import VERSION
+
+JOURNAL_FOLDER = "experiments"
+LIBRARIES = ("numpy", "scipy", "scikit-image")
+Report = Callable[[str, int, int], None]
+Schedule = tuple[str, ...]
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What an experiment measures on.
+
+    Attributes:
+        calibration: of the calibration prompts.
+        validation: of prompts that calibration does not use; their pictures are compared too.
+        precisions: the low precisions studied.
+        samples: number of calibration samples used; sample i is prompt i with seed + i.
+        validation_samples: number of validation samples used.
+        setting: what was run on what, for the result file.
+    """
+
+    runtime: DenoiseRuntime
+    journal: Journal
+    calibration: Measurements
+    validation: Measurements
+    precisions: tuple[str, ...]
+    samples: int
+    validation_samples: int
+    setting: dict[str, Any]
+    report: Report
+
+    @property
+    def reference(self) -> str:
+        """The reference precision."""
+        return self.calibration.reference
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.calibration.num_steps
+
+    def uniform(self, precision: str) -> list[float]:
+        """E(all p) of every calibration sample."""
+        return [self.calibration.uniform_error(precision, sample)["error"] for sample in range(self.samples)]
+
+    def scores(self, precision: str) -> dict[str, list[list[float]]]:
+        """Downcast and upcast scores by sample and step, from a full sweep.
+
+        Costs T (T + 1) / 2 denoiser calls per direction and sample.
+        """
+        found: dict[str, list[list[float]]] = {}
+        for direction in DIRECTIONS:
+            rows = []
+            for sample in range(self.samples):
+                row = []
+                for step in range(self.num_steps):
+                    row.append(self._score(precision, direction, step, sample))
+                    done = sample * self.num_steps + step + 1
+                    self.report(f"{direction} {precision}", done, self.samples * self.num_steps)
+                rows.append(row)
+            found[direction] = rows
+        return found
+
+    def _score(self, precision: str, direction: str, step: int, sample: int) -> float:
+        if direction == "downcast":
+            return self.calibration.changed_error(self.reference, step, precision, sample)
+        upcast = self.calibration.changed_error(precision, step, self.reference, sample)
+        return self.calibration.uniform_error(precision, sample)["error"] - upcast
+
+    def calibration_errors(self, stage: str, schedules: Sequence[Schedule]) -> list[list[float]]:
+        """E of each schedule on every calibration sample."""
+        return [
+            [row["error"] for row in rows]
+            for rows in self._errors(self.calibration, self.samples, stage, schedules, pictures=False)
+        ]
+
+    def validation_errors(self, stage: str, schedules: Sequence[Schedule]) -> list[list[Values]]:
+        """ "error", "ssim" and "mse" of each schedule on every validation sample."""
+        return self._errors(self.validation, self.validation_samples, stage, schedules, pictures=True)
+
+    def _errors(
+        self, measurements: Measurements, samples: int, stage: str, schedules: Sequence[Schedule], *, pictures: bool
+    ) -> list[list[Values]]:
+        rows: list[list[Values]] = [[] for _ in schedules]
+        # sample by sample: an interrupted command has whole samples to show
+        for sample in range(samples):
+            for index, schedule in enumerate(schedules):
+                rows[index].append(measurements.schedule_error(stage, schedule, sample, pictures=pictures))
+                self.report(stage, sample * len(schedules) + index + 1, samples * len(schedules))
+        return rows
+
+    def forget(self, precision: str) -> None:
+        """Frees what is kept of a low precision that is done with."""
+        self.calibration.forget(precision)
+        self.validation.forget(precision)
+
+    def latencies_ms(self) -> dict[str, float]:
+        """Step latency by precision on this machine, measured once per machine and kept."""
+
+        def measure() -> dict[str, float]:
+            conditioning = self.runtime.encode([self.setting["calibration_prompts"][0]])
+            timings = step_latencies(
+                self.runtime,
+                conditioning,
+                self.setting["guidance_scale"],
+                on_round=lambda done, total: self.report("step latencies", done, total),
+            )
+            return {name: timing.median_ms for name, timing in timings.items()}
+
+        found: dict[str, float] = self.journal.remember(f"step latencies in ms, {self.setting['machine']}", measure)
+        return found
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what every experiment takes to measure."""
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="bundle folder")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="calibration and validation prompts")
+    parser.add_argument("--precisions", metavar="LIST", help="low precisions, comma-separated (default: all built)")
+    parser.add_argument("--samples", type=int, default=6, metavar="N", help="calibration samples (default %(default)s)")
+    parser.add_argument(
+        "--validation-samples", type=int, default=12, metavar="N", help="validation samples (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first sample (default 0)")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="default: the bundle's")
+    parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: one per core)")
+
+
+@contextlib.contextmanager
+def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
+    """The study the arguments ask for.
+
+    Raises:
+        TmpDiffError: the bundle or prompts cannot be used, a precision is not built, there are too few samples, or
+            another experiment is at work on the same samples.
+    """
+    prompts = read_prompts(args.prompts)
+    for name, count, there in (
+        ("--samples", args.samples, prompts.calibration),
+        ("--validation-samples", args.validation_samples, prompts.validation),
+    ):
+        if not 2 <= count <= len(there):
+            raise TmpDiffError(
+                f"{name} is {count}, expected 2 (a confidence interval needs two) to {len(there)} "
+                f"(the prompts of {args.prompts.name})"
+            )
+    with DenoiseRuntime.load(args.bundle, threads=args.threads) as runtime:
+        runtime.bundle.verify(runtime.manifest.files())
+        precisions = _low_precisions(args.precisions, runtime.precisions)
+        scale = runtime.manifest.sampling.guidance_scale if args.guidance_scale is None else args.guidance_scale
+        # all prompts are samples, of which the first ones are used: more of them later reuse what was measured
+        evaluator = BundleEvaluator(runtime, prompts.calibration, args.seed, scale)
+        held_out = BundleEvaluator(runtime, prompts.validation, args.seed + VALIDATION_SEED_OFFSET, scale)
+        folder = runtime.bundle.folder / JOURNAL_FOLDER
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{sha256_bytes(f'{evaluator.key()} {held_out.key()}'.encode())[:16]}.journal"
+        with _alone(path):
+            journal = open_journal(path, evaluator, held_out)
+            yield Study(
+                runtime=runtime,
+                journal=journal,
+                calibration=Measurements("calibration", evaluator, journal),
+                validation=Measurements("validation", held_out, journal, lambda latents: _decode(runtime, latents)),
+                precisions=precisions,
+                samples=args.samples,
+                validation_samples=args.validation_samples,
+                setting={
+                    "num_steps": runtime.num_steps,
+                    "reference": runtime.precisions[0],
+                    "precisions": list(precisions),
+                    "backend": runtime.manifest.denoisers[runtime.precisions[0]].backend,
+                    "machine": machine(runtime, args.threads),
+                    "versions": {
+                        "tmpdiff": VERSION,
+                        "python": platform.python_version(),
+                        **{name: version(name) for name in LIBRARIES},
+                    },
+                    "bundle_id": runtime.manifest.bundle_id,
+                    "denoiser": runtime.manifest.model.denoiser_class,
+                    "guidance_scale": scale,
+                    "seed": args.seed,
+                    "calibration_prompts": list(prompts.calibration[: args.samples]),
+                    "validation_prompts": list(prompts.validation[: args.validation_samples]),
+                },
+                report=report,
+            )
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Refuses a journal that another process writes: what the two measure would be recorded twice."""
+    with open(path.with_suffix(".lock"), "wb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TmpDiffError(
+                f"journal {path} is in use by another experiment; wait for it, as what it measures is reused"
+            ) from None
+        yield
+
+
+def _low_precisions(asked: str | None, built: tuple[str, ...]) -> tuple[str, ...]:
+    low = built[1:]
+    names = low if asked is None else tuple(asked.split(","))
+    unknown = [name for name in names if name not in low]
+    if unknown or not names:
+        raise TmpDiffError(
+            f"low precision {unknown[0] if unknown else 'none'!r} is not in the bundle; choose from {', '.join(low)}"
+        )
+    return names
+
+
+def _decode(runtime: DenoiseRuntime, latents: np.ndarray) -> np.ndarray:
+    picture: np.ndarray = runtime.decode(latents[None])[0]
+    return picture

@@ -67,7 +67,7 @@ def _tensorrt_can_build() -> bool:
         require_backend("tensorrt")
         if importlib.util.find_spec("tensorrt") is None:
             return False
-        from engines.backends.tensorrt.gpu import current_gpu
+        from engines.backends.cuda.gpu import current_gpu
 
         current_gpu()
     except BackendError:

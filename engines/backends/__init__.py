@@ -69,9 +69,9 @@ def open_host(backend: str, options: HostOptions | None = None) -> EngineHost:
     require_backend(backend)
     options = options or HostOptions()
     if backend == "tensorrt":
-        from engines.backends.tensorrt.host import TensorRtHost
+        from engines.backends.tensorrt.host import tensorrt_host
 
-        return TensorRtHost(resident_engines=options.resident_engines)
+        return tensorrt_host(resident_engines=options.resident_engines)
     if backend == "tensorrt-rtx":
         from engines.backends.tensorrt_rtx import require_device
 

@@ -13,6 +13,7 @@ from tmpdiff_export.scales import CODE_MAX, QuantizedLayer
 from tmpdiff_export.torch_kernels import INT8_LIMIT, int8_linear
 
 FP8 = torch.float8_e4m3fn
+FP8_COMPUTE_CAPABILITY = (8, 9)
 # `torch._scaled_mm` takes sizes that are multiples of this only.
 FP8_ALIGNMENT = 16
 

@@ -35,7 +35,14 @@ class CudaHost:
     timestep and return a model output, count against the limit on resident engines; others stay once loaded.
     """
 
-    def __init__(self, require_runnable: Check, load: Load, *, resident_engines: int | None = None) -> None:
+    def __init__(
+        self,
+        require_runnable: Check,
+        load: Load,
+        *,
+        resident_engines: int | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
         """Opens the current CUDA device.
 
         Args:
@@ -43,6 +50,7 @@ class CudaHost:
             load: brings an engine into the memory of the current device.
             resident_engines: denoiser engines in device memory at once, at least 1; None for all. Where a loop
                 uses more, the next one is loaded while earlier steps still run (with a limit of 1: while none do).
+            release: frees what the backend keeps for the stream; called once, when no engine is left.
 
         Raises:
             BackendError: there is no GPU, or its driver is too old.
@@ -60,6 +68,7 @@ class CudaHost:
         with ExitStack() as owned:  # closed in the reverse order
             self._stream = Stream()
             owned.callback(self._stream.close)
+            owned.callback(release)
             self._memory = SharedMemory(self._stream)
             owned.callback(self._memory.close)
             self._kernels = Kernels()

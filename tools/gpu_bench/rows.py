@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from engines.precision import Precision
+from tools.gpu_bench.attention import fp8_attention
 from tools.gpu_bench.ceilings import floor
 from tools.gpu_bench.document import error_text
 from tools.gpu_bench.models import BenchModel, Inputs
@@ -28,7 +30,8 @@ from tools.gpu_bench.step import Step, compile_blocks, compiled_graphs
 from tools.gpu_bench.timing import REPEATS, WARM_UPS, output_error, scratch_bytes, time_step
 from tools.gpu_bench.work import Work
 
-OWN = {"fp8": Precision.FP8, "int8": Precision.INT8, "int4": Precision.INT4}
+ATTENTION = "fp8-attention"  # as fp8, with attention in FP8 as well
+OWN = {"fp8": Precision.FP8, "int8": Precision.INT8, "int4": Precision.INT4, ATTENTION: Precision.FP8}
 SHARED = {"shared-fp8": Precision.FP8, "shared-int8": Precision.INT8}
 BASELINE = "16-bit"
 ROWS = (BASELINE, *OWN, *PEERS, *SHARED)
@@ -109,6 +112,11 @@ class Bench:
         return copied, {"layers": chosen.names, "kept": chosen.kept, "kind": "16-bit" if row == "int4" else kind}
 
     def measure(self, row: str) -> dict[str, Any]:
+        """`_measure`, with attention in FP8 where the row says so."""
+        with fp8_attention() if row == ATTENTION else nullcontext():
+            return self._measure(row)
+
+    def _measure(self, row: str) -> dict[str, Any]:
         """Builds, compiles, captures and times a row; raises whatever goes wrong with it.
 
         A step that cannot be captured is timed as a stream of launches: `launch` then says "stream" and `part_errors`

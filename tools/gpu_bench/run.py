@@ -14,7 +14,7 @@ from tools.gpu_bench.ceilings import measure_ceilings
 from tools.gpu_bench.document import Document, error_text
 from tools.gpu_bench.machine import facts, gpu_state
 from tools.gpu_bench.models import BenchModel, check_output
-from tools.gpu_bench.rows import BASELINE, OWN, Bench, Setting, release
+from tools.gpu_bench.rows import ATTENTION, BASELINE, OWN, Bench, Setting, release
 from tools.gpu_bench.timing import time_step
 from tools.gpu_bench.work import Work, count_operations, watch_ranges
 
@@ -131,7 +131,9 @@ def _finish(bench: Bench, rows: Sequence[str], document: Document, deadline: flo
     assert baseline is not None
     parts = {
         "baseline_again": lambda: time_step(baseline, None, max(1, bench.setting.repeats // 3), 2)["step"],
-        "residents": lambda: bench.residents([row for row in rows if row == BASELINE or row in OWN]),
+        "residents": lambda: bench.residents(
+            [row for row in rows if row == BASELINE or (row in OWN and row != ATTENTION)]
+        ),
         "gpu_state_at_end": gpu_state,
     }
     for name, measure in parts.items():

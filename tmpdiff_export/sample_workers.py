@@ -152,7 +152,10 @@ class SampleWorkers:
                     ) from None
         self._notice_deaths()
         try:
-            return [(future, future.result()) for future in futures if future in done]
+            ready = [future for future in futures if future in done]
+            # a failure waits until nothing that was finished beside it would be lost
+            sound = [future for future in ready if future.status == "finished"] or ready[:1]
+            return list(zip(sound, self._client.gather(sound), strict=True))
         except distributed.KilledWorker as error:
             raise TmpDiffError(
                 f"{RETRIES + 1} worker processes died over the same measurement (out of memory?); {_REMEDY}"

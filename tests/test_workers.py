@@ -65,12 +65,14 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, alone, workers):
     expected, alone_path = alone
+    environment = dict(os.environ)
     seen: list[tuple[str, int, int]] = []
     expected_seen: list[tuple[str, int, int]] = []
     calibrated(progress=lambda *step: expected_seen.append(step))
     path = tmp_path / "journal"
     with open_planted(tmp_path / "trace", workers) as pool:
         found = calibrated(open_journal(path, loop(), loop(seed=1)), pool, progress=lambda *step: seen.append(step))
+    assert os.environ == environment
     assert found == expected
     assert seen == expected_seen
     in_order = sorted(records(alone_path), key=lambda record: record["name"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import tempfile
@@ -185,6 +186,7 @@ def _start(
 ) -> tuple[Any, Any]:
     """Scheduler, a nanny with a worker process per environment, and a client, all closed with `owned`."""
     owned.enter_context(dask.config.set(_SETTINGS))
+    owned.enter_context(_environment_restored())
     security = distributed.Security.temporary()
     common = {
         "host": LOOPBACK,
@@ -212,6 +214,18 @@ def _start(
         client = distributed.Client(cluster, security=security, set_as_default=False)
         owned.callback(client.close)
     return cluster, client
+
+
+@contextlib.contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Takes back what nannies set in this process for their children, as OMP_NUM_THREADS and PYTHONHASHSEED."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from calibration.evaluator import Evaluator
 from calibration.journal import Journal
 from calibration.measurements import Decode, Measurements, mean
 from calibration.metrics import psnr_db
+from calibration.pool import Pool
 from calibration.quality import QualityBudget, fastest_meeting
 from calibration.scores import (
     DIRECTIONS,
@@ -119,6 +120,7 @@ def calibrate(
     progress: Progress | None = None,
     max_evaluations: int | None = None,
     costs: AllocationCosts = NO_COSTS,
+    pool: Pool | None = None,
 ) -> CalibrationResult:
     """Measures how each step suffers from each precision and finds a schedule under a budget.
 
@@ -140,6 +142,9 @@ def calibrate(
         progress: see `Progress`.
         max_evaluations: evaluations per score curve of the bisection, see `adaptive_bisection`.
         costs: what a change of precision costs, and how many precisions a schedule may use.
+        pool: takes the measurements, of sets of samples named "calibration" and "validation"; `evaluator` and
+            `validation` are then asked for no step, nor `decode` for a picture. None: all runs in this process.
+            The result is the same.
 
     Raises:
         BudgetError: no schedule meets the budget. A latency or step budget is refused before anything is measured; an
@@ -155,8 +160,8 @@ def calibrate(
         require_reachable(budget, fastest, evaluator.num_steps, costs)
     journal = journal or Journal.in_memory(_journal_key(evaluator, validation))
     report = progress or (lambda stage, done, total: None)
-    calibration = Measurements("calibration", evaluator, journal)
-    held_out = Measurements("validation", validation, journal, decode) if validation else None
+    calibration = Measurements("calibration", evaluator, journal, pool=pool)
+    held_out = Measurements("validation", validation, journal, decode, pool) if validation else None
 
     uniform = _uniform_errors(calibration, evaluator.precisions, partial(report, "calibration runs"))
     kept, dropped = drop_dominated(evaluator.precisions, latencies_ms, uniform, costs)
@@ -237,6 +242,7 @@ def _uniform_errors(
     """E(all p) by precision, 0 for the reference."""
     errors: dict[str, float] = {}
     done, total = 0, len(precisions) * measurements.num_samples
+    measurements.expect([(precision,) * measurements.num_steps for precision in precisions], pictures=True)
     for precision in precisions:
         samples = []
         for sample in range(measurements.num_samples):
@@ -288,6 +294,7 @@ def _meet_quality(
 
     def measure(allocation: Allocation) -> float:
         nonlocal done
+        held_out.expect([allocation.precisions], pictures=True)
         results = []
         for sample in range(held_out.num_samples):
             results.append(held_out.schedule_error("quality", allocation.precisions, sample, pictures=True))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 
 import numpy as np
 
 from calibration.evaluator import CountingEvaluator, Evaluator, State
-from calibration.journal import Journal
+from calibration.journal import Entry, Journal
 from calibration.metrics import picture_mse, picture_ssim, relative_error
+from calibration.pool import Outcome, Pool, Request
 from engines.errors import TmpDiffError
 
 Decode = Callable[[np.ndarray], np.ndarray]
@@ -24,14 +25,25 @@ class Measurements:
     departs from one of them at step i costs T - i denoiser calls. Every sample of every measurement is
     one line of the journal.
 
+    With a pool, measurements are taken by its workers, and only the journal is written here. `expect` and
+    `expect_changed` say what will be asked for next, so that the workers can take it all at once; a measurement that
+    was not announced is taken when it is asked for. Values and calls are the same without a pool.
+
     Attributes:
-        evaluator: counts the calls; `evaluator.recomputed` holds those that a resumed run repeats
-            because states are kept in memory only.
+        evaluator: counts the calls, those of the pool's workers included; `evaluator.recomputed` holds those that
+            a resumed run, or another worker, repeats because states are kept in memory only.
         calls: denoiser calls per stage and precision of all measurements asked for so far, taken from the
             journal: the same whether a measurement was made now or by an earlier run.
     """
 
-    def __init__(self, name: str, evaluator: Evaluator, journal: Journal, decode: Decode | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        evaluator: Evaluator,
+        journal: Journal,
+        decode: Decode | None = None,
+        pool: Pool | None = None,
+    ) -> None:
         self.name = name
         self.evaluator = CountingEvaluator(evaluator)
         self.reference = evaluator.precisions[0]
@@ -43,6 +55,35 @@ class Measurements:
         self._states: dict[tuple[str, int], tuple[State, ...]] = {}
         self._reference_pictures: dict[int, np.ndarray] = {}
         self._used: set[str] = set()
+        self._pool = pool
+        self._pending: set[str] = set()
+
+    def expect(
+        self, schedules: Iterable[Sequence[str]], *, pictures: bool, samples: Iterable[int] | None = None
+    ) -> None:
+        """Announces that the errors of schedules will be asked for on all samples, or on those given."""
+        chosen = range(self.num_samples) if samples is None else list(samples)
+        self._ask([self._scheduled(schedule, sample, pictures) for schedule in schedules for sample in chosen])
+
+    def expect_changed(self, base: str, step_index: int, precision: str) -> None:
+        """Announces that `changed_error` will be asked for on all samples."""
+        self._ask([self._changed(base, step_index, precision, sample) for sample in range(self.num_samples)])
+
+    def perform(self, request: Request) -> Outcome:
+        """Takes a measurement here and now, whatever the journal holds; this is what the workers of a pool call.
+
+        Raises:
+            TmpDiffError: the run gave latents that are not finite.
+        """
+        spent, recomputed = self.evaluator.spent.copy(), self.evaluator.recomputed.copy()
+        if request.rest:
+            state = self._uniform_states(request.base, request.sample)[self.num_steps - len(request.rest)]
+            latents = self._run(state, request.rest, request.sample)
+        else:
+            self._states[request.base, request.sample] = self._trajectory(request.base, request.sample)
+            latents = self._final(request.base, request.sample)
+        value = self._errors(latents, request)
+        return Outcome(value, self.evaluator.spent - spent, self.evaluator.recomputed - recomputed)
 
     def uniform_error(self, precision: str, sample: int) -> dict[str, float]:
         """Errors of the run with every step at `precision`; the first request costs T calls.
@@ -52,26 +93,13 @@ class Measurements:
         """
         if precision != self.reference:
             self.uniform_error(self.reference, sample)
-
-        def measure() -> dict[str, float]:
-            self._states[precision, sample] = self._trajectory(precision, sample)
-            return self._errors(self._final(precision, sample), sample, f"uniform {precision}", pictures=True)
-
-        kind = "uniform-pictures" if self._decode else "uniform"
-        return self._measured("uniform runs", f"{kind}/{precision}/{sample}", measure)
+        return self._value("uniform runs", self._uniform(precision, sample))
 
     def changed_error(self, base: str, step_index: int, precision: str, sample: int) -> float:
         """E of the uniform `base` run with one step at `precision` instead; T - step_index calls."""
         self.uniform_error(base, sample)
-
-        def measure() -> dict[str, float]:
-            state = self._uniform_states(base, sample)[step_index]
-            rest = (precision, *[base] * (self.num_steps - step_index - 1))
-            what = f"{base} with step {step_index} at {precision}"
-            return self._errors(self._run(state, rest, sample), sample, what, pictures=False)
-
         direction = f"downcast {precision}" if base == self.reference else f"upcast {base}"
-        return self._measured(direction, f"{base}/{step_index}/{precision}/{sample}", measure)["error"]
+        return self._value(direction, self._changed(base, step_index, precision, sample))["error"]
 
     def schedule_error(self, stage: str, precisions: Sequence[str], sample: int, *, pictures: bool) -> dict[str, float]:
         """Errors of the run of a whole schedule, as `uniform_error` returns them.
@@ -81,35 +109,71 @@ class Measurements:
         if len(set(precisions)) == 1:
             return self.uniform_error(precisions[0], sample)
         self.uniform_error(precisions[0], sample)
-
-        def measure() -> dict[str, float]:
-            shared = sum(1 for _ in takewhile(lambda name: name == precisions[0], precisions))
-            state = self._uniform_states(precisions[0], sample)[shared]
-            latents = self._run(state, precisions[shared:], sample)
-            return self._errors(latents, sample, f"schedule {' '.join(precisions)}", pictures=pictures)
-
-        kind = "pictures" if pictures and self._decode else "schedule"
-        return self._measured(stage, f"{kind}/{' '.join(precisions)}/{sample}", measure)
+        return self._value(stage, self._scheduled(precisions, sample, pictures))
 
     def forget(self, precision: str) -> None:
         """Frees the states of a precision that is no longer needed."""
         for sample in range(self.num_samples):
             self._states.pop((precision, sample), None)
+        if self._pool is not None:
+            self._pool.forget(self.name, precision)
 
-    def _measured(self, stage: str, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        name = f"{self.name}/{name}"
-        entry = self._journal.get(name)
-        if entry is None:
-            before = self.evaluator.spent.copy()
-            value = measure()
-            entry = self._journal.record(name, value, self.evaluator.spent - before)
-        if name not in self._used:
-            self._used.add(name)
+    def _uniform(self, precision: str, sample: int) -> Request:
+        kind = "uniform-pictures" if self._decode else "uniform"
+        name = f"{self.name}/{kind}/{precision}/{sample}"
+        return Request(name, sample, precision, (), True, f"uniform {precision}")
+
+    def _changed(self, base: str, step_index: int, precision: str, sample: int) -> Request:
+        name = f"{self.name}/{base}/{step_index}/{precision}/{sample}"
+        rest = (precision, *[base] * (self.num_steps - step_index - 1))
+        return Request(name, sample, base, rest, False, f"{base} with step {step_index} at {precision}")
+
+    def _scheduled(self, precisions: Sequence[str], sample: int, pictures: bool) -> Request:
+        base, words = precisions[0], " ".join(precisions)
+        shared = sum(1 for _ in takewhile(lambda name: name == base, precisions))
+        if shared == len(precisions):
+            return self._uniform(base, sample)
+        kind = "pictures" if pictures and self._decode else "schedule"
+        name = f"{self.name}/{kind}/{words}/{sample}"
+        return Request(name, sample, base, tuple(precisions[shared:]), pictures, f"schedule {words}")
+
+    def _value(self, stage: str, request: Request) -> dict[str, float]:
+        """A measurement from the journal, taken if it is not there yet; its calls are counted for `stage` once."""
+        entry = self._journal.get(request.name)
+        if entry is None and self._pool is not None:
+            entry = self._fetch(self._pool, request)
+        elif entry is None:
+            outcome = self.perform(request)
+            entry = self._journal.record(request.name, outcome.value, outcome.calls)
+        if request.name not in self._used:
+            self._used.add(request.name)
             total = self.calls.setdefault(f"{self.name}: {stage}", {})
             for precision, count in entry.calls.items():
                 total[precision] = total.get(precision, 0) + count
         errors: dict[str, float] = entry.value
         return errors
+
+    def _ask(self, requests: Iterable[Request]) -> None:
+        """Hands the pool what has not been measured, and before it the uniform runs it rests on."""
+        if self._pool is None:
+            return
+        for request in requests:
+            sample = request.sample
+            for needed in (self._uniform(self.reference, sample), self._uniform(request.base, sample), request):
+                if needed.name not in self._pending and self._journal.get(needed.name) is None:
+                    self._pending.add(needed.name)
+                    self._pool.submit(self.name, needed)
+
+    def _fetch(self, pool: Pool, request: Request) -> Entry:
+        """Waits for a measurement of the pool; whatever else arrives is written down as well."""
+        self._ask([request])
+        while (entry := self._journal.get(request.name)) is None:
+            for done, outcome in pool.finished(self.name):
+                self._pending.discard(done.name)
+                self._journal.record(done.name, outcome.value, outcome.calls)
+                self.evaluator.spent.update(outcome.calls)
+                self.evaluator.recomputed.update(outcome.recomputed)
+        return entry
 
     def _uniform_states(self, precision: str, sample: int) -> tuple[State, ...]:
         """States before every step and after the last one, T + 1; recomputed if an earlier run had them."""
@@ -132,15 +196,16 @@ class Measurements:
     def _final(self, precision: str, sample: int) -> np.ndarray:
         return self.evaluator.latents(self._uniform_states(precision, sample)[-1])
 
-    def _errors(self, latents: np.ndarray, sample: int, what: str, *, pictures: bool) -> dict[str, float]:
+    def _errors(self, latents: np.ndarray, request: Request) -> dict[str, float]:
+        sample = request.sample
         reference = self._final(self.reference, sample)
         errors = {"error": relative_error(latents, reference)}
         if not math.isfinite(errors["error"]):
             raise TmpDiffError(
-                f"the {what} run of {self.name} sample {sample} gave latents that are not finite; "
+                f"the {request.run} run of {self.name} sample {sample} gave latents that are not finite; "
                 "build the bundle without that precision, or check its engine"
             )
-        if pictures and self._decode:
+        if request.pictures and self._decode:
             if sample not in self._reference_pictures:
                 self._reference_pictures[sample] = self._decode(reference)
             picture = self._decode(latents)

@@ -107,12 +107,13 @@ def measure_scores(
     def evaluate(step_index: int) -> float:
         nonlocal done
         scores = []
+        reference = measurements.reference
+        base, changed = (reference, precision) if direction == "downcast" else (precision, reference)
+        measurements.expect_changed(base, step_index, changed)
         for sample in samples:
-            if direction == "downcast":
-                score = measurements.changed_error(measurements.reference, step_index, precision, sample)
-            else:
-                upcast = measurements.changed_error(precision, step_index, measurements.reference, sample)
-                score = measurements.uniform_error(precision, sample)["error"] - upcast
+            score = measurements.changed_error(base, step_index, changed, sample)
+            if direction == "upcast":
+                score = measurements.uniform_error(precision, sample)["error"] - score
             scores.append(score)
             done += 1
             if on_evaluation:

@@ -53,6 +53,7 @@ def schedule_errors(
     """Measured E of each schedule."""
     runs = [(schedule, sample) for schedule in schedules for sample in range(measurements.num_samples)]
     errors: dict[Schedule, list[float]] = {schedule: [] for schedule in schedules}
+    measurements.expect(schedules, pictures=False)
     for done, (schedule, sample) in enumerate(runs, start=1):
         values = measurements.schedule_error(stage, schedule, sample, pictures=False)
         errors[schedule].append(values["error"])
@@ -158,6 +159,7 @@ def validation_rows(
     order = sorted(named, key=lambda name: not name.startswith("uniform"))
     total = sum(len(schedules) for schedules in named.values()) * measurements.num_samples
     done = 0
+    measurements.expect([schedule for name in order for schedule in named[name]], pictures=True)
     rows: dict[str, ValidationRow] = {}
     for name in order:
         draws: list[list[dict[str, float]]] = []

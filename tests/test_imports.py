@@ -24,10 +24,22 @@ EXPORT_WORLD = (
     "skimage",
     "matplotlib",
     "safetensors",
+    "dask",
+    "distributed",
 )
 FORBIDDEN = {
     "engines": {"calibration", "tmpdiff_export", "tools", *EXPORT_WORLD},
-    "calibration": {"tmpdiff_export", "tools", "torch", "diffusers", "transformers", "onnx", "modelopt"},
+    "calibration": {
+        "tmpdiff_export",
+        "tools",
+        "torch",
+        "diffusers",
+        "transformers",
+        "onnx",
+        "modelopt",
+        "dask",
+        "distributed",
+    },
     "tmpdiff_export": {"tools"},
     "tests": {"tools"},
 }

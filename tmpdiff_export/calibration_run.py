@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 from calibration import Sensitivity, calibrate, open_journal
 from calibration.allocation import Budget
@@ -19,6 +18,7 @@ from engines.bundle import Bundle
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
+from tmpdiff_export.bundle_workers import decoder, open_workers, require_workers
 
 JOURNAL_FOLDER = "calibration"
 
@@ -33,6 +33,7 @@ def calibrate_bundle(
     guidance_scale: float | None = None,
     threads: int | None = None,
     costs: AllocationCosts = NO_COSTS,
+    workers: int = 1,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
@@ -47,11 +48,14 @@ def calibrate_bundle(
         method: "bisection" or "sweep".
         seed: seed of the first sample's noise.
         guidance_scale: None for the bundle's.
-        threads: worker threads of a CPU backend, None for one per core.
+        threads: threads of a CPU backend, shared out among the workers; None for one per core.
         costs: what a change of precision costs, and how many precisions a schedule may use.
+        workers: processes that share the samples out, each with a GPU of its own where the bundle runs on one; 1 does
+            everything in this process. Latencies are measured before they start, by this process alone.
         progress: called with (stage, done, total).
 
     Raises:
+        BackendError: what runs worker processes is not installed.
         BudgetError: no schedule meets the budget; the text names the nearest.
         TmpDiffError: the bundle is damaged, or a run gave latents that are not finite.
     """
@@ -59,7 +63,8 @@ def calibrate_bundle(
     if seed < 0:
         raise TmpDiffError(f"seed is {seed}, expected 0 or more")
     with DenoiseRuntime.load(bundle, threads=threads) as runtime:
-        return _calibrate(runtime, prompts, budget, method, seed, guidance_scale, threads, costs, report)
+        require_workers(runtime, workers, threads)
+        return _calibrate(runtime, prompts, budget, method, seed, guidance_scale, threads, costs, workers, report)
 
 
 def read_calibration(bundle: Bundle) -> Sensitivity:
@@ -97,6 +102,7 @@ def _calibrate(
     guidance_scale: float | None,
     threads: int | None,
     costs: AllocationCosts,
+    workers: int,
     report: Progress,
 ) -> Sensitivity:
     runtime.bundle.verify(runtime.manifest.files())
@@ -112,17 +118,25 @@ def _calibrate(
         f"step latencies in ms, {machine(runtime, threads)}",
         lambda: _latencies(runtime, prompts, scale, report),
     )
-    result = calibrate(
-        evaluator,
-        latencies,
-        method=method,
-        budget=budget,
-        validation=held_out,
-        decode=lambda latents: _decode(runtime, latents),
-        journal=journal,
-        progress=report,
-        costs=costs,
-    )
+    with ExitStack() as stack:
+        pool = None
+        if workers > 1:
+            runtime.close()  # this process runs no engine from here on; the first worker's GPU is the one it used
+            report("start workers", 0, workers)
+            pool = stack.enter_context(open_workers(runtime, prompts, seed, scale, workers, threads))
+            report("start workers", workers, workers)
+        result = calibrate(
+            evaluator,
+            latencies,
+            method=method,
+            budget=budget,
+            validation=held_out,
+            decode=decoder(runtime),
+            journal=journal,
+            progress=report,
+            costs=costs,
+            pool=pool,
+        )
     bundle_id = runtime.manifest.bundle_id
     settings = CalibrationSettings(
         bundle_id=bundle_id,
@@ -144,8 +158,3 @@ def _latencies(runtime: DenoiseRuntime, prompts: PromptFile, scale: float, repor
         runtime, conditioning, scale, on_round=lambda done, total: report("step latencies", done, total)
     )
     return {name: timing.median_ms for name, timing in timings.items()}
-
-
-def _decode(runtime: DenoiseRuntime, latents: np.ndarray) -> np.ndarray:
-    picture: np.ndarray = runtime.decode(latents[None])[0]
-    return picture

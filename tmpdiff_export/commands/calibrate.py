@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
@@ -42,7 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation-samples", type=int, default=8, metavar="N", help="validation prompts (default 8)")
     parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="seed of the first sample (default 0)")
     parser.add_argument("--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: the bundle's")
-    parser.add_argument("--threads", type=parse_threads, metavar="N", help="worker threads (default: one per core)")
+    parser.add_argument(
+        "--threads", type=parse_threads, metavar="N", help="threads on a CPU, of all workers (default: one per core)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the samples out, each on a GPU of its own, or on a CPU with its share of the threads "
+        "(default 1: all in this process)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -86,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if count < 1:
             raise ValueError(f"{name} is {count}, expected 1 or more")
     chosen = PromptFile(prompts.calibration[: args.samples], prompts.validation[: args.validation_samples])
+    begin = time.perf_counter()
     with progress_bar() as report:
         found = calibrate_bundle(
             args.bundle,
@@ -96,10 +108,14 @@ def run(args: argparse.Namespace) -> int:
             guidance_scale=args.guidance_scale,
             threads=args.threads,
             costs=AllocationCosts(args.swap_ms, args.resident_engines),
+            workers=args.workers,
             progress=report,
         )
     if args.json:
-        print_json({"bundle": str(args.bundle), **found.model_dump(mode="json")})
+        seconds = round(time.perf_counter() - begin, 3)
+        print_json(
+            {"bundle": str(args.bundle), "workers": args.workers, "seconds": seconds, **found.model_dump(mode="json")}
+        )
     else:
         print_sensitivity(found)
     return 0

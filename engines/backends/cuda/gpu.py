@@ -70,6 +70,26 @@ def driver(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def gpu_count() -> int:
+    """GPUs that this process sees, one at least; makes no context on any.
+
+    Raises:
+        BackendError: cuda-bindings is not installed, or there is no driver or no GPU.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            "counting GPUs needs the module cuda.bindings, which is not installed; pip install cuda-bindings"
+        ) from error
+    status, count = runtime.cudaGetDeviceCount()
+    if status != runtime.cudaError_t.cudaSuccess or not count:
+        raise BackendError(
+            f"no NVIDIA GPU was found ({status.name}); run on a host with a GPU and a driver that is new enough"
+        )
+    return int(count)
+
+
 def current_gpu() -> Gpu:
     """The GPU of the calling thread's current CUDA device.
 

@@ -1,0 +1,318 @@
+"""Calibration by worker processes: the same result as in one, whatever happens to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_pipeline import PROMPTS, save_tiny_pipeline
+from worker_samples import LATENCIES_MS, STEPS, broken_samples, loop, not_finite_samples, picture, planted_samples
+
+from calibration import HighSteps, calibrate, open_journal
+from calibration.journal import Journal
+from calibration.measurements import Measurements
+from engines.errors import BackendError, BundleError, TmpDiffError
+from engines.runtime import DenoiseRuntime
+from engines.text import PromptFile
+from tmpdiff_export import bundle_workers
+from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.calibration_run import calibrate_bundle
+from tmpdiff_export.cli import main
+from tmpdiff_export.sample_workers import SampleWorkers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def open_planted(folder: Path, workers: int, *, fatal_call: int = 0, seconds: float = 0.0) -> SampleWorkers:
+    folder.mkdir(exist_ok=True)
+    environments = [{"WORKER_NUMBER": str(index)} for index in range(workers)]
+    return SampleWorkers(partial(planted_samples, folder, fatal_call, seconds), environments)
+
+
+def calibrated(journal: Journal | None = None, pool: SampleWorkers | None = None, **options):
+    options = {"budget": HighSteps(4), "decode": picture} | options
+    return calibrate(loop(), LATENCIES_MS, validation=loop(seed=1), journal=journal, pool=pool, **options).sensitivity
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+def spent(path: Path) -> Counter[str]:
+    return sum((Counter(record["calls"]) for record in records(path)), Counter())
+
+
+def steps_run(folder: Path) -> list[str]:
+    return [line for path in folder.glob("steps-*") for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The calibration in this process: its result and its journal."""
+    path = tmp_path_factory.mktemp("alone") / "journal"
+    return calibrated(open_journal(path, loop(), loop(seed=1))), path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, alone, workers):
+    expected, alone_path = alone
+    environment = dict(os.environ)
+    seen: list[tuple[str, int, int]] = []
+    expected_seen: list[tuple[str, int, int]] = []
+    calibrated(progress=lambda *step: expected_seen.append(step))
+    path = tmp_path / "journal"
+    with open_planted(tmp_path / "trace", workers) as pool:
+        found = calibrated(open_journal(path, loop(), loop(seed=1)), pool, progress=lambda *step: seen.append(step))
+    assert os.environ == environment
+    assert found == expected
+    assert seen == expected_seen
+    in_order = sorted(records(alone_path), key=lambda record: record["name"])
+    assert sorted(records(path), key=lambda record: record["name"]) == in_order, "bit for bit, calls and all"
+    assert len(steps_run(tmp_path / "trace")) == spent(path).total(), "nothing is computed twice"
+    environments = [file.read_text() for file in (tmp_path / "trace").glob("environment-*")]
+    assert sorted(environments) == [str(index) for index in range(workers)], "each opens the samples once"
+
+
+def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
+    mixed = ("fp16",) * 3 + ("int4",) * (STEPS - 3)
+    here = Measurements("calibration", loop(), Journal.in_memory(""))
+    with open_planted(tmp_path / "trace", 2) as pool:
+        there = Measurements("calibration", loop(), Journal.in_memory(""), pool=pool)
+        for measurements in (here, there):
+            measurements.changed_error("int8", 2, "fp16", 1)
+            measurements.schedule_error("some", mixed, 0, pictures=False)
+        there.forget("int8")
+        assert there.changed_error("int8", 4, "fp16", 1) == here.changed_error("int8", 4, "fp16", 1)
+    assert there.calls == here.calls
+    assert there.evaluator.recomputed == {"int8": STEPS}, "its states were forgotten"
+    assert there.evaluator.spent == here.evaluator.spent
+
+
+@pytest.mark.parametrize(("workers", "fatal_call"), [(1, 7), (2, 7), (2, 400)])
+def test_worker_killed_on_the_way_changes_nothing(tmp_path, alone, workers, fatal_call):
+    expected, alone_path = alone
+    trace, path = tmp_path / "trace", tmp_path / "journal"
+    trace.mkdir()
+    (trace / "fatal").touch()
+    with open_planted(trace, workers, fatal_call=fatal_call) as pool:
+        assert calibrated(open_journal(path, loop(), loop(seed=1)), pool) == expected
+    assert not (trace / "fatal").exists(), "a worker died"
+    names = [record["name"] for record in records(path)]
+    assert len(names) == len(set(names))
+    assert spent(path) == spent(alone_path), "the measurement cut off is counted once"
+    repeated = len(steps_run(trace)) - spent(path).total()
+    # states of the samples that changed hands, or came back, and what was cut off
+    assert 0 < repeated <= 2 * 2 * 5 * 4 * STEPS + 2 * STEPS
+    assert len(list(trace.glob("environment-*"))) in (2, workers + 1), "another one, or one started again, went on"
+
+
+def test_resumed_calibration_repeats_no_finished_measurement(tmp_path, alone):
+    expected, alone_path = alone
+    path = tmp_path / "journal"
+    lines = alone_path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:120]))
+    with open_planted(tmp_path / "trace", 2) as pool:
+        assert calibrated(open_journal(path, loop(), loop(seed=1)), pool) == expected
+    assert path.read_bytes().startswith(b"".join(lines[:120]))
+    assert spent(path) == spent(alone_path)
+
+
+def test_measurement_that_kills_every_worker_is_given_up_and_the_rest_is_kept(tmp_path):
+    path = tmp_path / "journal"
+    with (
+        pytest.raises(TmpDiffError, match=r"4 worker processes died .*use fewer --workers\. What was measured is kept"),
+        open_planted(tmp_path / "deadly", 2) as pool,
+    ):
+        calibrated(open_journal(path, loop(), loop(seed=1)), pool)
+    open_journal(path, loop(), loop(seed=1))
+
+
+def test_errors_of_workers_are_those_of_one_process(tmp_path):
+    with pytest.raises(BundleError, match="bundle x is damaged"):
+        SampleWorkers(broken_samples, [{}, {}])
+    words = r"the uniform fp16 run of calibration sample \d gave latents that are not finite"
+    with pytest.raises(TmpDiffError, match=words), SampleWorkers(not_finite_samples, [{}, {}]) as pool:
+        calibrated(pool=pool)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from test_workers import calibrated, open_journal, open_planted
+from worker_samples import loop
+from engines.cli import guarded
+
+def command():
+    journal = open_journal(Path(sys.argv[1]), loop(), loop(seed=1))
+    with open_planted(Path(sys.argv[2]), 2, seconds=0.02) as pool:
+        calibrated(journal, pool)
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(guarded("child", command))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_calibration_leaves_no_process_and_a_sound_journal(tmp_path, alone, sent):
+    path, trace, script = tmp_path / "journal", tmp_path / "trace", tmp_path / "child.py"
+    script.write_text(CHILD)
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, script, path, trace],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (path.exists() and path.read_bytes().count(b"\n") >= 30):
+            assert child.poll() is None, child.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        family = psutil.Process(child.pid).children(recursive=True)
+        assert len(family) >= 2
+        if sent == signal.SIGINT:
+            os.killpg(child.pid, sent)  # as a terminal does
+        else:
+            child.send_signal(sent)
+        _, errors = child.communicate(timeout=30)
+    finally:
+        child.kill()
+        child.wait()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert alive == []
+    if sent == signal.SIGKILL:
+        assert child.returncode == -sent
+    else:
+        assert child.returncode == 130
+        assert errors == "child: interrupted; nothing half-written is left\n"
+        assert not list(tmp_path.glob("tmpdiff-workers-*"))
+    measured = len(records(path))
+    assert calibrated(open_journal(path, loop(), loop(seed=1))) == alone[0]
+    assert len(records(path)) > measured
+
+
+# bundles
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, demo_pipeline):
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_pipeline(folder / "pipeline", demo_pipeline / "tokenizer")
+    from engines.precision import Precision
+
+    options = BuildOptions(precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=4)
+    build(folder / "pipeline", folder / "bundle", options)
+    return folder / "bundle"
+
+
+def test_bundle_calibrated_by_two_workers_is_the_same(tmp_path, bundle, capsys):
+    import shutil
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("[calibration]\n" + "\n".join(PROMPTS) + "\n[validation]\na yellow ring\na white square\n")
+    found = []
+    for workers in (1, 2):
+        copy = tmp_path / str(workers)
+        shutil.copytree(bundle, copy)
+        if workers > 1:  # latencies are measured, and differ from run to run
+            (copy / "calibration").mkdir()
+            (journal,) = (tmp_path / "1" / "calibration").iterdir()
+            lines = journal.read_bytes().splitlines(keepends=True)
+            (copy / "calibration" / journal.name).write_bytes(b"".join(lines[:2]))
+        arguments = ["calibrate", str(copy), "--prompts", str(prompts), "--high-steps", "2", "--json"]
+        assert main([*arguments, "--workers", str(workers)]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed.pop("workers") == workers
+        assert printed.pop("seconds") > 0
+        assert printed.pop("bundle") == str(copy)
+        found.append((printed, (copy / "sensitivity.json").read_bytes(), (copy / "schedule.json").read_bytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "expected"),
+    [(True, [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "7"}]), (False, [{"OMP_NUM_THREADS": "3"}] * 2)],
+)
+def test_each_worker_sees_one_gpu_or_its_share_of_the_threads(bundle, monkeypatch, on_gpu, expected):
+    monkeypatch.setattr(bundle_workers, "runs_on_gpu", lambda runtime: on_gpu)
+    monkeypatch.setattr("engines.backends.cuda.gpu.gpu_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7,1")
+    monkeypatch.setattr("tmpdiff_export.sample_workers.SampleWorkers", lambda *arguments: arguments)
+    with DenoiseRuntime.load(bundle) as runtime:
+        prompts = PromptFile(PROMPTS, ("a yellow ring",))
+        open_samples, environments = bundle_workers.open_workers(runtime, prompts, 0, 4.5, 2, 7)
+    assert environments == expected
+    monkeypatch.setattr(bundle_workers.DenoiseRuntime, "load", lambda path, threads: pytest.fail(f"{threads} threads"))
+    with pytest.raises(pytest.fail.Exception, match="None threads" if on_gpu else "3 threads"):
+        open_samples()
+
+
+def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle, monkeypatch, capsys):
+    prompts = PromptFile(PROMPTS, ("a yellow ring",))
+    with pytest.raises(
+        TmpDiffError, match="3 workers need a thread each, and --threads is 2; pass --workers 2 at most"
+    ):
+        calibrate_bundle(bundle, prompts, workers=3, threads=2)
+    with pytest.raises(TmpDiffError, match="workers is 0, expected 1 or more"):
+        calibrate_bundle(bundle, prompts, workers=0)
+    monkeypatch.setattr(bundle_workers, "runs_on_gpu", lambda runtime: True)
+    with pytest.raises(BackendError, match=r"no NVIDIA GPU was found|counting GPUs needs the module cuda\.bindings"):
+        calibrate_bundle(bundle, prompts, workers=2)
+    monkeypatch.setattr("engines.backends.cuda.gpu.gpu_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(
+        TmpDiffError, match="3 workers need a GPU each, and 2 can be seen here; pass --workers 2 at most"
+    ):
+        calibrate_bundle(bundle, prompts, workers=3)
+    assert bundle_workers.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5")
+    assert bundle_workers.visible_gpus() == ["GPU-a", "5"]
+    with pytest.raises(TmpDiffError, match=r"can be seen here \(CUDA_VISIBLE_DEVICES is 'GPU-a, 5'\)"):
+        calibrate_bundle(bundle, prompts, workers=3)
+    monkeypatch.setattr(bundle_workers, "MODULES", ("no_such_engine",))
+    with pytest.raises(
+        BackendError, match=r"needs the module no_such_engine, .*pip install 'tmpdiff-export\[distributed\]'"
+    ):
+        calibrate_bundle(bundle, prompts, workers=2)
+    file = tmp_path / "prompts.txt"
+    file.write_text("[calibration]\na\nb\n[validation]\nc\n")
+    assert main(["calibrate", str(bundle), "--prompts", str(file), "--workers", "2"]) == 1
+    assert "no_such_engine" in capsys.readouterr().err
+    assert not (bundle / "calibration").exists(), "nothing was measured"
+
+
+def test_bench_times_the_same_calibration_with_one_and_two_workers(tmp_path, bundle):
+    out = tmp_path / "out.json"
+    command = [sys.executable, ROOT / "tools" / "bench_calibration.py", bundle, "--samples", "2", "--json", out]
+    done = subprocess.run(
+        [*command, "--validation-samples", "2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "results equal bit for bit" in done.stdout
+    result = json.loads(out.read_text())
+    assert result["equal"] is True
+    one, two = result["runs"]
+    assert (one["workers"], two["workers"], one["speedup"]) == (1, 2, 1.0)
+    assert two["speedup"] == one["seconds"] / two["seconds"]
+    assert "start workers" in two["stages"]
+    assert "start workers" not in one["stages"]
+    assert "step latencies" not in two["stages"], "those of the first run"
+    assert not (bundle / "calibration").exists()

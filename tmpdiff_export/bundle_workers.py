@@ -1,0 +1,149 @@
+"""Calibration of one bundle by several worker processes: what each of them sees and opens."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.journal import Journal
+from calibration.latency import runs_on_gpu
+from calibration.measurements import Decode, Measurements
+from engines.errors import BackendError, TmpDiffError
+from engines.runtime import DenoiseRuntime
+from engines.text import PromptFile
+
+if TYPE_CHECKING:
+    from tmpdiff_export.sample_workers import SampleWorkers
+
+MODULES = ("distributed", "cryptography")
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def require_engine() -> None:
+    """Checks that what runs worker processes is installed.
+
+    Raises:
+        BackendError: naming what to install.
+    """
+    for module in MODULES:
+        if importlib.util.find_spec(module) is None:
+            raise BackendError(
+                f"more than one worker needs the module {module}, which is not installed; "
+                "pip install 'tmpdiff-export[distributed]', or leave --workers out"
+            )
+
+
+def require_workers(runtime: DenoiseRuntime, workers: int, threads: int | None) -> None:
+    """Checks, before any work, that this host can have so many workers for a bundle.
+
+    Raises:
+        BackendError: the engine is not installed.
+        TmpDiffError: there are fewer GPUs, or on a CPU fewer threads.
+    """
+    if workers < 1:
+        raise TmpDiffError(f"workers is {workers}, expected 1 or more")
+    if workers == 1:
+        return
+    require_engine()
+    if runs_on_gpu(runtime):
+        gpus = visible_gpus()
+        if workers > len(gpus):
+            limit = f" ({VISIBLE_DEVICES} is {os.environ[VISIBLE_DEVICES]!r})" if VISIBLE_DEVICES in os.environ else ""
+            raise TmpDiffError(
+                f"{workers} workers need a GPU each, and {len(gpus)} can be seen here{limit}; pass --workers {len(gpus)} at most"
+            )
+    elif workers > _threads(threads):
+        given = f"--threads is {threads}" if threads else f"there are {_threads(None)} cores"
+        raise TmpDiffError(
+            f"{workers} workers need a thread each, and {given}; pass --workers {_threads(threads)} at most"
+        )
+
+
+def open_workers(
+    runtime: DenoiseRuntime, prompts: PromptFile, seed: int, guidance_scale: float, workers: int, threads: int | None
+) -> SampleWorkers:
+    """Starts the workers; each sees one GPU, or gets its share of the threads, and loads the bundle for itself.
+
+    Args:
+        runtime: the bundle, open in this process; free its engines first, or they stay on the first GPU.
+        prompts: calibration and validation prompts, one sample each.
+        seed: seed of the first calibration sample.
+        guidance_scale: of every run.
+        workers: as checked by `require_workers`.
+        threads: of a CPU backend, for all workers together; None for one per core.
+
+    Raises:
+        TmpDiffError: a worker does not start, or cannot load the bundle.
+    """
+    from tmpdiff_export.sample_workers import SampleWorkers
+
+    share = None
+    if runs_on_gpu(runtime):
+        environments = [{VISIBLE_DEVICES: gpu} for gpu in visible_gpus()[:workers]]
+    else:
+        share = max(_threads(threads) // workers, 1)
+        environments = [{"OMP_NUM_THREADS": str(share)}] * workers
+    open_samples = partial(
+        bundle_samples,
+        runtime.bundle.folder.absolute(),
+        prompts,
+        seed,
+        guidance_scale,
+        share,
+        runtime.manifest.bundle_id,
+    )
+    return SampleWorkers(open_samples, environments)
+
+
+def bundle_samples(
+    bundle: Path, prompts: PromptFile, seed: int, guidance_scale: float, threads: int | None, bundle_id: str
+) -> Mapping[str, Measurements]:
+    """The sets of samples of a bundle by name, for as long as the process lives; what a worker calls.
+
+    Raises:
+        BundleError: a file of the bundle is damaged.
+        TmpDiffError: the folder holds another bundle by now.
+    """
+    runtime = DenoiseRuntime.load(bundle, threads=threads)
+    if runtime.manifest.bundle_id != bundle_id:
+        raise TmpDiffError(f"bundle {bundle} was replaced while it was calibrated; run the command again")
+    decode = decoder(runtime)
+    sets = {
+        "calibration": (BundleEvaluator(runtime, prompts.calibration, seed, guidance_scale), None),
+        "validation": (
+            BundleEvaluator(runtime, prompts.validation, seed + VALIDATION_SEED_OFFSET, guidance_scale),
+            decode,
+        ),
+    }
+    return {
+        name: Measurements(name, evaluator, Journal.in_memory(evaluator.key()), decode)
+        for name, (evaluator, decode) in sets.items()
+    }
+
+
+def decoder(runtime: DenoiseRuntime) -> Decode:
+    """Final latents float32 [C, h, w] of one sample to its picture, uint8 [H, W, 3]."""
+    return lambda latents: runtime.decode(latents[None])[0]
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES has to be for a process to see one GPU, for each GPU that this one sees.
+
+    Raises:
+        BackendError: cuda-bindings is not installed, or there is no driver or no GPU.
+    """
+    from engines.backends.cuda.gpu import gpu_count
+
+    count = gpu_count()
+    chosen = os.environ.get(VISIBLE_DEVICES)
+    names = [str(index) for index in range(count)] if chosen is None else [name.strip() for name in chosen.split(",")]
+    return names[:count]
+
+
+def _threads(threads: int | None) -> int:
+    return threads or len(os.sched_getaffinity(0))

@@ -131,7 +131,9 @@ def launch(
     arguments = (codes, weight, result, scale, bias, rows, columns, depth)
     properties = torch.cuda.get_device_properties(codes.device)
     capability = (properties.major, properties.minor)
-    if rows >= _PERSISTENT_ROWS and depth % _ALIGNMENT == 0 and capability >= _PERSISTENT_CAPABILITY:
+    # Results of more than 16 bits would not fit its shared memory beside the tiles.
+    fits = depth % _ALIGNMENT == 0 and result.element_size() <= 2
+    if rows >= _PERSISTENT_ROWS and fits and capability >= _PERSISTENT_CAPABILITY:
         triton.set_allocator(_descriptor_memory)
         tile_m, tile_n, tile_k, warps, stages = _PERSISTENT_TILE
         programs = min(properties.multi_processor_count, triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n))

@@ -73,6 +73,10 @@ class Measurements:
         direction = f"downcast {precision}" if base == self.reference else f"upcast {base}"
         return self._measured(direction, f"{base}/{step_index}/{precision}/{sample}", measure)["error"]
 
+    def schedule_calls(self, precisions: Sequence[str]) -> int:
+        """Denoiser calls that `schedule_error` takes per sample, if it was not measured before."""
+        return self.num_steps - self._shared(precisions)
+
     def schedule_error(self, stage: str, precisions: Sequence[str], sample: int, *, pictures: bool) -> dict[str, float]:
         """Errors of the run of a whole schedule, as `uniform_error` returns them.
 
@@ -83,13 +87,18 @@ class Measurements:
         self.uniform_error(precisions[0], sample)
 
         def measure() -> dict[str, float]:
-            shared = sum(1 for _ in takewhile(lambda name: name == precisions[0], precisions))
+            shared = self._shared(precisions)
             state = self._uniform_states(precisions[0], sample)[shared]
             latents = self._run(state, precisions[shared:], sample)
             return self._errors(latents, sample, f"schedule {' '.join(precisions)}", pictures=pictures)
 
         kind = "pictures" if pictures and self._decode else "schedule"
         return self._measured(stage, f"{kind}/{' '.join(precisions)}/{sample}", measure)
+
+    @staticmethod
+    def _shared(precisions: Sequence[str]) -> int:
+        """Leading steps that a schedule shares with a uniform run."""
+        return sum(1 for _ in takewhile(lambda name: name == precisions[0], precisions))
 
     def forget(self, precision: str) -> None:
         """Frees the states of a precision that is no longer needed."""

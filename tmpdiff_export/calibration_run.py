@@ -11,6 +11,7 @@ from calibration import Sensitivity, calibrate, open_journal
 from calibration.allocation import Budget
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
 from calibration.calibrate import Progress
+from calibration.carried import CarriedScores
 from calibration.costs import NO_COSTS, AllocationCosts
 from calibration.latency import machine, step_latencies
 from calibration.quality import QualityBudget
@@ -19,6 +20,7 @@ from engines.bundle import Bundle
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
+from tmpdiff_export.calibration_transfer import scores_from
 
 JOURNAL_FOLDER = "calibration"
 
@@ -33,6 +35,9 @@ def calibrate_bundle(
     guidance_scale: float | None = None,
     threads: int | None = None,
     costs: AllocationCosts = NO_COSTS,
+    batch: int = 1,
+    source: Path | None = None,
+    refine_calls: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
@@ -49,17 +54,30 @@ def calibrate_bundle(
         guidance_scale: None for the bundle's.
         threads: worker threads of a CPU backend, None for one per core.
         costs: what a change of precision costs, and how many precisions a schedule may use.
+        batch: pictures at once, for which latencies are measured; scores do not depend on it.
+        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.transfer`. It may be
+            `bundle` itself, for another guidance scale.
+        refine_calls: denoiser calls of the local search, see `calibration.calibrate`.
         progress: called with (stage, done, total).
 
     Raises:
         BudgetError: no schedule meets the budget; the text names the nearest.
+        TransferError: the scores of `source` do not hold for `bundle`.
         TmpDiffError: the bundle is damaged, or a run gave latents that are not finite.
     """
     report = progress or (lambda stage, done, total: None)
     if seed < 0:
         raise TmpDiffError(f"seed is {seed}, expected 0 or more")
+    if batch < 1:
+        raise TmpDiffError(f"batch is {batch}, expected 1 or more")
     with DenoiseRuntime.load(bundle, threads=threads) as runtime:
-        return _calibrate(runtime, prompts, budget, method, seed, guidance_scale, threads, costs, report)
+        carried = None
+        if source is not None:
+            calibrated = Bundle.open(source)
+            carried = scores_from(calibrated, read_calibration(calibrated), runtime)
+        return _calibrate(
+            runtime, prompts, budget, method, seed, guidance_scale, threads, costs, batch, carried, refine_calls, report
+        )
 
 
 def read_calibration(bundle: Bundle) -> Sensitivity:
@@ -97,6 +115,9 @@ def _calibrate(
     guidance_scale: float | None,
     threads: int | None,
     costs: AllocationCosts,
+    batch: int,
+    carried: CarriedScores | None,
+    refine_calls: int | None,
     report: Progress,
 ) -> Sensitivity:
     runtime.bundle.verify(runtime.manifest.files())
@@ -109,8 +130,8 @@ def _calibrate(
     journal = open_journal(folder / name, evaluator, held_out)
     latencies = journal.remember(
         # A bundle moves between machines with its journal; latencies hold where they were measured.
-        f"step latencies in ms, {machine(runtime, threads)}",
-        lambda: _latencies(runtime, prompts, scale, report),
+        f"step latencies in ms, {machine(runtime, threads)}" + (f", batch {batch}" if batch > 1 else ""),
+        lambda: _latencies(runtime, [prompts.calibration[0]] * batch, scale, report),
     )
     result = calibrate(
         evaluator,
@@ -122,11 +143,14 @@ def _calibrate(
         journal=journal,
         progress=report,
         costs=costs,
+        carried=carried,
+        refine_calls=refine_calls,
     )
     bundle_id = runtime.manifest.bundle_id
     settings = CalibrationSettings(
         bundle_id=bundle_id,
         machine=machine(runtime, threads),
+        batch=batch,
         guidance_scale=scale,
         seed=seed,
         calibration_prompts=prompts.calibration,
@@ -138,8 +162,8 @@ def _calibrate(
     return found
 
 
-def _latencies(runtime: DenoiseRuntime, prompts: PromptFile, scale: float, report: Progress) -> dict[str, float]:
-    conditioning = runtime.encode(prompts.calibration[:1])
+def _latencies(runtime: DenoiseRuntime, prompts: list[str], scale: float, report: Progress) -> dict[str, float]:
+    conditioning = runtime.encode(prompts)
     timings = step_latencies(
         runtime, conditioning, scale, on_round=lambda done, total: report("step latencies", done, total)
     )

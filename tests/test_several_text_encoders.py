@@ -234,7 +234,7 @@ def test_a_pipeline_that_shifts_otherwise_is_not_attached(built: Built) -> None:
 @pytest.mark.parametrize("built", ["flux", "flux-schnell"], indirect=True)
 def test_a_bundle_of_another_kind_of_flux_is_not_attached(built: Built) -> None:
     other = make_flux_pipeline(guidance_embeds=built.name == "flux-schnell")
-    with pytest.raises(BundleError, match="does not fit the transformer of this FluxPipeline: it has .* guidance"):
+    with pytest.raises(BundleError, match=r"does not fit the transformer of this FluxPipeline: it has .* guidance"):
         attach(other, built.runtime, schedule="uniform:fp16")
 
 

@@ -18,9 +18,9 @@ from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.scenes import held_out_captions, vocabulary
 
 TINY = (
-    "--size=128 --device=cpu --threads=1 --scenes=4 --text-iterations=1 --denoiser-iterations=2 "
-    "--denoiser-batch=2 --evaluation-captions=1 --save-minutes=0"
-).split()  # fmt: skip
+    *("--size=128", "--device=cpu", "--threads=1", "--scenes=4", "--text-iterations=1", "--denoiser-iterations=2"),
+    *("--denoiser-batch=2", "--evaluation-captions=1", "--save-minutes=0"),
+)
 ABSENT = {"unet": {}, "mmdit": {"text_encoder_3": None, "tokenizer_3": None}}
 
 

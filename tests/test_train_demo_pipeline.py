@@ -48,7 +48,9 @@ def load(trained: tuple[str, Path, str]) -> Any:
     from diffusers import DiffusionPipeline
 
     family, folder, _ = trained
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **ABSENT[family])
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, local_files_only=True, torch_dtype=torch.float32, **ABSENT[family]
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -73,6 +73,23 @@ class Measurements:
         direction = f"downcast {precision}" if base == self.reference else f"upcast {base}"
         return self._measured(direction, f"{base}/{step_index}/{precision}/{sample}", measure)["error"]
 
+    def local_error(self, step_index: int, precision: str, sample: int) -> float:
+        """||x_{i+1}(p) - x_{i+1}||^2 / ||x_T||^2 of step i = `step_index`, from the reference run's x_i; a single call.
+
+        What `changed_error` of the reference run has before the rest of the loop carries it on; equal to it at the
+        last step.
+        """
+        self.uniform_error(self.reference, sample)
+
+        def measure() -> dict[str, float]:
+            states = self._uniform_states(self.reference, sample)
+            found = self._run(states[step_index], (precision,), sample)
+            difference = found.astype(np.float64) - self.evaluator.latents(states[step_index + 1])
+            final = self._final(self.reference, sample).astype(np.float64)
+            return {"error": float(np.sum(difference**2) / np.sum(final**2))}
+
+        return self._measured(f"local {precision}", f"local/{step_index}/{precision}/{sample}", measure)["error"]
+
     def schedule_calls(self, precisions: Sequence[str]) -> int:
         """Denoiser calls that `schedule_error` takes per sample, if it was not measured before."""
         return self.num_steps - self._shared(precisions)

@@ -13,9 +13,8 @@ can beat it. So the schedule that allocation chose has to win against its rivals
 
 Schedules are compared by the logarithm of their E, sample by sample: E varies by an order of magnitude between
 samples, and a mean of E would be decided by the one or two with the largest. The schedule to beat gives way only if
-the mean of the differences is more than `CONVINCING` standard errors below zero. Replayed on single-step errors of 33
-samples, choosing by 8 and judging by the other 25: where errors are correlated (weight-only) this takes nearly all of
-what there is to win, and where they are not, a plain least mean chooses what does worse on the others.
+the mean of the differences is more than `CONVINCING` standard errors below zero: a plain least mean of few samples would
+choose the luckiest rival, which does worse on others.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ class ValidationRow(_Record):
         latency: mean step latency relative to the reference, from the measured step latencies.
         error: E on the validation samples.
         error_spread: standard deviation of E over draws, None for a single schedule.
+        sample_errors: E of every validation sample, a mean over draws; empty in documents that lack it.
         ssim: mean structural similarity to the reference's pictures, None without a decoder.
         psnr_db: of the mean squared difference from the reference's pictures, None without a decoder or
             where all pictures are identical.
@@ -102,6 +103,7 @@ class ValidationRow(_Record):
     latency: float
     error: float
     error_spread: float | None = None
+    sample_errors: tuple[float, ...] = ()
     ssim: float | None = None
     psnr_db: float | None = None
     loses_to: tuple[str, ...] = ()

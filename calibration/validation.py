@@ -191,6 +191,7 @@ def _row(
         latency=latency,
         error=mean(errors),
         error_spread=statistics.stdev(errors) if len(errors) > 1 else None,
+        sample_errors=tuple(mean([value["error"] for value in column]) for column in zip(*draws, strict=True)),
         ssim=mean([value["ssim"] for value in values]) if pictures else None,
         psnr_db=psnr_db([value["mse"] for value in values]) if pictures else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -95,6 +96,43 @@ def test_it_reports_what_reads_back_and_saves_on_the_way(trained: tuple[str, Pat
     for kind in ("plain", "composed", "unusual"):
         assert re.search(rf"  {kind}: colour_and_position \d+\.\d%, .*shape \d+\.\d%", report)
     assert [entry.name for entry in trained[1].parent.iterdir()] == ["pipeline"]  # no scratch folder is left
+
+
+def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path: Path) -> None:
+    from engines.precision import Precision
+    from engines.runtime import DenoiseRuntime
+    from tmpdiff_export.bundle_build import BuildOptions, build
+
+    captions = held_out_captions("composed", 4, seed=0)
+    precisions = (Precision.FP16, Precision.INT8)
+    options = BuildOptions(precisions=precisions, prompts=captions[:2], num_steps=3, backend="onnxruntime")
+    build(trained[1], tmp_path / "bundle", options)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(["[calibration]", *captions[:2], "[validation]", *captions[2:]]))
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "tools.experiments.local_gain",
+                str(tmp_path / "bundle"),
+                "--prompts",
+                str(prompts),
+            ),
+            *("--samples=2", "--validation-samples=2", "--threads=1", "--out", str(tmp_path / "gain")),
+        ],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = json.loads((tmp_path / "gain.json").read_text())["data"]["precisions"]["int8"]
+    assert np.shape(data["downcast"]) == (2, 3)
+    assert np.min(data["downcast"]) > 0
+    with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:
+        pictures = runtime.generate([captions[0]], [0], runtime.bundle.schedule("uniform:int8"))
+    assert pictures.shape == (1, 128, 128, 3)
 
 
 @pytest.mark.parametrize(

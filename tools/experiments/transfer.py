@@ -81,7 +81,7 @@ def _setting(study: Study) -> dict[str, Any]:
 
 def _downcasts(study: Study, precision: str) -> np.ndarray:
     """Downcast scores, float64 [N, T]."""
-    return np.array(study.scores(precision)["downcast"])
+    return np.array(study.scores(precision, ("downcast",))["downcast"])
 
 
 def _compare(study: Study, precision: str, source: np.ndarray, axes: tuple[StepAxis, StepAxis]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ can beat it. So the schedule that allocation chose has to win against its rivals
 
 Schedules are compared by the logarithm of their E, sample by sample: E varies by an order of magnitude between
 samples, and a mean of E would be decided by the one or two with the largest. The schedule to beat gives way only if
-the mean of the differences is more than `CONVINCING` standard errors below zero: a plain least mean of few samples would
-choose the luckiest rival, which does worse on others.
+chance alone would give such a mean of the differences with a probability below `CONVINCING`: the least mean of few
+samples would choose the luckiest rival, which does worse on others. That the winner is the best of several rivals is not
+allowed for, so that two or three samples are too few to rely on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from calibration.allocation import (
     BUDGET_TOLERANCE,
@@ -54,8 +56,9 @@ FIRST_SAMPLES = 2
 MOST_RIVALS = 16
 """Most rivals in a round."""
 
-CONVINCING = 1.0
-"""Standard errors by which a winner has to be better."""
+CONVINCING = 0.16
+"""Probability that a winner may have been better by chance (one-sided t-test): one standard error for many samples,
+nearly two for two of them."""
 
 TINY = 1e-300
 """Stands for an E of zero in logarithms."""
@@ -148,7 +151,7 @@ def beats(challenger: Sequence[float], incumbent: Sequence[float]) -> bool:
     """Whether E on the same samples, two or more, says that the challenger is better, by more than chance might."""
     differences = np.log(np.maximum(challenger, TINY)) - np.log(np.maximum(incumbent, TINY))
     standard_error = differences.std(ddof=1) / math.sqrt(len(differences))
-    return bool(differences.mean() < -CONVINCING * standard_error)
+    return bool(differences.mean() < student_t.ppf(CONVINCING, len(differences) - 1) * standard_error)
 
 
 def refine_schedule(

@@ -9,17 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from planted import Counted, PlantedEvaluator
-from test_experiments import NUM_STEPS, run, studied  # noqa: F401  (a fixture)
+from test_experiments import NUM_STEPS, command, run, studied  # noqa: F401  (a fixture)
 from test_transfer import euler, multistep
 
-from calibration.bisection import adaptive_bisection, default_evaluations
+from calibration.bisection import adaptive_bisection
 from calibration.journal import Journal
 from calibration.measurements import Measurements
 from calibration.statistics import error_regret, rank_deviation
-from engines.errors import TmpDiffError
+from calibration.transfer import TransferError, carried_weights
 from engines.sampler import SamplerRow
-from tools.experiments.local_gain import analyse, carried_weights, curve_of, gain_of, roughness, within
-from tools.experiments.replay import Curve, bisection, gain_bisection
 
 STEPS = 20
 
@@ -61,42 +59,28 @@ def test_local_errors_are_kept_for_the_next_run(tmp_path):
     assert Measurements("calibration", counted, journal()).local_error(3, "int8", 1) == first
 
 
-def test_the_gain_is_found_and_is_smooth_where_the_score_is_not():
-    for seed in range(5):
-        curve = curve_of(measured(loop(seed))[1], np.ones(STEPS))
-        assert gain_of(curve) == pytest.approx(0.97 ** (2 * np.arange(STEPS)[::-1]), rel=1e-3)
-        assert roughness(gain_of(curve)) < 0.01 < 0.5 < roughness(curve.scores)
-
-
 def test_fewer_calls_rank_better_where_the_gain_is_smooth():
+    """Both on the same loop: the calls of the local errors are paid for by fewer runs to the end."""
     for seed in range(5):
-        curve = curve_of(measured(loop(seed))[1], np.ones(STEPS))
-        plain = bisection(curve, default_evaluations(STEPS))
-        limit = 3 * plain.calls // 4
-        found = within(curve, gain_bisection, limit)
-        assert found is not None
-        assert found.calls <= limit
-        assert rank_deviation(curve.scores, found.scores) < 0.2 < rank_deviation(curve.scores, plain.scores)
-        assert error_regret(curve.scores, found.scores) < 0.01 < error_regret(curve.scores, plain.scores)
+        _, values = measured(loop(seed))
+        scores, local = (np.mean(values[name], axis=0) for name in ("downcast", "local"))
+        plain = adaptive_bisection(scores.__getitem__, STEPS)
+        over_gain = adaptive_bisection(scores.__getitem__, STEPS, max_evaluations=4, shape=local)
+        assert calls_of(over_gain) + STEPS < 0.75 * calls_of(plain)
+        assert rank_deviation(scores, over_gain.scores) < 0.2 < rank_deviation(scores, plain.scores)
+        assert error_regret(scores, over_gain.scores) < 0.01 < error_regret(scores, plain.scores)
 
 
-def test_local_errors_that_say_nothing_do_harm():
+def test_a_shape_that_says_nothing_does_harm():
     """The other way round: a smooth score, and local errors that have nothing to do with it."""
     smooth = np.exp(np.linspace(0, 4, STEPS))
-    curve = Curve(smooth, rough_sizes(0))
-    plain = bisection(curve, default_evaluations(STEPS))
-    found = within(curve, gain_bisection, plain.calls)
-    assert found is not None
-    assert rank_deviation(smooth, found.scores) > rank_deviation(smooth, plain.scores)
+    plain = adaptive_bisection(smooth.__getitem__, STEPS, max_evaluations=6)
+    misled = adaptive_bisection(smooth.__getitem__, STEPS, max_evaluations=6, shape=rough_sizes(0))
+    assert rank_deviation(smooth, misled.scores) > rank_deviation(smooth, plain.scores)
 
 
-def test_calls_include_those_of_the_local_errors():
-    curve = Curve(np.ones(STEPS), np.ones(STEPS))
-    plain, over_gain = bisection(curve, 5), gain_bisection(curve, 5)
-    assert over_gain.calls == plain.calls + STEPS
-    assert within(curve, gain_bisection, STEPS) is None
-    with pytest.raises(ValueError, match="no local errors"):
-        gain_bisection(Curve(np.ones(STEPS)), 5)
+def calls_of(search):
+    return sum(STEPS - step for step in search.order)
 
 
 @pytest.mark.parametrize("make", [euler, multistep])
@@ -121,7 +105,7 @@ def test_weights_carry_a_changed_latent_to_the_end(make):
 def test_a_step_that_does_not_use_its_own_output_is_refused():
     table = euler(4)
     rows = (*table.rows[:2], SamplerRow(((2, 1.0),), ((1, -0.2),)), table.rows[3])
-    with pytest.raises(TmpDiffError, match=r"step 2 of FlowMatchEuler.* does not use its own model output"):
+    with pytest.raises(TransferError, match=r"step 2 of FlowMatchEuler.* does not use its own model output"):
         carried_weights(replace(table, rows=rows))
 
 
@@ -134,23 +118,49 @@ def test_a_known_shape_is_found_from_three_evaluations():
             adaptive_bisection(shape.__getitem__, STEPS, shape=wrong)
 
 
-@pytest.mark.parametrize(("noise", "expected"), [(0.0, "met"), (3.0, "missed")])
-def test_the_goal_follows_the_regret_of_both_searches(noise, expected):
-    """Ten samples whose local errors are exact, or noise against smooth scores."""
+@pytest.mark.parametrize(("exact", "expected"), [(True, "met"), (False, "missed")])
+def test_the_command_judges_planted_curves(tmp_path, exact, expected):
+    """Ten samples: rough scores with a smooth gain, or smooth scores with local errors that are noise."""
     rng = np.random.default_rng(0)
-    samples = np.exp(0.1 * rng.normal(size=(10, 1)))
-    local = rough_sizes(2) if noise == 0 else np.exp(noise * rng.normal(size=STEPS))
-    downcast = rough_sizes(2) if noise == 0 else np.exp(np.linspace(0, 4, STEPS))
+    level = np.exp(0.1 * rng.normal(size=(10, 1)))
+    stretched = np.exp(np.linspace(-1, 0, STEPS))
+    local = rough_sizes(2) if exact else np.exp(3 * rng.normal(size=STEPS))
+    downcast = local * stretched if exact else np.exp(np.linspace(0, 4, STEPS))
     content = {
-        "setting": {"num_steps": STEPS, "backend": "onnxruntime"},
-        "data": {
-            "weights": [1.0] * STEPS,
-            "precisions": {"int8": {"downcast": samples * downcast, "local": samples * local}},
+        "experiment": "local_gain",
+        "version": 1,
+        "setting": {
+            "num_steps": STEPS, "backend": "onnxruntime", "denoiser": "planted", "calibration_prompts": ["a"] * 10,
         },
-    }
-    found = analyse(content)
-    assert [goal.verdict for goal in found.goals] == [expected]
-    assert (found.findings["int8"]["regret difference"]["value"] < 0) == (expected == "met")
+        "data": {
+            "weights": (2 * stretched).tolist(),
+            "precisions": {
+                "int8": {
+                    "downcast": (level * downcast).tolist(),
+                    "local": (level * local / (4 * stretched**2)).tolist(),
+                }
+            },
+        },
+    }  # fmt: skip
+    path = tmp_path / "gain.json"
+    path.write_text(json.dumps(content))
+    done = command("local_gain", "--redraw", path)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(path.read_text())
+    found, (goal,) = written["findings"]["int8"], written["goals"]
+    assert goal["verdict"] == expected
+    assert (found["regret difference"]["value"] < 0) == exact
+    assert (found["roughness of the gain"]["value"] < found["roughness of the score"]["value"]) == exact
+    if exact:
+        assert found["gain"] == pytest.approx(stretched, rel=1e-4)  # weighted by the table: local / (2 s)^2 * (2 s)^2
+    searches = found["points"]
+    for plain in searches["bisection"]:
+        assert 0 < plain["calls_share"] <= 1
+    over_gain = searches["bisection over the gain"]
+    assert all(point["calls_share"] > STEPS / 210 for point in over_gain)  # the local errors themselves
+    assert (over_gain[-1]["deviation"] == 0) == exact
+    assert found["at_equal_calls"]["bisection over the gain"]["calls_share"] <= found["calls"] / 210
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command(studied: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811

@@ -199,6 +199,9 @@ def test_advantage_on_a_single_sample_is_no_win():
     assert not beats([1.0, 1.0], [1.0, 1.0])
     assert not beats([0.5, 1.4], [1.0, 1.0])
     assert beats([0.0, 0.0], [1.0, 1.0])
+    # 1.5 standard errors: enough of eight samples, not of two
+    assert beats(np.exp([-0.1, -0.5] * 4), [1.0] * 8)
+    assert not beats(np.exp([-0.1, -0.5]), [1.0] * 2)
 
 
 def test_no_better_than_chance_rarely_replaces():

@@ -173,7 +173,7 @@ def pareto(found: Sensitivity) -> str:
         f"{trade_off(found)}"
         f"<figcaption>The front{shown} and the hollow star are predicted from scores of the calibration prompts; every "
         "other mark was measured on the validation prompts. Marks on the lower edge have E = 0.</figcaption></figure>"
-        f"{measured}{_rules(found)}</div>"
+        f"{measured}</div>{_rules(found)}"
     )
 
 
@@ -209,7 +209,7 @@ def validation(found: Sensitivity) -> str:
         '<p class="note">Latency is computed from the measured step latencies. SSIM and PSNR compare the pictures with '
         f"those of {escape(reference)}; a dash for PSNR: identical or not decoded. A random row is the mean of its draws, "
         "+- their standard deviation. In brackets: 95 % interval of the ratio over resampled prompts; where it holds 1, the "
-        "difference may be chance.</p>"
+        "difference may be chance; with few prompts it is too narrow.</p>"
     )
 
 

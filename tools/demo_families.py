@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -190,9 +191,10 @@ def make_unet_family(device: torch.device, size: int) -> DemoFamily:
 def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
     """Returns a Stable Diffusion 3 for pictures of `size` pixels, with two CLIP encoders and no T5; flow matching.
 
-    In place of T5's hidden states the pipeline puts zeros, as many as `max_sequence_length`; training has as many as
-    captions have tokens, so pass that to the pipeline's call.
+    In place of T5's hidden states there are zeros, in training as many as in the pipeline by default: the denoiser
+    attends to them, and another number of them would be another conditioning.
     """
+    zeros = int(inspect.signature(StableDiffusion3Pipeline.__call__).parameters["max_sequence_length"].default)
     tokenizer = make_clip_tokenizer()
     encoders = tuple(make_clip_text_encoder(tokenizer, projection=True).to(device) for _ in range(2))
     width = sum(encoder.config.hidden_size for encoder in encoders)
@@ -207,7 +209,7 @@ def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
     def predict(
         mmdit: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor
     ) -> torch.Tensor:
-        text = torch.cat([text, torch.zeros_like(text)], dim=1)
+        text = torch.nn.functional.pad(text, (0, 0, 0, zeros))
         return mmdit(x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep, return_dict=False)[
             0
         ]
@@ -228,5 +230,5 @@ def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
             scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         ),
         guidance_scales=(7.0, 4.5, 3.0),
-        call_options={"max_sequence_length": CLIP_TOKENS},
+        call_options={},
     )  # fmt: skip

@@ -23,9 +23,7 @@ from matplotlib.figure import Figure
 from calibration.bisection import FLOOR, default_evaluations
 from calibration.scores import sweep_calls
 from calibration.statistics import Interval, bootstrap_interval, rank_deviation
-from calibration.transfer import output_weights
-from engines.errors import TmpDiffError
-from engines.sampler import SamplerTable
+from calibration.transfer import carried_weights
 from tools.experiments.command import Analysis, Experiment, Goal
 from tools.experiments.figures import INK, RANDOM, colour, label, panels
 from tools.experiments.rank_deviation import FEWEST, regret_in_range
@@ -35,23 +33,6 @@ from tools.experiments.study import Study
 PLAIN, GAIN = "bisection", "bisection over the gain"
 SEARCHES: dict[str, Method] = {PLAIN: bisection, GAIN: gain_bisection}
 DRAWS = 200
-
-
-def carried_weights(table: SamplerTable) -> np.ndarray:
-    """How much a change of x_{i+1} by step i's own output counts in x_T while later outputs are held, float64 [T].
-
-    |dx_T / dm_i| / |dx_{i+1} / dm_i|, read off the table.
-
-    Raises:
-        TmpDiffError: a step does not use its own output, so that its local error says nothing.
-    """
-    own = np.array([dict(row.outputs).get(index, 0.0) for index, row in enumerate(table.rows)])
-    if not own.all():
-        raise TmpDiffError(
-            f"step {int(np.flatnonzero(own == 0)[0])} of {table.scheduler} does not use its own model output, and has no "
-            "local error; use a scheduler whose steps do"
-        )
-    return output_weights(table) / np.abs(own)
 
 
 def measure(study: Study, _: argparse.Namespace) -> dict[str, Any]:
@@ -197,14 +178,13 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
         rows[2][column].set_xlabel("denoiser calls, % of a sweep")
     rows[1][0].set_ylabel("rank deviation")
     rows[2][0].set_ylabel("regret, %")
-    for index, place in ((0, "outside upper right"), (1, "outside lower center")):
-        handles, names = rows[index][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc=place, ncols=len(names))
+    rows[0][0].set_ylabel("score, local error, gain")
+    rows[0][0].legend(fontsize=8, loc="center left")
+    figure.legend(*rows[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SEARCHES))
     figure.suptitle(
-        f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['calibration_prompts'])} samples; regret: mean over "
-        "K from T/5 to 4T/5; vertical: the calibrator's own cost",
-        x=0.01, ha="left",
-    )  # fmt: skip
+        f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['calibration_prompts'])} samples; regret: mean\n"
+        "over K from T/5 to 4T/5; vertical: the calibrator's own cost"
+    )
     return figure
 
 

@@ -113,7 +113,8 @@ def _device_step_latencies(
 
 def runs_on_gpu(runtime: DenoiseRuntime) -> bool:
     """Whether the bundle's denoisers run on a GPU and their loop on the device."""
-    return BACKENDS[_reference(runtime).backend].device == "gpu"
+    entry = _reference(runtime)
+    return BACKENDS[entry.backend].device == "gpu" and entry.device != "cpu"
 
 
 def machine(runtime: DenoiseRuntime, threads: int | None) -> str:

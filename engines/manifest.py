@@ -10,8 +10,8 @@ from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.precision import REFERENCE
 
-MANIFEST_VERSION: Final = 2
-OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans
+MANIFEST_VERSION: Final = 3
+OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans; 2 knows no torch packages
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
 GUIDANCE = "guidance"  # input of denoisers that embed the guidance scale: float32 [B]
 
@@ -76,12 +76,26 @@ class PlanEntry(_Document):
     warnings: tuple[str, ...] = ()
 
 
+class PackageEntry(_Document):
+    """What is particular to an AOTInductor package of the torch backend.
+
+    Attributes:
+        batch: rows of a call; other batch sizes are made of such calls.
+        dtype: what is computed in where nothing is quantized.
+        weights_bytes: memory of its weights on the device.
+    """
+
+    batch: int = Field(ge=1)
+    dtype: Literal["float16", "bfloat16", "float32"]
+    weights_bytes: int = Field(ge=0)
+
+
 class EngineEntry(_Document):
     """One engine.
 
     Attributes:
         file: the engine file.
-        weights: the weight file beside it that it names, for engines above 2 GB.
+        weights: the weight file beside it: of ONNX files above 2 GB, and of torch packages.
         backend: a key of `engines.backends.BACKENDS`.
         backend_version: version of the backend library that built or checked it.
         device: what it was built for: "cpu" or a GPU architecture.
@@ -93,6 +107,7 @@ class EngineEntry(_Document):
         inputs: what `Engine.run` takes.
         outputs: what it returns.
         plan: for TensorRT plans only.
+        package: for torch packages only.
     """
 
     file: FileEntry
@@ -108,6 +123,7 @@ class EngineEntry(_Document):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     plan: PlanEntry | None = None
+    package: PackageEntry | None = None
 
     def files(self) -> tuple[FileEntry, ...]:
         """The engine file and, if it has one, its weight file."""
@@ -183,7 +199,7 @@ class Manifest(_Document):
         further_texts: what it takes as `input_ids_2`, `attention_mask_2`, `input_ids_3` and so on.
     """
 
-    version: Literal[1, 2] = MANIFEST_VERSION
+    version: Literal[1, 2, 3] = MANIFEST_VERSION
     created_with: str
     bundle_id: str
     model: ModelEntry

@@ -72,9 +72,11 @@ class DenoiseRuntime:
                 f"sampler table has {self.table.num_steps} steps, the manifest says {self.manifest.sampling.num_steps}"
             )
         backend = self.manifest.denoisers[self.precisions[0]].backend
-        if resident_engines is not None and backend != "tensorrt":
+        device = self.manifest.denoisers[self.precisions[0]].device
+        if resident_engines is not None and (backend not in ("tensorrt", "torch") or device == "cpu"):
             raise BackendError(
-                f"a limit on resident engines is for bundles of the tensorrt backend; this one's engines run on {backend}"
+                "a limit on resident engines is for bundles of the tensorrt and torch backends on a GPU; this one's engines "
+                f"run on {backend} ({device})"
             )
         self._options = HostOptions(threads=threads, resident_engines=resident_engines)
         self._hosts: dict[str, EngineHost] = {}
@@ -286,7 +288,7 @@ class DenoiseRuntime:
         if name not in self._added:
             paths = [self.bundle.path_of(file) for file in entry.files()]
             if entry.backend not in self._hosts:
-                self._hosts[entry.backend] = open_host(entry.backend, self._options)
+                self._hosts[entry.backend] = open_host(entry.backend, entry.device, self._options)
             self._hosts[entry.backend].add(name, entry, paths[0])
             self._added.add(name)
         return self._hosts[entry.backend]

@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "engines" / "backends" / "tensorrt"
+CUDA_PACKAGE = ROOT / "engines" / "backends" / "cuda"
 BINDINGS = Path(os.environ.get("TMPDIFF_TENSORRT_BINDINGS") or ROOT / ".venv" / "tensorrt")
 RUN_SIDE_ENTRY = "host"
 """What this module imports of the package also runs where only the lean runtime is installed."""

@@ -104,7 +104,8 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
         "build", demo_pipeline, *build, "--backend", "cuda", says="unknown backend 'cuda'; this release has onnxruntime"
     )
     refused("build", demo_pipeline, *build, "--backend", "tensorrt", says="needs the module tensorrt or tensorrt_lean")
-    refused("build", demo_pipeline, *build, "--backend", "torch", says="is not part of this release")
+    refused("build", demo_pipeline, *build, "--backend", "torch", says="--device cpu compiles torch packages for this")
+    refused("build", demo_pipeline, *build, "--device", "cpu", says="is for packages of the torch backend")
     refused("build", demo_pipeline, *build, "--version-compatible", says="are settings of TensorRT plans")
     refused("build", demo_pipeline, *build, "--steps", "0", says="number of steps is 0, expected 1 to 1000")
     refused(

@@ -448,7 +448,7 @@ def test_without_a_gpu_calls_return_what_the_real_package_returns(monkeypatch: p
 def test_installing_replaces_the_modules_until_the_test_ends() -> None:
     import importlib.util
 
-    from engines.backends.tensorrt import gpu
+    from engines.backends.cuda import gpu
 
     before = {name: sys.modules.get(name) for name in ("tensorrt", "tensorrt_lean", "cuda")}
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -462,8 +462,8 @@ def test_installing_replaces_the_modules_until_the_test_ends() -> None:
         assert importlib.import_module("engines.backends.tensorrt.bindings") is not bindings
         assert importlib.import_module("engines.backends.tensorrt.bindings").LEAN
     assert {name: sys.modules.get(name) for name in before} == before
-    assert sys.modules["engines.backends.tensorrt.gpu"] is gpu
-    assert sys.modules["engines.backends.tensorrt"].gpu is gpu
+    assert sys.modules["engines.backends.cuda.gpu"] is gpu
+    assert sys.modules["engines.backends.cuda"].gpu is gpu
     assert sys.modules.get("engines.backends.tensorrt.bindings") is not bindings
     with pytest.raises(FakeCudaError, match="no fake CUDA is installed"):
         fake_cuda.current()

@@ -150,7 +150,7 @@ def test_quantized_engines_reach_their_floor_and_leave_no_layer_out(
     )
     build_denoiser(
         CpuTarget(), export.module, DENOISER, export.graph, precision, export.batches, check, tmp_path, tmp_path,
-        batch_per_picture=2,
+        batch_per_picture=2, float32_inputs=export.small.family.float32_inputs,
     )  # fmt: skip
     model = onnx.load(tmp_path / "onnx" / f"{precision.value}.onnx")
     codes = {

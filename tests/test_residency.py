@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from engines.backends.tensorrt.residency import Load, plan_loads
+from engines.backends.cuda.residency import Load, plan_loads
 
 SEED = 7
 

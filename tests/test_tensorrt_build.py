@@ -27,8 +27,9 @@ class Bench:
 
     def __init__(self, fakes: Fakes, folder: Path) -> None:
         self.fakes, self.folder = fakes, folder
-        names = ("builder", "gpu", "options", "plan_store", "timing_cache", "build_progress")
+        names = ("builder", "options", "plan_store", "timing_cache", "build_progress")
         modules = {name: importlib.import_module(f"engines.backends.tensorrt.{name}") for name in names}
+        modules["gpu"] = importlib.import_module("engines.backends.cuda.gpu")
         self.code = SimpleNamespace(**modules)
         self.gpu = self.code.gpu.current_gpu()
         self.timing_cache = self.code.timing_cache.timing_cache_path(folder, fakes.settings.version, self.gpu)

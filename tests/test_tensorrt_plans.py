@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engines.backends.tensorrt.gpu import Gpu
+from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.inspection import (
     layer_precision,
     read_inspector,

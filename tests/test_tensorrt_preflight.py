@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.backends.tensorrt.gpu import Gpu
+from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.options import PlanOptions
 from engines.backends.tensorrt.preflight import (
     LEAST_CAPABILITY,

@@ -23,7 +23,7 @@ from engines.files import sha256_file
 from engines.loop import Loop, host_loop
 from engines.sampler import SamplerTable
 
-BACKEND = Path(__file__).parent.parent / "engines" / "backends" / "tensorrt"
+BACKEND = Path(__file__).parent.parent / "engines" / "backends" / "cuda"
 SEEDS = {"fp16": 0, "fp8": 1, "int8": 2, "int4": 3}
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 MEMORY = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaFreeHost")
@@ -40,12 +40,12 @@ Opened = Callable[..., Any]
 @pytest.fixture
 def opened(fakes: Fakes, tmp_path: Path) -> Iterator[Opened]:
     """Opens a host with the small denoisers in it; after the test it is closed and nothing may be left."""
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.tensorrt.host import tensorrt_host
 
     hosts = []
 
     def open_host(resident_engines: int | None = None, names: tuple[str, ...] = tuple(SEEDS), **options: Any) -> Any:
-        host = TensorRtHost(resident_engines=resident_engines)
+        host = tensorrt_host(resident_engines=resident_engines)
         hosts.append(host)
         for name in names:
             host.add(name, *entry(fakes, denoiser(SEEDS[name], weights=64 << SEEDS[name]), tmp_path, name, **options))
@@ -105,9 +105,9 @@ def test_the_order_in_which_streams_run_does_not_matter(opened: Opened, fakes: F
 @pytest.mark.parametrize("version", ["10.13.2.6", "10.16.1.11"])
 def test_older_tensorrt_runs_the_same_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str) -> None:
     fakes = install(monkeypatch, version=version)
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.tensorrt.host import tensorrt_host
 
-    host = TensorRtHost(resident_engines=1)
+    host = tensorrt_host(resident_engines=1)
     for name in ("fp16", "fp8"):
         host.add(name, *entry(fakes, denoiser(SEEDS[name]), tmp_path, name))
     loop = loop_of(table(6, 2), schedule("hh88hh"))
@@ -275,7 +275,7 @@ def test_scratch_that_has_to_grow_in_a_loop_waits_for_the_work_in_the_old_one(
 
 
 def test_memory_of_no_bytes_has_an_address(fakes: Fakes) -> None:
-    from engines.backends.tensorrt.memory import DeviceBuffer
+    from engines.backends.cuda.memory import DeviceBuffer
 
     buffer = DeviceBuffer(0, "nothing")
     assert buffer.address  # TensorRT refuses the null address
@@ -316,8 +316,8 @@ def test_engines_that_fit_are_loaded_once(opened: Opened, fakes: Fakes) -> None:
 
 
 def test_the_next_engine_is_asked_for_as_soon_as_there_is_room(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engines.backends.tensorrt.device_loop import DeviceLoop
-    from engines.backends.tensorrt.resident_plans import ResidentPlans
+    from engines.backends.cuda.device_loop import DeviceLoop
+    from engines.backends.cuda.resident_plans import ResidentPlans
 
     happened: list[str] = []
     start, step = ResidentPlans.start, DeviceLoop.step
@@ -349,10 +349,10 @@ def test_every_thread_works_on_the_device_that_was_opened(monkeypatch: pytest.Mo
     fakes = install(monkeypatch, gpus=2)
     from cuda.bindings import runtime
 
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.tensorrt.host import tensorrt_host
 
     runtime.cudaSetDevice(1)
-    host = TensorRtHost(resident_engines=1)
+    host = tensorrt_host(resident_engines=1)
     for name in ("fp16", "fp8"):
         host.add(name, *entry(fakes, denoiser(SEEDS[name]), tmp_path, name))
     with ThreadPoolExecutor(1) as new:  # in a new thread the current device is the first one
@@ -439,19 +439,20 @@ def test_a_failed_inference_is_over_before_its_engine_gives_way(opened: Opened, 
 
 
 def test_a_plan_file_can_be_opened_timed_and_inspected_by_itself(fakes: Fakes, tmp_path: Path) -> None:
-    from engines.backends.tensorrt.engine import open_engine
-    from engines.backends.tensorrt.profiling import inspector_json, latency_ms, layer_times
+    from engines.backends.cuda.timing import latency_ms
+    from engines.backends.tensorrt.host import open_engine
+    from engines.backends.tensorrt.profiling import inspector_json, layer_times
 
     _, path = entry(fakes, denoiser(0), tmp_path, "alone")
-    with open_engine(path, version_compatible=False) as engine:
+    with open_engine(path, version_compatible=False) as (engine, plan):
         shapes = {name: values.shape for name, values in inputs().items()}
         before = engine.run(inputs())["model_output"]
-        times = layer_times(engine, shapes)
+        times = layer_times(engine, plan, shapes)
         layer_ms = fakes.settings.layer_ms["FP16"]
         assert len(times) >= 4
         assert max(times.values()) == pytest.approx(max(fakes.settings.layer_ms["FP32"], layer_ms))
         assert latency_ms(engine, shapes) > 0
-        assert "Tanh" in inspector_json(engine)
+        assert "Tanh" in inspector_json(plan)
         assert same_bits(engine.run(inputs())["model_output"], before)
         with pytest.raises(BackendError, match="takes inputs"):
             latency_ms(engine, {"latents": (1, 2)})
@@ -463,11 +464,10 @@ def test_a_plan_file_can_be_opened_timed_and_inspected_by_itself(fakes: Fakes, t
 
 def test_without_a_gpu_no_runtime_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, gpus=0)
-    from engines.backends.tensorrt.engine import open_engine
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.tensorrt.host import open_engine, tensorrt_host
 
     with pytest.raises(BackendError, match="found no NVIDIA GPU"):
-        TensorRtHost()
+        tensorrt_host()
     with pytest.raises(BackendError, match="found no NVIDIA GPU"), open_engine(tmp_path, version_compatible=True):
         pass
 
@@ -489,16 +489,16 @@ def test_the_lean_runtime_runs_version_compatible_plans_only(monkeypatch: pytest
         entry(fakes, denoiser(0), tmp_path, "bound"),
     ]
     fakes = install(monkeypatch, lean=True)
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.tensorrt.host import tensorrt_host
     from engines.backends.tensorrt.profiling import inspector_json
 
-    host = TensorRtHost()
+    host = tensorrt_host()
     host.add("fp16", *entries[0])
     assert host.engine("fp16").run(inputs())["model_output"].shape == (2, CHANNELS, SIDE, SIDE)
     with pytest.raises(BackendError, match="only the lean runtime is installed"):
         host.add("fp8", *entries[1])
     with pytest.raises(BackendError, match="inspector needs the full TensorRT"):
-        inspector_json(host.engine("fp16"))
+        inspector_json(host.engine("fp16").plan)
     host.close()
     assert fakes.cuda.leaks() == []
 
@@ -512,9 +512,9 @@ def test_a_plan_for_other_gpus_is_refused_by_name(
 ) -> None:
     built, path = entry(install(monkeypatch), denoiser(0), tmp_path, "x", hardware_compatibility=compatibility)
     install(monkeypatch, compute_capability=capability, name="Fake L4")
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.tensorrt.host import tensorrt_host
 
-    host = TensorRtHost()
+    host = tensorrt_host()
     if runs:
         host.add("fp16", built, path)
     else:
@@ -624,10 +624,10 @@ def test_a_closed_host_says_so(opened: Opened) -> None:
 
 
 def test_a_limit_below_one_is_refused(fakes: Fakes) -> None:
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.tensorrt.host import tensorrt_host
 
     with pytest.raises(ValueError, match="resident_engines is 0"):
-        TensorRtHost(resident_engines=0)
+        tensorrt_host(resident_engines=0)
 
 
 # Failures of CUDA and TensorRT
@@ -646,11 +646,11 @@ LAUNCH_ERROR = cudaError_t.cudaErrorLaunchFailure
     ],
 )
 def test_a_host_that_cannot_open_leaves_nothing(fakes: Fakes, call: str, error: Any, words: str) -> None:
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.tensorrt.host import tensorrt_host
 
     fakes.cuda.fail(call, error)
     with pytest.raises(BackendError, match=words):
-        TensorRtHost()
+        tensorrt_host()
     assert fakes.cuda.leaks() == []
 
 
@@ -740,7 +740,7 @@ def test_the_ptx_rounds_every_operation_by_itself() -> None:
 @pytest.mark.parametrize("past_samples", [False, True])
 @pytest.mark.parametrize("reach", [1, 2, 3, 8])
 def test_nothing_that_is_still_needed_is_overwritten(fakes: Fakes, reach: int, past_samples: bool) -> None:
-    from engines.backends.tensorrt.history import HistoryLayout
+    from engines.backends.cuda.history import HistoryLayout
 
     sampler = table(8, reach, past_samples=past_samples)
     layout = HistoryLayout.of(sampler)
@@ -759,7 +759,7 @@ def test_nothing_that_is_still_needed_is_overwritten(fakes: Fakes, reach: int, p
 
 
 def test_the_history_is_as_small_as_the_table_allows(fakes: Fakes) -> None:
-    from engines.backends.tensorrt.history import HistoryLayout
+    from engines.backends.cuda.history import HistoryLayout
 
     assert HistoryLayout.of(table(50, 1)).num_slots == 2 + 1
     assert HistoryLayout.of(table(50, 3)).num_slots == 2 + 3

@@ -74,7 +74,9 @@ class BuildOptions:
         width: picture width in pixels, None for the pipeline's own.
         onnx_dir: keep the strongly typed `<precision>.onnx` files here, None to drop them.
         force: replace an existing bundle.
-        plans: settings of TensorRT plans; refused by other backends unless left alone.
+        plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
+            packages have too.
+        device: "cuda" or "cpu", what torch packages are compiled for; None for the GPU, and for other backends.
     """
 
     precisions: tuple[Precision, ...]
@@ -88,6 +90,7 @@ class BuildOptions:
     onnx_dir: Path | None = None
     force: bool = False
     plans: PlanSettings = field(default_factory=PlanSettings)
+    device: str | None = None
 
 
 def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
@@ -127,7 +130,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         stage = what
         report(what, done, total)
 
-    target = open_target(backend, options.plans, options.precisions, note)
+    target = open_target(backend, options.plans, options.precisions, note, options.device)
     note(stage, 0, 1)
     with staged_folder(out, replace=options.force) as bundle:
         source = load_pipeline(
@@ -267,6 +270,7 @@ class _Build:
                 self.bundle,
                 self.scratch,
                 batch_per_picture=2 if source.doubled else 1,
+                float32_inputs=family.float32_inputs,
             )
         self.report("build denoisers", total, total)
         return engines
@@ -326,7 +330,7 @@ class _Build:
         single = tuple(tensor[:1] for tensor in batch)
         check = AccuracyCheck.of(module, tuple(arrays), next(iter(family.text_outputs)), [batch, single])
         engine = build_component(
-            self.target, graph, "text_encoder", check, self.bundle, self.scratch, batch_per_picture=2
+            self.target, module, graph, "text_encoder", check, self.bundle, self.scratch, batch_per_picture=2
         )
         self.report("build text encoder", 1, 1)
         return engine
@@ -339,7 +343,7 @@ class _Build:
         graph = self._export(module, inputs, {"image": {0: "batch"}}, half=False)
         check = AccuracyCheck.of(module, [LATENTS], "image", with_larger_batch([(latents,)]))
         entry = build_component(
-            self.target, graph, "vae_decoder", check, self.bundle, self.scratch, batch_per_picture=1
+            self.target, module, graph, "vae_decoder", check, self.bundle, self.scratch, batch_per_picture=1
         )
         self.report("build VAE decoder", 1, 1)
         return entry

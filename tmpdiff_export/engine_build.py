@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,7 +22,7 @@ from tmpdiff_export.onnx_export import save_checked
 from tmpdiff_export.qdq import insert_qdq
 from tmpdiff_export.ranges import Batch, calibrate_ranges, quantizable_layers
 from tmpdiff_export.recipes import RECIPES, Variant
-from tmpdiff_export.scales import quantize_layer
+from tmpdiff_export.scales import QuantizedLayer, quantize_layer
 
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
 COMPONENT_FLOOR_DB = 40.0
@@ -75,6 +75,10 @@ class EngineJob:
         check: inputs and references for its SQNR.
         floor_db: the least SQNR the build accepts.
         batch_per_picture: samples of an engine call for one picture; 2 where guidance doubles the batch.
+        module: the float32 export wrapper that the graph was made from; not changed.
+        layers: its quantized layers by name.
+        half: whether the engine computes in a 16-bit type; text encoder and VAE decoder do not.
+        float32_inputs: inputs that are not rounded to that type.
     """
 
     name: str
@@ -85,6 +89,10 @@ class EngineJob:
     check: AccuracyCheck
     floor_db: float
     batch_per_picture: int
+    module: torch.nn.Module
+    layers: Mapping[str, QuantizedLayer]
+    half: bool
+    float32_inputs: frozenset[str] = frozenset()
 
 
 class Target(Protocol):
@@ -131,6 +139,7 @@ def build_denoiser(
     scratch: Path,
     *,
     batch_per_picture: int,
+    float32_inputs: frozenset[str],
 ) -> EngineEntry:
     """Builds the engine of one precision; of several recipe variants the one with the best SQNR is kept.
 
@@ -145,6 +154,7 @@ def build_denoiser(
         bundle: bundle folder in the making; the engine goes to `engines/` in it.
         scratch: folder on the same file system; `onnx/<precision>.onnx` in it receives the strongly typed graph.
         batch_per_picture: see `EngineJob`.
+        float32_inputs: see `EngineJob`.
 
     Raises:
         BuildError: no variant reaches the precision's SQNR floor, or the graph is not valid.
@@ -153,14 +163,28 @@ def build_denoiser(
     best: tuple[EngineEntry, Path] | None = None
     for variant in recipe.variants or (None,):
         name = "none" if variant is None else variant.name
-        graph = base if variant is None else _quantized(module, prefix, base, precision, variant, range_batches)
+        layers = {} if variant is None else _quantized(module, prefix, precision, variant, range_batches)
+        graph = insert_qdq(base, layers, recipe) if layers else base
         trial = scratch / f"{precision.value}-{name}"
         onnx_file = trial / "onnx" / f"{precision.value}.onnx"
         onnx_file.parent.mkdir(parents=True)
         save_checked(graph, onnx_file)
         quantized = None if variant is None else precision
         floor = recipe.sqnr_floor_db
-        job = EngineJob(precision.value, graph, onnx_file, name, quantized, check, floor, batch_per_picture)
+        job = EngineJob(
+            precision.value,
+            graph,
+            onnx_file,
+            name,
+            quantized,
+            check,
+            floor,
+            batch_per_picture,
+            module,
+            layers,
+            half=True,
+            float32_inputs=float32_inputs,
+        )
         entry = target.make(job, trial)
         if best is None or entry.sqnr_db > best[0].sqnr_db:
             if best is not None:
@@ -178,6 +202,7 @@ def build_denoiser(
 
 def build_component(
     target: Target,
+    module: torch.nn.Module,
     graph: onnx.ModelProto,
     name: str,
     check: AccuracyCheck,
@@ -194,7 +219,9 @@ def build_component(
     onnx_file = scratch / "onnx" / f"{name}.onnx"
     onnx_file.parent.mkdir(parents=True, exist_ok=True)
     save_checked(graph, onnx_file)
-    job = EngineJob(name, graph, onnx_file, "none", None, check, COMPONENT_FLOOR_DB, batch_per_picture)
+    job = EngineJob(
+        name, graph, onnx_file, "none", None, check, COMPONENT_FLOOR_DB, batch_per_picture, module, {}, half=False
+    )
     entry = target.make(job, bundle)
     require_floor(name, entry)
     return entry
@@ -221,16 +248,14 @@ def file_entry(bundle: Path, path: Path) -> FileEntry:
 def _quantized(
     module: torch.nn.Module,
     prefix: str,
-    base: onnx.ModelProto,
     precision: Precision,
     variant: Variant,
     batches: Sequence[Batch],
-) -> onnx.ModelProto:
+) -> dict[str, QuantizedLayer]:
     recipe = RECIPES[precision]
     names = quantizable_layers(module, prefix, recipe)
     ranges = calibrate_ranges(module, names, recipe, variant, batches)
-    layers = {name: quantize_layer(found, precision, recipe.block_size) for name, found in ranges.items()}
-    return insert_qdq(base, layers, recipe)
+    return {name: quantize_layer(found, precision, recipe.block_size) for name, found in ranges.items()}
 
 
 def tensor_specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +29,12 @@ class PlanSettings:
     shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
     cache: Path | None = None
 
-    def require_unset(self, backend: str) -> None:
+    def require_unset(self, backend: str, allowed: Sequence[str] = ()) -> None:
         """Refuses settings that a backend would ignore.
+
+        Args:
+            backend: its name.
+            allowed: settings that it does not ignore.
 
         Raises:
             BackendError: naming them.
@@ -47,7 +51,7 @@ class PlanSettings:
                     for name, value in self.options.canonical().items()
                 ),
             )
-            if mine != theirs
+            if mine != theirs and name not in allowed
         ]
         if given:
             raise BackendError(

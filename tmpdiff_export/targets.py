@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 
+import torch
+
 from engines.backends import BACKENDS, require_backend
 from engines.errors import BackendError
 from engines.precision import Precision
@@ -17,15 +19,13 @@ BACKEND_CHOICES = (AUTO, *BACKENDS)
 
 
 def resolve_backend(backend: str) -> str:
-    """The backend a build is for; "auto" is TensorRT where its builder and a GPU are, ONNX Runtime elsewhere.
+    """The backend a build is for; "auto" is TensorRT where its builder and a GPU are, torch where it sees a GPU, ONNX Runtime elsewhere.
 
     Raises:
         BackendError: unknown, not built by this release, or not installed.
     """
     if backend == AUTO:
-        return "tensorrt" if _tensorrt_can_build() else "onnxruntime"
-    if backend == "torch":
-        raise BackendError(f"backend 'torch' is not part of this release; choose from {', '.join(BACKEND_CHOICES)}")
+        return "tensorrt" if _tensorrt_can_build() else "torch" if torch.cuda.is_available() else "onnxruntime"
     require_backend(backend)
     if backend == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise BackendError(
@@ -36,7 +36,11 @@ def resolve_backend(backend: str) -> str:
 
 
 def open_target(
-    backend: str, settings: PlanSettings, precisions: Sequence[Precision], progress: Callable[[str, int, int], None]
+    backend: str,
+    settings: PlanSettings,
+    precisions: Sequence[Precision],
+    progress: Callable[[str, int, int], None],
+    device: str | None = None,
 ) -> Target:
     """The target of a resolved backend.
 
@@ -45,11 +49,21 @@ def open_target(
         settings: of TensorRT plans; other backends refuse any that were changed.
         precisions: the denoiser engines that will be made.
         progress: called with (stage, done, total) by targets whose engines take long to make.
+        device: what torch packages are compiled for, None for the GPU; other backends refuse it.
 
     Raises:
         BackendError: no device to build on, a precision that it cannot have, or settings that the backend
             does not have.
     """
+    if backend != "torch" and device is not None:
+        raise BackendError(
+            f"--device is for packages of the torch backend; backend {backend!r} has no choice of device"
+        )
+    if backend == "torch":
+        from tmpdiff_export.torch_target import TorchTarget
+
+        settings.require_unset(backend, allowed=("--batch",))
+        return TorchTarget(device or "cuda", settings.batch.opt, precisions)
     if backend == "tensorrt":
         from tmpdiff_export.tensorrt_target import TensorRtTarget
 
@@ -67,7 +81,7 @@ def _tensorrt_can_build() -> bool:
         require_backend("tensorrt")
         if importlib.util.find_spec("tensorrt") is None:
             return False
-        from engines.backends.tensorrt.gpu import current_gpu
+        from engines.backends.cuda.gpu import current_gpu
 
         current_gpu()
     except BackendError:

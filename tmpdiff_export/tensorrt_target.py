@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from engines.backends.cuda.gpu import current_gpu
+from engines.backends.cuda.timing import latency_ms
 from engines.backends.tensorrt.bindings import VERSION, version_tuple
 from engines.backends.tensorrt.builder import build_plan, require_builder
-from engines.backends.tensorrt.engine import open_engine
-from engines.backends.tensorrt.gpu import current_gpu
+from engines.backends.tensorrt.host import open_engine
 from engines.backends.tensorrt.inspection import read_inspector, speed_warning, summarize
 from engines.backends.tensorrt.plan_store import PlanFacts, PlanStore, StoredPlan, plan_key
 from engines.backends.tensorrt.preflight import (
@@ -22,7 +23,7 @@ from engines.backends.tensorrt.preflight import (
     require_runtime_memory,
 )
 from engines.backends.tensorrt.profiles import Profile, ShapeRange, profile, symbols_of
-from engines.backends.tensorrt.profiling import latency_ms, layer_times
+from engines.backends.tensorrt.profiling import layer_times
 from engines.backends.tensorrt.timing_cache import timing_cache_path
 from engines.errors import BuildError
 from engines.files import sha256_file
@@ -105,13 +106,13 @@ class TensorRtTarget:
         check, options = job.check, self._settings.options
         with open_engine(
             plan, version_compatible=options.version_compatible, weight_streaming=options.weight_streaming
-        ) as engine:
+        ) as (engine, loaded):
             batch_size = opt_shapes[specs[0].name][0]
             measured = engine_sqnr_db(
                 engine, check.names, check.output, check.batches, check.references, batch_size=batch_size
             )
             step_ms = latency_ms(engine, opt_shapes)
-            times = layer_times(engine, opt_shapes)
+            times = layer_times(engine, loaded, opt_shapes)
         warnings = [*stored.facts.warnings]
         if job.name == REFERENCE.value:
             self._reference_ms = step_ms

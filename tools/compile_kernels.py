@@ -16,7 +16,7 @@ from pathlib import Path
 from engines.files import atomic_write_text, sha256_file
 
 ARCHITECTURE = "compute_75"  # the oldest that TensorRT 10.13 and later run on; drivers compile it for newer ones
-FOLDER = Path(__file__).resolve().parent.parent / "engines" / "backends" / "tensorrt"
+FOLDER = Path(__file__).resolve().parent.parent / "engines" / "backends" / "cuda"
 
 
 class Nvrtc:

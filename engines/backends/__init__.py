@@ -34,6 +34,7 @@ BACKENDS: dict[str, BackendInfo] = {
         "gpu",
         also=("cuda.bindings",),
     ),
+    "torch": BackendInfo(("torch",), "pip install torch safetensors", "gpu", also=("safetensors",)),
     "tensorrt-rtx": BackendInfo(
         ("onnxruntime_ep_nv_tensorrt_rtx",),
         "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
@@ -56,11 +57,12 @@ class HostOptions:
     resident_engines: int | None = None
 
 
-def open_host(backend: str, options: HostOptions | None = None) -> EngineHost:
+def open_host(backend: str, device: str, options: HostOptions | None = None) -> EngineHost:
     """An empty host for the engines of one bundle.
 
     Args:
         backend: a key of `BACKENDS`, as the manifest names it.
+        device: what the engines were built for, as the manifest says.
         options: how engines are hosted.
 
     Raises:
@@ -69,9 +71,13 @@ def open_host(backend: str, options: HostOptions | None = None) -> EngineHost:
     require_backend(backend)
     options = options or HostOptions()
     if backend == "tensorrt":
-        from engines.backends.tensorrt.host import TensorRtHost
+        from engines.backends.tensorrt.host import tensorrt_host
 
-        return TensorRtHost(resident_engines=options.resident_engines)
+        return tensorrt_host(resident_engines=options.resident_engines)
+    if backend == "torch" and device != "cpu":
+        from engines.backends.torch.host import torch_host
+
+        return torch_host(resident_engines=options.resident_engines)
     if backend == "tensorrt-rtx":
         from engines.backends.tensorrt_rtx import require_device
 
@@ -107,6 +113,10 @@ def backend_version(backend: str) -> str:
         from engines.backends.tensorrt.bindings import VERSION
 
         return VERSION
+    if backend == "torch":
+        from engines.backends.torch.library import VERSION as torch_version
+
+        return torch_version
     if backend == "tensorrt-rtx":
         from engines.backends.tensorrt_rtx import version as rtx_version
 

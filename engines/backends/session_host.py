@@ -1,4 +1,4 @@
-"""Engines that take host arrays: ONNX Runtime sessions on the CPU or on an RTX GPU's execution provider."""
+"""Engines that take host arrays: ONNX Runtime sessions on the CPU or on an RTX GPU, torch packages on the CPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from engines.manifest import EngineEntry
 
 
 class SessionHost:
-    """`engines.engine.EngineHost` over ONNX Runtime sessions; engines stay loaded until `close`."""
+    """`engines.engine.EngineHost` over engines that take host arrays; they stay loaded until `close`."""
 
     def __init__(self, backend: str, threads: int | None) -> None:
         """
         Args:
-            backend: "onnxruntime" or "tensorrt-rtx".
+            backend: "onnxruntime", "tensorrt-rtx", or "torch" for packages compiled for the CPU.
             threads: worker threads on the CPU, None for one per core.
         """
         self._backend = backend
@@ -36,7 +36,7 @@ class SessionHost:
         if name not in self._engines:
             if name not in self._files:
                 raise BackendError(f"no engine {name!r} was added; there are {', '.join(self._files) or 'none'}")
-            self._engines[name] = self._load(*self._files[name])
+            self._engines[name] = self._load(name, *self._files[name])
         return self._engines[name]
 
     def denoise(self, loop: Loop) -> NDArray[np.float32]:
@@ -48,11 +48,15 @@ class SessionHost:
         self._engines.clear()
         self._files.clear()
 
-    def _load(self, entry: EngineEntry, path: Path) -> Engine:
+    def _load(self, name: str, entry: EngineEntry, path: Path) -> Engine:
         if self._backend == "tensorrt-rtx":
             from engines.backends.tensorrt_rtx import TensorRtRtxEngine
 
             return TensorRtRtxEngine(path, entry)
+        if self._backend == "torch":
+            from engines.backends.torch.cpu import TorchCpuEngine
+
+            return TorchCpuEngine(name, entry, path, self._threads)
         from engines.backends.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, threads=self._threads)

@@ -17,6 +17,7 @@ from fakes.fake_trt_base import Installation
 
 # Modules that keep what they imported; they are taken out for the test, so that each side imports its own.
 CACHING = (
+    "engines.backends.cuda",
     "engines.backends.tensorrt",
     "tmpdiff_export.tensorrt_target",
     "polygraphy",  # whole: its registries refuse a second registration

@@ -31,10 +31,20 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = "encoder_hidden_states"
 SHAPE = (4, 32, 32)
 
+NO_PLANS = {
+    "empty": b"",
+    "text": b"this is no plan\n" * 64,
+    "wrong magic": b"\x08\x0a\x12\x07pytorch" + bytes(4096),
+    "truncated": b"ftrt" + bytes(28),
+    "magic and noise": b"ftrt" + np.random.default_rng(0).bytes(65536),
+    "zeros": bytes(65536),
+    "noise": np.random.default_rng(1).bytes(65536),
+}
+
 LOAD = """
 import sys
 from pathlib import Path
-from engines.backends.tensorrt.gpu import current_gpu
+from engines.backends.cuda.gpu import current_gpu
 from engines.backends.tensorrt.plan import Plan
 from engines.errors import BackendError
 current_gpu()
@@ -46,8 +56,8 @@ except BackendError as error:
 
 
 def test_the_runtime_and_the_gpu_are_real(record_property: Any) -> None:
+    from engines.backends.cuda.gpu import current_gpu
     from engines.backends.tensorrt.bindings import LEAN, VERSION, require_supported, trt
-    from engines.backends.tensorrt.gpu import current_gpu
     from engines.backends.tensorrt.messages import MessageLog
 
     require_supported()
@@ -62,21 +72,11 @@ def test_the_runtime_and_the_gpu_are_real(record_property: Any) -> None:
 
 
 @pytest.mark.parametrize("host_code", ["host-code", "no-host-code"])
-@pytest.mark.parametrize(
-    ("name", "content"),
-    {
-        "empty": b"",
-        "text": b"this is no plan\n" * 64,
-        "wrong magic": b"\x08\x0a\x12\x07pytorch" + bytes(4096),
-        "truncated": b"ftrt" + bytes(28),
-        "magic and noise": b"ftrt" + np.random.default_rng(0).bytes(65536),
-        "zeros": bytes(65536),
-        "noise": np.random.default_rng(1).bytes(65536),
-    }.items(),
-)
+@pytest.mark.parametrize("name", NO_PLANS)  # not their content: pytest puts a test's name into the environment
 def test_a_plan_that_is_none_ends_in_our_error_with_the_loggers_words(
-    tmp_path: Path, name: str, content: bytes, host_code: str
+    tmp_path: Path, name: str, host_code: str
 ) -> None:
+    content = NO_PLANS[name]
     path = tmp_path / "fp16.plan"
     path.write_bytes(content)
     done = subprocess.run(
@@ -135,7 +135,7 @@ def test_step_times_come_from_the_device_and_sum_to_the_loop() -> None:
 
 
 def test_memory_is_given_back() -> None:
-    from engines.backends.tensorrt.gpu import current_gpu
+    from engines.backends.cuda.gpu import current_gpu
 
     loop = make_loop(steps=6, samples=2, guidance_scale=4.5, precisions=("fp16", "int8"))
     with StandInHost(np.float16) as host:  # the context and the kernels' module stay
@@ -148,8 +148,8 @@ def test_memory_is_given_back() -> None:
 
 
 def test_an_allocation_that_cannot_be_made_is_our_error() -> None:
-    from engines.backends.tensorrt.gpu import current_gpu
-    from engines.backends.tensorrt.memory import DeviceBuffer
+    from engines.backends.cuda.gpu import current_gpu
+    from engines.backends.cuda.memory import DeviceBuffer
 
     with pytest.raises(
         BackendError, match=r"cannot allocate .* bytes of GPU memory for scratch: .*cudaErrorMemoryAllocation"
@@ -194,16 +194,16 @@ class HostStandIn:
 
 
 def StandInHost(dtype: type[Any], limit: int | None = None) -> Any:
-    """A `TensorRtHost` whose plans are stand-ins; everything else is real."""
+    """The host of TensorRT engines, whose plans are stand-ins; everything else is real."""
     from contextlib import closing
 
-    from engines.backends.tensorrt.host import TensorRtHost
+    from engines.backends.cuda.host import CudaHost
+    from engines.backends.tensorrt.plan import require_runnable
 
-    class Host(TensorRtHost):
-        def _load(self, name: str) -> Any:
-            return StandInPlan(name, dtype, self._kernels)
+    def load(name: str, _entry: EngineEntry, _path: Path) -> Any:
+        return StandInPlan(name, dtype, host._kernels)
 
-    host = Host(resident_engines=limit)
+    host = CudaHost(require_runnable, load, resident_engines=limit)
     for name in FACTORS:
         host.add(name, entry_of(dtype), Path(name))
     return closing(host)
@@ -211,8 +211,8 @@ def StandInHost(dtype: type[Any], limit: int | None = None) -> Any:
 
 def entry_of(dtype: type[Any]) -> EngineEntry:
     """A manifest entry of a denoiser of this GPU."""
+    from engines.backends.cuda.gpu import current_gpu
     from engines.backends.tensorrt.bindings import VERSION
-    from engines.backends.tensorrt.gpu import current_gpu
 
     kind: Any = np.dtype(dtype).name
     file = FileEntry(path="engines/x.plan", sha256="0" * 64, bytes=0)
@@ -252,7 +252,7 @@ class StandInPlan:
     note = None
 
     def __init__(self, name: str, dtype: type[Any], kernels: Any) -> None:
-        from engines.backends.tensorrt.plan import Tensor
+        from engines.backends.cuda.plan import Tensor
 
         kind = np.dtype(dtype)
         self.name, self.kernels = name, kernels
@@ -279,7 +279,7 @@ class StandInPlan:
 
 def stand_in_context(plan: StandInPlan, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """A real `plan.Context`, with TensorRT's execution context replaced by two kernel launches."""
-    from engines.backends.tensorrt.plan import Context
+    from engines.backends.tensorrt.context import Context
 
     size = int(np.prod(shapes[LATENTS]))
     half = plan.inputs[LATENTS].dtype == np.float16

@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        help=f"one of auto, {', '.join(BACKENDS)} (default auto: tensorrt where its builder and a GPU are, else onnxruntime)",
+        help=f"one of auto, {', '.join(BACKENDS)} (default auto: tensorrt where its builder and a GPU are, torch where it sees a GPU, else onnxruntime)",
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="what torch packages are compiled for (default: the GPU)"
     )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="prompts for range calibration")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="num_inference_steps (default 20)")
@@ -53,7 +56,7 @@ def _add_plan_arguments(group: argparse._ArgumentGroup) -> None:
         type=_shape_range,
         default=ShapeRange(1, 1, 4),
         metavar="MIN:OPT:MAX",
-        help="pictures at once (default 1:1:4); OPT is what the plans are tuned for",
+        help="pictures at once (default 1:1:4); OPT is what plans are tuned for and torch packages compiled for",
     )
     group.add_argument(
         "--shape",
@@ -140,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
         onnx_dir=args.onnx_dir,
         force=args.force,
         plans=plans,
+        device=args.device,
     )
     with progress_bar() as report:
         manifest = build(args.pipeline, args.out, options, report)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.bindings import LEAN, VERSION, require_supported, trt, version_tuple
 from engines.backends.tensorrt.build_progress import BuildProgress, ProgressCallback
-from engines.backends.tensorrt.gpu import Gpu
 from engines.backends.tensorrt.inspection import read_inspector, require_quantized, summarize
 from engines.backends.tensorrt.messages import LOG
 from engines.backends.tensorrt.options import PlanOptions

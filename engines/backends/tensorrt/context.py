@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from cuda.bindings import runtime
 
+from engines.backends.cuda.gpu import cuda
+from engines.backends.cuda.memory import SharedMemory, Stream
+from engines.backends.cuda.plan import Shapes, Tensor
 from engines.backends.tensorrt.bindings import trt
-from engines.backends.tensorrt.gpu import cuda
-from engines.backends.tensorrt.memory import SharedMemory, Stream
 from engines.backends.tensorrt.messages import LOG
 from engines.errors import BackendError
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 _HOW = "free GPU memory, or build the bundle again on this host"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output of a plan; `shape` has -1 for axes that vary."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def buffer(self) -> str:
-        """Name of the buffer that every engine of a bundle binds for a tensor of this name and dtype."""
-        return f"{self.name} {self.dtype}"
 
 
 class Context:

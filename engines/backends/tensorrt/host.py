@@ -1,205 +1,60 @@
-"""The engines of a bundle on one GPU: shared memory, one stream, and a loop that swaps engines on the device."""
+"""Plans on the current GPU: the engines of a bundle, or one plan alone."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
-from cuda.bindings import runtime
-from numpy.typing import NDArray
-
-from engines.backends.tensorrt.context import Context
-from engines.backends.tensorrt.device_loop import DeviceLoop
-from engines.backends.tensorrt.engine import TensorRtEngine
-from engines.backends.tensorrt.gpu import cuda, current_gpu
-from engines.backends.tensorrt.kernels import Kernels
-from engines.backends.tensorrt.memory import Event, SharedMemory, Stream
+from engines.backends.cuda.engine import DeviceEngine
+from engines.backends.cuda.gpu import current_gpu
+from engines.backends.cuda.host import CudaHost
+from engines.backends.cuda.memory import SharedMemory, Stream
 from engines.backends.tensorrt.plan import Plan, require_runnable
-from engines.backends.tensorrt.residency import Load, plan_loads
-from engines.backends.tensorrt.resident_plans import ResidentPlans
-from engines.errors import BackendError
-from engines.loop import Loop
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry
+from engines.manifest import EngineEntry
 
 
-class TensorRtHost:
-    """See `engines.engine.EngineHost`.
+def tensorrt_host(*, resident_engines: int | None = None) -> CudaHost:
+    """An empty host for the plans of one bundle; see `CudaHost`.
 
-    All engines bind the same device buffers (one per tensor name and dtype) and the same scratch memory, as
-    large as the largest need of the shapes in use. Denoiser engines, which are those that take latents and a
-    timestep and return a model output, count against the limit on resident engines; others stay once loaded.
+    Raises:
+        BackendError: there is no GPU, or its driver is too old.
+        ValueError: the limit is below 1.
     """
-
-    def __init__(self, *, resident_engines: int | None = None) -> None:
-        """Opens the current CUDA device.
-
-        Args:
-            resident_engines: denoiser engines in device memory at once, at least 1; None for all. Where a loop
-                uses more, the next one is loaded while earlier steps still run (with a limit of 1: while none do).
-
-        Raises:
-            BackendError: there is no GPU, or its driver is too old.
-            ValueError: the limit is below 1.
-        """
-        if resident_engines is not None and resident_engines < 1:
-            raise ValueError(f"resident_engines is {resident_engines}, expected 1 at least")
-        self._limit = resident_engines
-        self._gpu = current_gpu()
-        self._files: dict[str, tuple[EngineEntry, Path]] = {}
-        self._others: dict[str, Plan] = {}
-        self._events: list[Event] = []
-        self._closed = False
-        with ExitStack() as owned:  # closed in the reverse order
-            self._stream = Stream()
-            owned.callback(self._stream.close)
-            self._memory = SharedMemory(self._stream)
-            owned.callback(self._memory.close)
-            self._kernels = Kernels()
-            owned.callback(self._kernels.close)
-            owned.callback(self._close_events)
-            owned.callback(self._close_others)
-            self._residents = ResidentPlans(self._limit, self._gpu.index, self._load)
-            owned.callback(self._residents.close)
-            owned.callback(self._stream.rest)
-            self._owned = owned.pop_all()
-
-    @property
-    def notes(self) -> dict[str, str]:
-        """Why an engine runs without a CUDA graph, by name, for those loaded engines that do."""
-        plans = self._residents.plans | self._others
-        return {name: plan.note for name, plan in plans.items() if plan.note is not None}
-
-    @property
-    def resident(self) -> tuple[str, ...]:
-        """Names of the denoiser engines in device memory, the one used last at the end."""
-        return tuple(self._residents.plans)
-
-    def add(self, name: str, entry: EngineEntry, path: Path) -> None:
-        """See `EngineHost.add`.
-
-        Raises:
-            BackendError: the plan cannot run on this GPU or with the installed TensorRT.
-            ValueError: the name is taken.
-        """
-        if name in self._files:
-            raise ValueError(f"an engine {name!r} was added before")
-        require_runnable(name, entry, self._gpu)
-        self._files[name] = (entry, path)
-
-    def engine(self, name: str) -> TensorRtEngine:
-        """See `EngineHost.engine`; a denoiser that had to give way is loaded again when it runs."""
-        self._plan(name)
-        return TensorRtEngine(lambda: self._plan(name), self._memory, self._stream)
-
-    def denoise(self, loop: Loop) -> NDArray[np.float32]:
-        """See `EngineHost.denoise`.
-
-        Nothing waits for the device before the end of the loop, unless the loop uses more engines than may be
-        resident. `loop.on_step` is called after the end, with the seconds that the device took for each step
-        (by CUDA events; waiting for an engine to load counts to the step that needs it).
-
-        Raises:
-            BackendError: an engine is not known, does not take the shapes, or failed; memory ran out.
-        """
-        self._begin()
-        for name in loop.precisions:
-            self._entry(name)
-        try:
-            latents = self._denoise(loop)
-        except BaseException:
-            self._stream.rest()
-            self._residents.settle()
-            raise
-        if loop.on_step is not None:
-            for step_index, name in enumerate(loop.precisions):
-                begin, end = self._events[step_index : step_index + 2]
-                loop.on_step(step_index, name, end.seconds_since(begin))
-        return latents
-
-    def close(self) -> None:
-        """See `EngineHost.close`; may be called twice."""
-        self._closed = True
-        runtime.cudaSetDevice(self._gpu.index)  # TensorRT frees on the current device
-        self._owned.close()
-
-    def _denoise(self, loop: Loop) -> NDArray[np.float32]:
-        names = list(dict.fromkeys(loop.precisions))
-        residents = self._residents
-        held = tuple(residents.plans)
-        limit = self._limit or len({*names, *held})
-        loads = plan_loads(loop.precisions, limit, held)
-        self._start(loads, -1, None)
-        # Where no load has to wait for a step, all are waited for before the loop; else each when it is needed.
-        fits = all(load.after_step < 0 for load in loads)
-        ready = [name for name in names if fits or name in residents.plans]
-        device = DeviceLoop(
-            loop, [(name, self._entry(name)) for name in names], self._kernels, self._memory, self._stream
-        )
-        prepared: dict[str, tuple[Plan, Context]] = {}
-        for name in ready:
-            plan = residents.wait(name)
-            prepared[name] = plan, device.prepare(plan)
-        while len(self._events) <= len(loop.precisions):
-            self._events.append(Event())
-        self._events[0].record(self._stream)
-        for step_index, name in enumerate(loop.precisions):
-            if name not in prepared:
-                plan = residents.wait(name)
-                prepared[name] = plan, device.prepare(plan)
-            device.step(step_index, *prepared[name])
-            self._events[step_index + 1].record(self._stream)
-            for load in self._start(loads, step_index, self._events[step_index + 1]):
-                prepared.pop(load.evicts or "", None)
-        return device.result()
-
-    def _start(self, loads: tuple[Load, ...], step_index: int, idle: Event | None) -> list[Load]:
-        """Starts the loads that may begin behind a step."""
-        started = [load for load in loads if load.after_step == step_index]
-        for load in started:
-            self._residents.start(load, idle)
-        return started
-
-    def _begin(self) -> None:
-        if self._closed:
-            raise BackendError("the engines were closed; open the bundle again")
-        cuda(runtime.cudaSetDevice(self._gpu.index))  # the calling thread may be another one
-
-    def _entry(self, name: str) -> EngineEntry:
-        if name not in self._files:
-            raise BackendError(f"no engine {name!r} was added; there are {', '.join(self._files) or 'none'}")
-        return self._files[name][0]
-
-    def _plan(self, name: str) -> Plan:
-        """A plan outside a loop, loaded if need be."""
-        self._begin()
-        if _is_denoiser(self._entry(name)):
-            return self._residents.get(name)
-        if name not in self._others:
-            self._others[name] = self._load(name)
-        return self._others[name]
-
-    def _load(self, name: str) -> Plan:
-        entry, path = self._files[name]
-        assert entry.plan is not None  # `add` has checked
-        return Plan(
-            name,
-            path,
-            version_compatible=entry.plan.version_compatible,
-            weight_streaming=entry.plan.weight_streaming,
-        )
-
-    def _close_events(self) -> None:
-        for event in self._events:
-            event.close()
-        self._events.clear()
-
-    def _close_others(self) -> None:
-        for plan in self._others.values():
-            plan.close()
-        self._others.clear()
+    return CudaHost(require_runnable, _load, resident_engines=resident_engines)
 
 
-def _is_denoiser(entry: EngineEntry) -> bool:
-    names = {spec.name for spec in (*entry.inputs, *entry.outputs)}
-    return {LATENTS, TIMESTEP, MODEL_OUTPUT} <= names
+@contextmanager
+def open_engine(
+    path: Path, *, version_compatible: bool, weight_streaming: bool = False
+) -> Iterator[tuple[DeviceEngine, Plan]]:
+    """A plan file outside a bundle, loaded onto the current GPU for the time of the block.
+
+    Args:
+        path: a plan from a trusted source: see `Plan`.
+        version_compatible: whether it was built so.
+        weight_streaming: whether its weights may stay in host memory.
+
+    Raises:
+        BackendError: there is no GPU, or TensorRT refuses the plan.
+    """
+    current_gpu()
+    with ExitStack() as owned:
+        stream = Stream()
+        owned.callback(stream.close)
+        memory = SharedMemory(stream)
+        owned.callback(memory.close)
+        plan = Plan(path.name, path, version_compatible=version_compatible, weight_streaming=weight_streaming)
+        owned.callback(plan.close)
+        owned.callback(stream.rest)
+        yield DeviceEngine(lambda: plan, memory, stream), plan
+
+
+def _load(name: str, entry: EngineEntry, path: Path) -> Plan:
+    assert entry.plan is not None  # `require_runnable` has checked
+    return Plan(
+        name,
+        path,
+        version_compatible=entry.plan.version_compatible,
+        weight_streaming=entry.plan.weight_streaming,
+    )

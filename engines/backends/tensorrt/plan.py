@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.backends.cuda.gpu import Gpu
+from engines.backends.cuda.memory import Stream
+from engines.backends.cuda.plan import Shapes, Tensor
 from engines.backends.tensorrt.bindings import LEAN, VERSION, require_supported, trt
-from engines.backends.tensorrt.context import Context, Shapes, Tensor
-from engines.backends.tensorrt.gpu import Gpu
-from engines.backends.tensorrt.memory import Stream
+from engines.backends.tensorrt.context import Context
 from engines.backends.tensorrt.messages import LOG
 from engines.errors import BackendError
 from engines.manifest import EngineEntry

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engines.backends.tensorrt.gpu import Gpu
+from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.options import PlanOptions
 from engines.backends.tensorrt.profiles import Profile
 from engines.documents import canonical_json, read_document, write_document

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.backends.tensorrt.gpu import Gpu
+from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.options import PlanOptions
 from engines.errors import BackendError, BuildError
 

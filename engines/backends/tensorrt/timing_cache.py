@@ -9,8 +9,8 @@ import contextlib
 import re
 from pathlib import Path
 
+from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.bindings import trt
-from engines.backends.tensorrt.gpu import Gpu
 from engines.backends.tensorrt.messages import LOG
 from engines.backends.tensorrt.plan_store import locked
 from engines.files import atomic_write_bytes

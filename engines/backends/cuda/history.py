@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends.tensorrt.kernels import TERM
+from engines.backends.cuda.kernels import TERM
 from engines.sampler import SamplerTable
 
 

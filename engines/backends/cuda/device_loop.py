@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends.tensorrt.context import Context, Shapes, Tensor
-from engines.backends.tensorrt.engine import host_array
-from engines.backends.tensorrt.history import HistoryLayout, term_table
-from engines.backends.tensorrt.kernels import Kernels
-from engines.backends.tensorrt.memory import SharedMemory, Stream, staged_bytes
-from engines.backends.tensorrt.plan import Plan
+from engines.backends.cuda.engine import host_array
+from engines.backends.cuda.history import HistoryLayout, term_table
+from engines.backends.cuda.kernels import Kernels
+from engines.backends.cuda.memory import SharedMemory, Stream, staged_bytes
+from engines.backends.cuda.plan import DeviceContext, DevicePlan, Shapes, Tensor
 from engines.errors import BackendError
 from engines.loop import Loop
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry
@@ -88,7 +87,7 @@ class DeviceLoop:
         start[...] = first
         stream.upload(self._slots[self._layout.samples[0]], start)
 
-    def prepare(self, plan: Plan) -> Context:
+    def prepare(self, plan: DevicePlan) -> DeviceContext:
         """The context of a denoiser for this loop, bound to the shared buffers.
 
         Raises:
@@ -112,7 +111,7 @@ class DeviceLoop:
         context.bind(self._memory)
         return context
 
-    def step(self, step_index: int, plan: Plan, context: Context) -> None:
+    def step(self, step_index: int, plan: DevicePlan, context: DeviceContext) -> None:
         """Enqueues loop iteration k: denoiser input, denoiser, guidance, sampler update.
 
         Args:
@@ -121,7 +120,7 @@ class DeviceLoop:
             context: what `prepare` returned for it.
 
         Raises:
-            BackendError: TensorRT or CUDA refuses.
+            BackendError: the backend or CUDA refuses.
         """
         addresses = context.bind(self._memory)
         latents, timestep = plan.inputs[LATENTS], plan.inputs[TIMESTEP]

@@ -1,31 +1,27 @@
-"""A TensorRT plan as an engine: host arrays in and out."""
+"""A plan in device memory as an engine: host arrays in and out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends.tensorrt.context import Context, Tensor
-from engines.backends.tensorrt.gpu import current_gpu
-from engines.backends.tensorrt.memory import SharedMemory, Stream, staged_bytes
-from engines.backends.tensorrt.plan import Plan
+from engines.backends.cuda.memory import SharedMemory, Stream, staged_bytes
+from engines.backends.cuda.plan import DeviceContext, DevicePlan, Tensor
 from engines.engine import Arrays
 from engines.errors import BackendError
 
 
-class TensorRtEngine:
+class DeviceEngine:
     """See `engines.engine.Engine`.
 
     Floating point inputs may be float32 or float16, whatever the plan takes, and are rounded to nearest even;
     floating point outputs are returned as float32. Other dtypes must be the plan's.
     """
 
-    def __init__(self, plan_of: Callable[[], Plan], memory: SharedMemory, stream: Stream) -> None:
+    def __init__(self, plan_of: Callable[[], DevicePlan], memory: SharedMemory, stream: Stream) -> None:
         """
         Args:
             plan_of: gives the plan at every use; it may have to be loaded first.
@@ -37,7 +33,7 @@ class TensorRtEngine:
         self._stream = stream
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> DevicePlan:
         """The loaded plan."""
         return self._plan_of()
 
@@ -64,7 +60,7 @@ class TensorRtEngine:
             raise
         return {name: _returned(result) for name, result in results.items()}
 
-    def upload(self, plan: Plan, inputs: Arrays) -> tuple[Context, dict[str, int]]:
+    def upload(self, plan: DevicePlan, inputs: Arrays) -> tuple[DeviceContext, dict[str, int]]:
         """Enqueues copies of the inputs to the device.
 
         Returns:
@@ -86,30 +82,6 @@ class TensorRtEngine:
         for name, array in arrays.items():
             self._memory.upload(plan.inputs[name].buffer, array)
         return context, addresses
-
-
-@contextmanager
-def open_engine(path: Path, *, version_compatible: bool, weight_streaming: bool = False) -> Iterator[TensorRtEngine]:
-    """A plan file outside a bundle, loaded onto the current GPU for the time of the block.
-
-    Args:
-        path: a plan from a trusted source: see `Plan`.
-        version_compatible: whether it was built so.
-        weight_streaming: whether its weights may stay in host memory.
-
-    Raises:
-        BackendError: there is no GPU, or TensorRT refuses the plan.
-    """
-    current_gpu()
-    with ExitStack() as owned:
-        stream = Stream()
-        owned.callback(stream.close)
-        memory = SharedMemory(stream)
-        owned.callback(memory.close)
-        plan = Plan(path.name, path, version_compatible=version_compatible, weight_streaming=weight_streaming)
-        owned.callback(plan.close)
-        owned.callback(stream.rest)
-        yield TensorRtEngine(lambda: plan, memory, stream)
 
 
 def host_array(engine: str, tensor: Tensor, values: NDArray[Any]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The GPU that plans are built for and run on, and the check of every CUDA call."""
+"""The GPU that engines are built for and run on, and the check of every CUDA call."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def current_gpu() -> Gpu:
         from cuda.bindings import runtime
     except ModuleNotFoundError as error:
         raise BackendError(
-            "backend 'tensorrt' needs the module cuda.bindings, which is not installed; pip install cuda-bindings"
+            "running on a GPU needs the module cuda.bindings, which is not installed; pip install cuda-bindings"
         ) from error
     status, count = runtime.cudaGetDeviceCount()
     if status != runtime.cudaError_t.cudaSuccess or not count:
         raise BackendError(
-            f"backend 'tensorrt' found no NVIDIA GPU ({status.name}); run on a host with a GPU and a driver that is new "
+            f"found no NVIDIA GPU ({status.name}); run on a host with a GPU and a driver that is new "
             "enough, or use a bundle built with --backend onnxruntime"
         )
     index = cuda(runtime.cudaGetDevice())

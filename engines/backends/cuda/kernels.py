@@ -14,8 +14,8 @@ import numpy as np
 from cuda.bindings import driver as api
 from cuda.bindings import runtime
 
-from engines.backends.tensorrt.gpu import cuda, driver
-from engines.backends.tensorrt.memory import Stream
+from engines.backends.cuda.gpu import cuda, driver
+from engines.backends.cuda.memory import Stream
 from engines.errors import BackendError
 
 TERM = np.dtype([("address", "<u8"), ("coefficient", "<f8")])

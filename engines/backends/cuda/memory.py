@@ -13,7 +13,7 @@ import numpy as np
 from cuda.bindings import runtime
 from numpy.typing import NDArray
 
-from engines.backends.tensorrt.gpu import cuda
+from engines.backends.cuda.gpu import cuda
 from engines.errors import BackendError
 
 

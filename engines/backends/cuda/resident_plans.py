@@ -8,16 +8,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from cuda.bindings import runtime
 
-from engines.backends.tensorrt.gpu import cuda
-from engines.backends.tensorrt.memory import Event
-from engines.backends.tensorrt.plan import Plan
-from engines.backends.tensorrt.residency import Load
+from engines.backends.cuda.gpu import cuda
+from engines.backends.cuda.memory import Event
+from engines.backends.cuda.plan import DevicePlan
+from engines.backends.cuda.residency import Load
 
 
 class ResidentPlans:
     """Plans by name, the one used last at the end."""
 
-    def __init__(self, limit: int | None, device: int, load: Callable[[str], Plan]) -> None:
+    def __init__(self, limit: int | None, device: int, load: Callable[[str], DevicePlan]) -> None:
         """
         Args:
             limit: most plans resident at once, None for no limit.
@@ -27,17 +27,17 @@ class ResidentPlans:
         self._limit = limit
         self._device = device
         self._load = load
-        self._plans: OrderedDict[str, Plan] = OrderedDict()
-        self._pending: dict[str, Future[Plan]] = {}
-        self._retired: list[Plan] = []  # gave way, but are not closed yet
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorrt-load")
+        self._plans: OrderedDict[str, DevicePlan] = OrderedDict()
+        self._pending: dict[str, Future[DevicePlan]] = {}
+        self._retired: list[DevicePlan] = []  # gave way, but are not closed yet
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-load")
 
     @property
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, DevicePlan]:
         """The plans that are resident, by name, the one used last at the end."""
         return dict(self._plans)
 
-    def get(self, name: str) -> Plan:
+    def get(self, name: str) -> DevicePlan:
         """A plan outside a loop: loaded if it is not resident; the one used longest ago gives way. Nothing may run.
 
         Raises:
@@ -62,7 +62,7 @@ class ResidentPlans:
             self._retired.append(victim)
         self._pending[load.engine] = self._worker.submit(self._exchange, load.engine, victim, idle)
 
-    def wait(self, name: str) -> Plan:
+    def wait(self, name: str) -> DevicePlan:
         """A plan that is resident or being loaded.
 
         Raises:
@@ -92,7 +92,7 @@ class ResidentPlans:
             plan.close()
         self._plans.clear()
 
-    def _exchange(self, name: str, victim: Plan | None, idle: Event | None) -> Plan:
+    def _exchange(self, name: str, victim: DevicePlan | None, idle: Event | None) -> DevicePlan:
         """Runs in the worker thread, whose current device is the first one until it is set."""
         cuda(runtime.cudaSetDevice(self._device))
         if victim is not None:

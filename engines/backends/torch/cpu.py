@@ -1,0 +1,58 @@
+"""A torch package compiled for the CPU, as an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from engines.backends.torch.library import package_of, torch
+from engines.backends.torch.pieces import load_runner, run_in_pieces
+from engines.backends.torch.weights import WEIGHTS_SUFFIX, Weights
+from engines.engine import Arrays
+from engines.errors import BackendError
+from engines.manifest import EngineEntry
+
+
+class TorchCpuEngine:
+    """See `engines.engine.Engine`."""
+
+    def __init__(self, name: str, entry: EngineEntry, path: Path, threads: int | None) -> None:
+        """Loads package and weights.
+
+        Args:
+            name: for messages.
+            entry: its manifest entry.
+            path: the package, its weights beside it; hashes have been checked.
+            threads: torch's worker threads, of the whole process; None leaves them alone.
+
+        Raises:
+            BackendError: torch refuses the package, or it is of another version.
+        """
+        self._name, self._entry = name, entry
+        self._batch = package_of(name, entry).batch
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._runner = load_runner(name, path, None)
+        weights = Weights(path.with_suffix(WEIGHTS_SUFFIX))
+        self._weights = weights.fill(torch.empty(weights.size_bytes, dtype=torch.uint8))
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """One inference; see `engines.engine.Engine`."""
+        arrays = []
+        for spec in self._entry.inputs:
+            if spec.name not in inputs:
+                raise BackendError(f"engine {self._name} needs input {spec.name}; received {', '.join(inputs)}")
+            values = inputs[spec.name]
+            if values.ndim != len(spec.shape) or any(
+                isinstance(size, int) and size != given for size, given in zip(spec.shape, values.shape, strict=True)
+            ):
+                raise BackendError(f"engine {self._name}: {spec.name} has shape {values.shape}, expected {spec.shape}")
+            arrays.append(torch.from_numpy(np.ascontiguousarray(values, spec.dtype)))
+        results = {
+            spec.name: np.empty((len(arrays[0]), *map(int, spec.shape[1:])), spec.dtype) for spec in self._entry.outputs
+        }
+        with torch.inference_mode():
+            outputs = [torch.from_numpy(values) for values in results.values()]
+            run_in_pieces(self._runner, self._weights, arrays, outputs, self._batch)
+        return results

@@ -1,0 +1,42 @@
+"""torch and safetensors; the one place that says what to do when they are missing or of another version.
+
+from engines.backends.torch.library import torch
+"""
+
+from __future__ import annotations
+
+from engines.errors import BackendError
+from engines.manifest import EngineEntry, PackageEntry
+
+__all__ = ("VERSION", "SafetensorError", "package_of", "safe_open", "torch")
+
+try:
+    import torch
+    from safetensors import SafetensorError, safe_open
+except ModuleNotFoundError as error:
+    raise BackendError(
+        f"backend 'torch' needs the module {error.name}, which is not installed; pip install torch safetensors"
+    ) from error
+
+VERSION: str = torch.__version__
+
+
+def package_of(name: str, entry: EngineEntry) -> PackageEntry:
+    """What the manifest says of a package, after checking that this torch can load it.
+
+    Raises:
+        BackendError: the entry describes no package, or it was compiled by another minor version of torch.
+    """
+    if entry.package is None or entry.weights is None:
+        raise BackendError(f"engine {name}: the manifest does not describe its torch package; build the bundle again")
+    if _minor(entry.backend_version) != _minor(VERSION):
+        raise BackendError(
+            f"engine {name} was compiled by torch {entry.backend_version}, installed is {VERSION}; install torch "
+            f"{_minor(entry.backend_version)}, or build the bundle again: compiled packages belong to one minor version"
+        )
+    return entry.package
+
+
+def _minor(version: str) -> str:
+    """Major and minor of a version such as "2.11.0+cu130"."""
+    return ".".join(version.split(".")[:2])

@@ -1,0 +1,66 @@
+"""Calls of any batch size, made of calls of the one batch size that a package is compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.backends.torch.library import torch
+from engines.errors import BackendError
+
+Runner = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Any]
+"""A loaded package: (weights in the order of their names, inputs) -> outputs."""
+
+
+_ALIGNMENT = 16
+
+
+def load_runner(name: str, path: Path, device: int | None) -> Runner:
+    """Loads a package.
+
+    Args:
+        name: for messages.
+        path: the package, whose hash has been checked: it holds machine code, which runs.
+        device: CUDA device index, None for the CPU.
+
+    Raises:
+        BackendError: torch refuses it.
+    """
+    try:
+        # Single-threaded: the runner then makes no events of its own, which a stream capture would not allow.
+        model = torch._inductor.aoti_load_package(
+            str(path), run_single_threaded=True, device_index=-1 if device is None else device
+        )
+    except Exception as error:  # torch gives no narrower promise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(
+            f"torch {torch.__version__} cannot load engine {name} ({path.name}): {first}; "
+            "copy the bundle again, or build it on this host"
+        ) from error
+    return model
+
+
+def run_in_pieces(
+    runner: Runner,
+    weights: tuple[torch.Tensor, ...],
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    batch: int,
+) -> None:
+    """Fills `outputs`, all tensors [N, ...], from calls of `batch` rows; the last rows are repeated to fill one up."""
+    rows = len(inputs[0])
+    for begin in range(0, rows, batch):
+        end = min(begin + batch, rows)
+        piece = tuple(_filled(item[begin:end], batch) for item in inputs)
+        results = runner(weights, piece)
+        for output, result in zip(outputs, results if isinstance(results, tuple | list) else (results,), strict=True):
+            output[begin:end].copy_(result[: end - begin])
+
+
+def _filled(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    missing = batch - len(rows)
+    if missing:
+        return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+    # A package wants what an allocation of its own would give it, and says so at every call.
+    return rows if rows.data_ptr() % _ALIGNMENT == 0 else rows.clone()

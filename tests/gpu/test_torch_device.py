@@ -1,0 +1,317 @@
+"""The torch backend on a real GPU: kernels, packages, the device loop with CUDA graphs, and the limit on residents."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.errors import BackendError
+from engines.files import sha256_bytes
+from engines.loop import Loop, host_loop
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, FileEntry, PackageEntry, TensorSpec
+from engines.precision import Precision
+from engines.sampler import SamplerRow, SamplerTable
+
+
+def missing() -> str | None:
+    """Why no such test can run here, or None."""
+    for name in ("torch", "triton", "safetensors", "cuda"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+
+TEXT = "encoder_hidden_states"
+SHAPE = (4, 16, 16)
+WIDTH = 256
+BATCH = 2
+PRECISIONS = ("fp16", "fp8", "int8", "int4")
+FLOOR_DB = {"fp16": 55.0, "fp8": 24.0, "int8": 28.0, "int4": 18.0}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"),
+    [(4608, 3072, 3072), (2000, 2240, 1152), (300, 640, 1000), (154, 1152, 72), (2, 256, 48)],
+)
+def test_the_int8_kernel_is_exact(rows: int, depth: int, columns: int, bias: bool) -> None:
+    import torch
+
+    from tmpdiff_export.torch_kernels import int8_linear
+
+    generator = torch.Generator("cuda").manual_seed(rows)
+    codes = torch.randint(-128, 128, (rows, depth), dtype=torch.int8, device="cuda", generator=generator)
+    weight = torch.randint(-127, 128, (columns, depth), dtype=torch.int8, device="cuda", generator=generator)
+    scale = torch.rand(columns, device="cuda", generator=generator) * 1e-4 + 1e-5
+    added = torch.randn(columns, device="cuda", generator=generator).half() if bias else None
+    found = int8_linear(codes, weight, scale, added, torch.float32)
+    sums = (codes.double() @ weight.double().T).float()  # below 2^53: exact
+    expected = sums * scale + (0 if added is None else added.float())
+    # The last operation may be a fused multiply-add.
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_layers_compute_what_their_codes_stand_for(name: str, dtype: str) -> None:
+    import torch
+
+    from tmpdiff_export.torch_layers import linear_from
+
+    layer, weight = quantized(np.random.default_rng(3), 512, 384, Precision(name))
+    data = torch.randn(2, 77, 512, generator=torch.Generator().manual_seed(1))
+    module = linear_from(layer, torch.arange(384) / 100.0, getattr(torch, dtype)).to("cuda")
+    found = module(data.to("cuda", module.dtype)).float().cpu()
+    expected = data @ torch.from_numpy(weight).T + torch.arange(384) / 100.0
+    noise = (found - expected).square().sum() / expected.square().sum()
+    assert -10 * torch.log10(noise) > FLOOR_DB[name] - (0 if dtype == "float16" else 2)
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[EngineEntry, Path]]:
+    """A small denoiser, compiled at every precision."""
+    folder = tmp_path_factory.mktemp("packages")
+    return {name: compiled(folder, name) for name in PRECISIONS}
+
+
+@pytest.fixture
+def host(packages: dict[str, tuple[EngineEntry, Path]]) -> Iterator[Any]:
+    from engines.backends.torch.host import torch_host
+
+    with closing(torch_host()) as made:
+        for name, (entry, path) in packages.items():
+            made.add(name, entry, path)
+        yield made
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_packages_agree_with_fp32_torch_at_any_batch(host: Any, name: str, rows: int) -> None:
+    import torch
+
+    inputs = loop_inputs(rows)
+    found = host.engine(name).run(inputs)[MODEL_OUTPUT]
+    with torch.inference_mode():
+        expected = denoiser()(*(torch.from_numpy(inputs[key]) for key in (LATENTS, TIMESTEP, TEXT))).numpy()
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    assert -10 * np.log10(np.square(found - expected).sum() / np.square(expected).sum()) > FLOOR_DB[name]
+
+
+@pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
+def test_the_device_loop_is_bit_equal_to_the_host_loop(host: Any, guidance_scale: float) -> None:
+    loop = make_loop(12, 3, guidance_scale, PRECISIONS)
+    first, again = host.denoise(loop), host.denoise(loop)  # now every engine has its CUDA graph
+    assert host.notes == {}
+    expected = host_loop(loop, host.engine)
+    assert np.isfinite(expected).all()
+    assert np.array_equal(first, expected)
+    assert np.array_equal(again, expected)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_limit_on_resident_engines_changes_nothing_but_time(
+    host: Any, packages: dict[str, tuple[EngineEntry, Path]], limit: int
+) -> None:
+    from engines.backends.torch.host import torch_host
+
+    loop = make_loop(12, 1, 4.5, PRECISIONS)
+    with closing(torch_host(resident_engines=limit)) as limited:
+        for name, (entry, path) in packages.items():
+            limited.add(name, entry, path)
+        found = [limited.denoise(loop) for _ in range(3)]
+        assert len(limited.resident) <= limit
+    expected = host.denoise(loop)
+    for latents in found:
+        assert np.array_equal(latents, expected)
+
+
+def test_a_loop_that_swaps_takes_the_time_of_its_steps(host: Any) -> None:
+    seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
+
+    def timed(precisions: tuple[str, ...]) -> float:
+        begin = time.perf_counter()
+        host.denoise(make_loop(40, 1, 4.5, precisions, seconds))
+        return time.perf_counter() - begin
+
+    for _ in range(5):
+        for name in PRECISIONS:
+            timed((name,))
+    for values in seconds.values():
+        del values[:-40]
+    alone = {name: statistics.median(values) for name, values in seconds.items()}
+    for values in seconds.values():
+        values.clear()
+    timed(PRECISIONS)
+    mixed = {name: statistics.median(values) for name, values in seconds.items()}
+    print({name: f"{alone[name] * 1e6:.0f} us alone, {mixed[name] * 1e6:.0f} us in turns" for name in PRECISIONS})
+    assert sum(mixed.values()) < 1.25 * sum(alone.values())  # small steps on a shared host; figures come from bench
+
+
+def test_memory_is_given_back(packages: dict[str, tuple[EngineEntry, Path]]) -> None:
+    import torch
+
+    from engines.backends.torch.host import torch_host
+
+    def once() -> int:
+        with closing(torch_host()) as made:
+            for name, (entry, path) in packages.items():
+                made.add(name, entry, path)
+            made.denoise(make_loop(8, 2, 4.5, PRECISIONS))
+            made.denoise(make_loop(8, 2, 4.5, PRECISIONS))
+        return torch.cuda.memory_allocated()
+
+    once()
+    before = once()
+    assert once() <= before
+
+
+def test_another_gpu_and_another_torch_are_refused(packages: dict[str, tuple[EngineEntry, Path]]) -> None:
+    from engines.backends.torch.host import torch_host
+
+    entry, path = packages["fp16"]
+    with closing(torch_host()) as made:
+        with pytest.raises(BackendError, match="compiled for sm75 Other GPU; this GPU is"):
+            made.add("fp16", entry.model_copy(update={"device": "sm75 Other GPU"}), path)
+        with pytest.raises(BackendError, match=r"compiled by torch 1\.0\.0"):
+            made.add("fp16", entry.model_copy(update={"backend_version": "1.0.0"}), path)
+
+
+def test_a_file_that_is_no_package_ends_in_our_error(
+    packages: dict[str, tuple[EngineEntry, Path]], tmp_path: Path
+) -> None:
+    from engines.backends.torch.host import torch_host
+
+    path = tmp_path / "fp16.pt2"
+    path.write_bytes(b"this is no package\n" * 64)
+    with closing(torch_host()) as made:
+        made.add("fp16", packages["fp16"][0], path)
+        with pytest.raises(BackendError, match="cannot load engine fp16"):
+            made.engine("fp16").run(loop_inputs(2))
+
+
+def denoiser() -> Any:
+    """float32, on the CPU; the same at every call."""
+    import torch
+
+    class Denoiser(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = torch.nn.Linear(SHAPE[0], WIDTH)
+            self.q, self.k, self.v = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
+            self.wide, self.narrow = torch.nn.Linear(WIDTH, 4 * WIDTH), torch.nn.Linear(4 * WIDTH, WIDTH)
+            self.outside = torch.nn.Linear(WIDTH, SHAPE[0])
+
+        def forward(self, latents: Any, timestep: Any, text: Any) -> Any:
+            tokens = self.inside(latents.flatten(2).transpose(1, 2))
+            tokens = tokens + torch.sin(timestep / 100.0).to(tokens.dtype)[:, None, None]
+            whole = torch.cat([tokens, text], dim=1)
+            q, k, v = (layer(whole).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            whole = torch.nn.functional.layer_norm(whole + mixed, (WIDTH,))
+            whole = whole + self.narrow(torch.nn.functional.gelu(self.wide(whole)))
+            return self.outside(whole[:, : tokens.shape[1]]).transpose(1, 2).unflatten(2, SHAPE[1:])
+
+    torch.manual_seed(11)
+    return Denoiser().eval()
+
+
+def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
+    """The package of a precision and its manifest entry."""
+    import torch
+
+    from engines.backends.cuda.gpu import current_gpu
+    from engines.backends.torch.library import VERSION
+    from tmpdiff_export.scales import LayerRange, quantize_layer
+    from tmpdiff_export.torch_compile import EngineModule, compile_package
+    from tmpdiff_export.torch_lowering import lower_for_torch
+
+    module = denoiser()
+    layers = {}
+    if name != "fp16":
+        for layer in ("q", "k", "v", "wide", "narrow"):
+            weight = module.get_submodule(layer).weight.detach().numpy()
+            amax = None if name == "int4" else 6.0
+            block = 128 if name == "int4" else None
+            layers[layer] = quantize_layer(LayerRange(weight, amax, None), Precision(name), block)
+    lowered, _ = lower_for_torch(module, layers, torch.float16)
+    whole = EngineModule(lowered, torch.float16, [False, True, False]).eval().to("cuda")
+    inputs = [torch.from_numpy(loop_inputs(BATCH)[key]).to("cuda") for key in (LATENTS, TIMESTEP, TEXT)]
+    path = folder / f"{name}.pt2"
+    compile_package(whole, inputs, path, path.with_suffix(".safetensors"))
+    gpu = current_gpu()
+    file = FileEntry(path=f"engines/{path.name}", sha256=sha256_bytes(b""), bytes=0)
+    entry = EngineEntry(
+        file=file,
+        weights=file,
+        backend="torch",
+        backend_version=VERSION,
+        device=f"{gpu.architecture} {gpu.name}",
+        lowering={},
+        onnx_sha256=file.sha256,
+        recipe="none",
+        sqnr_db=0.0,
+        sqnr_floor_db=0.0,
+        inputs=(
+            TensorSpec(name=LATENTS, dtype="float32", shape=("batch", *SHAPE)),
+            TensorSpec(name=TIMESTEP, dtype="float32", shape=("batch",)),
+            TensorSpec(name=TEXT, dtype="float32", shape=("batch", 16, WIDTH)),
+        ),
+        outputs=(TensorSpec(name=MODEL_OUTPUT, dtype="float32", shape=("batch", *SHAPE)),),
+        package=PackageEntry(batch=BATCH, dtype="float16", weights_bytes=0),
+    )
+    return entry, path
+
+
+def quantized(rng: np.random.Generator, depth: int, width: int, precision: Precision) -> tuple[Any, np.ndarray]:
+    """A layer and the weight [N, K] that it was made from."""
+    from tmpdiff_export.scales import LayerRange, quantize_layer
+
+    weight = rng.standard_normal((width, depth), dtype=np.float32)
+    weight_only = precision is Precision.INT4
+    found = LayerRange(weight, None if weight_only else 5.0, None)
+    return quantize_layer(found, precision, 128 if weight_only else None), weight
+
+
+def loop_inputs(rows: int) -> dict[str, np.ndarray]:
+    """Inputs of the denoiser, every row its own."""
+    rng = np.random.default_rng(rows)
+    return {
+        LATENTS: rng.standard_normal((rows, *SHAPE), dtype=np.float32),
+        TIMESTEP: np.full(rows, 500.0, np.float32),
+        TEXT: rng.standard_normal((rows, 16, WIDTH), dtype=np.float32),
+    }
+
+
+def make_loop(
+    steps: int,
+    samples: int,
+    guidance_scale: float,
+    precisions: tuple[str, ...],
+    seconds: dict[str, list[float]] | None = None,
+) -> Loop:
+    """A loop with a two-step sampler, as DPM-Solver++ makes it."""
+    rows = [SamplerRow(((k, 0.9),), ((k - 1, -0.03), (k, -0.11)) if k else ((k, -0.1),)) for k in range(steps)]
+    timesteps, scales = np.linspace(999.0, 1.0, steps), np.linspace(1.0, 0.7, steps)
+    table = SamplerTable("stand-in", steps, timesteps, None, 1.25, scales, tuple(rows))
+    inputs = loop_inputs((2 if guidance_scale > 1.0 else 1) * samples)
+    return Loop(
+        table,
+        tuple(precisions[k % len(precisions)] for k in range(steps)),
+        {TEXT: inputs[TEXT]},
+        np.random.default_rng(7).standard_normal((samples, *SHAPE), dtype=np.float32),
+        guidance_scale,
+        None if seconds is None else lambda _index, name, elapsed: seconds[name].append(elapsed),
+    )

@@ -1,0 +1,281 @@
+"""The torch backend without a GPU: layers, lowering, packages compiled for the CPU, bundles of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_pipeline import PROMPTS, save_tiny_pipeline
+
+from engines import DenoiseRuntime
+from engines.errors import BackendError, BuildError, BundleError
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, Manifest, manifest_identity
+from engines.precision import Precision
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling packages needs g++")
+
+FLOOR_DB = {Precision.FP8: 26.0, Precision.INT8: 34.0, Precision.INT4: 17.0}
+TEXT = "encoder_hidden_states"
+
+
+def layer_of(weight: np.ndarray, precision: Precision, smoothing: np.ndarray | None = None) -> Any:
+    from tmpdiff_export.scales import LayerRange, quantize_layer
+
+    weight_only = precision is Precision.INT4
+    scaled = weight if smoothing is None else weight / smoothing
+    return quantize_layer(LayerRange(scaled, None if weight_only else 5.0, smoothing), precision, 128 if weight_only else None)  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", FLOOR_DB)
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_layers_compute_what_their_codes_stand_for(precision: Precision, smoothed: bool, dtype: str) -> None:
+    import torch
+
+    from tmpdiff_export.torch_layers import linear_from
+
+    rng = np.random.default_rng(5)
+    weight = rng.standard_normal((96, 256), dtype=np.float32)
+    smoothing = rng.uniform(0.5, 1.0, 256).astype(np.float32) if smoothed else None
+    bias = torch.from_numpy(rng.standard_normal(96, dtype=np.float32))
+    data = torch.from_numpy(rng.standard_normal((2, 33, 256), dtype=np.float32))
+    layer = linear_from(layer_of(weight, precision, smoothing), bias, getattr(torch, dtype))
+    found = layer(data).float()
+    expected = data @ torch.from_numpy(weight).T + bias
+    assert found.shape == expected.shape
+    assert -10 * np.log10(((found - expected).square().sum() / expected.square().sum()).item()) > FLOOR_DB[precision]
+
+
+def test_int4_codes_survive_packing() -> None:
+    import torch
+
+    from tmpdiff_export.torch_layers import linear_from, pack_int4
+
+    codes = torch.randint(-8, 8, (7, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    packed = pack_int4(codes)
+    assert packed.shape == (7, 32)
+    assert torch.equal(torch.stack([packed & 15, packed >> 4], -1).flatten(1).to(torch.int8) - 8, codes)
+    layer = layer_of(np.random.default_rng(0).standard_normal((16, 256), dtype=np.float32), Precision.INT4)
+    weight = linear_from(layer, None, torch.float16)(torch.eye(256)).float().T.numpy()
+    assert np.abs(weight - layer.dequantized().T).max() < 2e-3 * np.abs(weight).max()  # float16
+
+
+def test_int8_products_are_exact() -> None:
+    import torch
+
+    from tmpdiff_export.torch_kernels import int8_linear
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (40, 512), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-127, 128, (24, 512), dtype=torch.int8, generator=generator)
+    scale = torch.rand(24, generator=generator)
+    expected = (codes.long() @ weight.long().T).float() * scale
+    assert torch.equal(int8_linear(codes, weight, scale, None, torch.float32), expected)
+
+
+def test_layers_without_a_product_run_from_their_dequantized_weight_and_are_counted() -> None:
+    import torch
+
+    from tmpdiff_export.torch_lowering import lower_for_torch
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.odd = torch.nn.Linear(256, 32), torch.nn.Linear(32, 24)
+            self.conv = torch.nn.Conv2d(4, 8, 3)
+
+    module = Module()
+    layers = {
+        "even": layer_of(module.even.weight.detach().numpy(), Precision.FP8),
+        "odd": layer_of(module.odd.weight.detach().numpy(), Precision.FP8),
+    }
+    before = {name: item.clone() for name, item in module.state_dict().items()}
+    lowered, counts = lower_for_torch(module, layers, torch.bfloat16)
+    assert counts == {"fp8 linear": 1, "fp8 weight in a 16-bit Linear": 1}
+    assert lowered.even.input_scale.dtype == lowered.even.weight_scale.dtype == torch.float32
+    assert lowered.conv.weight.dtype == torch.bfloat16
+    stands_for = torch.from_numpy(layers["odd"].dequantized().T).to(torch.bfloat16)
+    assert torch.equal(lowered.odd.weight.data, stands_for)
+    assert all(torch.equal(item, before[name]) for name, item in module.state_dict().items())
+    conv = layer_of(module.conv.weight.detach().flatten(1).numpy(), Precision.INT8)
+    lowered, counts = lower_for_torch(module, {"conv": conv}, torch.float16)
+    assert counts == {"int8 weight in a 16-bit Conv2d": 1}
+    assert (lowered.conv.weight.float() - module.conv.weight).abs().max() < 0.01 * module.conv.weight.abs().max()
+
+
+def test_nvfp4_is_refused_by_name() -> None:
+    import torch
+
+    from tmpdiff_export.torch_lowering import lower_for_torch
+
+    layer = dataclasses.replace(layer_of(np.ones((16, 256), np.float32), Precision.INT8), precision=Precision.NVFP4)
+    with pytest.raises(BuildError, match="backend 'torch' has no nvfp4; choose from fp16, fp8, int8, int4"):
+        lower_for_torch(torch.nn.Linear(256, 16), {"": layer}, torch.float16)
+
+
+# bundles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> Path:
+    """The tiny pipeline."""
+    folder = tmp_path_factory.mktemp("torch") / "pipeline"
+    save_tiny_pipeline(folder, demo_pipeline / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundles(pipeline: Path) -> dict[str, Path]:
+    """The tiny pipeline, built for the torch backend on the CPU and for ONNX Runtime."""
+    from tmpdiff_export.bundle_build import BuildOptions, build
+
+    folders = {}
+    for backend, device in (("torch", "cpu"), ("onnxruntime", None)):
+        folders[backend] = pipeline.parent / backend
+        precisions = (Precision.FP16, Precision.FP8, Precision.INT8)
+        options = BuildOptions(precisions, PROMPTS, num_steps=4, backend=backend, device=device)
+        build(pipeline, folders[backend], options)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def runtime(bundles: dict[str, Path]) -> Iterator[DenoiseRuntime]:
+    """The torch bundle, loaded."""
+    with DenoiseRuntime.load(bundles["torch"]) as loaded:
+        yield loaded
+
+
+@needs_compiler
+def test_a_bundle_says_what_its_packages_are(bundles: dict[str, Path]) -> None:
+    import torch
+
+    manifest = Manifest.model_validate_json((bundles["torch"] / "manifest.json").read_text())
+    assert manifest.version == 3
+    assert list(manifest.denoisers) == ["fp16", "fp8", "int8"]
+    for name, entry in manifest.engines().items():
+        assert (entry.backend, entry.device, entry.backend_version) == ("torch", "cpu", torch.__version__), name
+        assert entry.file.path.endswith(".pt2")
+        assert entry.weights is not None
+        assert entry.weights.path.endswith(".safetensors")
+        assert entry.package is not None
+        assert entry.package.batch == (1 if name == "VAE decoder" else 2)
+        assert entry.sqnr_db > entry.sqnr_floor_db
+    assert manifest.denoisers["int8"].lowering == {"int8 linear": manifest.denoisers["fp8"].lowering["fp8 linear"]}
+    stored = {name: entry.bytes for name, entry in manifest.denoisers.items()}
+    assert manifest.denoisers["fp8"].weights.bytes < 0.7 * manifest.denoisers["fp16"].weights.bytes, stored  # type: ignore[union-attr]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "floor"), [("fp16", 55.0), ("fp8", 28.0), ("int8", 30.0)])
+def test_engines_agree_with_the_onnx_file_of_their_precision(
+    runtime: DenoiseRuntime, bundles: dict[str, Path], name: str, floor: float
+) -> None:
+    with DenoiseRuntime.load(bundles["onnxruntime"]) as other:
+        assert runtime.manifest.denoisers[name].onnx_sha256 == other.manifest.denoisers[name].onnx_sha256
+        inputs = inputs_of(runtime, 2)
+        expected = other.denoiser(name).run(inputs)[MODEL_OUTPUT]
+    found = runtime.denoiser(name).run(inputs)[MODEL_OUTPUT]
+    assert -10 * np.log10(np.square(found - expected).sum() / np.square(expected).sum()) > floor
+
+
+@needs_compiler
+def test_any_batch_is_made_of_the_compiled_one(runtime: DenoiseRuntime) -> None:
+    engine = runtime.denoiser("int8")
+    whole = inputs_of(runtime, 5)
+    expected = engine.run(whole)[MODEL_OUTPUT]
+    for rows in (1, 2, 3, 4):
+        found = engine.run({name: values[:rows] for name, values in whole.items()})[MODEL_OUTPUT]
+        assert found.shape == expected[:rows].shape
+        assert np.array_equal(found, expected[:rows])
+
+
+@needs_compiler
+def test_wrong_inputs_are_refused(runtime: DenoiseRuntime) -> None:
+    engine, inputs = runtime.denoiser("fp16"), inputs_of(runtime, 2)
+    with pytest.raises(BackendError, match=f"needs input {TEXT}; received latents, timestep"):
+        engine.run({name: inputs[name] for name in (LATENTS, TIMESTEP)})
+    with pytest.raises(BackendError, match=r"latents has shape \(2, 4, 8, 8\), expected"):
+        engine.run({**inputs, LATENTS: inputs[LATENTS][:, :, :8, :8]})
+
+
+@needs_compiler
+def test_a_mixed_schedule_draws_the_picture_that_onnx_runtime_draws(bundles: dict[str, Path]) -> None:
+    pictures = {}
+    for backend, folder in bundles.items():
+        with DenoiseRuntime.load(folder) as loaded:
+            pictures[backend] = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:fp16"))
+    difference = np.abs(pictures["torch"].astype(int) - pictures["onnxruntime"].astype(int))
+    assert difference.max() <= 2
+
+
+@needs_compiler
+def test_the_runtime_command_runs_a_torch_bundle(bundles: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    command = [sys.executable, "-m", "engines", "run", bundles["torch"], "--prompt", "a red circle", "--seed", "1"]
+    command += ["--out", out, "--schedule", "uniform:int8"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_compiler
+def test_a_limit_on_resident_engines_needs_a_gpu(bundles: dict[str, Path]) -> None:
+    with pytest.raises(BackendError, match=r"on a GPU; this one's engines run on torch \(cpu\)"):
+        DenoiseRuntime.load(bundles["torch"], resident_engines=1)
+
+
+@needs_compiler
+def test_damage_is_found_before_anything_is_loaded(bundles: dict[str, Path], tmp_path: Path) -> None:
+    for suffix in (".pt2", ".safetensors"):
+        copy = tmp_path / suffix
+        shutil.copytree(bundles["torch"], copy)
+        path = copy / "engines" / f"int8{suffix}"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with DenoiseRuntime.load(copy) as loaded, pytest.raises(BundleError, match=f"int8{suffix}"):
+            loaded.denoiser("int8")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"backend_version": "2.0.1"}, "was compiled by torch 2.0.1, installed is .*; install torch 2.0, or build"),
+        ({"package": None}, "the manifest does not describe its torch package"),
+        ({"device": "sm90 NVIDIA H100"}, "found no NVIDIA GPU|cuda.bindings"),
+    ],
+)
+def test_a_package_that_cannot_run_here_is_refused(
+    bundles: dict[str, Path], tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundles["torch"], copy)
+    data = json.loads((copy / "manifest.json").read_text())
+    for entry in data["denoisers"].values():
+        entry.update(change)
+    data["bundle_id"] = manifest_identity(data)
+    (copy / "manifest.json").write_text(json.dumps(data))
+    with DenoiseRuntime.load(copy) as loaded, pytest.raises(BackendError, match=says):
+        loaded.denoiser("fp16")
+
+
+def inputs_of(runtime: DenoiseRuntime, rows: int) -> dict[str, np.ndarray]:
+    """Denoiser inputs, every row its own."""
+    rng = np.random.default_rng(1)
+    text = runtime.encode(list(PROMPTS)).guided
+    whole = {name: np.concatenate([values, values])[:rows] for name, values in text.items()}
+    shape = (rows, *runtime.manifest.sampling.latents_shape)
+    return {
+        LATENTS: rng.standard_normal(shape, dtype=np.float32),
+        TIMESTEP: np.full(rows, runtime.table.timesteps[1], np.float32),
+        **whole,
+    }

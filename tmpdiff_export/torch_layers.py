@@ -1,0 +1,142 @@
+"""Linear layers of the `torch` backend, from the same codes and scales as the Q/DQ nodes of the ONNX file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from engines.precision import Precision
+from tmpdiff_export.scales import CODE_MAX, QuantizedLayer
+from tmpdiff_export.torch_kernels import INT8_LIMIT, int8_linear
+
+FP8 = torch.float8_e4m3fn
+FP8_COMPUTE_CAPABILITY = (8, 9)
+# `torch._scaled_mm` takes sizes that are multiples of this only.
+FP8_ALIGNMENT = 16
+
+
+class QuantizedLinear(torch.nn.Module, ABC):
+    """A linear layer over codes; the subclasses say which.
+
+    Buffers: `codes`, `weight_scale`, `input_scale` (float32 [], but for weight-only layers), `smoothing`
+    ([K] in the layer's 16-bit type, or absent) and `bias` ([N] in that type, or absent).
+    """
+
+    codes: torch.Tensor
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor
+    smoothing: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        smoothing: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Takes the tensors over as they are, on whatever device they are.
+
+        Args:
+            codes: see the subclasses.
+            weight_scale: see the subclasses.
+            input_scale: float32 [] or None.
+            smoothing: [K] that multiplies the input (SmoothQuant, AWQ), or None.
+            bias: [N] or None.
+            dtype: float16 or bfloat16, of results.
+        """
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("codes", codes)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("smoothing", None if smoothing is None else smoothing.to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N], in `dtype`."""
+        rows = data.to(self.dtype).flatten(0, -2)
+        if self.smoothing is not None:
+            rows = rows * self.smoothing
+        return self._product(rows).unflatten(0, data.shape[:-1])
+
+    @abstractmethod
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        """[M, K] in `dtype`, smoothed -> [M, N] in `dtype`."""
+
+
+class Fp8Linear(QuantizedLinear):
+    """W8A8 FP8 E4M3, one static scale each: codes float8_e4m3fn [N, K], weight_scale float32 []."""
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        limit = CODE_MAX[Precision.FP8]
+        quantized = (rows.float() * (1.0 / self.input_scale)).clamp(-limit, limit).to(FP8)
+        return torch._scaled_mm(
+            quantized,
+            self.codes.t(),
+            scale_a=self.input_scale,
+            scale_b=self.weight_scale,
+            bias=self.bias,
+            out_dtype=self.dtype,
+            use_fast_accum=True,
+        )
+
+
+class Int8Linear(QuantizedLinear):
+    """W8A8 INT8, weights per output channel: codes int8 [N, K], weight_scale float32 [N]."""
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        scaled = (rows.float() * (1.0 / self.input_scale)).round()
+        quantized = scaled.clamp(-INT8_LIMIT - 1, INT8_LIMIT).to(torch.int8)
+        return int8_linear(quantized, self.codes, self.weight_scale * self.input_scale, self.bias, self.dtype)
+
+
+class Int4Linear(QuantizedLinear):
+    """Weight-only INT4 in blocks along K: codes uint8 [N, K / 2] (even k in the low half), weight_scale [N, K / block].
+
+    The weight is unpacked before every product: that saves memory, not time.
+    """
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        columns, half = self.codes.shape
+        pairs = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).reshape(columns, 2 * half)
+        blocks = (pairs.to(self.dtype) - 8.0).unflatten(1, (self.weight_scale.shape[1], -1))
+        weight = (blocks * self.weight_scale.to(self.dtype).unsqueeze(-1)).flatten(1)
+        return F.linear(rows, weight, self.bias)
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """int8 [N, K] of -8..7 -> uint8 [N, K / 2], as `Int4Linear` reads it."""
+    biased = (codes + 8).to(torch.uint8)
+    return biased[:, 0::2] | (biased[:, 1::2] << 4)
+
+
+def linear_from(layer: QuantizedLayer, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
+    """The torch form of a quantized linear layer, on the CPU.
+
+    Args:
+        layer: codes and scales.
+        bias: [N] or None.
+        dtype: float16 or bfloat16, of activations.
+
+    Raises:
+        ValueError: the precision has no torch form.
+    """
+    input_scale = None if layer.input_scale is None else torch.tensor(float(layer.input_scale))
+    smoothing = None if layer.pre_quant_scale is None else torch.from_numpy(layer.pre_quant_scale)
+    scale = torch.from_numpy(np.asarray(layer.weight_scale, np.float32))
+    codes = np.ascontiguousarray(layer.codes.T)
+    if layer.precision is Precision.FP8:
+        fp8 = torch.from_numpy(codes.view(np.uint8)).view(FP8)
+        return Fp8Linear(fp8, scale, input_scale, smoothing, bias, dtype)
+    if layer.precision is Precision.INT8:
+        return Int8Linear(torch.from_numpy(codes), scale, input_scale, smoothing, bias, dtype)
+    if layer.precision is Precision.INT4:
+        blocks = scale.T.contiguous().to(dtype)
+        return Int4Linear(pack_int4(torch.from_numpy(codes)), blocks, None, smoothing, bias, dtype)
+    raise ValueError(f"precision {layer.precision.value} has no torch layer; choose from fp8, int8, int4")

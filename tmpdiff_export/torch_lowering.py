@@ -1,0 +1,73 @@
+"""A denoiser lowered for the `torch` backend: quantized layers in place of its own, in the family's 16-bit type."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+
+from engines.errors import BuildError
+from engines.precision import Precision
+from tmpdiff_export.scales import QuantizedLayer
+from tmpdiff_export.torch_layers import FP8_ALIGNMENT, linear_from
+
+
+def lower_for_torch(
+    module: torch.nn.Module, layers: Mapping[str, QuantizedLayer], dtype: torch.dtype
+) -> tuple[torch.nn.Module, dict[str, int]]:
+    """A copy of an export wrapper in which `layers` run from their codes.
+
+    Args:
+        module: float32 export wrapper, on the CPU; not changed.
+        layers: by name as in `module.named_modules()`; empty for the reference.
+        dtype: float16 or bfloat16, of everything else.
+
+    Returns:
+        The module, and how many layers of which kind were replaced. Layers that torch has no product for run in
+        `dtype` from the weight that their codes stand for: convolutions, and FP8 layers whose sizes are no multiple
+        of 16.
+
+    Raises:
+        BuildError: a precision that this backend does not have.
+    """
+    unknown = {layer.precision for layer in layers.values()} - {Precision.FP8, Precision.INT8, Precision.INT4}
+    if unknown:
+        raise BuildError(
+            f"backend 'torch' has no {', '.join(sorted(item.value for item in unknown))}; choose from fp16, fp8, int8, int4"
+        )
+    lowered = copy.deepcopy(module)
+    counts: dict[str, int] = {}
+    for name, layer in layers.items():
+        original = lowered.get_submodule(name)
+        assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d)  # `quantizable_layers` names no others
+        if isinstance(original, torch.nn.Linear) and _has_product(layer):
+            parent, _, child = name.rpartition(".")
+            setattr(lowered.get_submodule(parent), child, linear_from(layer, original.bias, dtype))
+            kind = f"{layer.precision.value} linear"
+        else:
+            weight = torch.from_numpy(layer.dequantized().T.copy())
+            if layer.pre_quant_scale is not None:
+                weight = weight * torch.from_numpy(layer.pre_quant_scale).float()
+            original.weight.data = weight.reshape(original.weight.shape)
+            kind = f"{layer.precision.value} weight in a 16-bit {type(original).__name__}"
+        counts[kind] = counts.get(kind, 0) + 1
+    return _in_type(lowered, dtype), counts
+
+
+def _has_product(layer: QuantizedLayer) -> bool:
+    return layer.precision is not Precision.FP8 or all(size % FP8_ALIGNMENT == 0 for size in layer.codes.shape)
+
+
+def _in_type(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """`module` with every float32 parameter and buffer in `dtype`, but for the scales of quantized layers."""
+    scales = {
+        id(tensor)
+        for layer in module.modules()
+        for name, tensor in layer.named_buffers(recurse=False)
+        if name in ("weight_scale", "input_scale")
+    }
+    for item in (*module.parameters(), *module.buffers()):
+        if item.dtype == torch.float32 and id(item) not in scales:
+            item.data = item.data.to(dtype)
+    return module

@@ -1,0 +1,178 @@
+"""Quantized forms of a denoiser on the GPU, without leaving it: the same codes and scales as the exporter's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from engines.errors import BuildError
+from engines.precision import Precision
+from tmpdiff_export.recipes import RECIPES, stays_high_precision
+from tmpdiff_export.scales import CODE_MAX, SMALLEST_FP16_SCALE
+from tmpdiff_export.torch_layers import (
+    FP8,
+    FP8_ALIGNMENT,
+    Fp8Linear,
+    Int4Linear,
+    Int8Linear,
+    QuantizedLinear,
+    pack_int4,
+)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which layers a precision quantizes.
+
+    Attributes:
+        names: of the linear layers that are.
+        kept: of the layers that are not, how many for which reason.
+    """
+
+    names: tuple[str, ...]
+    kept: Mapping[str, int]
+
+
+def choose_layers(module: torch.nn.Module, precision: Precision) -> Chosen:
+    """The exporter's choice of linear layers; convolutions stay 16-bit here, whatever the recipe says.
+
+    Raises:
+        BuildError: none is left.
+    """
+    recipe = RECIPES[precision]
+    alignment = recipe.block_size or (FP8_ALIGNMENT if precision is Precision.FP8 else 1)
+    names: list[str] = []
+    kept: dict[str, int] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            reason: str | None = "convolution"
+        elif isinstance(layer, torch.nn.Linear):
+            reason = "recipe" if stays_high_precision(name, recipe) is not None else None
+            sizes = (layer.in_features,) if recipe.block_size else (layer.in_features, layer.out_features)
+            if reason is None and any(size % alignment for size in sizes):
+                reason = f"size no multiple of {alignment}"
+        else:
+            continue
+        if reason is None:
+            names.append(name)
+        else:
+            kept[reason] = kept.get(reason, 0) + 1
+    if not names:
+        raise BuildError(
+            f"{type(module).__name__}: no linear layer can be quantized to {precision.value}; kept: {kept}"
+        )
+    return Chosen(tuple(names), kept)
+
+
+def fp16_scale(amax: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """`tmpdiff_export.scales.fp16_scale`: float32 of any shape -> float32 values that float16 holds."""
+    # A tensor as divisor: a CUDA kernel would multiply by the reciprocal of a number, which rounds differently.
+    scale = amax / torch.full_like(amax, CODE_MAX[precision])
+    return scale.clamp_min(SMALLEST_FP16_SCALE).half().float()
+
+
+def weight_codes(weight: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tmpdiff_export.scales.quantize_layer` of a weight, on its device.
+
+    Args:
+        weight: [N, K], any floating type.
+        precision: FP8, INT8 or INT4.
+
+    Returns:
+        codes [N, K] (float8_e4m3fn, or int8, -7..7 for INT4) and float32 scales: FP8 [], INT8 [N], INT4 [N, K / block].
+    """
+    weight = weight.detach().float()
+    if precision is Precision.FP8:
+        scale = fp16_scale(weight.abs().amax(), precision)
+        limit = CODE_MAX[precision]
+        return (weight / scale).clamp(-limit, limit).to(FP8), scale
+    if precision is Precision.INT8:
+        scale = fp16_scale(weight.abs().amax(dim=1), precision)
+        return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    if precision is Precision.INT4:
+        blocks = weight.unflatten(1, (-1, RECIPES[precision].block_size))
+        scale = fp16_scale(blocks.abs().amax(dim=2), precision)
+        return (blocks / scale[..., None]).round().clamp(-7, 7).to(torch.int8).flatten(1), scale
+    raise ValueError(f"precision is {precision.value!r}, expected fp8, int8 or int4")
+
+
+def quantized_linear(
+    layer: torch.nn.Linear, precision: Precision, input_amax: torch.Tensor | None, dtype: torch.dtype
+) -> QuantizedLinear:
+    """The module of the `torch` backend for one layer, as `tmpdiff_export.torch_layers.linear_from` makes it.
+
+    Args:
+        layer: of the 16-bit denoiser; its bias is shared.
+        precision: FP8, INT8 or INT4.
+        input_amax: float32 [], largest magnitude of the input; not used by INT4.
+        dtype: of activations.
+    """
+    codes, scale = weight_codes(layer.weight, precision)
+    bias = None if layer.bias is None else layer.bias.detach()
+    if precision is Precision.INT4:
+        return Int4Linear(pack_int4(codes), scale.to(dtype), None, None, bias, dtype)
+    if input_amax is None:
+        raise ValueError(f"input_amax is None, expected the input's largest magnitude: {precision.value} needs a scale")
+    kind = Fp8Linear if precision is Precision.FP8 else Int8Linear
+    return kind(codes, scale, fp16_scale(input_amax, precision), None, bias, dtype)
+
+
+class SharedLinear(torch.nn.Module):
+    """A 16-bit product from the FP8 or INT8 copy of the weight, dequantized at every call.
+
+    Buffers: `codes` [N, K], `weight_scale` [N, 1] or [1, 1] and `bias` as of the precision's own layer, so that both can
+    use one copy.
+    """
+
+    def __init__(self, own: QuantizedLinear) -> None:
+        """Shares the tensors of `own`, an `Fp8Linear` or `Int8Linear`."""
+        super().__init__()
+        self.dtype = own.dtype
+        self.register_buffer("codes", own.codes)
+        self.register_buffer("weight_scale", own.weight_scale.reshape(-1, 1))
+        self.register_buffer("bias", own.bias)
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N] in the 16-bit type."""
+        weight = (self.codes.to(torch.float32) * self.weight_scale).to(self.dtype)
+        return F.linear(data.to(self.dtype), weight, self.bias)
+
+
+def sharing_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the modules that shares every tensor with the original."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(item): item for item in tensors})
+
+
+def replace_layers(
+    module: torch.nn.Module, names: tuple[str, ...], make: Callable[[str, torch.nn.Linear], torch.nn.Module]
+) -> None:
+    """Puts `make(name, layer)` in place of every named linear layer."""
+    for name in names:
+        layer = module.get_submodule(name)
+        assert isinstance(layer, torch.nn.Linear)
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, make(name, layer))
+
+
+def storages(module: torch.nn.Module) -> dict[int, int]:
+    """Address -> bytes of every tensor a module holds, each once; tensor subclasses count as what they are made of."""
+    found: dict[int, int] = {}
+    for item in (*module.parameters(), *module.buffers()):
+        for plain in _plain(item):
+            storage = plain.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor

@@ -1,0 +1,215 @@
+"""The rows of one denoiser: how each is made, and what is measured of it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engines.precision import Precision
+from tools.gpu_bench.attention import fp8_attention
+from tools.gpu_bench.ceilings import floor
+from tools.gpu_bench.document import error_text
+from tools.gpu_bench.models import BenchModel, Inputs
+from tools.gpu_bench.peers import PEERS, quantize_with_torchao
+from tools.gpu_bench.profiling import profile_step
+from tools.gpu_bench.quantize import (
+    SharedLinear,
+    choose_layers,
+    quantized_linear,
+    replace_layers,
+    sharing_copy,
+    storages,
+)
+from tools.gpu_bench.step import Step, compile_blocks, compiled_graphs
+from tools.gpu_bench.timing import REPEATS, WARM_UPS, output_error, scratch_bytes, time_step
+from tools.gpu_bench.work import Work
+
+ATTENTION = "fp8-attention"  # as fp8, with attention in FP8 as well
+OWN = {"fp8": Precision.FP8, "int8": Precision.INT8, "int4": Precision.INT4, ATTENTION: Precision.FP8}
+SHARED = {"shared-fp8": Precision.FP8, "shared-int8": Precision.INT8}
+BASELINE = "16-bit"
+ROWS = (BASELINE, *OWN, *PEERS, *SHARED)
+ALIASES = {"bf16": BASELINE, "fp16": BASELINE}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How rows are measured.
+
+    Attributes:
+        tiny: small configuration and sizes.
+        backend: of torch.compile.
+        repeats: timed steps of a row.
+        torchao_recommended: torchao sets Inductor's options for its rows.
+        profiled: rows whose kernels are listed.
+    """
+
+    tiny: bool
+    backend: str
+    repeats: int = REPEATS
+    warm_ups: int = WARM_UPS
+    torchao_recommended: bool = False
+    profiled: tuple[str, ...] = ()
+
+
+class Bench:
+    """A denoiser on the device with all that its rows need.
+
+    Attributes:
+        work: operations, and input ranges over both input sets.
+        references: outputs of the eager 16-bit denoiser for the input sets.
+        ceilings: as of `ceilings.measure_ceilings`.
+        baseline: the compiled 16-bit step, kept so that every row is timed beside it.
+    """
+
+    def __init__(
+        self,
+        model: BenchModel,
+        module: torch.nn.Module,
+        input_sets: Sequence[Inputs],
+        work: Work,
+        references: Sequence[torch.Tensor],
+        setting: Setting,
+    ) -> None:
+        self.model = model
+        self.module = module
+        self.input_sets = input_sets
+        self.work = work
+        self.references = references
+        self.setting = setting
+        self.ceilings: dict[str, Any] = {}
+        self.baseline: Step | None = None
+        self._shared_storages = storages(module)
+
+    def make(self, row: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """The denoiser of a row, which shares all tensors that the row does not change with the 16-bit one.
+
+        Returns:
+            The module and what was quantized: `layers` (names), `kept` (numbers by reason), `kind` (whose rate its
+            products can reach).
+        """
+        copied = sharing_copy(self.module)
+        if row == BASELINE:
+            return copied, {"layers": (), "kept": {}, "kind": "16-bit"}
+        precision = OWN.get(row) or SHARED.get(row) or PEERS[row][0]
+        chosen = choose_layers(self.module, precision)
+        kind = precision.value if row in OWN or row in PEERS else "16-bit"
+        if row in PEERS:
+            quantize_with_torchao(copied, row, recommended=self.setting.torchao_recommended)
+        else:
+
+            def lower(name: str, layer: torch.nn.Linear) -> torch.nn.Module:
+                own = quantized_linear(layer, precision, self.work.input_amax[name], self.model.dtype)
+                return SharedLinear(own) if row in SHARED else own
+
+            replace_layers(copied, chosen.names, lower)
+        return copied, {"layers": chosen.names, "kept": chosen.kept, "kind": "16-bit" if row == "int4" else kind}
+
+    def measure(self, row: str) -> dict[str, Any]:
+        """`_measure`, with attention in FP8 where the row says so."""
+        with fp8_attention() if row == ATTENTION else nullcontext():
+            return self._measure(row)
+
+    def _measure(self, row: str) -> dict[str, Any]:
+        """Builds, compiles, captures and times a row; raises whatever goes wrong with it.
+
+        A step that cannot be captured is timed as a stream of launches: `launch` then says "stream" and `part_errors`
+        why, and the call ends with status 1.
+        """
+        begin = time.perf_counter()
+        module, made = self.make(row)
+        held = storages(module)
+        build_s = time.perf_counter() - begin
+        graphs = compiled_graphs()
+        blocks = compile_blocks(module, self.model.blocks, self.setting.backend)
+        step = Step(module, self.input_sets)
+        compile_s = step.compile_now()
+        result: dict[str, Any] = {
+            "status": "ok",
+            "build_s": build_s,
+            "compile_s": compile_s,
+            "compiled_blocks": blocks,
+            "compiled_graphs": compiled_graphs() - graphs,
+            "quantized_layers": len(made["layers"]),
+            "kept_layers": made["kept"],
+            "weights_bytes": sum(held.values()),
+            "own_bytes": sum(size for address, size in held.items() if address not in self._shared_storages),
+            "scratch_bytes": scratch_bytes(step),
+        }
+        if row in self.setting.profiled:
+            _try_part(result, "profile", lambda: profile_step(step))
+        if step.device.type == "cuda":
+            _try_part(result, "capture", step.capture)
+        result["launch"] = step.launch_mode
+        result.update(time_step(step, self.baseline, self.setting.repeats, self.setting.warm_ups))
+        result["error"] = output_error(step.outputs(), self.references)
+        limits = floor(self.work, self.ceilings, made["layers"], made["kind"], result["weights_bytes"])
+        result["floor"] = limits
+        least = limits["floor_ms"]
+        result["over_floor"] = None if least is None else result["step"]["median_ms"] / least
+        if row == BASELINE:
+            self.baseline = step
+        return result
+
+    def residents(self, rows: Sequence[str]) -> list[dict[str, Any]]:
+        """Memory of weights when the engines of `rows` are on the device together, one after the other.
+
+        Layers that a row does not quantize are shared with the 16-bit engine; `separate_bytes` is what engines with
+        weights of their own take, computed from their sizes.
+
+        Returns:
+            Per number of engines: `engines`, `allocated_bytes` (measured, None on a CPU), `shared_bytes`,
+            `separate_bytes`.
+        """
+        release()
+        kept: list[torch.nn.Module] = []
+        found: list[dict[str, Any]] = []
+        shared, separate = dict(self._shared_storages), 0
+        base = allocated_bytes()
+        for count, row in enumerate(rows, start=1):
+            kept.append(self.make(row)[0])
+            held = storages(kept[-1])
+            shared.update(held)
+            separate += sum(held.values())
+            release()
+            now = allocated_bytes()
+            more = None if now is None or base is None else now - base
+            found.append(
+                {
+                    "engines": list(rows[:count]),
+                    "allocated_bytes": None if more is None else more + sum(self._shared_storages.values()),
+                    "shared_bytes": sum(shared.values()),
+                    "separate_bytes": separate,
+                }
+            )
+        return found
+
+
+def _try_part(result: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
+    """Puts what `work` returns into a row; its failure is noted under `part_errors` and leaves the row its timing."""
+    try:
+        found = work()
+    except Exception as error:
+        result.setdefault("part_errors", {})[name] = error_text(error)
+    else:
+        if found is not None:
+            result[name] = found
+
+
+def allocated_bytes() -> int | None:
+    """Memory in use by tensors on the GPU; None without one."""
+    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else None
+
+
+def release() -> None:
+    """Frees what a finished row leaves behind: compiled blocks refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

@@ -46,6 +46,23 @@ def shuffled(pool: Sequence[str], generator: np.random.Generator) -> tuple[str, 
     return tuple(pool[index] for index in generator.permutation(len(pool)))
 
 
+def fixed_rules(schedule: Sequence[str], precisions: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The fixed rules with the step counts of a schedule, by name.
+
+    Args:
+        schedule: one name per step.
+        precisions: in order of precision, the reference first.
+    """
+    pool = sorted(schedule, key=list(precisions).index)
+    count = pool.count(precisions[0])
+    return {
+        f"first {count}": first(pool),
+        f"last {count}": last(pool),
+        f"both ends {count}": both_ends(pool),
+        f"evenly spread {count}": evenly_spread(pool),
+    }
+
+
 def _place(pool: Sequence[str], positions: Sequence[int]) -> tuple[str, ...]:
     schedule = dict(zip(positions, pool, strict=True))
     return tuple(schedule[step] for step in range(len(pool)))

@@ -23,6 +23,7 @@ from calibration.allocation import (
     pareto_front,
     require_reachable,
 )
+from calibration.carried import CarriedScores, checked_curves
 from calibration.costs import NO_COSTS, AllocationCosts
 from calibration.evaluator import Evaluator
 from calibration.journal import Journal
@@ -30,6 +31,7 @@ from calibration.measurements import Decode, Measurements, mean
 from calibration.metrics import psnr_db
 from calibration.pool import Pool
 from calibration.quality import QualityBudget, fastest_meeting
+from calibration.refine import STAGE, refine_schedule
 from calibration.scores import (
     DIRECTIONS,
     METHODS,
@@ -46,6 +48,7 @@ from calibration.sensitivity import (
     ParetoPoint,
     ScoreRecord,
     Sensitivity,
+    TransferRecord,
     ValidationRow,
 )
 from calibration.validation import best_fit, fit_predictors, validation_rows
@@ -121,12 +124,15 @@ def calibrate(
     max_evaluations: int | None = None,
     costs: AllocationCosts = NO_COSTS,
     pool: Pool | None = None,
+    carried: CarriedScores | None = None,
+    refine_calls: int | None = None,
 ) -> CalibrationResult:
     """Measures how each step suffers from each precision and finds a schedule under a budget.
 
     Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
     downcast and upcast scores; the predictor that fits random schedules best (on the validation samples);
-    allocation; the chosen schedule and the baselines on the validation samples.
+    allocation; a local search around its choice, measured on the calibration samples; the schedule that comes out and
+    the baselines on the validation samples.
 
     Args:
         evaluator: the loop over the calibration samples.
@@ -145,14 +151,21 @@ def calibrate(
         pool: takes the measurements, of sets of samples named "calibration" and "validation"; `evaluator` and
             `validation` are then asked for no step, nor `decode` for a picture. None: all runs in this process.
             The result is the same.
+        carried: scores of another calibration, which take the place of a search where a few measurements agree
+            with them; `method` has then no say.
+        refine_calls: denoiser calls the local search may take, None for as many as the scores took, 0 for none.
+            A budget in picture quality is met by measurement already, and is not refined.
 
     Raises:
         BudgetError: no schedule meets the budget. A latency or step budget is refused before anything is measured; an
             error budget afterwards, and what was measured stays in the journal.
+        TransferError: the carried scores do not hold; what was measured stays in the journal.
         TmpDiffError: a run gave latents that are not finite.
         ValueError: the arguments do not fit together.
     """
     _check(evaluator, latencies_ms, method, validation, journal)
+    if refine_calls is not None and refine_calls < 0:
+        raise ValueError(f"refine_calls is {refine_calls}, expected 0 or more, or None for as many as the scores take")
     if isinstance(budget, QualityBudget) and not (validation and decode):
         raise ValueError(f"a budget of {budget} needs validation samples and a decoder to be measured with")
     fastest = min(latencies_ms[name] for name in evaluator.precisions) / latencies_ms[evaluator.precisions[0]]
@@ -167,18 +180,24 @@ def calibrate(
     kept, dropped = drop_dominated(evaluator.precisions, latencies_ms, uniform, costs)
     for loser in dropped:
         calibration.forget(loser.precision)
-    curves = [
-        measure_scores(
-            calibration,
-            precision,
-            direction,
-            method=method,
-            max_evaluations=max_evaluations,
-            on_evaluation=partial(report, f"{direction} {precision}"),
-        )
-        for precision in kept[1:]
-        for direction in DIRECTIONS
-    ]
+    transfer: TransferRecord | None = None
+    if carried:
+        curves, transfer = checked_curves(calibration, kept, carried, report)
+    else:
+        curves = [
+            measure_scores(
+                calibration,
+                precision,
+                direction,
+                method=method,
+                max_evaluations=max_evaluations,
+                on_evaluation=partial(report, f"{direction} {precision}"),
+            )
+            for precision in kept[1:]
+            for direction in DIRECTIONS
+        ]
+    records = tuple(_score_record(curve, calibration) for curve in curves)
+    search_calls = sum(sum(record.calls.values()) for record in records)
     values = _contributions(kept, curves, uniform, evaluator.num_steps)
 
     if held_out:
@@ -189,8 +208,22 @@ def calibrate(
     if isinstance(budget, QualityBudget):
         assert held_out is not None  # checked above
         chosen, wording = _meet_quality(front, budget, held_out, partial(report, "quality"))
+        refinement = None
     else:
         chosen, wording = _choose(kept, latencies_ms, values[predictor], budget, front, costs)
+        chosen, refinement = refine_schedule(
+            calibration,
+            chosen,
+            budget,
+            kept,
+            latencies_ms,
+            costs,
+            values,
+            predictor,
+            front,
+            search_calls if refine_calls is None else refine_calls,
+            partial(report, STAGE),
+        )
 
     rows: tuple[ValidationRow, ...] = ()
     if held_out:
@@ -201,12 +234,11 @@ def calibrate(
         repeated = measurements.evaluator.recomputed
         if repeated:
             log.info("%s: recomputed_calls %s after resuming", measurements.name, dict(repeated))
-    records = tuple(_score_record(curve, calibration) for curve in curves)
     return CalibrationResult(
         Sensitivity(
             evaluator_key=evaluator.key(),
             validation_key=validation.key() if validation else None,
-            method=method,
+            method="transfer" if transfer else method,
             num_steps=evaluator.num_steps,
             num_samples=evaluator.num_samples,
             precisions=evaluator.precisions,
@@ -217,7 +249,7 @@ def calibrate(
             dropped=tuple(DroppedRecord(**asdict(loser)) for loser in dropped),
             scores=records,
             calls=calibration.calls | (held_out.calls if held_out else {}),
-            search_calls=sum(sum(record.calls.values()) for record in records),
+            search_calls=search_calls,
             sweep_calls=sum(record.sweep_calls for record in records),
             predictor=predictor,
             fit=fits,
@@ -232,6 +264,8 @@ def calibrate(
             pareto=tuple(ParetoPoint(**asdict(point)) for point in _thinned(front)),
             pareto_size=len(front),
             validation=rows,
+            refinement=refinement,
+            transfer=transfer,
         )
     )
 
@@ -325,7 +359,8 @@ def _score_record(curve: ScoreCurve, calibration: Measurements) -> ScoreRecord:
         measured=tuple(search.measured.tolist()),
         order=search.order,
         settled=search.settled,
-        calls=calibration.calls[f"calibration: {curve.direction} {curve.precision}"],
+        # a carried curve may have cost none
+        calls=calibration.calls.get(f"calibration: {curve.direction} {curve.precision}", {}),
         sweep_calls=sweep_calls(calibration.num_steps, calibration.num_samples),
     )
 

@@ -101,6 +101,29 @@ class Measurements:
         direction = f"downcast {precision}" if base == self.reference else f"upcast {base}"
         return self._value(direction, self._changed(base, step_index, precision, sample))["error"]
 
+    def local_error(self, step_index: int, precision: str, sample: int) -> float:
+        """||x_{i+1}(p) - x_{i+1}||^2 / ||x_T||^2 of step i = `step_index`, from the reference run's x_i; a single call.
+
+        What `changed_error` of the reference run has before the rest of the loop carries it on; equal to it at the
+        last step.
+        """
+        self.uniform_error(self.reference, sample)
+        name = f"{self.name}/local/{step_index}/{precision}/{sample}"
+        entry = self._journal.get(name)
+        if entry is None:  # in this process, also beside a pool: only experiments ask for it
+            states = self._uniform_states(self.reference, sample)
+            spent = self.evaluator.spent.copy()
+            found = self._run(states[step_index], (precision,), sample)
+            difference = found.astype(np.float64) - self.evaluator.latents(states[step_index + 1])
+            final = self._final(self.reference, sample).astype(np.float64)
+            value = {"error": float(np.sum(difference**2) / np.sum(final**2))}
+            entry = self._journal.record(name, value, self.evaluator.spent - spent)
+        return self._counted(f"local {precision}", name, entry)["error"]
+
+    def schedule_calls(self, precisions: Sequence[str]) -> int:
+        """Denoiser calls that `schedule_error` takes per sample, if it was not measured before."""
+        return self.num_steps - self._shared(precisions)
+
     def schedule_error(self, stage: str, precisions: Sequence[str], sample: int, *, pictures: bool) -> dict[str, float]:
         """Errors of the run of a whole schedule, as `uniform_error` returns them.
 
@@ -110,6 +133,11 @@ class Measurements:
             return self.uniform_error(precisions[0], sample)
         self.uniform_error(precisions[0], sample)
         return self._value(stage, self._scheduled(precisions, sample, pictures))
+
+    @staticmethod
+    def _shared(precisions: Sequence[str]) -> int:
+        """Leading steps that a schedule shares with a uniform run."""
+        return sum(1 for _ in takewhile(lambda name: name == precisions[0], precisions))
 
     def forget(self, precision: str) -> None:
         """Frees the states of a precision that is no longer needed."""
@@ -130,7 +158,7 @@ class Measurements:
 
     def _scheduled(self, precisions: Sequence[str], sample: int, pictures: bool) -> Request:
         base, words = precisions[0], " ".join(precisions)
-        shared = sum(1 for _ in takewhile(lambda name: name == base, precisions))
+        shared = self._shared(precisions)
         if shared == len(precisions):
             return self._uniform(base, sample)
         kind = "pictures" if pictures and self._decode else "schedule"
@@ -145,8 +173,11 @@ class Measurements:
         elif entry is None:
             outcome = self.perform(request)
             entry = self._journal.record(request.name, outcome.value, outcome.calls)
-        if request.name not in self._used:
-            self._used.add(request.name)
+        return self._counted(stage, request.name, entry)
+
+    def _counted(self, stage: str, name: str, entry: Entry) -> dict[str, float]:
+        if name not in self._used:
+            self._used.add(name)
             total = self.calls.setdefault(f"{self.name}: {stage}", {})
             for precision, count in entry.calls.items():
                 total[precision] = total.get(precision, 0) + count

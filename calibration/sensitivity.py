@@ -90,6 +90,7 @@ class ValidationRow(_Record):
         latency: mean step latency relative to the reference, from the measured step latencies.
         error: E on the validation samples.
         error_spread: standard deviation of E over draws, None for a single schedule.
+        sample_errors: E of every validation sample, a mean over draws; empty in documents that lack it.
         ssim: mean structural similarity to the reference's pictures, None without a decoder.
         psnr_db: of the mean squared difference from the reference's pictures, None without a decoder or
             where all pictures are identical.
@@ -102,9 +103,73 @@ class ValidationRow(_Record):
     latency: float
     error: float
     error_spread: float | None = None
+    sample_errors: tuple[float, ...] = ()
     ssim: float | None = None
     psnr_db: float | None = None
     loses_to: tuple[str, ...] = ()
+
+
+class TrialRecord(_Record):
+    """A schedule that took part in the refinement.
+
+    Attributes:
+        origin: "scores" for the one it started from, a fixed rule's name, "<predictor> scores", "front" or
+            "exchange".
+        latency: mean step latency relative to the reference.
+        predicted_error: by the predictor that allocation used.
+        errors: measured E by calibration sample, of the leading ones it ran on.
+    """
+
+    precisions: tuple[str, ...]
+    origin: str
+    latency: float
+    predicted_error: float
+    errors: tuple[float, ...]
+
+
+class RefinementRecord(_Record):
+    """The local search that measures the schedules nearest to allocation's choice, see `calibration.refine`.
+
+    Attributes:
+        trials: every schedule that ran; the first is allocation's choice. None where `max_calls` allow no race.
+        rounds: races held.
+        max_calls: denoiser calls it was allowed; `calls` is what it took, per precision.
+        origin: of the schedule that was not beaten; "scores" where it is allocation's choice.
+    """
+
+    trials: tuple[TrialRecord, ...]
+    rounds: int
+    max_calls: int
+    calls: dict[str, int]
+    origin: str
+
+
+class CheckRecord(_Record):
+    """Carried downcast scores of one precision against measured ones, see `calibration.transfer.Comparison`."""
+
+    precision: str
+    steps: tuple[int, ...]
+    carried: tuple[float, ...]
+    measured: tuple[float, ...]
+    level: float
+    scatter: float
+    spearman: float | None
+
+
+class TransferRecord(_Record):
+    """Where carried scores come from.
+
+    Attributes:
+        bundle_id: of the bundle that was calibrated.
+        num_steps: its T.
+        guidance_scale: of its calibration.
+        checks: one for every precision scored.
+    """
+
+    bundle_id: str
+    num_steps: int
+    guidance_scale: float
+    checks: tuple[CheckRecord, ...]
 
 
 class CalibrationSettings(_Record):
@@ -113,6 +178,7 @@ class CalibrationSettings(_Record):
     Attributes:
         bundle_id: of the bundle.
         machine: what the step latencies were measured on.
+        batch: pictures at once that they were measured with.
         guidance_scale: of every run.
         seed: of the first calibration sample's noise.
         calibration_prompts: one sample each.
@@ -121,6 +187,7 @@ class CalibrationSettings(_Record):
 
     bundle_id: str
     machine: str
+    batch: int = 1
     guidance_scale: float
     seed: int
     calibration_prompts: tuple[str, ...]
@@ -146,12 +213,14 @@ class Sensitivity(_Record):
         pareto: the front, fastest first; a selection where `pareto_size`, its real size, is larger.
         loses_to: as in the "schedule" row of `validation`.
         settings: None where no bundle was calibrated.
+        refinement: the local search; None for a budget in picture quality, which allocation meets by measurement.
+        transfer: where scores were carried from, for method "transfer".
     """
 
     version: Literal[2] = SENSITIVITY_VERSION
     evaluator_key: str
     validation_key: str | None
-    method: Literal["bisection", "sweep"]
+    method: Literal["bisection", "sweep", "transfer"]
     num_steps: int = Field(ge=1)
     num_samples: int = Field(ge=1)
     precisions: tuple[str, ...]
@@ -178,6 +247,8 @@ class Sensitivity(_Record):
     pareto_size: int
     validation: tuple[ValidationRow, ...]
     settings: CalibrationSettings | None = None
+    refinement: RefinementRecord | None = None
+    transfer: TransferRecord | None = None
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:

@@ -149,10 +149,7 @@ def validation_rows(
     named: dict[str, tuple[Schedule, ...]] = {
         "schedule": (chosen,),
         **{f"uniform {name}": ((name,) * len(chosen),) for name in precisions},
-        f"first {count}": (baselines.first(pool),),
-        f"last {count}": (baselines.last(pool),),
-        f"both ends {count}": (baselines.both_ends(pool),),
-        f"evenly spread {count}": (baselines.evenly_spread(pool),),
+        **{name: (schedule,) for name, schedule in baselines.fixed_rules(chosen, precisions).items()},
         f"random {count}": tuple(baselines.shuffled(pool, generator) for _ in range(RANDOM_DRAWS)),
     }
     # uniform runs first: the others share their prefixes
@@ -196,6 +193,7 @@ def _row(
         latency=latency,
         error=mean(errors),
         error_spread=statistics.stdev(errors) if len(errors) > 1 else None,
+        sample_errors=tuple(mean([value["error"] for value in column]) for column in zip(*draws, strict=True)),
         ssim=mean([value["ssim"] for value in values]) if pictures else None,
         psnr_db=psnr_db([value["mse"] for value in values]) if pictures else None,
     )

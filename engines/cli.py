@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         guidance_scale = args.guidance_scale
         if guidance_scale is None:
             guidance_scale = runtime.manifest.sampling.guidance_scale
-        if args.negative_prompt and guidance_scale <= 1.0:
+        if args.negative_prompt and guidance_scale <= 1.0 and not runtime.manifest.embeds_guidance:
             raise TmpDiffError(
                 f"--negative-prompt has no effect at guidance scale {guidance_scale:g}; "
                 "pass --guidance-scale above 1, or no negative prompt"

@@ -13,6 +13,7 @@ from engines.precision import REFERENCE
 MANIFEST_VERSION: Final = 3
 OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans; 2 knows no torch packages
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
+GUIDANCE = "guidance"  # input of denoisers that embed the guidance scale: float32 [B]
 
 Sha256 = str
 
@@ -151,7 +152,10 @@ class ModelEntry(_Document):
 
 
 class SamplingEntry(_Document):
-    """How the loop runs by default; `T` is `num_steps`."""
+    """How the loop runs by default; `T` is `num_steps`.
+
+    The guidance scale is that of classifier-free guidance, or of the denoisers' input `guidance` where they have one.
+    """
 
     scheduler: str
     num_inference_steps: int = Field(ge=1)
@@ -163,7 +167,7 @@ class SamplingEntry(_Document):
 
 
 class TextEntry(_Document):
-    """How a prompt becomes token ids.
+    """How a prompt becomes token ids for one of the text encoders that the text encoder engine is made of.
 
     Attributes:
         tokenizer: file for the `tokenizers` library.
@@ -188,7 +192,12 @@ class RangeCalibrationEntry(_Document):
 
 
 class Manifest(_Document):
-    """`manifest.json`; `bundle_id` is the hash of everything else in it."""
+    """`manifest.json`; `bundle_id` is the hash of everything else in it.
+
+    Attributes:
+        text: what the text encoder engine takes as `input_ids` and `attention_mask`.
+        further_texts: what it takes as `input_ids_2`, `attention_mask_2`, `input_ids_3` and so on.
+    """
 
     version: Literal[1, 2, 3] = MANIFEST_VERSION
     created_with: str
@@ -197,6 +206,7 @@ class Manifest(_Document):
     sampling: SamplingEntry
     sampler: FileEntry
     text: TextEntry
+    further_texts: tuple[TextEntry, ...] = ()
     text_encoder: EngineEntry
     vae_decoder: EngineEntry
     denoisers: dict[str, EngineEntry]
@@ -222,6 +232,16 @@ class Manifest(_Document):
         """Names of the denoiser engines, the reference first."""
         return tuple(self.denoisers)
 
+    @property
+    def texts(self) -> tuple[TextEntry, ...]:
+        """How a prompt is read, for each text encoder in turn."""
+        return (self.text, *self.further_texts)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the denoisers; classifier-free guidance is off then."""
+        return any(spec.name == GUIDANCE for entry in self.denoisers.values() for spec in entry.inputs)
+
     def engines(self) -> dict[str, EngineEntry]:
         """Every engine by a name for messages: the denoisers by precision, then the others."""
         return {
@@ -234,7 +254,7 @@ class Manifest(_Document):
         """Every file the manifest vouches for."""
         return (
             self.sampler,
-            self.text.tokenizer,
+            *(text.tokenizer for text in self.texts),
             *(file for entry in self.engines().values() for file in entry.files()),
             *(entry.plan.inspector for entry in self.engines().values() if entry.plan is not None),
         )

@@ -12,9 +12,9 @@ import numpy as np
 from engines.backends import HostOptions, open_host
 from engines.bundle import Bundle
 from engines.engine import Arrays, Engine, EngineHost
-from engines.errors import BackendError, BundleError
+from engines.errors import BackendError, BundleError, PromptError
 from engines.loop import Loop, StepHook, host_step, named_output
-from engines.manifest import LATENTS, EngineEntry
+from engines.manifest import GUIDANCE, LATENTS, EngineEntry
 from engines.sampler import SamplerState, SamplerTable
 from engines.schedule import Schedule
 from engines.text import encode_prompts, load_tokenizer
@@ -27,21 +27,26 @@ class Conditioning:
     Attributes:
         guided: arrays by denoiser input name, each [2 N, ...], the unconditional half first.
         size: N.
+        embeds_guidance: whether the denoiser takes the guidance scale as an input.
     """
 
     guided: dict[str, np.ndarray]
     size: int
+    embeds_guidance: bool = False
 
     def batch(self, guidance_scale: float) -> dict[str, np.ndarray]:
-        """The arrays for one denoiser call: [2 N, ...] with guidance, [N, ...] without."""
-        if guidance_scale > 1.0:
+        """The arrays for one denoiser call: [2 N, ...] with classifier-free guidance, [N, ...] without."""
+        if guidance_scale > 1.0 and not self.embeds_guidance:
             return self.guided
-        return {name: values[self.size :] for name, values in self.guided.items()}
+        arrays = {name: values[self.size :] for name, values in self.guided.items()}
+        if self.embeds_guidance:
+            arrays[GUIDANCE] = np.full(self.size, guidance_scale, np.float32)
+        return arrays
 
     def sample(self, index: int) -> Conditioning:
         """The conditioning of one of the N prompts."""
         rows = [index, self.size + index]
-        return Conditioning({name: values[rows] for name, values in self.guided.items()}, 1)
+        return Conditioning({name: values[rows] for name, values in self.guided.items()}, 1, self.embeds_guidance)
 
 
 class DenoiseRuntime:
@@ -76,7 +81,7 @@ class DenoiseRuntime:
         self._options = HostOptions(threads=threads, resident_engines=resident_engines)
         self._hosts: dict[str, EngineHost] = {}
         self._added: set[str] = set()
-        self._tokenizer: object | None = None
+        self._tokenizers: tuple[object, ...] | None = None
 
     @classmethod
     def load(
@@ -140,18 +145,33 @@ class DenoiseRuntime:
             Conditioning for N = len(prompts).
 
         Raises:
-            PromptError: no prompts, or one longer than the text encoder takes.
+            PromptError: no prompts, one longer than a text encoder takes, or a negative prompt where the denoiser
+                embeds the guidance scale.
+            BundleError: the text encoder engine takes inputs that no tokenizer of the bundle gives.
         """
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.bundle.read(self.manifest.text.tokenizer))
-        tokens = encode_prompts(self._tokenizer, [*prompts, negative_prompt], self.manifest.text)
-        encoder = self._engine("text encoder", self.manifest.text_encoder)
-        arrays = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-        wanted = {spec.name for spec in self.manifest.text_encoder.inputs}
-        outputs = encoder.run({name: values for name, values in arrays.items() if name in wanted})
+        manifest = self.manifest
+        if negative_prompt and manifest.embeds_guidance:
+            raise PromptError(
+                "a negative prompt has no effect on this bundle: its denoiser embeds the guidance scale instead of being "
+                "guided by a second prompt; leave it out"
+            )
+        if self._tokenizers is None:
+            self._tokenizers = tuple(load_tokenizer(self.bundle.read(text.tokenizer)) for text in manifest.texts)
+        arrays: dict[str, np.ndarray] = {}
+        for position, (tokenizer, text) in enumerate(zip(self._tokenizers, manifest.texts, strict=True)):
+            arrays |= encode_prompts(tokenizer, [*prompts, negative_prompt], text).inputs(position)
+        wanted = [spec.name for spec in manifest.text_encoder.inputs]
+        if unknown := [name for name in wanted if name not in arrays]:
+            raise BundleError(
+                f"the text encoder takes {', '.join(unknown)}; the manifest has {len(manifest.texts)} tokenizers, which "
+                f"give {', '.join(arrays)}; build the bundle again"
+            )
+        encoder = self._engine("text encoder", manifest.text_encoder)
+        outputs = encoder.run({name: arrays[name] for name in wanted})
         size = len(prompts)
         order = [size] * size + list(range(size))
-        return Conditioning({name: np.ascontiguousarray(values[order]) for name, values in outputs.items()}, size)
+        guided = {name: np.ascontiguousarray(values[order]) for name, values in outputs.items()}
+        return Conditioning(guided, size, manifest.embeds_guidance)
 
     def noise(self, seeds: Sequence[int]) -> np.ndarray:
         """Starting noise, float32 [N, C, h, w], one independent generator per seed."""
@@ -159,18 +179,19 @@ class DenoiseRuntime:
         return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
 
     def step(self, state: SamplerState, precision: str, conditioning: Arrays, guidance_scale: float) -> SamplerState:
-        """One loop iteration: one denoiser call (with guidance: one batch of 2 N) and the sampler update.
+        """One loop iteration: one denoiser call (with classifier-free guidance: one batch of 2 N), and the sampler update.
 
         Args:
             state: latents [N, C, h, w] and history; not changed.
             precision: which engine runs.
             conditioning: `Conditioning.batch(guidance_scale)`.
-            guidance_scale: classifier-free guidance scale; at most 1 turns guidance off.
+            guidance_scale: at most 1 turns classifier-free guidance off.
 
         Returns:
             The next state; its arrays are new.
         """
-        return host_step(self.table, state, self.denoiser(precision), conditioning, guidance_scale)
+        scale = self._classifier_free(guidance_scale)
+        return host_step(self.table, state, self.denoiser(precision), conditioning, scale)
 
     def denoise(
         self,
@@ -205,7 +226,8 @@ class DenoiseRuntime:
         scale = self.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
         for precision in dict.fromkeys(schedule.precisions):
             host = self._denoiser_host(precision)
-        return host.denoise(Loop(self.table, schedule.precisions, conditioning.batch(scale), noise, scale, on_step))
+        batch, scale = conditioning.batch(scale), self._classifier_free(scale)
+        return host.denoise(Loop(self.table, schedule.precisions, batch, noise, scale, on_step))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Pictures of final latents [N, C, h, w]: uint8 [N, H, W, 3].
@@ -247,6 +269,10 @@ class DenoiseRuntime:
             on_step=on_step,
         )
         return self.decode(latents)
+
+    def _classifier_free(self, guidance_scale: float) -> float:
+        """The scale of classifier-free guidance: 1 where the denoiser has the guidance scale as an input."""
+        return 1.0 if self.manifest.embeds_guidance else guidance_scale
 
     def _denoiser_host(self, precision: str) -> EngineHost:
         """The host of the denoisers, which knows `precision`."""

@@ -24,6 +24,21 @@ class Tokens:
     input_ids: np.ndarray
     attention_mask: np.ndarray
 
+    def inputs(self, position: int) -> dict[str, np.ndarray]:
+        """The arrays by the names that the text encoder engine has for them.
+
+        Args:
+            position: of the text entry in the manifest, from 0.
+        """
+        ids, mask = text_inputs(position)
+        return {ids: self.input_ids, mask: self.attention_mask}
+
+
+def text_inputs(position: int) -> tuple[str, str]:
+    """Names of a text encoder engine's inputs, token ids and mask, for the text at a position from 0."""
+    suffix = f"_{position + 1}" if position else ""
+    return f"input_ids{suffix}", f"attention_mask{suffix}"
+
 
 def load_tokenizer(data: bytes) -> Any:
     """A `tokenizers.Tokenizer` from the content of its JSON file.

@@ -80,7 +80,7 @@ def call(pipe, runtime, noise, guidance_scale=None, output_type="latent", **more
         "max_sequence_length": text.max_tokens,
         "guidance_scale": sampling.guidance_scale if guidance_scale is None else guidance_scale,
         "latents": torch.from_numpy(noise.copy()),
-        **FAMILIES["PixArtSigmaPipeline"].call_options,
+        **FAMILIES["PixArtSigmaPipeline"][0].call_options,
         **more,
     }
     images = pipe([PROMPT] * len(noise), output_type=output_type, **options).images

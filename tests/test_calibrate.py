@@ -199,9 +199,10 @@ def test_a_latency_or_step_budget_out_of_reach_is_refused_before_measuring():
 
 def test_an_error_budget_that_cannot_be_met_keeps_the_measurements(tmp_path):
     path = tmp_path / "journal"
-    run(budget=ErrorBudget(1.0), journal=open_journal(path, loop(), loop(seed=1)))
+    run(budget=ErrorBudget(1.0), journal=open_journal(path, loop(), loop(seed=1)), refine_calls=0)
     evaluator = Counted(loop(), limit=0)
-    result = run(evaluator, budget=LatencyBudget(0.4), journal=open_journal(path, loop(), loop(seed=1)))
+    journal = open_journal(path, loop(), loop(seed=1))
+    result = run(evaluator, budget=LatencyBudget(0.4), journal=journal, refine_calls=0)
     assert result.sensitivity.scores == run(budget=LatencyBudget(0.4)).sensitivity.scores
 
 
@@ -287,7 +288,8 @@ def test_equal_arguments_give_equal_results_and_progress_ends():
     assert {"calibration runs", "downcast int4", "upcast int8", "fit", "validation"} <= set(seen)
     for stage, calls in seen.items():
         assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
-        assert calls[-1][0] == calls[-1][1] or "cast" in stage
+        # searches may stop short of what they are allowed
+        assert calls[-1][0] == calls[-1][1] or "cast" in stage or stage == "refinement"
 
 
 def test_large_front_is_thinned_in_the_document_only():

@@ -25,13 +25,16 @@ from planted import PlantedEvaluator
 
 import engines
 from calibration import HighSteps, Sensitivity, calibrate
+from calibration.prediction import Prediction
+from calibration.sensitivity import CheckRecord, TransferRecord
 from engines.bundle import SCHEDULE_NAME, SENSITIVITY_NAME, Bundle
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from tmpdiff_export.report_page import page
+from tmpdiff_export.report_rules import rule_points, ruled_precision
 
 SOURCE = Path(engines.__file__).parent.parent
-SECTIONS = ("what", "schedule", "precisions", "scores", "fit", "pareto", "validation", "cost", "pictures")
+SECTIONS = ("what", "schedule", "precisions", "scores", "fit", "pareto", "search", "validation", "cost", "pictures")
 HOSTILE = '<img src=x onerror="alert(1)"> </title></style><script>alert(2)</script> & $x^2$'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -145,13 +148,13 @@ def found(bundle: Bundle) -> Sensitivity:
     return Sensitivity.load(bundle.sensitivity_path)
 
 
-def planted(num_steps: int = 10, **options: Any) -> Sensitivity:
+def planted(num_steps: int = 10, num_samples: int = 1, **options: Any) -> Sensitivity:
     """A calibration of a planted loop with the demo bundle's precisions."""
 
     def loop(seed: int) -> PlantedEvaluator:
         shape = np.exp(2 * np.linspace(-0.7, 1.1, num_steps) ** 2)
         errors = {"fp8": 0.05 * shape, "int8": 0.1 * shape, "int4": 0.3 * shape}
-        return PlantedEvaluator(errors, gains=[0.95] * num_steps, correlation=0.3, num_samples=1, seed=seed)
+        return PlantedEvaluator(errors, gains=[0.95] * num_steps, correlation=0.3, num_samples=num_samples, seed=seed)
 
     latencies = options.pop("latencies", {"fp16": 8.0, "fp8": 6.0, "int8": 4.0, "int4": 3.0})
     validation = loop(1) if options.pop("validated", True) else None
@@ -340,6 +343,86 @@ def test_rank_deviation_of_a_swept_calibration(bundle: Bundle) -> None:
     assert "ranks" not in figures(page(bundle.manifest, planted(num_steps=16)))
 
 
+def test_every_schedule_of_the_search_is_shown(bundle: Bundle) -> None:
+    found = planted(num_samples=4, budget=HighSteps(4))
+    record = found.refinement
+    assert record is not None
+    parsed = Parsed(page(bundle.manifest, found))
+    rows = parsed.tables["local search"][1:]
+    assert len(rows) == len(record.trials) > 4
+    start = record.trials[0]
+    for cells, trial in zip(rows, record.trials, strict=True):
+        origin = "predicted best" if trial is start else trial.origin
+        assert cells[0] == origin + ("chosen" if trial.precisions == found.schedule else "")
+        assert float(cells[4]) == pytest.approx(np.mean(trial.errors), rel=1e-2)
+        ratios = np.array(trial.errors) / np.array(start.errors[: len(trial.errors)])
+        assert float(cells[5]) == pytest.approx(np.exp(np.log(ratios).mean()), abs=6e-3)
+        assert int(cells[6]) == len(trial.errors)
+    assert rows[0][5] == "1.00"
+    drawn = [cell["title"].partition(": ")[2] for cell in parsed.named("i", "search")]
+    assert drawn == [name for trial in record.trials for name in trial.precisions]
+    assert f"{sum(record.calls.values()):,} denoiser calls" in parsed.text["search"]
+    stood = "The predicted best schedule stood" in parsed.text["search"]
+    assert stood == (record.origin == "scores")
+    beaten = found.model_copy(update={"refinement": record.model_copy(update={"origin": HOSTILE})})
+    assert f"gave way to one that was tried because: {HOSTILE}" in Parsed(page(bundle.manifest, beaten)).text["search"]
+
+
+def test_carried_scores_say_where_they_come_from(bundle: Bundle) -> None:
+    assert "carried scores" not in Parsed(page(bundle.manifest, planted())).tables
+    check = CheckRecord(
+        precision="int4", steps=(0, 5, 9), carried=(1.0, 2.0, 3.0), measured=(2.0, 4.0, 7.0), level=2.1, scatter=0.3,
+        spearman=None,
+    )  # fmt: skip
+    record = TransferRecord(bundle_id="c" * 64, num_steps=30, guidance_scale=2.5, checks=(check,))
+    carried = planted().model_copy(update={"transfer": record, "method": "transfer"})
+    parsed = Parsed(page(bundle.manifest, carried))
+    assert parsed.tables["carried scores"][1:] == [["int4", "0, 5, 9", "2.10", f"\u00d7 {np.exp(0.3):.2f}", "-"]]
+    assert f"bundle {'c' * 12} with T = 30 and guidance scale 2.5" in parsed.text["scores"]
+
+
+def test_intervals_are_those_of_the_ratio_over_prompts(bundle: Bundle) -> None:
+    found = planted(num_samples=5, budget=HighSteps(4))
+    rows = Parsed(page(bundle.manifest, found)).tables["validation"][1:]
+    schedule = found.validation[0]
+    for cells, row in zip(rows, found.validation, strict=True):
+        ratio, _, interval = cells[3].partition("[")
+        assert float(ratio) == pytest.approx(row.error / schedule.error, abs=6e-3)
+        assert np.mean(row.sample_errors) == pytest.approx(row.error)
+        if row is schedule:
+            assert not interval
+            continue
+        low, high = map(float, interval.rstrip("]").split(", "))
+        single = np.array(row.sample_errors) / np.array(schedule.sample_errors)
+        assert single.min() - 0.01 <= low <= float(ratio) <= high <= single.max() + 0.01
+    older = tuple(row.model_copy(update={"sample_errors": ()}) for row in found.validation)
+    without_samples = Parsed(page(bundle.manifest, found.model_copy(update={"validation": older})))
+    assert not any("[" in cells[3] for cells in without_samples.tables["validation"][1:])
+
+
+def test_rules_are_drawn_at_every_count(bundle: Bundle) -> None:
+    found = planted(method="sweep", budget=HighSteps(4))
+    precision = ruled_precision(found)
+    assert precision in found.schedule
+    points = rule_points(found, precision)
+    prediction = Prediction(found)
+    count = 3
+    for name, schedule in (
+        ("first K", ("fp16",) * count + (precision,) * 7),
+        ("last K", (precision,) * 7 + ("fp16",) * count),
+    ):
+        assert points[name][count] == pytest.approx((prediction.latency(schedule), prediction.error(schedule)))
+    for line in points.values():
+        assert len(line) == found.num_steps + 1
+        assert line[0] == pytest.approx(points["first K"][0])
+        assert line[-1] == pytest.approx((1.0, 0.0))
+    drawn = marks(figures(page(bundle.manifest, found))["rules"], "rules")
+    assert len(drawn) == len(points) * found.num_steps + 1  # without E = 0, and with the schedule
+    dropped = planted(latencies=dict.fromkeys(("fp16", "fp8", "int8", "int4"), 8.0))
+    assert ruled_precision(dropped) is None
+    assert "rules" not in figures(page(bundle.manifest, dropped))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -348,8 +431,10 @@ def test_rank_deviation_of_a_swept_calibration(bundle: Bundle) -> None:
         {"validated": False},
         {"latencies": dict.fromkeys(("fp16", "fp8", "int8", "int4"), 8.0)},  # nothing is faster: all dropped
         {"budget": HighSteps(10)},  # E = 0 throughout
+        {"budget": HighSteps(10), "num_samples": 3},
+        {"budget": HighSteps(4), "num_samples": 3, "refine_calls": 0},
     ],
-    ids=["T=1", "T=2", "not validated", "all dropped", "all fp16"],
+    ids=["T=1", "T=2", "not validated", "all dropped", "all fp16", "all fp16, several samples", "no calls to search"],
 )
 def test_unusual_calibrations_have_every_section(bundle: Bundle, options: dict[str, Any]) -> None:
     text = page(bundle.manifest, planted(**options))

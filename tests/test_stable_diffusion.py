@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_text import clip_tokenizer
 
 from engines import DenoiseRuntime
 from engines.errors import BuildError, BundleError
@@ -26,23 +27,15 @@ NUM_STEPS = 4
 def make_pipeline(**changes):
     """A StableDiffusionPipeline of 64 x 64 pictures with every part random."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)},
-        merges=[("r", "e"), ("re", "d</w>")],
-        model_max_length=77,
-        pad_token=changes.pop("pad_token", "<|endoftext|>"),
-    )
+    tokenizer = clip_tokenizer()
     torch.manual_seed(0)
     parts = {
         "tokenizer": tokenizer,
         "text_encoder": CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(tokens), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
                 num_attention_heads=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             )
         ),
@@ -86,7 +79,7 @@ def make_sdxl_pipeline():
         text_encoder=base.text_encoder,
         text_encoder_2=CLIPTextModelWithProjection(config),
         tokenizer=base.tokenizer,
-        tokenizer_2=make_pipeline(pad_token="!</w>").tokenizer,
+        tokenizer_2=clip_tokenizer("!</w>"),
         unet=unet,
         scheduler=EulerDiscreteScheduler(
             beta_schedule="scaled_linear",
@@ -184,7 +177,7 @@ def test_a_bundle_of_another_kind_of_unet_is_not_attached(built: Built) -> None:
 
 @pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!</w>"])  # of Stable Diffusion 1 and 2
 def test_prompts_become_the_tokens_of_the_clip_tokenizer(pad_token: str) -> None:
-    tokenizer = make_pipeline(pad_token=pad_token).tokenizer
+    tokenizer = clip_tokenizer(pad_token)
     text = TextEntry(
         tokenizer=FileEntry(path="tokenizer.json", sha256="0" * 64, bytes=1),
         max_tokens=77,

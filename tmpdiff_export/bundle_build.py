@@ -30,6 +30,7 @@ from engines.manifest import (
 )
 from engines.precision import Precision
 from engines.sampler import SamplerTable
+from engines.text import text_inputs
 from engines.version import VERSION
 from tmpdiff_export.engine_build import (
     AccuracyCheck,
@@ -137,7 +138,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         )
         target.require_memory(sum(item.numel() for item in source.denoiser.parameters()))
         note(stage, 1, 1)
-        table = sampler_table(source.pipe.scheduler, options.num_steps)
+        table = sampler_table(source.pipe.scheduler, options.num_steps, **source.sampler_options(options.num_steps))
         with tempfile.TemporaryDirectory(prefix=".scratch-", dir=bundle) as scratch:
             try:
                 manifest = _Build(source, table, options, target, bundle, Path(scratch), note).run()
@@ -190,7 +191,8 @@ class _Build:
         sampler_path = self.bundle / "sampler.json"
         atomic_write_text(sampler_path, self.table.to_json())
         denoisers = self._denoisers(range_batches, check_batches)
-        text_encoder, text = self._text()
+        texts = self._tokenizers()
+        text_encoder = self._text_encoder(texts)
         vae_decoder = self._vae(check_batches)
         source, options = self.source, self.options
         data = Manifest.model_construct(
@@ -212,7 +214,8 @@ class _Build:
                 width=source.width,
             ),
             sampler=file_entry(self.bundle, sampler_path),
-            text=text,
+            text=texts[0],
+            further_texts=tuple(texts[1:]),
             text_encoder=text_encoder,
             vae_decoder=vae_decoder,
             denoisers=denoisers,
@@ -266,7 +269,7 @@ class _Build:
                 check,
                 self.bundle,
                 self.scratch,
-                batch_per_picture=2 if source.guidance_scale > 1.0 else 1,
+                batch_per_picture=2 if source.doubled else 1,
                 float32_inputs=family.float32_inputs,
             )
         self.report("build denoisers", total, total)
@@ -284,42 +287,53 @@ class _Build:
         fold_shapes(graph, self.scratch / "shapes.onnx")
         return graph
 
-    def _text(self) -> tuple[EngineEntry, TextEntry]:
+    def _tokenizers(self) -> list[TextEntry]:
+        """Writes `tokenizer.json`, `tokenizer_2.json` and so on."""
+        texts = []
+        for position, text in enumerate(self.source.texts):
+            path = self.bundle / (f"tokenizer_{position + 1}.json" if position else "tokenizer.json")
+            try:
+                atomic_write_text(path, text.tokenizer.backend_tokenizer.to_str())
+            except AttributeError:
+                raise BuildError(
+                    f"{text.part.tokenizer} {type(text.tokenizer).__name__} has no `tokenizers` form; load the pipeline "
+                    "with a fast tokenizer"
+                ) from None
+            texts.append(
+                TextEntry(
+                    tokenizer=file_entry(self.bundle, path),
+                    max_tokens=text.max_tokens,
+                    pad_token_id=int(text.tokenizer.pad_token_id),
+                    lowercase=self.source.family.lowercase,
+                )
+            )
+        return texts
+
+    def _text_encoder(self, texts: Sequence[TextEntry]) -> EngineEntry:
+        """One engine of all text encoders, checked on the tokens that the pipeline's own tokenizers give."""
         self.report("build text encoder", 0, 1)
-        family, pipe = self.source.family, self.source.pipe
-        path = self.bundle / "tokenizer.json"
-        try:
-            atomic_write_text(path, pipe.tokenizer.backend_tokenizer.to_str())
-        except AttributeError:
-            raise BuildError(
-                f"tokenizer {type(pipe.tokenizer).__name__} has no `tokenizers` form; load the pipeline with a fast tokenizer"
-            ) from None
-        text = TextEntry(
-            tokenizer=file_entry(self.bundle, path),
-            max_tokens=self.source.max_tokens,
-            pad_token_id=int(pipe.tokenizer.pad_token_id),
-            lowercase=family.lowercase,
-        )
-        module = family.wrap_text(pipe, self.source.height, self.source.width).eval()
-        tokens = pipe.tokenizer(
-            [prompt.lower().strip() if family.lowercase else prompt for prompt in (*self.options.prompts[:3], "")],
-            padding="max_length",
-            max_length=text.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        )
-        batch = tuple(tokens[name] for name in family.text_inputs)
-        inputs = [
-            ExportInput(name, tensor, {0: "batch"}) for name, tensor in zip(family.text_inputs, batch, strict=True)
-        ]
+        family, source = self.source.family, self.source
+        module = family.wrap_text(source.pipe, source.height, source.width).eval()
+        prompts = [prompt.lower().strip() if family.lowercase else prompt for prompt in (*self.options.prompts[:3], "")]
+        arrays: dict[str, torch.Tensor] = {}
+        for position, (text, entry) in enumerate(zip(source.texts, texts, strict=True)):
+            tokens = text.tokenizer(
+                prompts, padding="max_length", max_length=entry.max_tokens, truncation=True, return_tensors="pt"
+            )
+            ids, mask = text_inputs(position)
+            arrays[ids] = tokens.input_ids
+            if text.part.masked:
+                arrays[mask] = tokens.attention_mask
+        batch = tuple(arrays.values())
+        inputs = [ExportInput(name, tensor, {0: "batch"}) for name, tensor in arrays.items()]
         graph = self._export(module, inputs, family.text_outputs, half=False)
         single = tuple(tensor[:1] for tensor in batch)
-        check = AccuracyCheck.of(module, family.text_inputs, next(iter(family.text_outputs)), [batch, single])
-        entry = build_component(
+        check = AccuracyCheck.of(module, tuple(arrays), next(iter(family.text_outputs)), [batch, single])
+        engine = build_component(
             self.target, module, graph, "text_encoder", check, self.bundle, self.scratch, batch_per_picture=2
         )
         self.report("build text encoder", 1, 1)
-        return entry, text
+        return engine
 
     def _vae(self, check_batches: Sequence[Batch]) -> EngineEntry:
         self.report("build VAE decoder", 0, 1)

@@ -10,6 +10,7 @@ from calibration import Sensitivity, calibrate, open_journal
 from calibration.allocation import Budget
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
 from calibration.calibrate import Progress
+from calibration.carried import CarriedScores
 from calibration.costs import NO_COSTS, AllocationCosts
 from calibration.latency import machine, step_latencies
 from calibration.quality import QualityBudget
@@ -19,6 +20,7 @@ from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
 from tmpdiff_export.bundle_workers import decoder, open_workers, require_workers
+from tmpdiff_export.calibration_transfer import scores_from
 
 JOURNAL_FOLDER = "calibration"
 
@@ -34,6 +36,9 @@ def calibrate_bundle(
     threads: int | None = None,
     costs: AllocationCosts = NO_COSTS,
     workers: int = 1,
+    batch: int = 1,
+    source: Path | None = None,
+    refine_calls: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
@@ -52,19 +57,44 @@ def calibrate_bundle(
         costs: what a change of precision costs, and how many precisions a schedule may use.
         workers: processes that share the samples out, each with a GPU of its own where the bundle runs on one; 1 does
             everything in this process. Latencies are measured before they start, by this process alone.
+        batch: pictures at once, for which latencies are measured; scores do not depend on it.
+        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.transfer`. It may be
+            `bundle` itself, for another guidance scale.
+        refine_calls: denoiser calls of the local search, see `calibration.calibrate`.
         progress: called with (stage, done, total).
 
     Raises:
         BackendError: what runs worker processes is not installed.
         BudgetError: no schedule meets the budget; the text names the nearest.
+        TransferError: the scores of `source` do not hold for `bundle`.
         TmpDiffError: the bundle is damaged, or a run gave latents that are not finite.
     """
     report = progress or (lambda stage, done, total: None)
     if seed < 0:
         raise TmpDiffError(f"seed is {seed}, expected 0 or more")
+    if batch < 1:
+        raise TmpDiffError(f"batch is {batch}, expected 1 or more")
     with DenoiseRuntime.load(bundle, threads=threads) as runtime:
         require_workers(runtime, workers, threads)
-        return _calibrate(runtime, prompts, budget, method, seed, guidance_scale, threads, costs, workers, report)
+        carried = None
+        if source is not None:
+            calibrated = Bundle.open(source)
+            carried = scores_from(calibrated, read_calibration(calibrated), runtime)
+        return _calibrate(
+            runtime,
+            prompts,
+            budget,
+            method,
+            seed,
+            guidance_scale,
+            threads,
+            costs,
+            workers,
+            batch,
+            carried,
+            refine_calls,
+            report,
+        )
 
 
 def read_calibration(bundle: Bundle) -> Sensitivity:
@@ -103,6 +133,9 @@ def _calibrate(
     threads: int | None,
     costs: AllocationCosts,
     workers: int,
+    batch: int,
+    carried: CarriedScores | None,
+    refine_calls: int | None,
     report: Progress,
 ) -> Sensitivity:
     runtime.bundle.verify(runtime.manifest.files())
@@ -115,8 +148,8 @@ def _calibrate(
     journal = open_journal(folder / name, evaluator, held_out)
     latencies = journal.remember(
         # A bundle moves between machines with its journal; latencies hold where they were measured.
-        f"step latencies in ms, {machine(runtime, threads)}",
-        lambda: _latencies(runtime, prompts, scale, report),
+        f"step latencies in ms, {machine(runtime, threads)}" + (f", batch {batch}" if batch > 1 else ""),
+        lambda: _latencies(runtime, [prompts.calibration[0]] * batch, scale, report),
     )
     with ExitStack() as stack:
         pool = None
@@ -136,11 +169,14 @@ def _calibrate(
             progress=report,
             costs=costs,
             pool=pool,
+            carried=carried,
+            refine_calls=refine_calls,
         )
     bundle_id = runtime.manifest.bundle_id
     settings = CalibrationSettings(
         bundle_id=bundle_id,
         machine=machine(runtime, threads),
+        batch=batch,
         guidance_scale=scale,
         seed=seed,
         calibration_prompts=prompts.calibration,
@@ -152,8 +188,8 @@ def _calibrate(
     return found
 
 
-def _latencies(runtime: DenoiseRuntime, prompts: PromptFile, scale: float, report: Progress) -> dict[str, float]:
-    conditioning = runtime.encode(prompts.calibration[:1])
+def _latencies(runtime: DenoiseRuntime, prompts: list[str], scale: float, report: Progress) -> dict[str, float]:
+    conditioning = runtime.encode(prompts)
     timings = step_latencies(
         runtime, conditioning, scale, on_round=lambda done, total: report("step latencies", done, total)
     )

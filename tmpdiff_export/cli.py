@@ -34,6 +34,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "run",
         "write what a calibration found as one HTML file",
     ),
+    "schedule": (
+        "tmpdiff_export.commands.schedule",
+        "add_arguments",
+        "run",
+        "show a schedule, import or export a step policy",
+    ),
     "inspect": ("tmpdiff_export.commands.inspect", "add_arguments", "run", "show what a bundle holds"),
     "verify": ("engines.cli", "add_verify_arguments", "verify", "check every file of a bundle against its hash"),
     "demo": (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.schedule import Schedule
-from tmpdiff_export.families import FAMILIES, bind_call
+from tmpdiff_export.families import FAMILIES, Family, bind_call
 from tmpdiff_export.scheduler_table import TOLERANCE, sampler_table
 from tmpdiff_export.step_finder import StepFinder, close, listed
 
 OUTPUTS = {"transformer": Transformer2DModelOutput, "unet": UNet2DConditionOutput}
 
 LATENTS_ARGUMENTS = {"hidden_states", "sample"}  # of transformers, of UNets
-CONSTANT_ARGUMENTS = {"return_dict", "resolution", "aspect_ratio"}  # the picture size is part of the engine
+# The picture size is part of the engine; of FLUX, so are the positions of its tokens.
+CONSTANT_ARGUMENTS = {"return_dict", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
 
 
 def attach(
@@ -63,18 +66,19 @@ def attach(
         BackendError: an engine cannot be loaded.
     """
     runtime = _runtime(bundle)
-    component = _component(pipe, runtime)
+    family = _family(pipe, runtime)
+    component = family.component
     denoiser = getattr(pipe, component)
     if isinstance(denoiser, BundleDenoiser):
         denoiser = denoiser.original
-    _check_scheduler(pipe.scheduler, runtime.table)
+    _check_scheduler(pipe, family, runtime)
     if isinstance(schedule, Schedule):
         schedule.check(bundle_id=runtime.manifest.bundle_id, num_steps=runtime.num_steps, precisions=runtime.precisions)
     else:
         schedule = runtime.bundle.schedule(schedule)
     for precision in dict.fromkeys(schedule.precisions):
         runtime.denoiser(precision)
-    setattr(pipe, component, BundleDenoiser(pipe, denoiser, runtime, schedule))
+    setattr(pipe, component, BundleDenoiser(pipe, denoiser, family, runtime, schedule))
     return pipe
 
 
@@ -109,7 +113,9 @@ class BundleDenoiser(torch.nn.Module):
         last_run: (step index, precision) of every denoiser call of the last run, or of the current one.
     """
 
-    def __init__(self, pipe: Any, denoiser: torch.nn.Module, runtime: DenoiseRuntime, schedule: Schedule) -> None:
+    def __init__(
+        self, pipe: Any, denoiser: torch.nn.Module, family: Family, runtime: DenoiseRuntime, schedule: Schedule
+    ) -> None:
         """Everything has been checked by `attach`."""
         super().__init__()
         self.config = denoiser.config
@@ -117,7 +123,7 @@ class BundleDenoiser(torch.nn.Module):
         self.runtime = runtime
         self.last_run: list[tuple[int, str]] = []
         self._original = [denoiser]  # in a list, so that moving this module leaves it where it is
-        self._family = FAMILIES[runtime.manifest.model.pipeline_class]
+        self._family = family
         self._finder = StepFinder(runtime.table)
         self._pipe = weakref.ref(pipe)
         self._scheduler = pipe.scheduler
@@ -146,6 +152,11 @@ class BundleDenoiser(torch.nn.Module):
         """The replaced UNet's; SDXL pipelines read its width."""
         return self.original.add_embedding
 
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """What FLUX pipelines call their denoiser in; engines cache nothing between calls."""
+        yield
+
     @property
     def calls(self) -> Counter[str]:
         """Denoiser calls of `last_run` per precision."""
@@ -160,8 +171,8 @@ class BundleDenoiser(torch.nn.Module):
 
         Returns:
             What the replaced denoiser returns (a tuple with `return_dict=False`, an output object otherwise),
-            [B, `config.out_channels`, h, w] in the dtype and on the device of the latents. Engines do not compute
-            the learned variance, which no deterministic scheduler reads: those channels are zero.
+            [B, `config.out_channels`, h, w] (of FLUX as tokens) in the dtype and on the device of the latents. Engines
+            do not compute the learned variance, which no deterministic scheduler reads: those channels are zero.
 
         Raises:
             ValueError: latents of another size, different timesteps in one batch, or an argument that the
@@ -173,7 +184,7 @@ class BundleDenoiser(torch.nn.Module):
         del call["self"]
         inputs = self._inputs(call)
         latents = inputs[LATENTS]
-        step_index = self._step_index(inputs[TIMESTEP])
+        step_index = self._step_index(inputs[TIMESTEP], call["timestep"])
         precision = self.schedule.precisions[step_index]
         inputs[TIMESTEP] = torch.full((len(latents),), float(self.runtime.table.timesteps[step_index]))
         arrays = {
@@ -182,8 +193,7 @@ class BundleDenoiser(torch.nn.Module):
         }
         values = torch.from_numpy(self.runtime.denoiser(precision).run(arrays)[MODEL_OUTPUT])
         self.last_run.append((step_index, precision))
-        missing = (self.config.out_channels or values.shape[1]) - values.shape[1]
-        output = torch.nn.functional.pad(values, (0, 0, 0, 0, 0, missing)).to(latents.device, latents.dtype)
+        output = self._family.returned(values, self.config).to(latents.device, latents.dtype)
         return OUTPUTS[self._family.component](sample=output) if call.get("return_dict", True) else (output,)
 
     def _inputs(self, call: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -216,8 +226,13 @@ class BundleDenoiser(torch.nn.Module):
             )
         return inputs
 
-    def _step_index(self, timestep: torch.Tensor) -> int:
-        """The position in the loop; notes where a run begins."""
+    def _step_index(self, timestep: torch.Tensor, called: Any) -> int:
+        """The position in the loop; notes where a run begins.
+
+        Args:
+            timestep: in the scheduler's units.
+            called: as the pipeline passed it; of a 16-bit FLUX pipeline it is rounded to its dtype.
+        """
         values = set(timestep.reshape(-1).tolist())
         if len(values) != 1:
             raise ValueError(
@@ -225,7 +240,10 @@ class BundleDenoiser(torch.nn.Module):
                 "per step, so every sample of a batch must be at the same timestep"
             )
         self._follow_scheduler()
-        step_index, new_run = self._finder.find(values.pop())
+        handed = torch.from_numpy(self.runtime.table.timesteps.astype(np.float32))
+        if isinstance(called, torch.Tensor):
+            handed = self._family.called_timesteps(handed, called.dtype)
+        step_index, new_run = self._finder.find(values.pop(), handed.numpy())
         if new_run:
             self.last_run = []
         return step_index
@@ -237,7 +255,7 @@ class BundleDenoiser(torch.nn.Module):
             return
         scheduler = pipe.scheduler
         if scheduler is not self._scheduler:
-            _check_scheduler(scheduler, self.runtime.table)
+            _check_scheduler(pipe, self._family, self.runtime)
             self._scheduler = scheduler
         # set_timesteps() makes a new tensor every time; before the first one there is nothing to check
         if getattr(scheduler, "num_inference_steps", None) is None or scheduler.timesteps is self._timesteps:
@@ -254,15 +272,18 @@ def _runtime(bundle: Path | str | Bundle | DenoiseRuntime) -> DenoiseRuntime:
     return DenoiseRuntime(bundle) if isinstance(bundle, Bundle) else DenoiseRuntime.load(bundle)
 
 
-def _component(pipe: Any, runtime: DenoiseRuntime) -> str:
-    """The attribute of the pipeline that holds its denoiser, of the class the bundle was built from."""
+def _family(pipe: Any, runtime: DenoiseRuntime) -> Family:
+    """The family of the bundle, after checking that the pipeline's denoiser is of it too."""
     model = runtime.manifest.model
-    family, wanted = FAMILIES.get(model.pipeline_class), model.denoiser_class
-    if family is None or family.denoiser_class != wanted:
+    taken = {spec.name for spec in runtime.manifest.denoisers[runtime.precisions[0]].inputs}
+    fitting = [family for family in FAMILIES.get(model.pipeline_class, ()) if set(family.inputs) == taken]
+    wanted = model.denoiser_class
+    if not fitting or fitting[0].denoiser_class != wanted:
         raise BundleError(
-            f"bundle {runtime.bundle.folder} was built from the {wanted} of a {model.pipeline_class}; this release "
-            f"attaches bundles of {', '.join(FAMILIES)}"
+            f"bundle {runtime.bundle.folder} was built from the {wanted} of a {model.pipeline_class}, and its engines take "
+            f"{', '.join(sorted(taken))}; this release attaches bundles of {', '.join(FAMILIES)}"
         )
+    family = fitting[0]
     component = family.component
     found = {name: getattr(pipe, name) for name in OUTPUTS if getattr(pipe, name, None) is not None}
     denoiser = found.get(component)
@@ -280,21 +301,25 @@ def _component(pipe: Any, runtime: DenoiseRuntime) -> str:
             f"bundle {runtime.bundle.folder} does not fit the {component} of this {type(pipe).__name__}: {reason}; "
             "build a bundle from this pipeline"
         )
-    return component
+    return family
 
 
-def _check_scheduler(scheduler: Any, expected: SamplerTable) -> None:
+def _check_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> None:
     """Refuses a scheduler that does not do what the bundle's sampler table does.
 
     Compares trajectories, not coefficients: tables read on two machines differ in the last bits.
     """
+    scheduler, expected = pipe.scheduler, runtime.table
     name = type(scheduler).__name__
     if name != expected.scheduler:
         raise SamplerError(
             f"the pipeline's scheduler is a {name}, the bundle was built with a {expected.scheduler}; set "
             "pipe.scheduler to the one the bundle was built with, or build a bundle from the pipeline as it is"
         )
-    table = sampler_table(scheduler, expected.num_inference_steps)
+    steps = expected.num_inference_steps
+    table = sampler_table(
+        scheduler, steps, **family.sampler_options(pipe, steps, runtime.manifest.sampling.latents_shape)
+    )
     if table.num_steps != expected.num_steps or not close(table.timesteps, expected.timesteps).all():
         differs = f"timesteps {listed(table.timesteps)}, the bundle's are {listed(expected.timesteps)}"
     elif (error := _trajectory_error(table, expected)) > TOLERANCE:
@@ -303,7 +328,7 @@ def _check_scheduler(scheduler: Any, expected: SamplerTable) -> None:
         return
     raise SamplerError(
         f"the pipeline's {name} is configured otherwise than the one the bundle was built with: at "
-        f"num_inference_steps={expected.num_inference_steps} it gives {differs}; load the scheduler from the pipeline "
+        f"num_inference_steps={steps} it gives {differs}; load the scheduler from the pipeline "
         "folder that was built from, or build a bundle from the pipeline as it is"
     )
 

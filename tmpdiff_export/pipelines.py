@@ -15,8 +15,25 @@ import torch
 
 from engines.errors import BuildError
 from engines.files import sha256_bytes, sha256_file
-from tmpdiff_export.families import Family, bind_call, family_of, require_supported
+from engines.manifest import GUIDANCE
+from tmpdiff_export.families import FAMILIES, Family, bind_call, family_of, require_supported
+from tmpdiff_export.families.family import Text, max_sequence_length
 from tmpdiff_export.ranges import Batch
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """What one of the text encoders reads.
+
+    Attributes:
+        tokenizer: the transformers tokenizer.
+        max_tokens: length that prompts are padded to.
+        part: how the family describes it.
+    """
+
+    tokenizer: Any
+    max_tokens: int
+    part: Text
 
 
 @dataclass(frozen=True)
@@ -29,8 +46,8 @@ class SourcePipeline:
         family: how that class is exported.
         height: picture height in pixels.
         width: picture width in pixels.
-        guidance_scale: classifier-free guidance scale.
-        max_tokens: text length prompts are padded to.
+        guidance_scale: of classifier-free guidance or of the denoiser's guidance embedding, 1 where it has neither.
+        texts: what its text encoders read, in order.
         weights_sha256: hash over the denoiser's weight files.
     """
 
@@ -40,7 +57,7 @@ class SourcePipeline:
     height: int
     width: int
     guidance_scale: float
-    max_tokens: int
+    texts: tuple[SourceText, ...]
     weights_sha256: str
 
     @property
@@ -53,19 +70,30 @@ class SourcePipeline:
     def latents_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one sample's latents."""
         factor = int(self.pipe.vae_scale_factor)
-        return int(self.denoiser.config.in_channels), self.height // factor, self.width // factor
+        channels = int(self.denoiser.config.in_channels) // self.family.packing**2
+        return channels, self.height // factor, self.width // factor
+
+    @property
+    def doubled(self) -> bool:
+        """Whether classifier-free guidance doubles the batch of every denoiser call."""
+        return self.guidance_scale > 1.0 and GUIDANCE not in self.family.inputs
+
+    def sampler_options(self, num_steps: int) -> dict[str, Any]:
+        """`mu` and `sigmas` of its scheduler, for `sampler_table`."""
+        return self.family.sampler_options(self.pipe, num_steps, self.latents_shape)
 
     def call_options(self) -> dict[str, Any]:
         """Arguments for a plain call of the pipeline at the bundle's resolution and guidance."""
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        wanted = {
+        options = {
             **self.family.call_options,
             "height": self.height,
             "width": self.width,
             "guidance_scale": self.guidance_scale,
-            "max_sequence_length": self.max_tokens,
         }
-        return {name: value for name, value in wanted.items() if name in known}
+        for text in self.texts:
+            if text.part.whole_sequence:
+                options["max_sequence_length"] = text.max_tokens
+        return options
 
 
 def load_pipeline(
@@ -80,7 +108,8 @@ def load_pipeline(
         guidance_scale: None for the default of the pipeline's call.
 
     Raises:
-        BuildError: the folder is no pipeline, cannot be loaded, or its denoiser is not supported.
+        BuildError: the folder is no pipeline, cannot be loaded, its denoiser is not supported, or a guidance scale was
+            given to one that has none.
     """
     index = folder / "model_index.json"
     if not folder.is_dir():
@@ -94,17 +123,17 @@ def load_pipeline(
     if not isinstance(data, dict) or "_class_name" not in data:
         raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
     require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are loaded
-    pipe = _load(folder)
+    may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}
+    pipe = _load(folder, [name for name in may_lack if data.get(name) == [None, None]])
     name, family = family_of(pipe)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
-    size = int(getattr(pipe, family.component).config.sample_size) * int(pipe.vae_scale_factor)
-    defaults = inspect.signature(type(pipe).__call__).parameters
-    longest = int(defaults["max_sequence_length"].default) if "max_sequence_length" in defaults else 10**9
+    config = getattr(pipe, family.component).config
+    size = int(getattr(pipe, "default_sample_size", None) or config.sample_size) * int(pipe.vae_scale_factor)
     height = size if height is None else height
     width = size if width is None else width
-    factor = int(pipe.vae_scale_factor) * int(getattr(getattr(pipe, family.component).config, "patch_size", 1) or 1)
+    factor = int(pipe.vae_scale_factor) * int(getattr(config, "patch_size", 1) or 1) * family.packing
     for label, value in (("height", height), ("width", width)):
         if value <= 0 or value % factor:
             raise BuildError(f"{label} {value} does not fit this pipeline; give a positive multiple of {factor}")
@@ -114,10 +143,36 @@ def load_pipeline(
         family=family,
         height=height,
         width=width,
-        guidance_scale=float(defaults["guidance_scale"].default if guidance_scale is None else guidance_scale),
-        max_tokens=min(longest, int(pipe.tokenizer.model_max_length)),
+        guidance_scale=_guidance_scale(pipe, family, guidance_scale),
+        texts=_texts(pipe, family),
         weights_sha256=_weights_hash(folder / family.component),
     )
+
+
+def _guidance_scale(pipe: Any, family: Family, asked: float | None) -> float:
+    if family.takes_guidance_scale:
+        default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+        return float(default if asked is None else asked)
+    if asked not in (None, 1.0):
+        raise BuildError(
+            f"guidance scale {asked:g} would have no effect: the {family.denoiser_class} of this {type(pipe).__name__} "
+            "has no guidance embedding; leave the guidance scale out"
+        )
+    return 1.0
+
+
+def _texts(pipe: Any, family: Family) -> tuple[SourceText, ...]:
+    texts = []
+    for part in family.texts:
+        tokenizer = getattr(pipe, part.tokenizer)
+        if tokenizer is None:
+            continue
+        # Whatever its own tokenizer says, every CLIP text encoder gets the length of the first one's.
+        length = int((tokenizer if part.whole_sequence else pipe.tokenizer).model_max_length)
+        if part.whole_sequence:
+            length = min(length, max_sequence_length(pipe))
+        texts.append(SourceText(tokenizer, length, part))
+    return tuple(texts)
 
 
 def gather_batches(
@@ -164,7 +219,8 @@ def _denoiser_class(index: dict[str, Any]) -> str | None:
     return next((str(entry[1]) for entry in entries if isinstance(entry, list) and entry[1:] and entry[1]), None)
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, absent: Sequence[str]) -> Any:
+    """The pipeline in a folder; diffusers wants to be told of components that it lacks, other than optional ones."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -177,7 +233,9 @@ def _load(folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+            pipe = DiffusionPipeline.from_pretrained(
+                folder, local_files_only=True, torch_dtype=torch.float32, **dict.fromkeys(absent)
+            )
     except Exception as error:  # diffusers and transformers raise many classes for a broken folder
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BuildError(f"pipeline {folder} cannot be loaded: {first}") from error

@@ -80,8 +80,8 @@ def score_curves(found: Sensitivity, direction: str) -> str:
     """
     records = [record for record in found.scores if record.direction == direction]
     place = places(found.precisions)
-    floor = _floor([score for record in records for score in record.scores])
-    with _figure(f"scores-{direction}") as (figure, axes, svg):
+    floor = floor_of([score for record in records for score in record.scores])
+    with svg_figure(f"scores-{direction}") as (figure, axes, svg):
         for record in records:
             colour, marker = SHADES[place[record.precision]][0], MARKERS[place[record.precision]]
             steps = np.arange(len(record.scores))
@@ -96,7 +96,7 @@ def score_curves(found: Sensitivity, direction: str) -> str:
             if below.any():
                 axes.plot(steps[below], heights[below], "x", color=colour, markersize=7, zorder=3, clip_on=False)
         if floor:
-            _log_axis(axes, floor)
+            log_axis(axes, floor)
         axes.set_xlabel("step index")
         axes.set_ylabel("score (change of E)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -116,7 +116,7 @@ def fit_scatter(found: Sensitivity) -> str:
     """Predicted against measured E of the random schedules, by the predictor in use; needs a fit point."""
     predicted = np.array([point.predicted[found.predictor] for point in found.fit_points])
     measured = np.array([point.measured for point in found.fit_points])
-    with _figure("fit") as (figure, axes, svg):
+    with svg_figure("fit") as (figure, axes, svg):
         top = 1.08 * max(predicted.max(), measured.max()) or 1.0
         axes.plot([0, top], [0, top], "--", color=INK, linewidth=1, label="predicted = measured")
         if len(set(predicted)) > 2:
@@ -139,8 +139,8 @@ def trade_off(found: Sensitivity) -> str:
     """
     place = places(found.precisions)
     errors = [point.error for point in found.pareto] + [row.error for row in found.validation]
-    floor = _floor([*errors, found.predicted_error])
-    with _figure("pareto", height=5.2) as (figure, axes, svg):
+    floor = floor_of([*errors, found.predicted_error])
+    with svg_figure("pareto", height=5.2) as (figure, axes, svg):
 
         def height(error: float) -> float:
             return max(error, floor) if floor else error
@@ -164,7 +164,7 @@ def trade_off(found: Sensitivity) -> str:
             label="schedule, predicted",
         )
         if floor:
-            _log_axis(axes, floor)
+            log_axis(axes, floor)
         axes.set_xlabel(f"mean step latency / {found.precisions[0]}")
         axes.set_ylabel("E")
         handles, labels = axes.get_legend_handles_labels()
@@ -176,8 +176,8 @@ def error_rows(found: Sensitivity) -> str:
     """Measured E of every validation row, smallest on top; one of 0 lies on the left edge."""
     place = places(found.precisions)
     rows = sorted(found.validation, key=lambda row: -row.error)
-    floor = _floor([row.error for row in rows])
-    with _figure("rows", height=1.2 + 0.33 * len(rows)) as (_, axes, svg):
+    floor = floor_of([row.error for row in rows])
+    with svg_figure("rows", height=1.2 + 0.33 * len(rows)) as (_, axes, svg):
         for index, row in enumerate(rows):
             style = _row_style(row, place, iter("o"))
             if row.name in found.loses_to and "markerfacecolor" in style:
@@ -190,14 +190,14 @@ def error_rows(found: Sensitivity) -> str:
         axes.grid(axis="x")
         axes.set_xlabel("measured E")
         if floor:
-            _log_axis(axes, floor, "x")
+            log_axis(axes, floor, "x")
     return svg[0]
 
 
 def rank_deviation(found: Sensitivity) -> str:
     """Mean rank deviation of a replayed bisection over its evaluations; needs curves measured at every step."""
     place = places(found.precisions)
-    with _figure("ranks") as (figure, axes, svg):
+    with svg_figure("ranks") as (figure, axes, svg):
         for record in found.scores:
             replays = [
                 adaptive_bisection(record.scores.__getitem__, found.num_steps, max_evaluations=count)
@@ -234,8 +234,8 @@ def _row_style(row: ValidationRow, place: dict[str, int], others: Iterator[str])
 
 
 @contextmanager
-def _figure(name: str, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes, list[str]]]:
-    """A figure to draw into; its SVG is appended to the list when the block ends."""
+def svg_figure(name: str, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes, list[str]]]:
+    """A figure to draw into; its SVG is appended to the list when the block ends. `name` goes before its ids."""
     svg: list[str] = []
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -264,7 +264,7 @@ def _inline(text: str, name: str) -> str:
     return text
 
 
-def _floor(values: Sequence[float]) -> float:
+def floor_of(values: Sequence[float]) -> float:
     """Lower edge of a logarithmic axis over the positive values, 0 where there are none."""
     positive = [value for value in values if value > 0]
     return min(positive) / 2 if positive else 0.0
@@ -275,7 +275,7 @@ def _tick(value: float, _: int) -> str:
     return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+00", "") if value else "0"
 
 
-def _log_axis(axes: Axes, floor: float, which: str = "y") -> None:
+def log_axis(axes: Axes, floor: float, which: str = "y") -> None:
     """A logarithmic axis from `floor` on, labelled in the form 1e-3."""
     axis: Axis = axes.yaxis if which == "y" else axes.xaxis
     if which == "y":

@@ -10,6 +10,7 @@ from engines.manifest import Manifest
 from tmpdiff_export import report_sections as sections
 from tmpdiff_export.report_figures import SHADES
 from tmpdiff_export.report_pictures import Row, palette, pictures_section
+from tmpdiff_export.report_search import search
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fdfdfc;--ink:#1d2329;--muted:#66707a;--line:#d9dde1;--soft:#f1f3f5;
@@ -70,6 +71,7 @@ def page(manifest: Manifest, found: Sensitivity, rows: Sequence[Row] = ()) -> st
         ("scores", "How much each step suffers", sections.scores(found)),
         ("fit", "Predicted against measured error", sections.fit(found)),
         ("pareto", "Error against latency", sections.pareto(found)),
+        ("search", "The search around the predicted best", search(found)),
         ("validation", "Validation: the schedule and the baselines", sections.validation(found)),
         ("cost", "What the calibration cost", sections.cost(found)),
         ("pictures", "Pictures", pictures_section(rows, found.precisions[0])),

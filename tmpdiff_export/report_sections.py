@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
+
+import numpy as np
 
 from calibration import Sensitivity
 from calibration.sensitivity import ValidationRow
+from calibration.statistics import bootstrap_interval
 from engines.manifest import Manifest
 from tmpdiff_export.display import number, schedule_strip
-from tmpdiff_export.report_figures import error_rows, fit_scatter, places, rank_deviation, score_curves, trade_off
-
-BY_STEP, ORDER = "by step index", "step indices in order of measuring"
-LEFT = (BY_STEP, ORDER, "use", "steps")
-"""Headings of columns that are no figures, and stand to the left."""
+from tmpdiff_export.report_figures import error_rows, fit_scatter, rank_deviation, score_curves, trade_off
+from tmpdiff_export.report_html import BY_STEP, ORDER, precision_name, strip, table
+from tmpdiff_export.report_rules import rule_curves, ruled_precision
+from tmpdiff_export.report_search import carried
 
 
 def what(manifest: Manifest, found: Sensitivity) -> str:
@@ -46,13 +47,13 @@ def schedule(found: Sensitivity) -> str:
     every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if found.num_steps / step <= 11)
     marks = "".join(f"<span>{k if k % every == 0 else ''}</span>" for k in range(found.num_steps))
     keys = "".join(
-        f'<span class="key">{_name(found, name)}: {found.schedule.count(name)} of {found.num_steps}</span>'
+        f'<span class="key">{precision_name(found, name)}: {found.schedule.count(name)} of {found.num_steps}</span>'
         for name in found.precisions
         if name in found.schedule
     )
     return (
         '<p class="lead">The precision of every step index, from pure noise on the left to the finished picture on the '
-        f'right.</p>{_strip(found, found.schedule, "strip big")}<div class="axis" aria-hidden="true">{marks}</div>'
+        f'right.</p>{strip(found, found.schedule, "strip big")}<div class="axis" aria-hidden="true">{marks}</div>'
         f'<p>{keys}</p><p class="note">By step index: {escape(schedule_strip(found.schedule))}. '
         f"Predicted E {found.predicted_error:.3e}, on validation prompts {number(found.measured_error, '.3e')}.</p>"
     )
@@ -75,13 +76,13 @@ def precisions(manifest: Manifest, found: Sensitivity) -> str:
         )
         use = dropped.get(name, "reference" if name == reference else used)
         rows.append(
-            f"<tr><td>{_name(found, name)}</td>{''.join(f'<td>{c}</td>' for c in cells)}"
+            f"<tr><td>{precision_name(found, name)}</td>{''.join(f'<td>{c}</td>' for c in cells)}"
             f'<td class="wrap">{escape(use)}</td></tr>'
         )
     head = ("precision", "step ms", f"/ {reference}", "E, all steps", "SQNR dB", "size MB", "recipe", "use")
     return (
         '<p class="lead">One engine per precision: how fast a step is, and how wrong the result is if every step uses it.'
-        f"</p>{_table(head, rows, 'precisions')}"
+        f"</p>{table(head, rows, 'precisions')}"
         '<p class="note">Step latencies were measured on the machine that calibrated. SQNR compares one denoiser call '
         "with FP32 torch (higher is better). A precision that is no faster than another and errs no less is dropped "
         "before it is scored.</p>"
@@ -108,7 +109,7 @@ def scores(found: Sensitivity) -> str:
     return (
         f'{text}<div class="figures">{figures}</div><p class="note">Filled points were measured, hollow ones '
         "interpolated. Crosses on the lower edge are scores of 0 or less.</p>"
-        f"<h3>Rank deviation</h3>{_rank_deviation(found)}"
+        f"{carried(found, found.transfer) if found.transfer else ''}<h3>Rank deviation</h3>{_rank_deviation(found)}"
     )
 
 
@@ -133,7 +134,7 @@ def fit(found: Sensitivity) -> str:
         f"<td>{number(fit.spearman, '.3f')}</td><td>{number(fit.ratio, '.2f')}</td></tr>"
         for fit in found.fit
     ]
-    table = _table(("predictor", "R²", "Spearman", "predicted / measured"), rows, "fit of the predictors")
+    fits = table(("predictor", "R²", "Spearman", "predicted / measured"), rows, "fit of the predictors")
     figure = "<p>No random schedules were run.</p>"
     if found.fit_points:
         figure = (
@@ -150,7 +151,7 @@ def fit(found: Sensitivity) -> str:
         )
     return (
         '<p class="lead">If scores of single steps add up, they predict the error of any schedule; random schedules were '
-        f'run to check.</p>{level}<div class="figures">{figure}<div>{table}<p class="note">R² of the regression line and '
+        f'run to check.</p>{level}<div class="figures">{figure}<div>{fits}<p class="note">R² of the regression line and '
         "Spearman's rank correlation: 1 is perfect. Predicted / measured: sums over the schedules, 1 is the right level. "
         "A dash: too few schedules for the figure.</p></div></div>"
     )
@@ -172,7 +173,19 @@ def pareto(found: Sensitivity) -> str:
         f"{trade_off(found)}"
         f"<figcaption>The front{shown} and the hollow star are predicted from scores of the calibration prompts; every "
         "other mark was measured on the validation prompts. Marks on the lower edge have E = 0.</figcaption></figure>"
-        f"{measured}</div>"
+        f"{measured}</div>{_rules(found)}"
+    )
+
+
+def _rules(found: Sensitivity) -> str:
+    precision = ruled_precision(found)
+    if precision is None:
+        return ""
+    return (
+        f'<figure role="img" aria-label="predicted E of the fixed rules at every K">{rule_curves(found, precision)}'
+        f"<figcaption>The rules with every number K of {escape(found.precisions[0])} steps from 0 to {found.num_steps}, the "
+        f"others {escape(precision)}, as the scores predict them (random: mean of 20 draws). Points with E = 0 are left "
+        "out.</figcaption></figure>"
     )
 
 
@@ -183,8 +196,7 @@ def validation(found: Sensitivity) -> str:
     )
     if not found.validation:
         return f"{lead}<p>There were no validation prompts.</p>"
-    chosen = found.validation[0].error
-    rows = [_validation_row(found, row, chosen) for row in found.validation]
+    rows = [_validation_row(found, row, found.validation[0]) for row in found.validation]
     reference = found.precisions[0]
     head = ("schedule", f"latency / {reference}", "E", "E / schedule's", "SSIM", "PSNR dB", BY_STEP, "steps")
     verdict = (
@@ -193,21 +205,22 @@ def validation(found: Sensitivity) -> str:
         else "<p>No row that is as fast or faster has a smaller E than the schedule.</p>"
     )
     return (
-        f"{lead}{verdict}{_table(head, rows, 'validation')}"
+        f"{lead}{verdict}{table(head, rows, 'validation')}"
         '<p class="note">Latency is computed from the measured step latencies. SSIM and PSNR compare the pictures with '
         f"those of {escape(reference)}; a dash for PSNR: identical or not decoded. A random row is the mean of its draws, "
-        "+- their standard deviation.</p>"
+        "+- their standard deviation. In brackets: 95 % interval of the ratio over resampled prompts; where it holds 1, the "
+        "difference may be chance; with few prompts it is too narrow.</p>"
     )
 
 
-def _validation_row(found: Sensitivity, row: ValidationRow, chosen: float) -> str:
+def _validation_row(found: Sensitivity, row: ValidationRow, chosen: ValidationRow) -> str:
     kind = "chosen" if row.name == "schedule" else "winner" if row.name in found.loses_to else ""
     spread = f"<small>+- {row.error_spread:.1e}</small>" if row.error_spread is not None else ""
-    strips = "".join(_strip(found, schedule) for schedule in row.schedules)
+    strips = "".join(strip(found, schedule) for schedule in row.schedules)
     cells = (
         f"{row.latency:.3f}",
         f"{_error(row.error, '.3e')}{spread}",
-        f"{row.error / chosen:.2f}" if chosen > 0 else "-",
+        _ratio(row, chosen),
         number(row.ssim, ".4f"),
         number(row.psnr_db, ".1f"),
     )
@@ -222,9 +235,25 @@ def _validation_row(found: Sensitivity, row: ValidationRow, chosen: float) -> st
     )
 
 
+def _ratio(row: ValidationRow, chosen: ValidationRow) -> str:
+    """E over the schedule's, with an interval over prompts where there are two or more."""
+    if not chosen.error > 0:
+        return "-"
+    text = f"{row.error / chosen.error:.2f}"
+    own, of = np.array(row.sample_errors), np.array(chosen.sample_errors)
+    if row is chosen or len(own) < 2 or len(own) != len(of):
+        return text
+    found = bootstrap_interval(lambda pick: _over(own[pick].mean(), of[pick].mean()), len(own))
+    return f"{text}<small>[{found.low:.2f}, {found.high:.2f}]</small>" if np.isfinite(found.low) else text
+
+
+def _over(first: float, second: float) -> float:
+    return float(first / second) if second > 0 else float("nan")
+
+
 def cost(found: Sensitivity) -> str:
     curves = [
-        f"<tr><td>{_name(found, record.precision)} {record.direction}</td>"
+        f"<tr><td>{precision_name(found, record.precision)} {record.direction}</td>"
         f"<td>{sum(record.measured)} of {found.num_steps}</td><td>{sum(record.calls.values()):,}</td>"
         f"<td>{record.sweep_calls:,}</td><td>{'yes' if record.settled else 'no'}</td>"
         f'<td class="wrap">{", ".join(map(str, record.order))}</td></tr>'
@@ -249,32 +278,11 @@ def cost(found: Sensitivity) -> str:
         '<p class="lead">The unit of cost is one denoiser call; an adaptive bisection measures only the steps that the '
         "ranking needs.</p>"
         f'<table style="width:100%;max-width:40rem" aria-label="calls for the scores">{bars}</table>'
-        f"<h3>Score curves</h3>{_table(head, curves, 'score curves') if curves else '<p>No score was measured.</p>'}"
+        f"<h3>Score curves</h3>{table(head, curves, 'score curves') if curves else '<p>No score was measured.</p>'}"
         f"<h3>All denoiser calls: {total:,}</h3>"
-        f"{_table(('stage', *found.precisions, 'sum'), stages, 'denoiser calls by stage')}"
+        f"{table(('stage', *found.precisions, 'sum'), stages, 'denoiser calls by stage')}"
     )
 
 
 def _error(error: float, form: str) -> str:
     return format(error, form) if error else "0"
-
-
-def _strip(found: Sensitivity, schedule: Sequence[str], kind: str = "strip") -> str:
-    place = places(found.precisions)
-    cells = "".join(
-        f'<i style="--c:var(--p{place[name]})" title="step index {index}: {escape(name)}"></i>'
-        for index, name in enumerate(schedule)
-    )
-    return f'<div class="{kind}" role="img" aria-label="{escape(schedule_strip(schedule))}">{cells}</div>'
-
-
-def _name(found: Sensitivity, precision: str) -> str:
-    return f'<span class="dot" style="--c:var(--p{places(found.precisions)[precision]})"></span>{escape(precision)}'
-
-
-def _table(head: Sequence[str], rows: Sequence[str], label: str) -> str:
-    cells = "".join(f'<th scope="col"{" class=left" if name in LEFT else ""}>{escape(name)}</th>' for name in head)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )

@@ -29,16 +29,18 @@ class StepFinder:
         """Forgets the run so far; the next one begins at step index `start` or later."""
         self._last = start - 1
 
-    def find(self, timestep: float) -> tuple[int, bool]:
+    def find(self, timestep: float, timesteps: ArrayLike | None = None) -> tuple[int, bool]:
         """The step index, and whether it is the first of a new run.
 
         Args:
             timestep: in the scheduler's units.
+            timesteps: [T], the table's as that loop hands them over, None for as they are.
 
         Raises:
             ScheduleError: the table has no such timestep.
         """
-        known = [int(k) for k in np.flatnonzero(close(self._table.timesteps, timestep))]
+        handed = self._table.timesteps if timesteps is None else timesteps
+        known = [int(k) for k in np.flatnonzero(close(handed, timestep))]
         if not known:
             raise ScheduleError(
                 f"timestep {timestep:g} is none of the {self._table.num_steps} timesteps of the bundle's loop "

@@ -1,17 +1,31 @@
-"""The parts of the demo pipeline, untrained: tokenizer, text encoder, autoencoder and denoiser."""
+"""The parts of the demo pipelines, untrained: tokenizers, text encoders, autoencoder and denoisers."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tmpdiff_export.demo.scenes import vocabulary
 
 LATENT_CHANNELS = 4
 CAPTION_TOKENS = 40
 """Tokens that training pads captions to; longer than any caption of the grammar."""
+CLIP_TOKENS = 32
+"""The same for the pipelines with CLIP text encoders, whose captions begin and end with a mark."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -68,4 +82,98 @@ def make_denoiser() -> PixArtTransformer2DModel:
     with torch.no_grad():
         denoiser.proj_out.weight[unused] = 0
         denoiser.proj_out.bias[unused] = 0
+    return denoiser
+
+
+def make_clip_tokenizer() -> CLIPTokenizer:
+    """Returns CLIP's byte-pair tokenizer with every word of the captions' vocabulary as one token.
+
+    Other words become more tokens, down to bytes. Prompts are padded with the token that ends them.
+    """
+    letters = list(bytes_to_unicode().values())
+    merges = word_merges(vocabulary())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])},
+        merges=merges,
+        model_max_length=CLIP_TOKENS,
+        pad_token="<|endoftext|>",
+    )
+
+
+def word_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Returns byte-pair merges, highest rank first, that make one token of every word.
+
+    A word's new merges rank below all before it, so they cannot change how an earlier word is put together.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        while len(pieces := _pieces(word, ranks)) > 1:
+            ranks[pieces[0], pieces[1]] = len(ranks)
+    return list(ranks)
+
+
+def _pieces(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding of a word: joins the neighbours of the best rank until none are left that may be joined."""
+    pieces = [*word[:-1], f"{word[-1]}</w>"]
+    while found := [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]:
+        i = min(found)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces
+
+
+def make_clip_text_encoder(
+    tokenizer: CLIPTokenizer, *, projection: bool
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """Returns an untrained CLIP text encoder of width 128, 3 layers; with a projection of the pooled text or without."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=CLIP_TOKENS, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def make_unet(sample_size: int, text_width: int) -> UNet2DConditionModel:
+    """Returns an untrained UNet for square latents: 4 M parameters for a side of 16, 28 M for one of 32.
+
+    Widths are multiples of 128 where most weights are, so that INT4's blocks fit.
+    """
+    shape: dict[str, Any]
+    if sample_size == 16:
+        shape = {
+            "block_out_channels": (64, 128),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        }
+    else:
+        shape = {
+            "block_out_channels": (128, 256, 256),
+            "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        }
+    return UNet2DConditionModel(
+        sample_size=sample_size, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        cross_attention_dim=text_width, attention_head_dim=4, use_linear_projection=True, **shape,
+    )  # fmt: skip
+
+
+def make_mmdit(sample_size: int, text_width: int, pooled_width: int) -> SD3Transformer2DModel:
+    """Returns an untrained MMDiT for square latents: 7 M parameters for a side of 16, 39 M for one of 32.
+
+    As in the DiT paper, modulation and output start at zero: every block begins as the identity.
+    """
+    heads, layers = (4, 3) if sample_size == 16 else (6, 8)
+    denoiser = SD3Transformer2DModel(
+        sample_size=sample_size, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        num_layers=layers, attention_head_dim=64, num_attention_heads=heads, caption_projection_dim=64 * heads,
+        joint_attention_dim=text_width, pooled_projection_dim=pooled_width, pos_embed_max_size=sample_size // 2,
+    )  # fmt: skip
+    norms = [block.norm1 for block in denoiser.transformer_blocks]
+    norms += [block.norm1_context for block in denoiser.transformer_blocks]
+    for linear in [*(norm.linear for norm in norms), denoiser.norm_out.linear, denoiser.proj_out]:
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
     return denoiser

@@ -1,4 +1,4 @@
-"""The training loops of the demo pipeline: autoencoder, text encoder, then denoiser and text encoder together."""
+"""The training loops of the demo pipelines: autoencoder, text encoders, then denoiser and text encoders together."""
 
 from __future__ import annotations
 
@@ -9,42 +9,22 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
-from transformers import T5EncoderModel
+from diffusers import AutoencoderKL
 
 from tmpdiff_export.demo.drawing import draw
-from tmpdiff_export.demo.scenes import COLOURS, POSITIONS, SHAPES
+from tmpdiff_export.demo.scenes import COLOURS, IMAGE_SIZE, POSITIONS, SHAPES, vocabulary
+from tools.demo_families import DemoFamily
 from tools.demo_networks import LATENT_CHANNELS
 
 UNCONDITIONAL_FRACTION = 0.1
 
 
-def predict_velocity(
-    denoiser: PixArtTransformer2DModel, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Calls the denoiser as the pipeline does, with timestep = 1000 sigma.
-
-    Args:
-        denoiser: The denoiser.
-        x_t: [n, 4, 32, 32], noisy latents.
-        sigma: [n], in [0, 1].
-        text: [n, tokens, 128], the text encoder's output.
-        mask: [n, tokens], 1 for tokens and 0 for padding.
-
-    Returns:
-        [n, 4, 32, 32], noise minus clean latents as predicted.
-    """
-    output = denoiser(
-        x_t, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=1000 * sigma,
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
-    )[0]  # fmt: skip
-    return output[:, :LATENT_CHANNELS]
-
-
-def draw_batch(arrays: dict[str, torch.Tensor], index: torch.Tensor | slice) -> torch.Tensor:
-    """Draws the pictures at `index` of placed scenes, in [-1, 1], channels last in memory."""
+def draw_batch(arrays: dict[str, torch.Tensor], index: torch.Tensor | slice, size: int = IMAGE_SIZE) -> torch.Tensor:
+    """Draws the pictures [n, 3, size, size] at `index` of placed scenes, in [-1, 1], channels last in memory."""
     with torch.no_grad():
         pictures = draw({name: array[index] for name, array in arrays.items()}, torch)
+        if size != IMAGE_SIZE:
+            pictures = F.avg_pool2d(pictures, IMAGE_SIZE // size)
         return (2 * pictures - 1).to(memory_format=torch.channels_last)
 
 
@@ -81,31 +61,35 @@ def train_vae(
     vae.register_to_config(scaling_factor=round(1 / std.item(), 4))
 
 
-def encode(vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, batch: int = 256) -> torch.Tensor:
-    """Returns the mean latents of the first `count` placed scenes: [count, 4, 32, 32], float16, unscaled."""
+def encode(
+    vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE, batch: int = 256
+) -> torch.Tensor:
+    """Returns the mean latents of the first `count` placed scenes: [count, 4, size / 8, size / 8], float16, unscaled."""
     device = arrays["centre"].device
 
     def mean_of(x: torch.Tensor) -> torch.Tensor:
         return vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
 
     run = torch.compile(mean_of) if device.type == "cuda" and count >= 10 * batch else mean_of
-    latents = torch.empty(count, LATENT_CHANNELS, 32, 32, dtype=torch.float16, device=device)
+    latents = torch.empty(count, LATENT_CHANNELS, size // 8, size // 8, dtype=torch.float16, device=device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         for start in range(0, count, batch):
             part = slice(start, min(start + batch, count))
-            latents[part] = run(draw_batch(arrays, part)).half()
+            latents[part] = run(draw_batch(arrays, part, size)).half()
     return latents
 
 
-def reconstruct(vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int) -> tuple[np.ndarray, float]:
+def reconstruct(
+    vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE
+) -> tuple[np.ndarray, float]:
     """Encodes and decodes the pictures of the first `count` placed scenes.
 
     Returns:
-        The decoded pictures [count, 256, 256, 3], uint8, and their PSNR in dB.
+        The decoded pictures [count, size, size, 3], uint8, and their PSNR in dB.
     """
     errors, pictures = [], []
     for start in range(0, count, 32):
-        original = draw_batch(arrays, slice(start, min(start + 32, count)))
+        original = draw_batch(arrays, slice(start, min(start + 32, count)), size)
         with torch.no_grad():
             decoded = vae.decode(vae.encode(original).latent_dist.mode()).sample.clamp(-1, 1)
         errors.append((decoded - original).square().flatten(1).mean(1))
@@ -126,7 +110,7 @@ def attribute_targets(tokens: np.ndarray, ids: dict[str, int]) -> tuple[np.ndarr
     """
 
     def index_in(groups: list[tuple[str, ...]]) -> np.ndarray:
-        table = np.full(max(ids.values()) + 1, -1)
+        table = np.full(max(*ids.values(), tokens.max()) + 1, -1)
         for k, words in enumerate(groups):
             table[[ids[w] for w in words]] = k
         return table[tokens]
@@ -151,94 +135,120 @@ def attribute_targets(tokens: np.ndarray, ids: dict[str, int]) -> tuple[np.ndarr
     return owner, targets
 
 
-def pretrain_text_encoder(
-    text_encoder: T5EncoderModel, tokens: np.ndarray, ids: dict[str, int], iterations: int, batch: int
-) -> None:
-    """Teaches the text encoder which words belong together, before any picture is seen.
+def last_words(owner: np.ndarray) -> np.ndarray:
+    """Keeps the last word of each object in `owner` [n, tokens] and sets the others to -1."""
+    kept = np.full_like(owner, -1)
+    for k in (0, 1):
+        own = owner == k
+        after = np.cumsum(own[:, ::-1], axis=1)[:, ::-1] - own
+        kept[own & (after == 0)] = k
+    return kept
+
+
+def pretrain_text_encoders(family: DemoFamily, tokens: np.ndarray, iterations: int, batch: int) -> None:
+    """Teaches the text encoders which words belong together, before any picture is seen.
 
     Every word that names an attribute of an object learns to tell all attributes of that object, through four linear
-    heads that are then thrown away. Without it the denoiser long mixes up the attributes of two objects.
+    heads that are then thrown away; of a causal encoder only the object's last word, which has seen the others. Without
+    it the denoiser long mixes up the attributes of two objects.
 
     Args:
-        text_encoder: The text encoder, trained in place.
+        family: Its text encoders are trained in place.
         tokens: [n, tokens], padded token ids of captions.
-        ids: The tokenizer's vocabulary.
         iterations: Number of optimizer steps.
         batch: Captions in each.
     """
-    device = text_encoder.device
-    owner, targets = (torch.as_tensor(a, device=device) for a in attribute_targets(tokens, ids))
+    device = family.denoiser.device
+    ids = {word: family.tokenizer.convert_tokens_to_ids(token) for word, token in _word_tokens(family).items()}
+    named, wanted_of = attribute_targets(tokens, ids)
+    if family.causal:
+        named = last_words(named)
+    owner, targets = (torch.as_tensor(a, device=device) for a in (named, wanted_of))
     bank = torch.as_tensor(tokens, device=device)
     classes = (len(SHAPES), len(COLOURS), 2, len(POSITIONS))
-    heads = torch.nn.Linear(text_encoder.config.d_model, sum(classes)).to(device)
-    text_encoder.train()
+    heads = torch.nn.Linear(family.text_width, sum(classes)).to(device)
+    for encoder in family.text_encoders:
+        encoder.train()
 
     def loss_of() -> torch.Tensor:
         pick = torch.randint(len(bank), (batch,), device=device)
         caption, whose = bank[pick].long(), owner[pick]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = heads(text_encoder(caption, attention_mask=(caption != 0).long())[0])
+            logits = heads(family.embed(caption)[0])
         wanted = targets[pick].gather(1, whose.clamp(min=0)[:, :, None].expand(-1, -1, 4))
         wanted = wanted.masked_fill((whose < 0)[:, :, None], -100)
         parts = logits.float().split(classes, dim=2)
         return sum(F.cross_entropy(p.flatten(0, 1), wanted[:, :, a].flatten()) for a, p in enumerate(parts))
 
-    _fit("text encoder", [([*text_encoder.parameters(), *heads.parameters()], 1e-3)], iterations, math.inf, loss_of)
+    parameters = [p for encoder in family.text_encoders for p in encoder.parameters()]
+    _fit("text encoder", [([*parameters, *heads.parameters()], 1e-3)], iterations, math.inf, loss_of)
 
 
 def train_denoiser(
-    denoiser: PixArtTransformer2DModel, text_encoder: T5EncoderModel, latents: torch.Tensor, tokens: np.ndarray,
-    unconditional: np.ndarray, iterations: int, batch: int, budget_s: float,
+    family: DemoFamily, latents: torch.Tensor, tokens: np.ndarray, unconditional: np.ndarray, iterations: int,
+    batch: int, budget_s: float, *, save: Callable[[], None], save_every_s: float = math.inf,
 ) -> None:  # fmt: skip
-    """Trains denoiser and text encoder together, in place, by flow matching; leaves their averaged weights.
+    """Trains denoiser and text encoders together, in place; leaves their averaged weights.
 
     Args:
-        denoiser: The denoiser.
-        text_encoder: The text encoder.
-        latents: [n, 4, 32, 32], float16, scaled latents of the training scenes.
-        tokens: [n, captions, 40], padded token ids of each scene's captions.
-        unconditional: [40], token ids of the empty caption, which replaces one caption in ten.
+        family: What to train.
+        latents: [n, 4, h, w], float16, scaled latents of the training scenes.
+        tokens: [n, captions, tokens], padded token ids of each scene's captions.
+        unconditional: [tokens], token ids of the empty caption, which replaces one caption in ten.
         iterations: Number of optimizer steps.
         batch: Scenes in each.
         budget_s: Does fewer iterations if these would take longer.
+        save: Called with the averaged weights in place, on the way and at the end.
+        save_every_s: Seconds between two such calls.
     """
     device = latents.device
     count, captions, _ = tokens.shape
     bank = torch.as_tensor(tokens, device=device)
     empty = torch.as_tensor(unconditional, device=device)
-    parameters = [*denoiser.parameters(), *text_encoder.parameters()]
+    groups = [
+        (list(family.denoiser.parameters()), 7e-4),
+        ([p for encoder in family.text_encoders for p in encoder.parameters()], 2e-4),
+    ]
+    parameters = [p for group, _ in groups for p in group]
     average = [p.detach().clone() for p in parameters]
-    denoiser.train()
-    text_encoder.train()
-    predict = torch.compile(predict_velocity) if device.type == "cuda" else predict_velocity
+    modules = (family.denoiser, *family.text_encoders)
+    for module in modules:
+        module.train()
+    predict = torch.compile(family.predict) if device.type == "cuda" else family.predict
+    saved = time.perf_counter()
 
     def loss_of() -> torch.Tensor:
         pick = torch.randint(count, (batch,), device=device)
         ids = bank[pick, torch.randint(captions, (batch,), device=device)].long()
         ids = torch.where(torch.rand(batch, 1, device=device) < UNCONDITIONAL_FRACTION, empty.long(), ids)
-        mask = (ids != 0).long()
-        clean = latents[pick].float()
-        noise = torch.randn_like(clean)
-        # Objects are few and bright, so they show through much noise: where they go is decided at high sigmas, which
-        # is why those are drawn more often. Some uniform sigmas keep the rest of the trajectory in view.
-        sigma = torch.sigmoid(1.5 + 1.2 * torch.randn(batch, device=device))
-        sigma = torch.where(torch.rand(batch, device=device) < 0.25, torch.rand(batch, device=device), sigma)
-        x_t = torch.lerp(clean, noise, sigma[:, None, None, None])
+        x_t, timestep, target = family.corrupt(latents[pick].float())
         with torch.autocast(device.type, torch.bfloat16):
-            text = text_encoder(ids, attention_mask=mask)[0]
-            velocity = predict(denoiser, x_t, sigma, text, mask)
-        return F.mse_loss(velocity.float(), noise - clean)
+            output = predict(family.denoiser, x_t, timestep, *family.embed(ids))
+        return F.mse_loss(output.float(), target)
 
-    def update_average() -> None:
-        with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, 0.001)
+    def after(planned: int) -> None:
+        nonlocal saved
+        with torch.no_grad():  # a short training must forget its first weights sooner
+            torch._foreach_lerp_(average, parameters, max(0.001, min(1.0, 8 / planned)))
+        if time.perf_counter() - saved >= save_every_s:
+            trained = [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, average)
+                save()
+                torch._foreach_copy_(parameters, trained)
+            saved = time.perf_counter()
 
-    groups = [(list(denoiser.parameters()), 7e-4), (list(text_encoder.parameters()), 2e-4)]
-    _fit("denoiser", groups, iterations, budget_s, loss_of, after=update_average)
+    _fit("denoiser", groups, iterations, budget_s, loss_of, after)
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
-    denoiser.eval().requires_grad_(False)
-    text_encoder.eval().requires_grad_(False)
+    for module in modules:
+        module.eval().requires_grad_(False)
+    save()
+
+
+def _word_tokens(family: DemoFamily) -> dict[str, str]:
+    """The token of each word of the captions' vocabulary."""
+    return {word: family.tokenizer.tokenize(word)[0] for word in vocabulary()}
 
 
 def _fit(
@@ -247,11 +257,12 @@ def _fit(
     iterations: int,
     budget_s: float,
     loss_of: Callable[[], torch.Tensor],
-    after: Callable[[], None] = lambda: None,
+    after: Callable[[int], None] = lambda planned: None,
 ) -> None:
     """Runs AdamW on groups of (parameters, learning rate): warm-up, cosine decay to zero, clipped gradients.
 
-    The speed is measured once, past compilation; if `iterations` would overrun the budget, fewer are done.
+    The speed is measured past compilation, again every 100 iterations; if `iterations` would overrun the budget, fewer
+    are done. `after` is called after each with the number of iterations planned.
     """
     parameters = [p for group, _ in groups for p in group]
     optimizer = torch.optim.AdamW(
@@ -270,12 +281,14 @@ def _fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        after()
+        after(iterations)
         i += 1
         if i % 500 == 0 or i in (1, 50, 100, iterations):
-            value, seconds = loss.item(), time.perf_counter() - start
-            print(f"{name} iteration {i}/{iterations} loss {value:.5f} after {seconds:.0f} s", flush=True)
-            if i == 50:
-                compiled = seconds
-            elif i == 100 and math.isfinite(budget_s):
-                iterations = min(iterations, i + int((budget_s - seconds) / ((seconds - compiled) / 50)))
+            seconds = time.perf_counter() - start
+            print(f"{name} iteration {i}/{iterations} loss {loss.item():.5f} after {seconds:.0f} s", flush=True)
+        if i == 50:
+            compiled_s = time.perf_counter() - start
+        elif i % 100 == 0 and math.isfinite(budget_s):
+            seconds = time.perf_counter() - start
+            left = (budget_s - seconds) * (i - 50) / (seconds - compiled_s)
+            iterations = min(iterations, i + max(0, int(left)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
 from calibration.allocation import Budget
 from calibration.costs import AllocationCosts
 from calibration.quality import METRICS, QualityBudget
+from calibration.sensitivity import TransferRecord
 from engines.cli import parse_guidance_scale, parse_resident_engines, parse_seed, parse_threads
 from engines.text import PromptFile, read_prompts
 
@@ -38,11 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="most different precisions in the schedule, so that no engine is loaded inside a loop (default: any number)",
     )
-    parser.add_argument("--method", choices=("bisection", "sweep"), default="bisection", help="default bisection")
+    scores = parser.add_mutually_exclusive_group()
+    scores.add_argument("--method", choices=("bisection", "sweep"), default="bisection", help="default bisection")
+    scores.add_argument(
+        "--from",
+        type=Path,
+        dest="source",
+        metavar="OTHER_BUNDLE",
+        help="carry the scores of this calibrated bundle over through noise level, after checking a few of them here",
+    )
+    parser.add_argument(
+        "--refine-calls",
+        type=int,
+        metavar="N",
+        help="denoiser calls of the local search that measures the schedules nearest to the predicted best "
+        "(default: as many as the scores take; 0: none)",
+    )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="calibration prompts used (default 8)")
     parser.add_argument("--validation-samples", type=int, default=8, metavar="N", help="validation prompts (default 8)")
     parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="seed of the first sample (default 0)")
     parser.add_argument("--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: the bundle's")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="pictures at once that latencies are measured for (default 1)"
+    )
     parser.add_argument(
         "--threads", type=parse_threads, metavar="N", help="threads on a CPU, of all workers (default: one per core)"
     )
@@ -109,6 +129,9 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             costs=AllocationCosts(args.swap_ms, args.resident_engines),
             workers=args.workers,
+            refine_calls=args.refine_calls,
+            batch=args.batch,
+            source=args.source,
             progress=report,
         )
     if args.json:
@@ -158,6 +181,8 @@ def print_sensitivity(found: Sensitivity) -> None:
                 f"full sweeps would take {found.sweep_calls}"
             ],
         )
+    if found.transfer:
+        print_transfer(found.transfer)
     print_table(
         f"Predicted against measured E on random schedules ({found.fit_samples} prompts)",
         ["predictor", "R^2", "Spearman", "predicted / measured", ""],
@@ -184,12 +209,39 @@ def print_sensitivity(found: Sensitivity) -> None:
     if found.settings:
         print(f"latencies are sums of step latencies measured on {found.settings.machine}")
     print(f"budget: {found.budget}")
+    if found.refinement and found.refinement.rounds:
+        outcome = "stood" if found.refinement.origin == "scores" else f"gave way to a rival ({found.refinement.origin})"
+        print(
+            f"local search: {len(found.refinement.trials)} schedules run in {sum(found.refinement.calls.values())} "
+            f"denoiser calls; the predicted best {outcome}"
+        )
     print(f"schedule: {schedule_strip(found.schedule)}")
     print(
         f"predicted E {found.predicted_error:.3e}, measured on validation prompts {number(found.measured_error, '.3e')}"
     )
     if found.loses_to:
         print(f"the schedule LOSES on validation to: {', '.join(found.loses_to)} (no slower, smaller E)")
+
+
+def print_transfer(transfer: TransferRecord) -> None:
+    """Where carried scores come from, and how they compare with the measured ones, as a table."""
+    from tmpdiff_export.display import number, print_table
+
+    print_table(
+        f"Scores carried from bundle {transfer.bundle_id[:12]}, T = {transfer.num_steps}, "
+        f"guidance {transfer.guidance_scale:g}",
+        ["precision", "checked steps", "measured / carried", "scatter about it", "Spearman"],
+        [
+            [
+                check.precision,
+                ", ".join(map(str, check.steps)),
+                f"{check.level:.2f}",
+                f"x {math.exp(check.scatter):.2f}",
+                number(check.spearman, ".2f"),
+            ]
+            for check in transfer.checks
+        ],
+    )
 
 
 def print_validation(found: Sensitivity) -> None:

@@ -1,7 +1,7 @@
 """What differs between denoiser classes: how they are called, wrapped for export, and conditioned.
 
 Two levels: every entry of `DENOISERS` can be exported and quantized as a denoiser; every entry of `FAMILIES` (by
-pipeline class) also has its text encoders and tokenizer handled, so that whole pipelines are built. Everything else is
+pipeline class) also has its text encoders and tokenizers handled, so that whole pipelines are built. Everything else is
 generic.
 """
 
@@ -45,8 +45,10 @@ DENOISERS: dict[str, DenoiserFamily] = {
     "unet": UNET,
     "unet-sdxl": UNET_SDXL,
 }
-FAMILIES: dict[str, Family] = {
-    pipeline: family for family in DENOISERS.values() if isinstance(family, Family) for pipeline in family.pipelines
+_WHOLE = tuple(family for family in DENOISERS.values() if isinstance(family, Family))
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    pipeline: tuple(family for family in _WHOLE if pipeline in family.pipelines)
+    for pipeline in dict.fromkeys(name for family in _WHOLE for name in family.pipelines)
 }
 
 
@@ -87,7 +89,7 @@ def require_supported(pipeline: str, denoiser: str | None) -> None:
         raise BuildError(
             f"{pipeline}: denoiser class {denoiser} is not supported; this release exports {_listed(DENOISERS)}; {whole}"
         )
-    if pipeline not in FAMILIES or FAMILIES[pipeline].denoiser_class != denoiser:
+    if all(family.denoiser_class != denoiser for family in FAMILIES.get(pipeline, ())):
         raise BuildError(
             f"pipeline class {pipeline} is not supported; its denoiser class {denoiser} is (tmpdiff_export.families."
             f"DENOISERS: {', '.join(keys)}), the text encoders and the loop around it are not; {whole}"
@@ -104,11 +106,14 @@ def family_of(pipe: Any) -> tuple[str, Family]:
     found = [getattr(pipe, name, None) for name in ("transformer", "unet")]
     denoiser = next((module for module in found if module is not None), None)
     require_supported(pipeline, None if denoiser is None else type(denoiser).__name__)
-    family = FAMILIES[pipeline]
-    reason = family.refusal(denoiser) or family.pipeline_refusal(pipe)
-    if reason is not None:
-        raise BuildError(f"this {pipeline} cannot be built: {reason}")
-    return family.denoiser_class, family
+    families = {family.refusal(denoiser): family for family in FAMILIES[pipeline]}
+    if None in families:
+        family = families[None]
+        reason = family.pipeline_refusal(pipe)
+        if reason is None:
+            return family.denoiser_class, family
+        families = {reason: family}
+    raise BuildError(f"this {pipeline} cannot be built: {'; '.join(map(str, families))}")
 
 
 def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Export wrappers of text encoders and VAE decoders, shared by families."""
+"""Text encoders and VAE decoders, shared by families: export wrappers, and which are refused."""
 
 from __future__ import annotations
 
@@ -72,6 +72,64 @@ class SdxlTextEncoder(torch.nn.Module):
         return hidden, pooled, self.time_ids.expand(input_ids.shape[0], -1)
 
 
+class ClipT5TextEncoder(torch.nn.Module):
+    """SD3's text encoders: two CLIP ones side by side, then T5, or zeros in its place.
+
+    As in the pipeline, hidden states of CLIP are those before the last layer, filled up with zeros to the width of
+    T5's, and T5 sees the padding as text.
+    """
+
+    def __init__(
+        self,
+        first: torch.nn.Module,
+        second: torch.nn.Module,
+        third: torch.nn.Module | None,
+        *,
+        width: int,
+        max_sequence_length: int,
+    ) -> None:
+        """third: T5; width: of the denoiser's text; max_sequence_length: how many zeros stand for T5's tokens."""
+        super().__init__()
+        self.first = first
+        self.second = second
+        self.third = third
+        self.width = width
+        self.max_sequence_length = max_sequence_length
+
+    def forward(
+        self, input_ids: torch.Tensor, input_ids_2: torch.Tensor, input_ids_3: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [B, L], [B, L] and, with T5, [B, L3] -> [B, L + L3, `width`] and [B, P1 + P2]."""
+        first = self.first(input_ids, output_hidden_states=True)
+        second = self.second(input_ids_2, output_hidden_states=True)
+        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+        channels = self.width - clip.shape[-1]
+        if self.third is None:
+            return torch.nn.functional.pad(clip, (0, channels, 0, self.max_sequence_length)), pooled
+        t5 = t5_states(self.third, input_ids_3)
+        return torch.cat([torch.nn.functional.pad(clip, (0, channels)), t5], dim=1), pooled
+
+
+class PooledT5TextEncoder(torch.nn.Module):
+    """FLUX.1's text encoders: of CLIP the pooled state, of T5 (which sees the padding as text) all of them."""
+
+    def __init__(self, first: torch.nn.Module, second: torch.nn.Module) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+
+    def forward(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [B, L] and [B, L2] -> [B, L2, D] and [B, P]."""
+        return t5_states(self.second, input_ids_2), self.first(input_ids).pooler_output
+
+
+def t5_states(encoder: torch.nn.Module, input_ids: torch.Tensor | None) -> torch.Tensor:
+    """int64 [B, L] -> [B, L, D], with attention to every token, as without a mask."""
+    mask = torch.ones_like(input_ids)  # passed, because the one that the encoder makes has the traced batch size
+    return encoder(input_ids, attention_mask=mask, return_dict=False)[0]
+
+
 class VaeDecoder(torch.nn.Module):
     """`AutoencoderKL.decode` from scaled latents to pictures in 0..1 (before clamping)."""
 
@@ -85,3 +143,17 @@ class VaeDecoder(torch.nn.Module):
         """[B, C, h, w] -> [B, 3, H, W]."""
         image = self.vae.decode(latents / self.factor + self.shift, return_dict=False)[0]
         return image / 2 + 0.5
+
+
+def clip_refusal(encoder: torch.nn.Module) -> str | None:
+    """Why an encoder is not exported as a CLIP text encoder, or None if it is."""
+    name = type(encoder).__name__
+    if not name.startswith("CLIPTextModel") or getattr(encoder.config, "use_attention_mask", False):
+        return f"its text encoder is a {name}, not a CLIPTextModel that takes token ids only"
+    return None
+
+
+def t5_refusal(encoder: torch.nn.Module) -> str | None:
+    """Why an encoder is not exported as a T5 encoder, or None if it is."""
+    name = type(encoder).__name__
+    return None if name == "T5EncoderModel" else f"its text encoder is a {name}, not a T5EncoderModel"

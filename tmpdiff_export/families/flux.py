@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.transformers import transformer_flux
 
-from engines.manifest import TIMESTEP
-from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, DenoiserFamily, latents_and_timestep
+from engines.errors import SamplerError
+from engines.manifest import GUIDANCE, TIMESTEP
+from tmpdiff_export.families.components import PooledT5TextEncoder, clip_refusal, t5_refusal
+from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, Family, Text, latents_and_timestep
+from tmpdiff_export.families.shifting import dynamic_shift
 from tmpdiff_export.ranges import Batch
 
 # The pipeline divides timesteps by this and the denoiser multiplies them, and the guidance, by it again.
 TRAIN_TIMESTEPS = 1000
+PACKING = 2
 
 
 class FluxDenoiser(torch.nn.Module):
@@ -115,12 +121,22 @@ def _wrap(pipe: Any, height: int, width: int) -> FluxDenoiser:
 
 def _arguments(call: Mapping[str, Any]) -> Batch:
     rows, columns = (int(call["img_ids"][:, axis].max()) + 1 for axis in (1, 2))
+    tokens = call["hidden_states"].shape[1]
+    if tokens != rows * columns:
+        raise ValueError(
+            f"the denoiser was called with {tokens} image tokens at {rows} x {columns} positions (of a picture to edit, "
+            "or of a control picture); the engines take those of one picture"
+        )
     return (
         unpack(call["hidden_states"], rows, columns),
         call["timestep"].float() * TRAIN_TIMESTEPS,
         call["encoder_hidden_states"],
         call["pooled_projections"],
     )
+
+
+def _called_timesteps(timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (timesteps.to(dtype) / TRAIN_TIMESTEPS).float() * TRAIN_TIMESTEPS
 
 
 def _refusal(denoiser: torch.nn.Module, guided: bool) -> str | None:
@@ -132,20 +148,55 @@ def _refusal(denoiser: torch.nn.Module, guided: bool) -> str | None:
     return None
 
 
-FLUX_SCHNELL = DenoiserFamily(
+def _pipeline_refusal(pipe: Any) -> str | None:
+    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
+        if getattr(pipe, name) is None:
+            return f"its {name} is None, and without it the pipeline encodes no prompt"
+    return clip_refusal(pipe.text_encoder) or t5_refusal(pipe.text_encoder_2)
+
+
+def _sampler_options(pipe: Any, num_steps: int, latents_shape: tuple[int, int, int]) -> dict[str, Any]:
+    scheduler = pipe.scheduler
+    _, rows, columns = (size // PACKING for size in latents_shape)
+    options: dict[str, Any] = {"mu": dynamic_shift(scheduler.config, rows * columns, max_shift=1.15)}
+    if not scheduler.config.get("use_flow_sigmas"):
+        options["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+    missing = sorted(set(options) - set(inspect.signature(scheduler.set_timesteps).parameters))
+    if missing:
+        raise SamplerError(
+            f"scheduler {type(scheduler).__name__} takes no {' and no '.join(missing)}, which FLUX pipelines hand to "
+            "set_timesteps; use FlowMatchEulerDiscreteScheduler"
+        )
+    return options
+
+
+FLUX_SCHNELL = Family(
     denoiser_class="FluxTransformer2DModel",
     component="transformer",
     inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
     wrap=_wrap,
     arguments=_arguments,
     refusal=lambda denoiser: _refusal(denoiser, guided=False),
+    pipelines=("FluxPipeline",),
+    wrap_text=lambda pipe, height, width: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
+    texts=(Text(), Text(tokenizer="tokenizer_2", whole_sequence=True)),
+    text_outputs={"encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
+    lowercase=False,
+    call_options={},
+    pipeline_refusal=_pipeline_refusal,
+    takes_guidance_scale=False,
+    packing=PACKING,
+    sampler_options=_sampler_options,
+    returned=lambda model_output, config: pack(model_output),
+    called_timesteps=_called_timesteps,
 )
 # The guidance scale is an input, not a constant: it is chosen per picture, and one engine serves every scale. It is
 # float32, because 3600 (a scale of 3.6, times 1000) and its neighbours are 2 apart in FP16.
 FLUX = replace(
     FLUX_SCHNELL,
-    inputs={**FLUX_SCHNELL.inputs, "guidance": BATCH_AXES},
-    arguments=lambda call: (*_arguments(call), call["guidance"].float()),
+    inputs={**FLUX_SCHNELL.inputs, GUIDANCE: BATCH_AXES},
+    arguments=lambda call: (*_arguments(call), call[GUIDANCE].float()),
     refusal=lambda denoiser: _refusal(denoiser, guided=True),
-    float32_inputs=frozenset({TIMESTEP, "guidance"}),
+    float32_inputs=frozenset({TIMESTEP, GUIDANCE}),
+    takes_guidance_scale=True,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tmpdiff_export.families.components import MaskedTextEncoder
-from tmpdiff_export.families.family import TEXT_AXES, Family, latents_and_timestep
+from tmpdiff_export.families.family import TEXT_AXES, Family, Text, latents_and_timestep
 from tmpdiff_export.ranges import Batch
 
 
@@ -70,7 +70,7 @@ PIXART = Family(
     refusal=lambda denoiser: None,
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     wrap_text=lambda pipe, height, width: MaskedTextEncoder(pipe.text_encoder),
-    text_inputs=("input_ids", "attention_mask"),
+    texts=(Text(masked=True, whole_sequence=True),),
     text_outputs={"encoder_hidden_states": TEXT_AXES, "encoder_attention_mask": TEXT_AXES},
     lowercase=True,
     call_options={"use_resolution_binning": False, "clean_caption": False},

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, DenoiserFamily, latents_and_timestep
+from tmpdiff_export.families.components import ClipT5TextEncoder, clip_refusal, t5_refusal
+from tmpdiff_export.families.family import (
+    BATCH_AXES,
+    TEXT_AXES,
+    Family,
+    Text,
+    latents_and_timestep,
+    max_sequence_length,
+)
+from tmpdiff_export.families.shifting import dynamic_shift
 from tmpdiff_export.ranges import Batch
 
 
@@ -44,11 +53,48 @@ def _arguments(call: Mapping[str, Any]) -> Batch:
     )
 
 
-SD3 = DenoiserFamily(
+def _wrap_text(pipe: Any, height: int, width: int) -> ClipT5TextEncoder:
+    return ClipT5TextEncoder(
+        pipe.text_encoder,
+        pipe.text_encoder_2,
+        pipe.text_encoder_3,
+        width=int(pipe.transformer.config.joint_attention_dim),
+        max_sequence_length=max_sequence_length(pipe),
+    )
+
+
+def _pipeline_refusal(pipe: Any) -> str | None:
+    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
+        if getattr(pipe, name) is None:
+            return f"its {name} is None, and without it the pipeline encodes no prompt; only T5 may be left out"
+    if (pipe.text_encoder_3 is None) is not (pipe.tokenizer_3 is None):
+        return "it has only one of text_encoder_3 and tokenizer_3; give both, or set both to None"
+    clip = clip_refusal(pipe.text_encoder) or clip_refusal(pipe.text_encoder_2)
+    return clip if clip is not None or pipe.text_encoder_3 is None else t5_refusal(pipe.text_encoder_3)
+
+
+def _sampler_options(pipe: Any, num_steps: int, latents_shape: tuple[int, int, int]) -> dict[str, Any]:
+    config = pipe.scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    _, rows, columns = (size // int(pipe.transformer.config.patch_size) for size in latents_shape)
+    return {"mu": dynamic_shift(config, rows * columns, max_shift=1.16)}
+
+
+SD3 = Family(
     denoiser_class="SD3Transformer2DModel",
     component="transformer",
     inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
     wrap=lambda pipe, height, width: Sd3Denoiser(pipe.transformer),
     arguments=_arguments,
     refusal=lambda denoiser: None,
+    pipelines=("StableDiffusion3Pipeline",),
+    wrap_text=_wrap_text,
+    texts=(Text(), Text(tokenizer="tokenizer_2"), Text(tokenizer="tokenizer_3", whole_sequence=True)),
+    text_outputs={"encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
+    lowercase=False,
+    call_options={},
+    pipeline_refusal=_pipeline_refusal,
+    may_lack=("text_encoder_3", "tokenizer_3"),
+    sampler_options=_sampler_options,
 )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from engines.manifest import TIMESTEP
-from tmpdiff_export.families.components import PlainTextEncoder, SdxlTextEncoder
-from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, Family, latents_and_timestep
+from tmpdiff_export.families.components import PlainTextEncoder, SdxlTextEncoder, clip_refusal
+from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, Family, Text, latents_and_timestep
 from tmpdiff_export.ranges import Batch
 
 TEXT_TIME = "text_time"  # SDXL's `addition_embed_type`
@@ -61,14 +61,7 @@ def _pipeline_refusal(pipe: Any) -> str | None:
             "it has a safety checker, and the pictures of a bundle pass through none; if they are checked elsewhere, "
             "save the pipeline with safety_checker=None, requires_safety_checker=False"
         )
-    return _clip_refusal(pipe.text_encoder)
-
-
-def _clip_refusal(encoder: torch.nn.Module) -> str | None:
-    name = type(encoder).__name__
-    if not name.startswith("CLIPTextModel") or getattr(encoder.config, "use_attention_mask", False):
-        return f"its text encoder is a {name}, not a CLIPTextModel that takes token ids only"
-    return None
+    return clip_refusal(pipe.text_encoder)
 
 
 def _sdxl_pipeline_refusal(pipe: Any) -> str | None:
@@ -78,7 +71,7 @@ def _sdxl_pipeline_refusal(pipe: Any) -> str | None:
         return "its two tokenizers have different vocabularies"
     if getattr(pipe.vae.config, "latents_mean", None) is not None:
         return "its VAE has latents_mean, which the VAE decoder engine does not apply"
-    return _clip_refusal(pipe.text_encoder) or _clip_refusal(pipe.text_encoder_2)
+    return clip_refusal(pipe.text_encoder) or clip_refusal(pipe.text_encoder_2)
 
 
 def _wrap_sdxl_text(pipe: Any, height: int, width: int) -> SdxlTextEncoder:
@@ -101,7 +94,7 @@ UNET = Family(
     refusal=lambda denoiser: _refusal(denoiser, None),
     pipelines=("StableDiffusionPipeline",),
     wrap_text=lambda pipe, height, width: PlainTextEncoder(pipe.text_encoder),
-    text_inputs=("input_ids",),
+    texts=(Text(),),
     text_outputs={"encoder_hidden_states": TEXT_AXES},
     lowercase=False,
     call_options={},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from calibration.statistics import Interval
+from engines.cli import guarded
 from engines.documents import read_json
 from engines.errors import TmpDiffError
 from engines.files import atomic_write_text
@@ -86,12 +86,11 @@ class Experiment:
         missing = [name for name in ("bundle", "prompts", "out") if getattr(args, name) is None]
         if not args.redraw and missing:
             parser.error(f"{missing[0]} is missing; give BUNDLE, --prompts and --out, or --redraw")
-        try:
-            content = self._read(args.redraw) if args.redraw else self._measure(args)
-            self._finish(content, args.redraw.with_suffix("") if args.redraw else args.out)
-        except TmpDiffError as error:
-            print(f"{self.name}: {error}", file=sys.stderr)
-            return 1
+        return guarded(self.name, lambda: self._run(args))
+
+    def _run(self, args: argparse.Namespace) -> int:
+        content = self._read(args.redraw) if args.redraw else self._measure(args)
+        self._finish(content, args.redraw.with_suffix("") if args.redraw else args.out)
         return 0
 
     def _measure(self, args: argparse.Namespace) -> dict[str, Any]:
@@ -149,11 +148,6 @@ def print_goals(name: str, goals: Sequence[Goal]) -> None:
 def verdict(met: bool) -> str:
     """A goal without a confidence interval to consider."""
     return "met" if met else "missed"
-
-
-def interval_of(values: dict[str, float]) -> Interval:
-    """An interval from its JSON form."""
-    return Interval(**values)
 
 
 def wording(interval: Interval, form: str = ".3f") -> str:

@@ -42,8 +42,7 @@ def curves(measured: dict[str, Any], direction: str, rows: np.ndarray | None = N
     """The mean curve over samples; over repeated ones where `rows` repeats them."""
     scores = np.array(measured[direction])
     rows = np.arange(len(scores)) if rows is None else rows
-    local = np.array(measured["local"])[rows].mean(axis=0) if "local" in measured else None
-    return Curve(scores[rows].mean(axis=0), local)
+    return Curve(scores[rows].mean(axis=0))
 
 
 def analyse(content: dict[str, Any]) -> Analysis:
@@ -91,7 +90,7 @@ def _points(curve: Curve, method: Method) -> list[dict[str, Any]]:
             "deviation": rank_deviation(curve.scores, found.scores),
             "deviation_over_counts": [float(per_count.min()), float(per_count.max())],
             "regret": error_regret(curve.scores, found.scores),
-            "regret_in_range": _regret_in_range(curve.scores, found.scores),
+            "regret_in_range": regret_in_range(curve.scores, found.scores),
         }
     return [points[count] for count in sorted(points)]
 
@@ -115,11 +114,11 @@ def _at_default(measured: dict[str, Any], direction: str, method: Method) -> dic
         "deviation": asdict(figure_of(rank_deviation)),
         "deviation_at": rank_deviation_at(curve.scores, found.scores).tolist(),
         "regret": asdict(figure_of(error_regret)),
-        "regret_in_range": asdict(figure_of(_regret_in_range)),
+        "regret_in_range": asdict(figure_of(regret_in_range)),
     }
 
 
-def _regret_in_range(truth: np.ndarray, found: np.ndarray) -> float:
+def regret_in_range(truth: np.ndarray, found: np.ndarray) -> float:
     """Mean error regret over K from T/5 to 4T/5: at the largest K next to nothing is left to compare with."""
     return float(error_regret_at(truth, found)[list(counts_between(len(truth), 1))].mean())
 
@@ -139,7 +138,7 @@ def _split_halves(measured: dict[str, Any], direction: str) -> dict[str, float]:
         pairs.append((scores[order[half:]].mean(axis=0), scores[order[:half]].mean(axis=0)))
     return {
         "deviation": float(np.mean([rank_deviation(*pair) for pair in pairs])),
-        "regret_in_range": float(np.mean([_regret_in_range(*pair) for pair in pairs])),
+        "regret_in_range": float(np.mean([regret_in_range(*pair) for pair in pairs])),
     }
 
 

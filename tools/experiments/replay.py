@@ -17,7 +17,8 @@ class Curve:
 
     Attributes:
         scores: the truth, float64 [T].
-        local: error of every step by itself along the reference trajectory, float64 [T]; None if not measured.
+        local: what the scores are proportional to but for a gain that varies little from step to step, float64 [T]:
+            errors of single steps, weighted. None if not measured.
     """
 
     scores: np.ndarray
@@ -63,8 +64,18 @@ def evenly_spaced(curve: Curve, evaluations: int) -> Found:
     return Found(scores, len(steps), _calls(steps, num_steps))
 
 
+def gain_bisection(curve: Curve, evaluations: int) -> Found:
+    """The bisection on score / local error; T calls more, for the local errors."""
+    if curve.local is None:
+        raise ValueError("this curve has no local errors; measure them with local_gain")
+    num_steps = len(curve.scores)
+    shape = np.maximum(curve.local, FLOOR * curve.local.max())
+    search = adaptive_bisection(curve.scores.__getitem__, num_steps, max_evaluations=evaluations, shape=shape)
+    return Found(search.scores, len(search.order), _calls(search.order, num_steps) + num_steps)
+
+
 METHODS: dict[str, Method] = {"bisection": bisection, "evenly spaced": evenly_spaced}
-"""What is compared; a search that needs local errors belongs here too, for curves that have them."""
+"""What `rank_deviation` compares."""
 
 
 def _calls(steps: tuple[int, ...] | np.ndarray, num_steps: int) -> int:

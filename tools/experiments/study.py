@@ -19,7 +19,7 @@ from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
 from calibration.journal import Journal
 from calibration.latency import machine, step_latencies
 from calibration.measurements import Measurements
-from calibration.scores import DIRECTIONS
+from calibration.scores import DIRECTIONS, Direction
 from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
@@ -70,13 +70,13 @@ class Study:
         """E(all p) of every calibration sample."""
         return [self.calibration.uniform_error(precision, sample)["error"] for sample in range(self.samples)]
 
-    def scores(self, precision: str) -> dict[str, list[list[float]]]:
+    def scores(self, precision: str, directions: Sequence[Direction] = DIRECTIONS) -> dict[str, list[list[float]]]:
         """Downcast and upcast scores by sample and step, from a full sweep.
 
         Costs T (T + 1) / 2 denoiser calls per direction and sample.
         """
         found: dict[str, list[list[float]]] = {}
-        for direction in DIRECTIONS:
+        for direction in directions:
             rows = []
             for sample in range(self.samples):
                 row = []
@@ -87,6 +87,13 @@ class Study:
                 rows.append(row)
             found[direction] = rows
         return found
+
+    def local_errors(self, precision: str) -> list[list[float]]:
+        """Error of every step by itself along the reference trajectory, by sample and step; T calls per sample."""
+        return [
+            [self.calibration.local_error(step, precision, sample) for step in range(self.num_steps)]
+            for sample in range(self.samples)
+        ]
 
     def _score(self, precision: str, direction: str, step: int, sample: int) -> float:
         if direction == "downcast":

@@ -1,0 +1,300 @@
+"""Step policies of other runtimes: read, written, and what is not one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from planted import PlantedEvaluator
+
+from calibration import HighSteps, calibrate
+from calibration.costs import AllocationCosts
+from calibration.prediction import Prediction
+from calibration.sensitivity import CalibrationSettings
+from engines.bundle import Bundle
+from engines.errors import ScheduleError
+from engines.schedule import Schedule
+from tmpdiff_export import cli
+from tmpdiff_export.commands import schedule as command
+from tmpdiff_export.step_policy import StepPolicy, exact_policy, nearest_policy, read_policy, write_policy
+
+# The form in which NVIDIA publishes Cosmos3 FP8 checkpoints (transformer/config.json).
+PUBLISHED = {
+    "_class_name": "Cosmos3OmniTransformer",
+    "quantization_config": {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "runtime": {
+            "diffusion_step_policy": {
+                "schema_version": 1,
+                "type": "first_last_n",
+                "index_space": "denoising_loop_iteration",
+                "scope": ["transformer"],
+                "default_mode": "native",
+                "first_steps": {"count": 3, "mode": "a16"},
+                "last_steps": {"count": 2, "mode": "a16"},
+                "overlap": "a16",
+                "reasoner": "a16",
+            }
+        },
+    },
+}
+
+
+def config(tmp_path, **changes):
+    data = copy.deepcopy(PUBLISHED)
+    policy = data["quantization_config"]["runtime"]["diffusion_step_policy"]
+    for field, value in changes.items():
+        if value is None:
+            del policy[field]
+        else:
+            policy[field] = value
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def strip(text):
+    return tuple({"H": "fp16", "8": "fp8", "i": "int8", "4": "nvfp4"}[letter] for letter in text)
+
+
+def test_the_published_form_is_read(tmp_path):
+    policy, native = read_policy(config(tmp_path))
+    assert (policy, native) == (StepPolicy(3, 2), "fp8")
+    assert policy.precisions(10, "fp16", "fp8") == strip("HHH88888HH")
+    assert policy.precisions(5, "fp16", "fp8") == (*policy.precisions(4, "fp16", "fp8"), "fp16") == strip("HHHHH")
+    assert policy.precisions(1, "fp16", "fp8") == strip("8")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("schema_version", 2),
+        ("schema_version", True),
+        ("type", "every_n"),
+        ("index_space", "sigma"),
+        ("default_mode", "a16"),
+        ("overlap", "native"),
+        ("reasoner", "fp8"),
+        ("reasoner", None),
+        ("scope", ["vae"]),
+        ("scope", "transformer"),
+        ("first_steps", {"count": -1, "mode": "a16"}),
+        ("first_steps", {"count": True, "mode": "a16"}),
+        ("last_steps", {"count": 3, "mode": "native"}),
+        ("last_steps", {"count": 3}),
+        ("every", 4),
+    ],
+)
+def test_a_policy_of_another_meaning_is_refused_by_field(tmp_path, field, value):
+    with pytest.raises(ScheduleError, match=field):
+        read_policy(config(tmp_path, **{field: value}))
+
+
+def test_a_config_without_policy_says_what_is_missing(tmp_path):
+    path = tmp_path / "config.json"
+    for data, missing in (
+        ({}, "quantization_config"),
+        ({"quantization_config": {"runtime": {}}}, "diffusion_step_policy"),
+    ):
+        path.write_text(json.dumps(data))
+        with pytest.raises(ScheduleError, match=f"{missing} is missing"):
+            read_policy(path)
+
+
+@pytest.mark.parametrize("native", ["fp8", "nvfp4"])
+def test_what_is_written_is_read_back_and_has_the_published_fields(tmp_path, native):
+    path = tmp_path / "policy.json"
+    write_policy(path, StepPolicy(4, 0), native)
+    assert read_policy(path) == (StepPolicy(4, 0), native)
+    written = json.loads(path.read_text())["quantization_config"]
+    published = PUBLISHED["quantization_config"]["runtime"]["diffusion_step_policy"]
+    assert set(written["runtime"]["diffusion_step_policy"]) == set(published)
+    write_policy(path, StepPolicy(3, 2), "fp8")
+    assert json.loads(path.read_text())["quantization_config"]["runtime"]["diffusion_step_policy"] == published
+
+
+def test_a_precision_no_reader_runs_is_refused(tmp_path):
+    with pytest.raises(ScheduleError, match=r"fp8 and nvfp4.*low precision is int8"):
+        write_policy(tmp_path / "policy.json", StepPolicy(1, 1), "int8")
+    assert not (tmp_path / "policy.json").exists()
+
+
+@pytest.mark.parametrize("text", ["HH888H", "888888", "H88888", "88888H", "HHHHH8", "8"])
+def test_a_schedule_of_that_form_is_one_policy_exactly(text):
+    policy, native = exact_policy(strip(text), "fp16")
+    assert native == "fp8"
+    assert policy.precisions(len(text), "fp16", native) == strip(text)
+
+
+@pytest.mark.parametrize("text", ["H8H8HH", "H88i8H", "HHHHHH", "H", "8i"])
+def test_other_schedules_are_none(text):
+    assert exact_policy(strip(text), "fp16") is None
+
+
+# with a calibration -----------------------------------------------------------------------------------------------
+
+STEPS = 6
+SIZES = np.array([3.0, 0.5, 0.6, 2.0, 0.7, 2.5])
+
+
+def calibrated(**options):
+    errors = {"fp8": 0.15 * SIZES, "int8": 0.16 * SIZES, "nvfp4": 0.2 * SIZES}
+    loop = PlantedEvaluator(errors, gains=[1.0] * STEPS, correlation=0.3)
+    latencies = {"fp16": 8.0, "fp8": 5.0, "int8": 4.0, "nvfp4": 3.0}
+    options = {"method": "sweep", "budget": HighSteps(3)} | options
+    return calibrate(loop, latencies, **options).sensitivity
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        AllocationCosts(),
+        AllocationCosts(0.4),
+        AllocationCosts(
+            {("fp16", "fp8"): 0.2}
+            | {
+                pair: 0.0
+                for pair in product(("fp16", "fp8", "int8", "nvfp4"), repeat=2)
+                if pair[0] != pair[1] and pair != ("fp16", "fp8")
+            }
+        ),
+    ],
+)
+def test_a_stored_calibration_predicts_what_it_predicted(costs):
+    found = calibrated(costs=costs)
+    prediction = Prediction(found)
+    assert prediction.error(found.schedule) == pytest.approx(found.predicted_error)
+    assert prediction.latency(found.schedule) == pytest.approx(found.predicted_latency)
+    for point in found.pareto:
+        assert prediction.error(point.precisions) == pytest.approx(point.error)
+        assert prediction.latency(point.precisions) == pytest.approx(point.latency)
+    for name in found.precisions:
+        assert prediction.latency((name,) * STEPS) == pytest.approx(found.latencies_ms[name] / 8.0)
+    assert prediction.error(("int4",) * STEPS) is None
+
+
+def test_the_nearest_policy_is_the_best_of_all_that_are_no_slower():
+    prediction = Prediction(calibrated())
+    schedule = strip("H44H4H")
+    nearest = nearest_policy(prediction, schedule)
+    assert nearest.predicted_latency <= prediction.latency(schedule)
+    everything = []
+    for first, last, native in product(range(STEPS), range(STEPS), ("fp8", "nvfp4")):
+        precisions = StepPolicy(first, last).precisions(STEPS, "fp16", native)
+        if native in precisions and prediction.latency(precisions) <= prediction.latency(schedule) + 1e-9:
+            everything.append(prediction.error(precisions))
+    assert nearest.predicted_error == min(everything)
+    assert nearest.predicted_error > prediction.error(schedule)
+
+
+def test_a_schedule_faster_than_any_policy_has_no_nearest():
+    found = calibrated()
+    without = found.model_copy(update={"scores": tuple(r for r in found.scores if r.precision == "int8")})
+    assert nearest_policy(Prediction(without), strip("iiiiii")) is None
+    assert nearest_policy(Prediction(found), strip("444444")) is not None
+
+
+# the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    """A calibrated bundle as the command sees it."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    bundle_id = "c" * 64
+    settings = CalibrationSettings(
+        bundle_id=bundle_id,
+        machine="none",
+        guidance_scale=3.0,
+        seed=0,
+        calibration_prompts=("a",),
+        validation_prompts=("b",),
+    )
+    found = calibrated().model_copy(update={"settings": settings})
+    manifest = SimpleNamespace(
+        bundle_id=bundle_id, precisions=found.precisions, sampling=SimpleNamespace(num_steps=STEPS)
+    )
+    opened = Bundle(folder, manifest)
+    found.save(opened.sensitivity_path)
+    Schedule(bundle_id=bundle_id, precisions=found.schedule, origin="test").save(opened.schedule_path)
+    monkeypatch.setattr(command.Bundle, "open", lambda path: opened)
+    return opened
+
+
+def run(capsys, *arguments):
+    status = cli.main(["schedule", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def test_an_imported_policy_becomes_a_schedule_of_the_bundle(bundle, tmp_path, capsys):
+    out = tmp_path / "schedule.json"
+    status, shown = run(capsys, bundle.folder, "--import-policy", config(tmp_path), "--out", out, "--json")
+    assert status == 0
+    loaded = bundle.schedule(out)
+    assert loaded.precisions == strip("HHH8HH")
+    assert "first 3 and last 2" in loaded.origin
+    assert json.loads(shown.out)["schedule"]["predicted_error"] == loaded.predicted_error > 0
+    status, _ = run(capsys, bundle.folder, "--import-policy", config(tmp_path), "--precision", "int8", "--out", out)
+    assert status == 0
+    assert bundle.schedule(out).precisions == strip("HHHiHH")
+
+
+def test_an_import_needs_a_precision_the_bundle_holds(bundle, tmp_path, capsys):
+    path = config(tmp_path)
+    status, shown = run(capsys, bundle.folder, "--import-policy", path, "--precision", "int4")
+    assert status == 1
+    assert "run at int4; the bundle's low precisions are fp8, int8, nvfp4" in shown.err
+    path.write_text(path.read_text().replace('"FP8"', '"INT8"'))
+    status, shown = run(capsys, bundle.folder, "--import-policy", path)
+    assert status == 1
+    assert "names no quant_algo of FP8, NVFP4; say with --precision" in shown.err
+
+
+def test_an_exact_schedule_is_exported_and_comes_back(bundle, tmp_path, capsys):
+    out, again = tmp_path / "policy.json", tmp_path / "again.json"
+    schedule = Schedule(bundle_id="c" * 64, precisions=strip("HH888H"), origin="mine")
+    schedule.save(tmp_path / "mine.json")
+    status, shown = run(capsys, bundle.folder, "--schedule", tmp_path / "mine.json", "--export-policy", out)
+    assert status == 0
+    assert "exactly: first 2 and last 1 steps" in " ".join(shown.out.split())
+    assert run(capsys, bundle.folder, "--import-policy", out, "--out", again)[0] == 0
+    assert bundle.schedule(again).precisions == schedule.precisions
+
+
+def test_another_schedule_is_refused_with_the_nearest_policy_and_its_error(bundle, tmp_path, capsys):
+    out = tmp_path / "policy.json"
+    assert exact_policy(bundle.schedule().precisions, "fp16") is None
+    status, shown = run(capsys, bundle.folder, "--export-policy", out)
+    assert status == 1
+    assert "is no step policy" in shown.err
+    assert "pass --nearest to export that" in shown.err
+    assert not out.exists()
+    status, shown = run(capsys, bundle.folder, "--export-policy", out, "--nearest", "--json")
+    assert status == 0
+    exported = json.loads(shown.out)["exported"]
+    assert not exported["exact"]
+    assert exported["predicted_error"] > json.loads(shown.out)["schedule"]["predicted_error"]
+    policy, native = read_policy(out)
+    assert (policy.first_steps, policy.last_steps, native) == (
+        exported["first_steps"],
+        exported["last_steps"],
+        exported["native"],
+    )
+
+
+def test_options_that_need_another_are_refused(bundle, capsys):
+    assert "add --import-policy" in run(capsys, bundle.folder, "--precision", "fp8")[1].err
+    assert "add --export-policy" in run(capsys, bundle.folder, "--nearest")[1].err
+
+
+def test_help_names_the_policy(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["schedule", "--help"])
+    assert left.value.code == 0
+    assert "diffusion_step_policy" in capsys.readouterr().out

@@ -1,0 +1,153 @@
+"""`tmpdiff-export schedule`: show a schedule of a bundle, and exchange it with the step policies of other runtimes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engines.bundle import Bundle
+from engines.errors import ScheduleError
+from engines.schedule import Schedule
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the subcommand's arguments."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--schedule",
+        metavar="FILE|uniform:PRECISION",
+        help="which schedule (default: the calibrated one in the bundle)",
+    )
+    which.add_argument(
+        "--import-policy",
+        type=Path,
+        metavar="CONFIG",
+        help="take it from the diffusion_step_policy in this transformer/config.json",
+    )
+    parser.add_argument(
+        "--precision",
+        metavar="P",
+        help="with --import-policy: what its native steps run at (default: as its quant_algo)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the schedule, for `run --schedule FILE`")
+    parser.add_argument(
+        "--export-policy", type=Path, metavar="FILE", help="write it as a diffusion_step_policy, where it is one"
+    )
+    parser.add_argument(
+        "--nearest",
+        action="store_true",
+        help="with --export-policy: where it is none, write the policy of least predicted error that is no slower",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shows the schedule and writes what was asked for."""
+    from calibration.prediction import Prediction
+    from tmpdiff_export.calibration_run import read_calibration
+    from tmpdiff_export.display import print_json
+
+    if args.precision is not None and args.import_policy is None:
+        raise ValueError("--precision says what the native steps of an imported policy run at; add --import-policy")
+    if args.nearest and args.export_policy is None:
+        raise ValueError("--nearest says what to export; add --export-policy FILE")
+    bundle = Bundle.open(args.bundle)
+    prediction = Prediction(read_calibration(bundle)) if bundle.sensitivity_path.exists() else None
+    schedule = bundle.schedule(args.schedule) if args.import_policy is None else _imported(bundle, args)
+    if prediction:
+        schedule = schedule.model_copy(
+            update={
+                "predicted_error": prediction.error(schedule.precisions),
+                "predicted_latency": prediction.latency(schedule.precisions),
+            }
+        )
+    exported = _export(args, bundle, schedule, prediction) if args.export_policy else None
+    if args.out:
+        schedule.save(args.out)
+    if args.json:
+        print_json({"bundle": str(args.bundle), "schedule": schedule.model_dump(mode="json"), "exported": exported})
+        return 0
+    _print(args, schedule, exported)
+    return 0
+
+
+def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
+    from tmpdiff_export.step_policy import FORMATS, read_policy
+
+    policy, native = read_policy(args.import_policy)
+    native = args.precision or native
+    reference, *low = bundle.manifest.precisions
+    if native is None:
+        raise ScheduleError(
+            f"config {args.import_policy} names no quant_algo of {', '.join(FORMATS)}; say with --precision what its "
+            f"native steps run at, one of {', '.join(low)}"
+        )
+    if native not in low:
+        raise ScheduleError(
+            f"the native steps of {args.import_policy} run at {native}; the bundle's low precisions are "
+            f"{', '.join(low) or 'none'}: pass one with --precision, or build a bundle with {native}"
+        )
+    return Schedule(
+        bundle_id=bundle.manifest.bundle_id,
+        precisions=policy.precisions(bundle.manifest.sampling.num_steps, reference, native),
+        origin=f"step policy: first {policy.first_steps} and last {policy.last_steps} at {reference}",
+    )
+
+
+def _export(args: argparse.Namespace, bundle: Bundle, schedule: Schedule, prediction: Any) -> dict[str, Any]:
+    """Writes the policy file; returns what is in it, for display."""
+    from tmpdiff_export.step_policy import exact_policy, nearest_policy, write_policy
+
+    exact = exact_policy(schedule.precisions, bundle.manifest.precisions[0])
+    if exact:
+        write_policy(args.export_policy, *exact)
+        return {"exact": True, **asdict(exact[0]), "native": exact[1]}
+    if prediction is None:
+        raise ScheduleError(
+            "the schedule is no step policy (the first N and last M steps in 16 bit, the others at one low precision), "
+            f"and without a calibration none can be said to be near it; run `tmpdiff-export calibrate {args.bundle}`"
+        )
+    nearest = nearest_policy(prediction, schedule.precisions)
+    if nearest is None:
+        raise ScheduleError(
+            "the schedule is no step policy, and no policy of fp8 or nvfp4 is as fast; export another schedule"
+        )
+    figures = {
+        "exact": False,
+        **asdict(nearest.policy),
+        "native": nearest.native,
+        "predicted_error": nearest.predicted_error,
+        "predicted_latency": nearest.predicted_latency,
+    }
+    if not args.nearest:
+        own = "unknown" if schedule.predicted_error is None else f"{schedule.predicted_error:.3e}"
+        raise ScheduleError(
+            f"the schedule is no step policy (first N and last M steps in 16 bit); the best one no slower is first "
+            f"{nearest.policy.first_steps} and last {nearest.policy.last_steps} of {nearest.native}, predicted E "
+            f"{nearest.predicted_error:.3e} against {own}: pass --nearest to export that"
+        )
+    write_policy(args.export_policy, nearest.policy, nearest.native)
+    return figures
+
+
+def _print(args: argparse.Namespace, schedule: Schedule, exported: dict[str, Any] | None) -> None:
+    from tmpdiff_export.display import number, schedule_strip
+
+    print(f"schedule: {schedule_strip(schedule.precisions)} ({schedule.origin})")
+    print(
+        f"predicted E {number(schedule.predicted_error, '.3e')}, "
+        f"latency {number(schedule.predicted_latency, '.3f')} of the reference"
+    )
+    if exported:
+        what = (
+            "exactly" if exported["exact"] else f"as the nearest policy, predicted E {exported['predicted_error']:.3e}"
+        )
+        print(
+            f"wrote {args.export_policy} {what}: first {exported['first_steps']} and last {exported['last_steps']} steps "
+            f"in 16 bit, the others {exported['native']}"
+        )
+    if args.out:
+        print(f"wrote {args.out}")

@@ -1,0 +1,38 @@
+"""Pieces of HTML that several sections of the report are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from calibration import Sensitivity
+from tmpdiff_export.display import schedule_strip
+from tmpdiff_export.report_figures import places
+
+BY_STEP, ORDER = "by step index", "step indices in order of measuring"
+LEFT = (BY_STEP, ORDER, "use", "steps", "checked steps", "tried because")
+"""Headings of columns that are no figures, and stand to the left."""
+
+
+def strip(found: Sensitivity, schedule: Sequence[str], kind: str = "strip") -> str:
+    """A schedule as a row of coloured cells."""
+    place = places(found.precisions)
+    cells = "".join(
+        f'<i style="--c:var(--p{place[name]})" title="step index {index}: {escape(name)}"></i>'
+        for index, name in enumerate(schedule)
+    )
+    return f'<div class="{kind}" role="img" aria-label="{escape(schedule_strip(schedule))}">{cells}</div>'
+
+
+def precision_name(found: Sensitivity, precision: str) -> str:
+    """A precision behind a dot of its colour."""
+    return f'<span class="dot" style="--c:var(--p{places(found.precisions)[precision]})"></span>{escape(precision)}'
+
+
+def table(head: Sequence[str], rows: Sequence[str], label: str) -> str:
+    """A table that scrolls by itself where it is wider than the page; `rows` are HTML."""
+    cells = "".join(f'<th scope="col"{" class=left" if name in LEFT else ""}>{escape(name)}</th>' for name in head)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )

@@ -1,0 +1,234 @@
+"""The denoiser families that the training tool knows: what is trained, what it predicts, and the pipeline around it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
+
+from tools.demo_networks import (
+    CAPTION_TOKENS,
+    CLIP_TOKENS,
+    LATENT_CHANNELS,
+    make_clip_text_encoder,
+    make_clip_tokenizer,
+    make_denoiser,
+    make_mmdit,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+)
+
+FLOW_SHIFT = 3.0
+
+Text = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoFamily:
+    """One kind of denoiser with what it is trained with.
+
+    Attributes:
+        denoiser: the untrained denoiser.
+        text_encoders: trained with it, untrained.
+        tokenizer: of its captions.
+        caption_tokens: length that captions are padded to.
+        causal: whether a word's hidden state knows only what stands before it.
+        text_width: D of the hidden states that `embed` returns.
+        embed: token ids [n, tokens] to conditioning; hidden states [n, tokens, D] come first.
+        corrupt: clean latents [n, C, h, w] to (noisy latents, timestep [n], what the denoiser is to predict).
+        predict: calls the denoiser as its pipeline does, with (denoiser, noisy latents, timestep, *conditioning).
+        assemble: makes the pipeline from an autoencoder.
+        guidance_scales: what to evaluate it at; the first is the default of its pipeline's call.
+        call_options: what its pipeline's call needs besides.
+    """
+
+    denoiser: torch.nn.Module
+    text_encoders: tuple[torch.nn.Module, ...]
+    tokenizer: Any
+    caption_tokens: int
+    causal: bool
+    text_width: int
+    embed: Callable[[torch.Tensor], Text]
+    corrupt: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    predict: Callable[..., torch.Tensor]
+    assemble: Callable[[AutoencoderKL], DiffusionPipeline]
+    guidance_scales: tuple[float, ...]
+    call_options: Mapping[str, Any]
+
+
+def flow_matching(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mixes noise into latents: x_t = (1 - sigma) clean + sigma noise, timestep = 1000 sigma.
+
+    Args:
+        clean: [n, C, h, w].
+
+    Returns:
+        x_t, the timestep [n], and the velocity: noise minus clean.
+    """
+    batch, device = len(clean), clean.device
+    noise = torch.randn_like(clean)
+    # Objects are few and bright, so they show through much noise: where they go is decided at high sigmas, which
+    # is why those are drawn more often. Some uniform sigmas keep the rest of the trajectory in view.
+    sigma = torch.sigmoid(1.5 + 1.2 * torch.randn(batch, device=device))
+    sigma = torch.where(torch.rand(batch, device=device) < 0.25, torch.rand(batch, device=device), sigma)
+    return torch.lerp(clean, noise, sigma[:, None, None, None]), 1000 * sigma, noise - clean
+
+
+def v_prediction(
+    alphas_cumprod: torch.Tensor,
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Returns the same for x_t = a clean + b noise with a^2 = alphas_cumprod[t] and a^2 + b^2 = 1, t uniform.
+
+    The denoiser is to predict v = a noise - b clean.
+    """
+
+    def corrupt(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        noise = torch.randn_like(clean)
+        timestep = torch.randint(len(alphas_cumprod), (len(clean),), device=clean.device)
+        kept = alphas_cumprod.to(clean.device)[timestep][:, None, None, None]
+        a, b = kept.sqrt(), (1 - kept).sqrt()
+        return a * clean + b * noise, timestep.float(), a * noise - b * clean
+
+    return corrupt
+
+
+def make_dpm_scheduler(flow_shift: float) -> DPMSolverMultistepScheduler:
+    """Returns DPM-Solver++ (2M) for a denoiser that predicts velocity, with the given shift of its sigmas."""
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift, solver_order=2
+    )
+
+
+def make_ddim_scheduler() -> DDIMScheduler:
+    """Returns DDIM for v-prediction from pure noise on (zero terminal SNR), without clipping, which is not linear."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1,
+    )  # fmt: skip
+
+
+def make_pixart_family(device: torch.device) -> DemoFamily:
+    """Returns a PixArt-Sigma with a T5 encoder, flow prediction, DPM-Solver++."""
+    tokenizer = make_tokenizer()
+    text_encoder = make_text_encoder(len(tokenizer)).to(device)
+    denoiser = make_denoiser().to(device)
+
+    def embed(ids: torch.Tensor) -> Text:
+        mask = (ids != tokenizer.pad_token_id).long()
+        return text_encoder(ids, attention_mask=mask)[0], mask
+
+    def predict(
+        denoiser: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        output = denoiser(
+            x_t, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=timestep,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
+        )[0]  # fmt: skip
+        return output[:, :LATENT_CHANNELS]
+
+    return DemoFamily(
+        denoiser=denoiser,
+        text_encoders=(text_encoder,),
+        tokenizer=tokenizer,
+        caption_tokens=CAPTION_TOKENS,
+        causal=False,
+        text_width=text_encoder.config.d_model,
+        embed=embed,
+        corrupt=flow_matching,
+        predict=predict,
+        assemble=lambda vae: PixArtSigmaPipeline(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=denoiser,
+            scheduler=make_dpm_scheduler(FLOW_SHIFT),
+        ),
+        guidance_scales=(4.5, 3.0),
+        call_options={"max_sequence_length": CAPTION_TOKENS, "clean_caption": False},
+    )  # fmt: skip
+
+
+def make_unet_family(device: torch.device, size: int) -> DemoFamily:
+    """Returns a Stable Diffusion for pictures of `size` pixels: UNet, CLIP text encoder, v-prediction, DDIM."""
+    tokenizer = make_clip_tokenizer()
+    text_encoder = make_clip_text_encoder(tokenizer, projection=False).to(device)
+    unet = make_unet(size // 8, text_encoder.config.hidden_size).to(device)
+    scheduler = make_ddim_scheduler()
+
+    def predict(unet: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+    return DemoFamily(
+        denoiser=unet,
+        text_encoders=(text_encoder,),
+        tokenizer=tokenizer,
+        caption_tokens=CLIP_TOKENS,
+        causal=True,
+        text_width=text_encoder.config.hidden_size,
+        embed=lambda ids: (text_encoder(ids)[0],),
+        corrupt=v_prediction(scheduler.alphas_cumprod),
+        predict=predict,
+        assemble=lambda vae: StableDiffusionPipeline(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, unet=unet, scheduler=scheduler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        ),
+        guidance_scales=(7.5, 4.5, 3.0),
+        call_options={},
+    )  # fmt: skip
+
+
+def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
+    """Returns a Stable Diffusion 3 for pictures of `size` pixels, with two CLIP encoders and no T5; flow matching.
+
+    In place of T5's hidden states there are zeros, in training as many as in the pipeline by default: the denoiser
+    attends to them, and another number of them would be another conditioning.
+    """
+    zeros = int(inspect.signature(StableDiffusion3Pipeline.__call__).parameters["max_sequence_length"].default)
+    tokenizer = make_clip_tokenizer()
+    encoders = tuple(make_clip_text_encoder(tokenizer, projection=True).to(device) for _ in range(2))
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    pooled_width = sum(encoder.config.projection_dim for encoder in encoders)
+    mmdit = make_mmdit(size // 8, width, pooled_width).to(device)
+
+    def embed(ids: torch.Tensor) -> Text:
+        outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return hidden, torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+    def predict(
+        mmdit: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        text = torch.nn.functional.pad(text, (0, 0, 0, zeros))
+        return mmdit(x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep, return_dict=False)[
+            0
+        ]
+
+    return DemoFamily(
+        denoiser=mmdit,
+        text_encoders=encoders,
+        tokenizer=tokenizer,
+        caption_tokens=CLIP_TOKENS,
+        causal=True,
+        text_width=width,
+        embed=embed,
+        corrupt=flow_matching,
+        predict=predict,
+        assemble=lambda vae: StableDiffusion3Pipeline(
+            tokenizer=tokenizer, text_encoder=encoders[0], tokenizer_2=tokenizer, text_encoder_2=encoders[1],
+            tokenizer_3=None, text_encoder_3=None, vae=vae, transformer=mmdit,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        ),
+        guidance_scales=(7.0, 4.5, 3.0),
+        call_options={},
+    )  # fmt: skip

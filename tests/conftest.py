@@ -35,6 +35,16 @@ def demo_pipeline() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> Path:
+    """A pipeline that builds in seconds; do not write into it."""
+    from tiny_pipeline import save_tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    save_tiny_pipeline(folder, demo_pipeline / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> DemoBuild:
     """Built at all four precisions and calibrated with two prompts; do not write into it."""
     from calibration import HighSteps

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from tiny_pipeline import PROMPTS, save_tiny_pipeline
+from tiny_pipeline import PROMPTS
 
 from calibration.statistics import (
     bootstrap_interval,
@@ -108,17 +108,16 @@ def test_regret_is_what_the_wrong_steps_cost():
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> tuple[Path, Path]:
+def studied(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> tuple[Path, Path]:
     """A bundle of two precisions and a prompt file."""
     from engines.precision import Precision
     from tmpdiff_export.bundle_build import BuildOptions, build
 
     folder = tmp_path_factory.mktemp("experiments")
-    save_tiny_pipeline(folder / "pipeline", demo_pipeline / "tokenizer")
     options = BuildOptions(
         precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime"
     )
-    build(folder / "pipeline", folder / "bundle", options)
+    build(tiny_pipeline, folder / "bundle", options)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(["[calibration]", *PROMPTS, "[validation]", *UNSEEN]))
     return folder / "bundle", prompts

@@ -11,7 +11,7 @@ import fakes.fake_kernels  # noqa: F401
 import numpy as np
 import pytest
 from fakes.install import Fakes, install
-from tiny_pipeline import PROMPTS, save_tiny_pipeline
+from tiny_pipeline import PROMPTS
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, BuildError
@@ -26,28 +26,21 @@ PRECISIONS = (Precision.FP16, Precision.INT8, Precision.INT4)
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    save_tiny_pipeline(folder, demo_pipeline / "tokenizer")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("plans")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, cache: Path) -> Iterator[Path]:
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path, cache: Path) -> Iterator[Path]:
     """Built once; do not write into it."""
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
         out = tmp_path_factory.mktemp("bundle") / "bundle"
-        build_bundle(pipeline, out, cache, version_compatible=True)
+        build_bundle(tiny_pipeline, out, cache, version_compatible=True)
         yield out
 
 
-def build_bundle(pipeline: Path, out: Path, cache: Path, **options: Any) -> Any:
+def build_bundle(tiny_pipeline: Path, out: Path, cache: Path, **options: Any) -> Any:
     from engines.backends.tensorrt.options import PlanOptions
     from tmpdiff_export.bundle_build import BuildOptions, build
     from tmpdiff_export.plan_settings import PlanSettings
@@ -55,7 +48,7 @@ def build_bundle(pipeline: Path, out: Path, cache: Path, **options: Any) -> Any:
     precisions = options.pop("precisions", PRECISIONS)
     settings = PlanSettings(options=PlanOptions(**options), cache=cache)
     return build(
-        pipeline,
+        tiny_pipeline,
         out,
         BuildOptions(precisions=precisions, prompts=PROMPTS, num_steps=NUM_STEPS, backend="tensorrt", plans=settings),
     )
@@ -117,12 +110,12 @@ def test_the_device_loop_equals_the_host_loop_over_the_same_engines(
 
 
 def test_it_is_near_the_same_bundle_on_the_cpu(
-    bundle: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tmpdiff_export.bundle_build import BuildOptions, build
 
     options = BuildOptions(PRECISIONS[:1], PROMPTS, NUM_STEPS, backend="onnxruntime")
-    build(pipeline, tmp_path / "cpu", options)
+    build(tiny_pipeline, tmp_path / "cpu", options)
     cpu = DenoiseRuntime.load(tmp_path / "cpu")
     conditioning, noise = inputs_of(cpu)
     expected = cpu.denoise(conditioning, cpu.bundle.schedule("uniform:fp16"), noise)
@@ -221,7 +214,7 @@ def test_a_batch_outside_the_profile_names_the_profile(bundle: Path, monkeypatch
 
 
 def test_an_interrupted_build_goes_on_with_the_plans_it_has(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fakes = install(monkeypatch)
     cache = tmp_path / "plans"
@@ -235,16 +228,16 @@ def test_an_interrupted_build_goes_on_with_the_plans_it_has(
 
     options = BuildOptions(PRECISIONS[:2], PROMPTS, NUM_STEPS, backend="tensorrt", plans=PlanSettings(cache=cache))
     with pytest.raises(KeyboardInterrupt):
-        build(pipeline, tmp_path / "bundle", options, progress)
+        build(tiny_pipeline, tmp_path / "bundle", options, progress)
     assert not (tmp_path / "bundle").exists()
     finished = {path.name: path.read_bytes() for path in cache.glob("*.plan")}
     assert len(finished) == 1  # FP16
     before = len(fakes.settings.builds)
-    build(pipeline, tmp_path / "bundle", options)
+    build(tiny_pipeline, tmp_path / "bundle", options)
     built = len(fakes.settings.builds) - before
     assert built == 2 + 2  # both INT8 variants, text encoder and VAE decoder; FP16 was there
     assert all((cache / name).read_bytes() == content for name, content in finished.items())
-    build(pipeline, tmp_path / "again", options)
+    build(tiny_pipeline, tmp_path / "again", options)
     assert len(fakes.settings.builds) - before == built
     first, again = (Bundle.open(tmp_path / name).manifest for name in ("bundle", "again"))
     assert [entry.file for entry in first.denoisers.values()] == [entry.file for entry in again.denoisers.values()]
@@ -267,33 +260,33 @@ def test_what_cannot_be_built_is_refused_before_the_pipeline_is_loaded(
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_the_export(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, memory=64 << 20)
     with pytest.raises(BuildError, match=r"building fp16 needs about .* of device memory"):
-        build_bundle(pipeline, tmp_path / "b", tmp_path / "c")
+        build_bundle(tiny_pipeline, tmp_path / "b", tmp_path / "c")
 
 
 def test_a_quantized_plan_without_quantized_layers_fails_the_build(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fakes = install(monkeypatch)
     fakes.settings.unquantized = True
     with pytest.raises(BuildError, match="int8 plan has no int8 layers"):
-        build_bundle(pipeline, tmp_path / "b", tmp_path / "c", precisions=PRECISIONS[:2])
+        build_bundle(tiny_pipeline, tmp_path / "b", tmp_path / "c", precisions=PRECISIONS[:2])
     assert not (tmp_path / "b").exists()
 
 
 def test_a_quantized_plan_that_is_not_faster_is_built_with_a_warning(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch).settings.layer_ms["INT8"] = 5.0
-    manifest = build_bundle(pipeline, tmp_path / "b", tmp_path / "c", precisions=PRECISIONS[:2])
+    manifest = build_bundle(tiny_pipeline, tmp_path / "b", tmp_path / "c", precisions=PRECISIONS[:2])
     assert plan_of(manifest.denoisers["fp16"]).warnings == ()
     assert plan_of(manifest.denoisers["int8"]).warnings[0].startswith("int8 is not faster than fp16 here (")
 
 
-def test_settings_of_plans_are_refused_by_other_backends(pipeline: Path, tmp_path: Path) -> None:
+def test_settings_of_plans_are_refused_by_other_backends(tiny_pipeline: Path, tmp_path: Path) -> None:
     from engines.backends.tensorrt.options import PlanOptions
     from tmpdiff_export.bundle_build import BuildOptions, build
     from tmpdiff_export.plan_settings import PlanSettings
@@ -301,11 +294,15 @@ def test_settings_of_plans_are_refused_by_other_backends(pipeline: Path, tmp_pat
     plans = PlanSettings(options=PlanOptions(version_compatible=True))
     options = BuildOptions(PRECISIONS, PROMPTS, backend="onnxruntime", plans=plans)
     with pytest.raises(BackendError, match="--version-compatible are settings of TensorRT plans"):
-        build(pipeline, tmp_path / "b", options)
+        build(tiny_pipeline, tmp_path / "b", options)
 
 
 def test_the_command_line_builds_inspects_and_runs(
-    pipeline: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from tmpdiff_export.cli import main
 
@@ -315,7 +312,7 @@ def test_the_command_line_builds_inspects_and_runs(
     out = tmp_path / "bundle"
     arguments = ["--precisions", "fp16,int8", "--steps", "4", "--backend", "auto", "--plan-cache", str(cache)]
     arguments += ["--batch", "1:1:2", "--workspace-mib", "256", "--builder-optimization-level", "2"]
-    assert main(["build", str(pipeline), "--out", str(out), "--prompts", str(prompts), *arguments]) == 0
+    assert main(["build", str(tiny_pipeline), "--out", str(out), "--prompts", str(prompts), *arguments]) == 0
     text = capsys.readouterr().out
     assert "tensorrt" in text
     assert "int8 layers" in text

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_pipeline import PROMPTS, save_tiny_pipeline
+from tiny_pipeline import PROMPTS
 
 from engines import DenoiseRuntime
 from engines.errors import BackendError, BuildError, BundleError
@@ -125,24 +125,17 @@ def test_nvfp4_is_refused_by_name() -> None:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> Path:
-    """The tiny pipeline."""
-    folder = tmp_path_factory.mktemp("torch") / "pipeline"
-    save_tiny_pipeline(folder, demo_pipeline / "tokenizer")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bundles(pipeline: Path) -> dict[str, Path]:
+def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> dict[str, Path]:
     """The tiny pipeline, built for the torch backend on the CPU and for ONNX Runtime."""
     from tmpdiff_export.bundle_build import BuildOptions, build
 
+    folder = tmp_path_factory.mktemp("torch")
     folders = {}
     for backend, device in (("torch", "cpu"), ("onnxruntime", None)):
-        folders[backend] = pipeline.parent / backend
+        folders[backend] = folder / backend
         precisions = (Precision.FP16, Precision.FP8, Precision.INT8)
         options = BuildOptions(precisions, PROMPTS, num_steps=4, backend=backend, device=device)
-        build(pipeline, folders[backend], options)
+        build(tiny_pipeline, folders[backend], options)
     return folders
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_experiments import command
-from tiny_pipeline import PROMPTS, save_tiny_pipeline
+from tiny_pipeline import PROMPTS
 
 from calibration.sensitivity import Sensitivity
 from calibration.transfer import carry, check_steps, step_axes
@@ -31,18 +31,17 @@ class Bundles:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> Bundles:
+def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Bundles:
     from engines.precision import Precision
     from tmpdiff_export.bundle_build import BuildOptions, build
 
     folder = tmp_path_factory.mktemp("transfer")
-    save_tiny_pipeline(folder / "pipeline", demo_pipeline / "tokenizer")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(["[calibration]", *PROMPTS, "[validation]", *UNSEEN]))
     for steps in (SHORT, LONG):
         precisions = (Precision.FP16, Precision.INT8)
         options = BuildOptions(precisions=precisions, prompts=PROMPTS, num_steps=steps, backend="onnxruntime")
-        build(folder / "pipeline", folder / str(steps), options)
+        build(tiny_pipeline, folder / str(steps), options)
     found = Bundles(folder / str(SHORT), folder / str(LONG), prompts)
     assert cli.main(["calibrate", str(found.short), *arguments(found), "--method", "sweep"]) == 0
     return found

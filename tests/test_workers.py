@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_pipeline import PROMPTS, save_tiny_pipeline
+from tiny_pipeline import PROMPTS
 from worker_samples import LATENCIES_MS, STEPS, broken_samples, loop, not_finite_samples, picture, planted_samples
 
 from calibration import HighSteps, calibrate, open_journal
@@ -209,13 +209,12 @@ def test_interrupted_calibration_leaves_no_process_and_a_sound_journal(tmp_path,
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory, demo_pipeline):
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_pipeline(folder / "pipeline", demo_pipeline / "tokenizer")
+def bundle(tmp_path_factory, tiny_pipeline):
+    folder = tmp_path_factory.mktemp("workers")
     from engines.precision import Precision
 
     options = BuildOptions(precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=4)
-    build(folder / "pipeline", folder / "bundle", options)
+    build(tiny_pipeline, folder / "bundle", options)
     return folder / "bundle"
 
 

@@ -106,6 +106,12 @@ def test_layers_without_a_product_run_from_their_dequantized_weight_and_are_coun
     assert torch.equal(lowered.odd.weight.data, stands_for)
     assert all(torch.equal(item, before[name]) for name, item in module.state_dict().items())
     conv = layer_of(module.conv.weight.detach().flatten(1).numpy(), Precision.INT8)
+    lowered, counts = lower_for_torch(module, {"even": layers["even"]}, torch.float16, sixteen_bit=True)
+    assert counts == {"fp8 linear in a 16-bit product": 1}
+    data = torch.randn(3, 256)
+    stands_for = torch.from_numpy(layers["even"].dequantized().T).half()
+    expected = torch.nn.functional.linear(data.half(), stands_for, module.even.bias.half())
+    assert torch.equal(lowered.even(data), expected)
     lowered, counts = lower_for_torch(module, {"conv": conv}, torch.float16)
     assert counts == {"int8 weight in a 16-bit Conv2d": 1}
     assert (lowered.conv.weight.float() - module.conv.weight).abs().max() < 0.01 * module.conv.weight.abs().max()
@@ -236,6 +242,72 @@ def test_damage_is_found_before_anything_is_loaded(bundles: dict[str, Path], tmp
         path.write_bytes(data)
         with DenoiseRuntime.load(copy) as loaded, pytest.raises(BundleError, match=f"int8{suffix}"):
             loaded.denoiser("int8")
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
+    """A bundle whose FP16 engine is made of the FP8 engine's weights."""
+    from tmpdiff_export.bundle_build import BuildOptions, build
+
+    folder = tmp_path_factory.mktemp("sharing") / "bundle"
+    precisions = (Precision.FP16, Precision.FP8)
+    options = BuildOptions(
+        precisions, PROMPTS, num_steps=4, backend="torch", device="cpu", share_weights=Precision.FP8
+    )  # fmt: skip
+    build(tiny_pipeline, folder, options)
+    return folder
+
+
+@needs_compiler
+def test_the_reference_may_be_made_of_the_weights_of_another_engine(sharing: Path, bundles: dict[str, Path]) -> None:
+    assert {path.name for path in (sharing / "engines").glob("fp*")} == {"fp16.pt2", "fp8.pt2", "fp8.safetensors"}
+    with DenoiseRuntime.load(sharing) as loaded, DenoiseRuntime.load(bundles["torch"]) as separate:
+        fp16, fp8 = (loaded.manifest.denoisers[name] for name in ("fp16", "fp8"))
+        assert list(loaded.manifest.denoisers) == ["fp16", "fp8"]
+        assert fp16.weights == fp8.weights
+        assert fp16.lowering == {"fp8 linear in a 16-bit product": fp8.lowering["fp8 linear"]}
+        assert fp16.sqnr_floor_db == fp8.sqnr_floor_db
+        assert fp8.sqnr_db < fp16.sqnr_db < separate.manifest.denoisers["fp16"].sqnr_db - 10
+        inputs = inputs_of(loaded, 2)
+        found, exact = (item.denoiser("fp16").run(inputs)[MODEL_OUTPUT] for item in (loaded, separate))
+        error = np.square(found - exact).sum() / np.square(exact).sum()
+        assert 20.0 < -10 * np.log10(error) < 50.0  # that of FP8 weights, and not none
+        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:fp16"))
+        assert picture.shape == (1, 64, 64, 3)
+
+
+@needs_compiler
+def test_weights_in_another_folder_than_their_package_are_refused(sharing: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(sharing, copy)
+    (copy / "elsewhere").mkdir()
+    shutil.copyfile(copy / "engines" / "fp8.safetensors", copy / "elsewhere" / "fp8.safetensors")
+    data = json.loads((copy / "manifest.json").read_text())
+    data["denoisers"]["fp16"]["weights"]["path"] = "elsewhere/fp8.safetensors"
+    data["bundle_id"] = manifest_identity(data)
+    (copy / "manifest.json").write_text(json.dumps(data))
+    with (
+        DenoiseRuntime.load(copy) as loaded,
+        pytest.raises(BackendError, match=r"lie in another folder than engines/fp16\.pt2, expected the same"),
+    ):
+        loaded.denoiser("fp16")
+
+
+def test_what_cannot_share_weights_is_refused() -> None:
+    from tmpdiff_export.targets import require_shareable
+
+    built = (Precision.FP16, Precision.FP8)
+    require_shareable("onnxruntime", None, built)
+    require_shareable("torch", Precision.FP8, built)
+    with pytest.raises(
+        BackendError, match="is for packages of the torch backend; engines of 'tensorrt' hold their own"
+    ):
+        require_shareable("tensorrt", Precision.FP8, built)
+    for wrong in (Precision.INT8, Precision.FP16):
+        with pytest.raises(
+            BackendError, match=f"names {wrong.value}, expected a quantized precision that is built: fp8"
+        ):
+            require_shareable("torch", wrong, built)
 
 
 @needs_compiler

@@ -28,12 +28,13 @@ from engines.manifest import (
     TextEntry,
     manifest_identity,
 )
-from engines.precision import Precision
+from engines.precision import REFERENCE, Precision
 from engines.sampler import SamplerTable
 from engines.text import text_inputs
 from engines.version import VERSION
 from tmpdiff_export.engine_build import (
     AccuracyCheck,
+    BuiltDenoiser,
     Target,
     build_component,
     build_denoiser,
@@ -47,7 +48,7 @@ from tmpdiff_export.plan_settings import PlanSettings
 from tmpdiff_export.ranges import Batch, spread
 from tmpdiff_export.scheduler_table import sampler_table
 from tmpdiff_export.shape_folding import fold_shapes
-from tmpdiff_export.targets import open_target, resolve_backend
+from tmpdiff_export.targets import open_target, require_shareable, resolve_backend
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,6 +77,8 @@ class BuildOptions:
         force: replace an existing bundle.
         plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
             packages have too.
+        share_weights: for torch packages: the quantized precision whose stored weights the reference is made of as well, so
+            that both need one copy; None for weights of its own.
         device: "cuda" or "cpu", what torch packages are compiled for; None for the GPU, and for other backends.
     """
 
@@ -91,6 +94,7 @@ class BuildOptions:
     force: bool = False
     plans: PlanSettings = field(default_factory=PlanSettings)
     device: str | None = None
+    share_weights: Precision | None = None
 
 
 def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
@@ -121,6 +125,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         )
     if not 1 <= options.num_steps <= MAX_STEPS:
         raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
+    require_shareable(backend, options.share_weights, options.precisions)
     out = Path(out)
     _check_folders(out, options)
     stage = "load pipeline"
@@ -256,10 +261,12 @@ class _Build:
         inputs = family.export_inputs(range_batches[0])
         graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
         check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches))
-        engines = {}
-        for done, precision in enumerate(self.options.precisions, 1):
+        built: dict[Precision, BuiltDenoiser] = {}
+        shared = self.options.share_weights
+        # The engine that the reference shares weights with comes before it.
+        for done, precision in enumerate(sorted(self.options.precisions, key=lambda item: item is not shared), 1):
             self.report(f"build denoisers: {precision.value}", done, total)
-            engines[precision.value] = build_denoiser(
+            built[precision] = build_denoiser(
                 self.target,
                 module,
                 DENOISER,
@@ -271,9 +278,10 @@ class _Build:
                 self.scratch,
                 batch_per_picture=2 if source.doubled else 1,
                 float32_inputs=family.float32_inputs,
+                weights_of=built[shared] if shared and precision is REFERENCE else None,
             )
         self.report("build denoisers", total, total)
-        return engines
+        return {precision.value: built[precision].entry for precision in self.options.precisions}
 
     def _export(
         self,

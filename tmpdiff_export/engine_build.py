@@ -79,6 +79,8 @@ class EngineJob:
         layers: its quantized layers by name.
         half: whether the engine computes in a 16-bit type; text encoder and VAE decoder do not.
         float32_inputs: inputs that are not rounded to that type.
+        weights_of: the engine whose weights file the reference reads, in which `layers` are; None where every engine has its
+            own. Only the torch backend can do this.
     """
 
     name: str
@@ -93,6 +95,20 @@ class EngineJob:
     layers: Mapping[str, QuantizedLayer]
     half: bool
     float32_inputs: frozenset[str] = frozenset()
+    weights_of: EngineEntry | None = None
+
+
+@dataclass(frozen=True)
+class BuiltDenoiser:
+    """A denoiser engine.
+
+    Attributes:
+        entry: its manifest entry.
+        layers: its quantized layers by name.
+    """
+
+    entry: EngineEntry
+    layers: Mapping[str, QuantizedLayer]
 
 
 class Target(Protocol):
@@ -140,7 +156,8 @@ def build_denoiser(
     *,
     batch_per_picture: int,
     float32_inputs: frozenset[str],
-) -> EngineEntry:
+    weights_of: BuiltDenoiser | None = None,
+) -> BuiltDenoiser:
     """Builds the engine of one precision; of several recipe variants the one with the best SQNR is kept.
 
     Args:
@@ -155,12 +172,14 @@ def build_denoiser(
         scratch: folder on the same file system; `onnx/<precision>.onnx` in it receives the strongly typed graph.
         batch_per_picture: see `EngineJob`.
         float32_inputs: see `EngineJob`.
+        weights_of: for the reference only: the engine whose stored weights it is made of. Its floor is then that
+            engine's.
 
     Raises:
         BuildError: no variant reaches the precision's SQNR floor, or the graph is not valid.
     """
     recipe = RECIPES[precision]
-    best: tuple[EngineEntry, Path] | None = None
+    best: tuple[BuiltDenoiser, Path] | None = None
     for variant in recipe.variants or (None,):
         name = "none" if variant is None else variant.name
         layers = {} if variant is None else _quantized(module, prefix, precision, variant, range_batches)
@@ -170,7 +189,7 @@ def build_denoiser(
         onnx_file.parent.mkdir(parents=True)
         save_checked(graph, onnx_file)
         quantized = None if variant is None else precision
-        floor = recipe.sqnr_floor_db
+        floor = recipe.sqnr_floor_db if weights_of is None else weights_of.entry.sqnr_floor_db
         job = EngineJob(
             precision.value,
             graph,
@@ -181,23 +200,24 @@ def build_denoiser(
             floor,
             batch_per_picture,
             module,
-            layers,
+            layers if weights_of is None else weights_of.layers,
             half=True,
             float32_inputs=float32_inputs,
+            weights_of=None if weights_of is None else weights_of.entry,
         )
         entry = target.make(job, trial)
-        if best is None or entry.sqnr_db > best[0].sqnr_db:
+        if best is None or entry.sqnr_db > best[0].entry.sqnr_db:
             if best is not None:
                 shutil.rmtree(best[1])
-            best = entry, trial
+            best = BuiltDenoiser(entry, layers), trial
         else:
             shutil.rmtree(trial)
     assert best is not None  # every recipe has a variant, and the reference counts as one
-    entry, trial = best
-    require_floor(precision.value, entry)
+    built, trial = best
+    require_floor(precision.value, built.entry)
     _move_files(trial / "onnx", scratch / "onnx")
     _move_files(trial / "engines", bundle / "engines")
-    return entry
+    return built
 
 
 def build_component(

@@ -9,7 +9,7 @@ import torch
 
 from engines.backends import BACKENDS, require_backend
 from engines.errors import BackendError
-from engines.precision import Precision
+from engines.precision import REFERENCE, Precision
 from tmpdiff_export.cpu_target import CpuTarget
 from tmpdiff_export.engine_build import Target
 from tmpdiff_export.plan_settings import PlanSettings
@@ -33,6 +33,26 @@ def resolve_backend(backend: str) -> str:
             "pip install tensorrt"
         )
     return backend
+
+
+def require_shareable(backend: str, shared: Precision | None, precisions: Sequence[Precision]) -> None:
+    """Refuses to make the reference of the stored weights of a precision where that cannot be done.
+
+    Raises:
+        BackendError: another backend than torch, or a precision that is not built, or the reference itself.
+    """
+    if shared is None:
+        return
+    if backend != "torch":
+        raise BackendError(
+            f"--share-weights is for packages of the torch backend; engines of {backend!r} hold their own"
+        )
+    choices = [precision for precision in precisions if precision is not REFERENCE]
+    if shared not in choices:
+        raise BackendError(
+            f"--share-weights names {shared.value}, expected a quantized precision that is built: "
+            f"{', '.join(item.value for item in choices) or 'none is'}"
+        )
 
 
 def open_target(

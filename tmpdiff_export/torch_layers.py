@@ -21,6 +21,9 @@ FP8_ALIGNMENT = 16
 class QuantizedLinear(torch.nn.Module, ABC):
     """A linear layer over codes; the subclasses say which.
 
+    With `sixteen_bit` set, the weight that the codes stand for takes part in a 16-bit product instead: an engine of higher
+    precision from the same stored weights.
+
     Buffers: `codes`, `weight_scale`, `input_scale` (float32 [], but for weight-only layers), `smoothing`
     ([K] in the layer's 16-bit type, or absent) and `bias` ([N] in that type, or absent).
     """
@@ -52,6 +55,7 @@ class QuantizedLinear(torch.nn.Module, ABC):
         """
         super().__init__()
         self.dtype = dtype
+        self.sixteen_bit = False
         self.register_buffer("codes", codes)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("input_scale", input_scale)
@@ -63,7 +67,12 @@ class QuantizedLinear(torch.nn.Module, ABC):
         rows = data.to(self.dtype).flatten(0, -2)
         if self.smoothing is not None:
             rows = rows * self.smoothing
-        return self._product(rows).unflatten(0, data.shape[:-1])
+        product = F.linear(rows, self.weight(), self.bias) if self.sixteen_bit else self._product(rows)
+        return product.unflatten(0, data.shape[:-1])
+
+    @abstractmethod
+    def weight(self) -> torch.Tensor:
+        """The weight that the codes stand for, [N, K] in `dtype`; made anew at every call."""
 
     @abstractmethod
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
@@ -72,6 +81,10 @@ class QuantizedLinear(torch.nn.Module, ABC):
 
 class Fp8Linear(QuantizedLinear):
     """W8A8 FP8 E4M3, one static scale each: codes float8_e4m3fn [N, K], weight_scale float32 []."""
+
+    def weight(self) -> torch.Tensor:
+        """See `QuantizedLinear.weight`."""
+        return (self.codes.float() * self.weight_scale).to(self.dtype)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         limit = CODE_MAX[Precision.FP8]
@@ -90,6 +103,10 @@ class Fp8Linear(QuantizedLinear):
 class Int8Linear(QuantizedLinear):
     """W8A8 INT8, weights per output channel: codes int8 [N, K], weight_scale float32 [N]."""
 
+    def weight(self) -> torch.Tensor:
+        """See `QuantizedLinear.weight`."""
+        return (self.codes.float() * self.weight_scale[:, None]).to(self.dtype)
+
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         scaled = (rows.float() * (1.0 / self.input_scale)).round()
         quantized = scaled.clamp(-INT8_LIMIT - 1, INT8_LIMIT).to(torch.int8)
@@ -102,12 +119,15 @@ class Int4Linear(QuantizedLinear):
     The weight is unpacked before every product: that saves memory, not time.
     """
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:
+        """See `QuantizedLinear.weight`."""
         columns, half = self.codes.shape
         pairs = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).reshape(columns, 2 * half)
         blocks = (pairs.to(self.dtype) - 8.0).unflatten(1, (self.weight_scale.shape[1], -1))
-        weight = (blocks * self.weight_scale.to(self.dtype).unsqueeze(-1)).flatten(1)
-        return F.linear(rows, weight, self.bias)
+        return (blocks * self.weight_scale.to(self.dtype).unsqueeze(-1)).flatten(1)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.linear(rows, self.weight(), self.bias)
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:

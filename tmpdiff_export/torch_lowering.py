@@ -14,7 +14,7 @@ from tmpdiff_export.torch_layers import FP8_ALIGNMENT, linear_from
 
 
 def lower_for_torch(
-    module: torch.nn.Module, layers: Mapping[str, QuantizedLayer], dtype: torch.dtype
+    module: torch.nn.Module, layers: Mapping[str, QuantizedLayer], dtype: torch.dtype, *, sixteen_bit: bool = False
 ) -> tuple[torch.nn.Module, dict[str, int]]:
     """A copy of an export wrapper in which `layers` run from their codes.
 
@@ -22,6 +22,7 @@ def lower_for_torch(
         module: float32 export wrapper, on the CPU; not changed.
         layers: by name as in `module.named_modules()`; empty for the reference.
         dtype: float16 or bfloat16, of everything else.
+        sixteen_bit: the layers keep their codes, but all products are in `dtype`.
 
     Returns:
         The module, and how many layers of which kind were replaced. Layers that torch has no product for run in
@@ -43,8 +44,10 @@ def lower_for_torch(
         assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d)  # `quantizable_layers` names no others
         if isinstance(original, torch.nn.Linear) and _has_product(layer):
             parent, _, child = name.rpartition(".")
-            setattr(lowered.get_submodule(parent), child, linear_from(layer, original.bias, dtype))
-            kind = f"{layer.precision.value} linear"
+            linear = linear_from(layer, original.bias, dtype)
+            linear.sixteen_bit = sixteen_bit
+            setattr(lowered.get_submodule(parent), child, linear)
+            kind = f"{layer.precision.value} linear" + (" in a 16-bit product" if sixteen_bit else "")
         else:
             weight = torch.from_numpy(layer.dequantized().T.copy())
             if layer.pre_quant_scale is not None:

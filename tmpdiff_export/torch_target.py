@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from engines.backends.torch.library import VERSION
-from engines.backends.torch.weights import WEIGHTS_SUFFIX
 from engines.engine import Engine, EngineHost
 from engines.errors import BackendError, BuildError
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, PackageEntry, TensorSpec
+from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
 from engines.precision import Precision
 from tmpdiff_export.accuracy import engine_sqnr_db
 from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
@@ -82,10 +81,11 @@ class TorchTarget:
         engines = folder / "engines"
         engines.mkdir(parents=True, exist_ok=True)
         package = engines / f"{job.name}.pt2"
-        weights = package.with_suffix(WEIGHTS_SUFFIX)
+        weights = package.with_suffix(".safetensors")
         dtype = _type_of(job)
         if job.half:
-            lowered, counts = lower_for_torch(job.module, job.layers, dtype)
+            shared = job.weights_of is not None
+            lowered, counts = lower_for_torch(job.module, job.layers, dtype, sixteen_bit=shared)
         else:
             lowered, counts = job.module, {}
         kept = [not job.half or name in job.float32_inputs for name in job.check.names]
@@ -99,7 +99,7 @@ class TorchTarget:
         inputs = tensor_specs(job.graph.graph.input)
         outputs = tensor_specs(job.graph.graph.output)
         name: Literal["float16", "bfloat16", "float32"] = _NAMES[dtype]
-        reference_floor = min(job.floor_db, _BFLOAT16_FLOOR_DB)
+        reference_floor = min(job.floor_db, _BFLOAT16_FLOOR_DB)  # also below the floor of shared weights
         entry = EngineEntry(
             file=file_entry(folder, package),
             weights=file_entry(folder, weights),
@@ -121,12 +121,32 @@ class TorchTarget:
             measured = _sqnr_db(host.engine(job.name), job)
         finally:
             host.close()
+        if job.weights_of is not None:
+            entry = entry.model_copy(update={"weights": _shared_file(entry, job.weights_of)})
+            weights.unlink()
         return entry.model_copy(update={"sqnr_db": round(measured, 2)})
 
     def _host(self) -> EngineHost:
         from engines.backends import open_host
 
         return open_host(self.backend, self._described)
+
+
+def _shared_file(entry: EngineEntry, other: EngineEntry) -> FileEntry:
+    """The weights file of another engine in place of an equal one.
+
+    Raises:
+        BuildError: it holds something else.
+    """
+    own, theirs = entry.weights, other.weights
+    assert own is not None  # every package has one
+    assert theirs is not None
+    if own.sha256 != theirs.sha256:
+        raise BuildError(
+            f"engine {entry.file.path} needs other weights than {theirs.path} holds; build it without --share-weights, and "
+            "report this as a bug"
+        )
+    return theirs
 
 
 def _sqnr_db(engine: Engine, job: EngineJob) -> float:

@@ -84,7 +84,7 @@ def export_family(small: Miniature, precisions: tuple[Precision, ...], out: Path
             entry = build_denoiser(
                 CpuTarget(), module, DENOISER, graph, precision, ranges, check, scratch, scratch,
                 batch_per_picture=2 if small.guided else 1, float32_inputs=small.family.float32_inputs,
-            )  # fmt: skip
+            ).entry  # fmt: skip
             path = out / f"{small.name}.{precision.value}.onnx"
             os.replace(scratch / "onnx" / f"{precision.value}.onnx", path)
             row = {

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="what torch packages are compiled for (default: the GPU)"
     )
+    parser.add_argument(
+        "--share-weights",
+        type=_precision,
+        metavar="PRECISION",
+        help="torch packages: make the fp16 engine of the stored weights of this precision, so that both need one copy",
+    )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="prompts for range calibration")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="num_inference_steps (default 20)")
     parser.add_argument(
@@ -95,6 +101,13 @@ def _add_plan_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _precision(text: str) -> Precision:
+    try:
+        return Precision(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no precision; choose from {', '.join(Precision)}") from None
+
+
 def _shape_range(text: str) -> ShapeRange:
     try:
         return ShapeRange.parse(text)
@@ -144,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
         plans=plans,
         device=args.device,
+        share_weights=args.share_weights,
     )
     with progress_bar() as report:
         manifest = build(args.pipeline, args.out, options, report)

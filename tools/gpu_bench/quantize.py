@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from engines.errors import BuildError
 from engines.precision import Precision
@@ -119,27 +118,6 @@ def quantized_linear(
         raise ValueError(f"input_amax is None, expected the input's largest magnitude: {precision.value} needs a scale")
     kind = Fp8Linear if precision is Precision.FP8 else Int8Linear
     return kind(codes, scale, fp16_scale(input_amax, precision), None, bias, dtype)
-
-
-class SharedLinear(torch.nn.Module):
-    """A 16-bit product from the FP8 or INT8 copy of the weight, dequantized at every call.
-
-    Buffers: `codes` [N, K], `weight_scale` [N, 1] or [1, 1] and `bias` as of the precision's own layer, so that both can
-    use one copy.
-    """
-
-    def __init__(self, own: QuantizedLinear) -> None:
-        """Shares the tensors of `own`, an `Fp8Linear` or `Int8Linear`."""
-        super().__init__()
-        self.dtype = own.dtype
-        self.register_buffer("codes", own.codes)
-        self.register_buffer("weight_scale", own.weight_scale.reshape(-1, 1))
-        self.register_buffer("bias", own.bias)
-
-    def forward(self, data: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N] in the 16-bit type."""
-        weight = (self.codes.to(torch.float32) * self.weight_scale).to(self.dtype)
-        return F.linear(data.to(self.dtype), weight, self.bias)
 
 
 def sharing_copy(module: torch.nn.Module) -> torch.nn.Module:

@@ -19,7 +19,6 @@ from tools.gpu_bench.models import BenchModel, Inputs
 from tools.gpu_bench.peers import PEERS, quantize_with_torchao
 from tools.gpu_bench.profiling import profile_step
 from tools.gpu_bench.quantize import (
-    SharedLinear,
     choose_layers,
     quantized_linear,
     replace_layers,
@@ -106,7 +105,8 @@ class Bench:
 
             def lower(name: str, layer: torch.nn.Linear) -> torch.nn.Module:
                 own = quantized_linear(layer, precision, self.work.input_amax[name], self.model.dtype)
-                return SharedLinear(own) if row in SHARED else own
+                own.sixteen_bit = row in SHARED
+                return own
 
             replace_layers(copied, chosen.names, lower)
         return copied, {"layers": chosen.names, "kept": chosen.kept, "kind": "16-bit" if row == "int4" else kind}

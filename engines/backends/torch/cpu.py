@@ -8,7 +8,7 @@ import numpy as np
 
 from engines.backends.torch.library import package_of, torch
 from engines.backends.torch.pieces import load_runner, run_in_pieces
-from engines.backends.torch.weights import WEIGHTS_SUFFIX, Weights
+from engines.backends.torch.weights import Weights, weights_path
 from engines.engine import Arrays
 from engines.errors import BackendError
 from engines.manifest import EngineEntry
@@ -34,7 +34,7 @@ class TorchCpuEngine:
         if threads is not None:
             torch.set_num_threads(threads)
         self._runner = load_runner(name, path, None)
-        weights = Weights(path.with_suffix(WEIGHTS_SUFFIX))
+        weights = Weights(weights_path(path, entry))
         self._weights = weights.fill(torch.empty(weights.size_bytes, dtype=torch.uint8))
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from engines.backends.cuda.gpu import current_gpu
 from engines.backends.cuda.host import CudaHost
 from engines.backends.torch.library import torch
 from engines.backends.torch.pieces import Runner, load_runner
 from engines.backends.torch.plan import OwnedWeights, TorchPlan, require_runnable
-from engines.backends.torch.weights import WEIGHTS_SUFFIX, Weights
+from engines.backends.torch.weights import Weights, weights_path
 from engines.errors import BackendError
 from engines.manifest import EngineEntry
 
@@ -41,21 +42,22 @@ def _loader(resident_engines: int | None) -> Callable[[str, EngineEntry, Path], 
     while steps run.
     """
     runners: dict[str, Runner] = {}
-    kept: dict[str, tuple[Weights, torch.Tensor]] = {}
+    kept: dict[Path, tuple[Weights, torch.Tensor]] = {}
+    resident: WeakValueDictionary[Path, OwnedWeights] = WeakValueDictionary()
     free: list[torch.Tensor] = []
     graphs = torch.cuda.graph_pool_handle()
     device = torch.cuda.current_device()
 
-    def upload(path: Path, name: str) -> OwnedWeights:
+    def upload(path: Path) -> OwnedWeights:
         if resident_engines is None:
             weights = Weights(path)
             block = torch.empty(weights.size_bytes, dtype=torch.uint8, device="cuda")
             return OwnedWeights(weights.fill(block), block, None)
-        if name not in kept:
+        if path not in kept:
             weights = Weights(path)
-            kept[name] = weights, torch.empty(weights.size_bytes, dtype=torch.uint8, pin_memory=True)
-            weights.fill(kept[name][1])
-        weights, pinned = kept[name]
+            kept[path] = weights, torch.empty(weights.size_bytes, dtype=torch.uint8, pin_memory=True)
+            weights.fill(kept[path][1])
+        weights, pinned = kept[path]
         block = _block(free, weights.size_bytes)
         block[: weights.size_bytes].copy_(pinned, non_blocking=True)
         return OwnedWeights(weights.tensors(block), block, free)
@@ -64,10 +66,14 @@ def _loader(resident_engines: int | None) -> Callable[[str, EngineEntry, Path], 
         torch.cuda.set_device(device)  # the calling thread may be another one
         if name not in runners:
             runners[name] = load_runner(name, path, device)
+        file = weights_path(path, entry)
+        held = resident.get(file)
+        if held is not None and held.tensors:
+            return TorchPlan(name, entry, runners[name], held.share(), graphs)
         stream = torch.cuda.Stream()  # of its own: steps may be running on the loop's
         try:
             with torch.cuda.stream(stream):
-                weights = upload(path.with_suffix(WEIGHTS_SUFFIX), name)
+                weights = resident[file] = upload(file)
         except torch.OutOfMemoryError as error:
             raise BackendError(
                 f"cannot allocate {entry.bytes} bytes of GPU memory for the weights of engine {name}; limit the resident "

@@ -5,6 +5,8 @@ from engines.backends.torch.library import torch
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 from engines.errors import BackendError
 from engines.manifest import EngineEntry, PackageEntry
 
@@ -29,6 +31,11 @@ def package_of(name: str, entry: EngineEntry) -> PackageEntry:
     """
     if entry.package is None or entry.weights is None:
         raise BackendError(f"engine {name}: the manifest does not describe its torch package; build the bundle again")
+    if PurePosixPath(entry.weights.path).parent != PurePosixPath(entry.file.path).parent:
+        raise BackendError(
+            f"engine {name}: its weights {entry.weights.path} lie in another folder than {entry.file.path}, expected the same; "
+            "build the bundle again"
+        )
     if _minor(entry.backend_version) != _minor(VERSION):
         raise BackendError(
             f"engine {name} was compiled by torch {entry.backend_version}, installed is {VERSION}; install torch "

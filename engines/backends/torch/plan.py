@@ -40,7 +40,8 @@ class TorchPlan:
         self.inputs = {spec.name: _tensor(spec) for spec in entry.inputs}
         self.outputs = {spec.name: _tensor(spec) for spec in entry.outputs}
         self._batch = package_of(name, entry).batch
-        self._runner, self._weights, self._graphs = runner, weights, graphs
+        self._runner, self._graphs = runner, graphs
+        self._weights: OwnedWeights | None = weights
         self._contexts: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], TorchContext] = OrderedDict()
 
     @property
@@ -69,6 +70,8 @@ class TorchPlan:
 
     def run(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """Enqueues one inference on torch's current stream; tensors in the order of `inputs` and `outputs`."""
+        if self._weights is None:
+            raise BackendError(f"engine {self.name} was closed")
         run_in_pieces(self._runner, self._weights.tensors, inputs, outputs, self._batch)
 
     def close(self) -> None:
@@ -76,7 +79,9 @@ class TorchPlan:
         for context in self._contexts.values():
             context.close()
         self._contexts.clear()
-        self._weights.close()
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
 
 
 class TorchContext:
@@ -151,10 +156,10 @@ class TorchContext:
 
 
 class OwnedWeights:
-    """Weights in a block of device memory.
+    """Weights in a block of device memory, for one engine or for several that read the same file.
 
     Attributes:
-        tensors: views of the block, in the order of their names.
+        tensors: views of the block, in the order of their names; empty when the last engine has closed them.
     """
 
     def __init__(self, tensors: tuple[torch.Tensor, ...], block: torch.Tensor, free: list[torch.Tensor] | None) -> None:
@@ -162,9 +167,18 @@ class OwnedWeights:
         self.tensors = tensors
         self._block: torch.Tensor | None = block
         self._free = free
+        self._engines = 1
+
+    def share(self) -> OwnedWeights:
+        """The weights, for one engine more."""
+        self._engines += 1
+        return self
 
     def close(self) -> None:
-        """Gives the block back; work that uses it must have finished. May be called twice."""
+        """Called once by every engine; the last one gives the block back. Work that uses it must have finished."""
+        self._engines -= 1
+        if self._engines:
+            return
         self.tensors = ()
         if self._block is not None and self._free is not None:
             self._free.append(self._block)

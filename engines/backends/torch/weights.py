@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from engines.backends.torch.library import SafetensorError, safe_open, torch
 from engines.errors import BackendError
-
-WEIGHTS_SUFFIX = ".safetensors"
-"""A package `X.pt2` has its weights in `X.safetensors`."""
+from engines.manifest import EngineEntry
 
 _ALIGNMENT = 256  # of every tensor, as an allocation of its own would have
 
@@ -28,6 +26,12 @@ class _Place:
     def of(self, block: torch.Tensor) -> torch.Tensor:
         """The tensor, as a view."""
         return block[self.offset : self.offset + self.size_bytes].view(self.dtype).view(self.shape)
+
+
+def weights_path(package: Path, entry: EngineEntry) -> Path:
+    """The weights file of a package; `library.package_of` has checked the entry."""
+    assert entry.weights is not None
+    return package.with_name(PurePosixPath(entry.weights.path).name)
 
 
 class Weights:

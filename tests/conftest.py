@@ -97,3 +97,11 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return target
 
     return copy
+
+
+@pytest.fixture(scope="module")
+def planted_latencies():
+    """Bundles calibrated in this process have INT8 twice as fast as FP16, however busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tmpdiff_export.calibration_run._latencies", lambda *arguments: {"fp16": 2.0, "int8": 1.0})
+        yield

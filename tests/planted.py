@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from calibration.journal import Journal
+from calibration.measurements import Measurements
+from calibration.pool import Outcome, Request
+
 DECADE = float(np.log(10))
 Curve = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -196,3 +200,23 @@ class Counted:
             raise Interrupted
         self.calls[precision] += 1
         return self.inner.step(sample, state, precision)
+
+
+class PoolHere:
+    """A `calibration.pool.Pool` in this process; `together` says how many measurements each wait found."""
+
+    def __init__(self, **evaluators):
+        self._sets = {name: Measurements(name, one, Journal.in_memory("")) for name, one in evaluators.items()}
+        self._waiting: dict[str, list[Request]] = {name: [] for name in evaluators}
+        self.together: list[int] = []
+
+    def submit(self, samples: str, request: Request) -> None:
+        self._waiting[samples].append(request)
+
+    def finished(self, samples: str) -> list[tuple[Request, Outcome]]:
+        requests, self._waiting[samples] = self._waiting[samples], []
+        self.together.append(len(requests))
+        return [(request, self._sets[samples].perform(request)) for request in requests]
+
+    def forget(self, samples: str, precision: str) -> None:
+        self._sets[samples].forget(precision)

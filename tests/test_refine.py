@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from planted import Counted, Interrupted, PlantedEvaluator
+from planted import Counted, Interrupted, PlantedEvaluator, PoolHere
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, calibrate, open_journal
 from calibration.allocation import AllocationCosts, relative_latency
@@ -229,3 +229,32 @@ def test_race_never_exceeds_its_calls(samples, limit):
     _, measured = race(errors, max_calls=limit, cost=3)
     assert 3 * len(measured) <= limit
     assert bool(measured) == (limit >= 6 * samples), "the one to beat and a rival, on every sample"
+
+
+def test_what_a_heat_measures_is_announced_at_once():
+    """So that the workers of a pool can share it out."""
+    announced, unmeasured, heats = set(), set(), []
+
+    def expect(schedules, samples):
+        assert not unmeasured, "everything announced before was measured"
+        now = {(schedule, sample) for schedule in schedules for sample in samples}
+        assert not now & announced
+        announced.update(now)
+        unmeasured.update(now)
+        heats.append(len(now))
+
+    def measure(schedule, sample):
+        unmeasured.remove((schedule, sample))
+        return 1.0 + int(schedule[0]) * 0.1
+
+    rivals = [("some", (str(index),)) for index in range(1, 7)]
+    refine(("0",), lambda schedule: rivals, measure, lambda schedule: 1, 8, 1000, expect)
+    assert not unmeasured
+    assert heats == [8, 6 * 2, 3 * 2, 2 * 4], "the one to beat on all samples, then half of the rivals on twice as many"
+
+
+def test_a_pool_changes_nothing(monkeypatch):
+    allocate_by(monkeypatch)
+    alone = run()
+    assert alone.refinement.rounds > 1
+    assert run(pool=PoolHere(calibration=loop(), validation=loop(seed=1))) == alone

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from planted import Counted, PlantedEvaluator, rank_deviation, regret
+from planted import Counted, PlantedEvaluator, PoolHere, rank_deviation, regret
 
 from calibration import HighSteps, Sensitivity, calibrate, open_journal
 from calibration.carried import CarriedScores, carried_scores
@@ -209,6 +209,16 @@ def test_carried_scores_give_the_schedule_of_a_full_sweep_for_a_few_calls():
     assert [step for step, known in enumerate(downcast.measured) if known] == list(check_steps(STEPS))
     upcast = next(record for record in found.scores if (record.precision, record.direction) == ("int4", "upcast"))
     assert sum(upcast.scores) == pytest.approx(found.uniform_errors["int4"])
+
+
+def test_a_pool_is_asked_for_all_checks_of_a_precision_at_once_and_changes_nothing():
+    options = {"budget": HighSteps(4), "validation": loop(1), "carried": carried()}
+    alone = calibrate(loop(), LATENCIES_MS, **options).sensitivity
+    pool = PoolHere(calibration=loop(), validation=loop(1))
+    assert calibrate(loop(), LATENCIES_MS, pool=pool, **options).sensitivity == alone
+    samples = loop().num_samples
+    # the uniform runs come first
+    assert pool.together[:3] == [3 * samples, CHECKED_STEPS * samples, CHECKED_STEPS * samples]
 
 
 def test_scores_that_do_not_hold_are_refused_with_figures_and_cost_the_next_run_nothing(tmp_path):

@@ -31,7 +31,7 @@ class Bundles:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Bundles:
+def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path, planted_latencies: None) -> Bundles:
     from engines.precision import Precision
     from tmpdiff_export.bundle_build import BuildOptions, build
 
@@ -65,17 +65,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return captured.err
 
 
-def int8_may_be_slow(found: dict[str, Any]) -> None:
-    """On a busy machine INT8 may be measured as no faster than FP16, and is dropped; nothing is scored then."""
-    if found["dropped"]:
-        pytest.skip("int8 was measured as no faster than fp16 on this machine, so that nothing is scored")
-
-
 def test_scores_carried_to_the_same_bundle_are_confirmed_and_cost_nothing(
     bundles: Bundles, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = Sensitivity.load(bundles.short / "sensitivity.json")
-    int8_may_be_slow(before.model_dump())
     capsys.readouterr()
     found = calibrated(capsys, bundles.short, *arguments(bundles), "--from", bundles.short)
     assert found["method"] == "transfer"
@@ -110,7 +103,6 @@ def test_a_source_that_cannot_be_used_is_refused(
 
 def test_refinement_is_held_or_not_as_asked(bundles: Bundles, capsys: pytest.CaptureFixture[str]) -> None:
     none = calibrated(capsys, bundles.short, *arguments(bundles), "--method", "sweep", "--refine-calls", 0)
-    int8_may_be_slow(none)
     assert none["refinement"]["trials"] == []
     some = calibrated(capsys, bundles.short, *arguments(bundles), "--method", "sweep", "--refine-calls", 200)
     assert len(some["refinement"]["trials"]) > 1

@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from tiny_pipeline import PROMPTS
-from worker_samples import LATENCIES_MS, STEPS, broken_samples, loop, not_finite_samples, picture, planted_samples
+from worker_samples import STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
 
-from calibration import HighSteps, calibrate, open_journal
+from calibration import open_journal
 from calibration.journal import Journal
 from calibration.measurements import Measurements
 from engines.errors import BackendError, BundleError, TmpDiffError
@@ -30,17 +29,6 @@ from tmpdiff_export.cli import main
 from tmpdiff_export.sample_workers import SampleWorkers
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def open_planted(folder: Path, workers: int, *, fatal_call: int = 0, seconds: float = 0.0) -> SampleWorkers:
-    folder.mkdir(exist_ok=True)
-    environments = [{"WORKER_NUMBER": str(index)} for index in range(workers)]
-    return SampleWorkers(partial(planted_samples, folder, fatal_call, seconds), environments)
-
-
-def calibrated(journal: Journal | None = None, pool: SampleWorkers | None = None, **options):
-    options = {"budget": HighSteps(4), "decode": picture} | options
-    return calibrate(loop(), LATENCIES_MS, validation=loop(seed=1), journal=journal, pool=pool, **options).sensitivity
 
 
 def records(path: Path) -> list[dict]:
@@ -147,17 +135,18 @@ def test_errors_of_workers_are_those_of_one_process(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from test_workers import calibrated, open_journal, open_planted
-from worker_samples import loop
-from engines.cli import guarded
 
-def command():
-    journal = open_journal(Path(sys.argv[1]), loop(), loop(seed=1))
-    with open_planted(Path(sys.argv[2]), 2, seconds=0.02) as pool:
-        calibrated(journal, pool)
-    return 0
+if __name__ == "__main__":  # worker processes import this file as well: what is below is not for them
+    from worker_samples import calibrated, loop, open_planted
+    from calibration import open_journal
+    from engines.cli import guarded
 
-if __name__ == "__main__":
+    def command():
+        journal = open_journal(Path(sys.argv[1]), loop(), loop(seed=1))
+        with open_planted(Path(sys.argv[2]), 2, seconds=0.02) as pool:
+            calibrated(journal, pool)
+        return 0
+
     sys.exit(guarded("child", command))
 """
 
@@ -218,6 +207,7 @@ def bundle(tmp_path_factory, tiny_pipeline):
     return folder / "bundle"
 
 
+@pytest.mark.usefixtures("planted_latencies")
 def test_bundle_calibrated_by_two_workers_is_the_same(tmp_path, bundle, capsys):
     import shutil
 
@@ -227,11 +217,6 @@ def test_bundle_calibrated_by_two_workers_is_the_same(tmp_path, bundle, capsys):
     for workers in (1, 2):
         copy = tmp_path / str(workers)
         shutil.copytree(bundle, copy)
-        if workers > 1:  # latencies are measured, and differ from run to run
-            (copy / "calibration").mkdir()
-            (journal,) = (tmp_path / "1" / "calibration").iterdir()
-            lines = journal.read_bytes().splitlines(keepends=True)
-            (copy / "calibration" / journal.name).write_bytes(b"".join(lines[:2]))
         arguments = ["calibrate", str(copy), "--prompts", str(prompts), "--high-steps", "2", "--json"]
         assert main([*arguments, "--workers", str(workers)]) == 0
         printed = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Planted samples that worker processes of the tests open; importable there."""
+"""Planted samples that worker processes of the tests open; importable there, and quickly: no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from planted import PlantedEvaluator
 
+from calibration import HighSteps, calibrate
 from calibration.journal import Journal
 from calibration.measurements import Measurements
+
+if TYPE_CHECKING:
+    from tmpdiff_export.sample_workers import SampleWorkers
 
 STEPS = 10
 SAMPLES = 5
@@ -81,3 +86,16 @@ def not_finite_samples():
 
     evaluator = Overflowing(loop().errors, loop().gains, num_samples=SAMPLES)
     return {"calibration": Measurements("calibration", evaluator, Journal.in_memory(""))}
+
+
+def open_planted(folder: Path, workers: int, *, fatal_call: int = 0, seconds: float = 0.0) -> SampleWorkers:
+    from tmpdiff_export.sample_workers import SampleWorkers  # not needed in workers
+
+    folder.mkdir(exist_ok=True)
+    environments = [{"WORKER_NUMBER": str(index)} for index in range(workers)]
+    return SampleWorkers(partial(planted_samples, folder, fatal_call, seconds), environments)
+
+
+def calibrated(journal: Journal | None = None, pool: SampleWorkers | None = None, **options):
+    options = {"budget": HighSteps(4), "decode": picture} | options
+    return calibrate(loop(), LATENCIES_MS, validation=loop(seed=1), journal=journal, pool=pool, **options).sensitivity

@@ -211,7 +211,7 @@ def test_a_miscompiled_engine_is_caught(tmp_path: Path, demo_pipeline: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ["_text", "_vae", "_denoisers"])
+@pytest.mark.parametrize("stage", ["_tokenizers", "_text_encoder", "_vae", "_denoisers"])
 def test_an_interrupted_build_leaves_nothing(
     stage: str, tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +223,7 @@ def test_an_interrupted_build_leaves_nothing(
     if stage != "_denoisers":
         monkeypatch.setattr(bundle_build._Build, "_denoisers", lambda *_: {})
     if stage == "_vae":
-        monkeypatch.setattr(bundle_build._Build, "_text", lambda *_: (None, None))
+        monkeypatch.setattr(bundle_build._Build, "_text_encoder", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         build(demo_pipeline, tmp_path / "bundle", _options(onnx_dir=tmp_path / "onnx"))
     assert list(tmp_path.iterdir()) == []

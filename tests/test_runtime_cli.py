@@ -476,7 +476,10 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
         edit(lambda data: data["text_encoder"].update(file=data["denoisers"]["int8"]["file"])),
         "takes inputs",
     ),
-    "unknown input": (edit(lambda data: data["text_encoder"]["inputs"][0].update(name="nonsense")), "takes inputs"),
+    "unknown input": (
+        edit(lambda data: data["text_encoder"]["inputs"][0].update(name="nonsense")),
+        "the text encoder takes nonsense; the manifest has",
+    ),
     "engine that is none": (forged_file("engine", b"not an ONNX file"), "cannot load"),
     "empty engine": (forged_file("engine", b""), "cannot load"),
     "empty manifest": (manifest_text(b""), "not valid JSON"),

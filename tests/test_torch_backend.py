@@ -222,6 +222,7 @@ def test_the_runtime_command_runs_a_torch_bundle(bundles: dict[str, Path], tmp_p
     command += ["--out", out, "--schedule", "uniform:int8"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
 
 

@@ -48,7 +48,8 @@ class TorchCpuEngine:
                 isinstance(size, int) and size != given for size, given in zip(spec.shape, values.shape, strict=True)
             ):
                 raise BackendError(f"engine {self._name}: {spec.name} has shape {values.shape}, expected {spec.shape}")
-            arrays.append(torch.from_numpy(np.ascontiguousarray(values, spec.dtype)))
+            # Writable, because torch warns of what is not; it is only read.
+            arrays.append(torch.from_numpy(np.require(values, spec.dtype, ["C", "W"])))
         results = {
             spec.name: np.empty((len(arrays[0]), *map(int, spec.shape[1:])), spec.dtype) for spec in self._entry.outputs
         }

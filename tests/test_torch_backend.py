@@ -125,6 +125,10 @@ def test_nvfp4_is_refused_by_name() -> None:
     layer = dataclasses.replace(layer_of(np.ones((16, 256), np.float32), Precision.INT8), precision=Precision.NVFP4)
     with pytest.raises(BuildError, match="backend 'torch' has no nvfp4; choose from fp16, fp8, int8, int4"):
         lower_for_torch(torch.nn.Linear(256, 16), {"": layer}, torch.float16)
+    from tmpdiff_export.torch_target import TorchTarget
+
+    with pytest.raises(BackendError, match="backend 'torch' has no nvfp4; choose from"):  # before any work
+        TorchTarget("cpu", 1, (Precision.FP16, Precision.NVFP4))
 
 
 # bundles -----------------------------------------------------------------------------------------------------------

@@ -22,8 +22,6 @@ from tmpdiff_export.torch_compile import EngineModule, compile_package
 from tmpdiff_export.torch_layers import FP8_COMPUTE_CAPABILITY
 from tmpdiff_export.torch_lowering import lower_for_torch
 
-DEVICES = ("cuda", "cpu")
-
 # Denoisers that are published in BF16, and whose activations overflow FP16, or come near to it.
 _BFLOAT16 = frozenset({"FluxTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"})
 # BF16 has three bits less than FP16, 18 dB; the reference's own floor is for FP16.
@@ -39,27 +37,27 @@ class TorchTarget:
         """Checks what can be checked before work begins.
 
         Args:
-            device: one of `DEVICES`.
+            device: "cuda" or "cpu".
             pictures: how many at once the packages are compiled for.
             precisions: the denoiser engines that will be made.
 
         Raises:
             BackendError: no such device, or a precision that it cannot have.
         """
+        if Precision.NVFP4 in precisions:
+            raise BackendError(
+                "backend 'torch' has no nvfp4; choose from fp16, fp8, int8, int4, or use --backend tensorrt on Blackwell"
+            )
         self._device, self._pictures = device, pictures
         if device == "cpu":
             self._described = "cpu"
             return
-        from engines.backends.cuda.gpu import current_gpu
+        from engines.backends.torch.host import usable_gpu  # which needs cuda-bindings
 
         try:
-            gpu = current_gpu()
+            gpu = usable_gpu()
         except BackendError as error:
             raise BackendError(f"{error}; --device cpu compiles torch packages for this machine's CPU") from error
-        if not torch.cuda.is_available():
-            raise BackendError(
-                f"the GPU {gpu.name} is there, but torch {VERSION} cannot use it; install a CUDA build of torch"
-            )
         if Precision.FP8 in precisions and gpu.compute_capability < FP8_COMPUTE_CAPABILITY:
             raise BackendError(
                 f"precision fp8 needs compute capability 8.9, {gpu.name} has {'.'.join(map(str, gpu.compute_capability))}; "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from engines.backends.cuda.gpu import current_gpu
+from engines.backends.cuda.gpu import Gpu, current_gpu
 from engines.backends.cuda.host import CudaHost
 from engines.backends.torch.library import torch
 from engines.backends.torch.pieces import Runner, load_runner
@@ -16,6 +16,20 @@ from engines.errors import BackendError
 from engines.manifest import EngineEntry
 
 
+def usable_gpu() -> Gpu:
+    """The current GPU, which torch can use.
+
+    Raises:
+        BackendError: there is none, or torch cannot use it.
+    """
+    gpu = current_gpu()
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"the GPU {gpu.name} is there, but torch {torch.__version__} cannot use it; install a CUDA build of torch"
+        )
+    return gpu
+
+
 def torch_host(*, resident_engines: int | None = None) -> CudaHost:
     """An empty host for the packages of one bundle; see `CudaHost`.
 
@@ -23,12 +37,7 @@ def torch_host(*, resident_engines: int | None = None) -> CudaHost:
         BackendError: there is no GPU, or torch cannot use it.
         ValueError: the limit is below 1.
     """
-    gpu = current_gpu()
-    if not torch.cuda.is_available():
-        raise BackendError(
-            f"the GPU {gpu.name} is there, but torch {torch.__version__} cannot use it; install a CUDA build of torch"
-        )
-    torch.cuda.set_device(gpu.index)
+    torch.cuda.set_device(usable_gpu().index)
     return CudaHost(
         require_runnable, _loader(resident_engines), resident_engines=resident_engines, release=_release_workspaces
     )

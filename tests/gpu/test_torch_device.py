@@ -65,6 +65,35 @@ def test_the_int8_kernel_is_exact(rows: int, depth: int, columns: int, bias: boo
     assert ((found.float() - expected).abs() <= bound + 1e-6 * expected.abs().max()).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize(("text", "image", "heads", "size"), [(0, 300, 24, 128), (77, 256, 24, 128), (5, 16, 3, 16)])
+def test_the_rotary_kernel_computes_what_torch_does(
+    text: int, image: int, heads: int, size: int, dtype: str, compiled: bool
+) -> None:
+    import torch
+
+    from tmpdiff_export.torch_rotary import norm_rotary
+
+    generator = torch.Generator().manual_seed(image)
+    kind = getattr(torch, dtype)
+    model = torch.bfloat16 if dtype == "bfloat16" else torch.float16
+    parts = [torch.randn(2, tokens, heads, size, generator=generator).to(model) for tokens in (text, image)]
+    weights = [torch.rand(size, generator=generator).add(0.5).to(model) for _ in range(2)]
+    angle = torch.rand(text + image, size // 2, generator=generator).mul(6.0).repeat_interleave(2, dim=1)
+    arguments = (parts[0], weights[0], parts[1], weights[1])
+    factor = 1.0 if kind is model else 200.0
+    expected = norm_rotary(*arguments, (angle.cos(), angle.sin()), 1e-6, torch.float32, factor)
+    call = torch.compile(norm_rotary, fullgraph=True, dynamic=False) if compiled else norm_rotary
+    found = call(*(item.cuda() for item in arguments), (angle.cos().cuda(), angle.sin().cuda()), 1e-6, kind, factor)
+    assert found.dtype == kind
+    limit = torch.finfo(kind).max
+    half_step = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float8_e4m3fn: 2.0**-4}[kind] * 1.01
+    smallest = 2.0**-10 if kind is torch.float8_e4m3fn else 1e-6
+    expected = expected.clamp(-limit, limit)
+    assert ((found.float().cpu() - expected).abs() <= half_step * 2 * expected.abs() + smallest + 1e-5).all()
+
+
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_layers_compute_what_their_codes_stand_for(name: str, dtype: str) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from engines.errors import BackendError
 from tmpdiff_export.torch_layers import FP8
+from tmpdiff_export.torch_rotary import RotaryProcessor
 
 LIMIT = 448.0
 # Fixed: floating point codes keep their precision over a wide range, and the error of the row is measured.
@@ -47,6 +48,16 @@ def fp8_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = original
+
+
+def fp8_rotary_processor() -> RotaryProcessor:
+    """For FLUX.1: queries and keys leave their kernel in FP8."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = attention_op(query, key, _codes(value.transpose(1, 2)))
+        return output.to(value.dtype) * (1.0 / OUTPUT_FACTOR)
+
+    return RotaryProcessor(attend, FP8, INPUT_FACTOR)
 
 
 def _codes(data: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from engines.precision import Precision
-from tools.gpu_bench.attention import fp8_attention
+from tmpdiff_export.torch_gelu import replace_tanh_gelu
+from tmpdiff_export.torch_rotary import use_rotary_kernel
+from tools.gpu_bench.attention import fp8_attention, fp8_rotary_processor
 from tools.gpu_bench.ceilings import floor
 from tools.gpu_bench.document import error_text
 from tools.gpu_bench.models import BenchModel, Inputs
@@ -29,11 +31,13 @@ from tools.gpu_bench.step import Step, compile_blocks, compiled_graphs
 from tools.gpu_bench.timing import REPEATS, WARM_UPS, output_error, scratch_bytes, time_step
 from tools.gpu_bench.work import Work
 
-ATTENTION = "fp8-attention"  # as fp8, with attention in FP8 as well
-OWN = {"fp8": Precision.FP8, "int8": Precision.INT8, "int4": Precision.INT4, ATTENTION: Precision.FP8}
+# As fp8 and int8, with attention in FP8 as well.
+ATTENTION = {"fp8-attention": Precision.FP8, "int8-attention": Precision.INT8}
+OWN = {"fp8": Precision.FP8, "int8": Precision.INT8, "int4": Precision.INT4, **ATTENTION}
 SHARED = {"shared-fp8": Precision.FP8, "shared-int8": Precision.INT8}
 BASELINE = "16-bit"
-ROWS = (BASELINE, *OWN, *PEERS, *SHARED)
+LOWERED = "16-bit-lowered"  # the 16-bit engine of the torch backend, where it differs from the diffusers module
+ROWS = (BASELINE, LOWERED, *OWN, *PEERS, *SHARED)
 ALIASES = {"bf16": BASELINE, "fp16": BASELINE}
 
 
@@ -94,7 +98,10 @@ class Bench:
             products can reach).
         """
         copied = sharing_copy(self.module)
-        if row == BASELINE:
+        if row not in PEERS and row != BASELINE:
+            replace_tanh_gelu(copied)
+            use_rotary_kernel(copied, fp8_rotary_processor() if row in ATTENTION else None)
+        if row in (BASELINE, LOWERED):
             return copied, {"layers": (), "kept": {}, "kind": "16-bit"}
         precision = OWN.get(row) or SHARED.get(row) or PEERS[row][0]
         chosen = choose_layers(self.module, precision)
@@ -113,7 +120,7 @@ class Bench:
 
     def measure(self, row: str) -> dict[str, Any]:
         """`_measure`, with attention in FP8 where the row says so."""
-        with fp8_attention() if row == ATTENTION else nullcontext():
+        with fp8_attention() if row in ATTENTION else nullcontext():
             return self._measure(row)
 
     def _measure(self, row: str) -> dict[str, Any]:

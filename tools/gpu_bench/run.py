@@ -132,7 +132,7 @@ def _finish(bench: Bench, rows: Sequence[str], document: Document, deadline: flo
     parts = {
         "baseline_again": lambda: time_step(baseline, None, max(1, bench.setting.repeats // 3), 2)["step"],
         "residents": lambda: bench.residents(
-            [row for row in rows if row == BASELINE or (row in OWN and row != ATTENTION)]
+            [row for row in rows if row == BASELINE or (row in OWN and row not in ATTENTION)]
         ),
         "gpu_state_at_end": gpu_state,
     }

@@ -1,0 +1,109 @@
+"""What the torch backend writes anew in a denoiser, without a GPU: the same functions, and the same names of layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch.nn import functional as F
+
+from tmpdiff_export.torch_gelu import TanhGelu, replace_tanh_gelu
+from tmpdiff_export.torch_rotary import RotaryProcessor, norm_rotary, use_rotary_kernel
+
+
+def flux() -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    module = FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=24, pooled_projection_dim=12, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    for name, item in module.named_parameters():
+        if (
+            "norm_" in name and name.endswith("weight") and item.ndim == 1
+        ):  # of ones, norms in the wrong place would not show
+            torch.nn.init.uniform_(item, 0.5, 1.5)
+    return module
+
+
+def flux_inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    side, text = 4, 7
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
+    return {
+        "hidden_states": torch.randn(2, side * side, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, text, 24, generator=generator),
+        "pooled_projections": torch.randn(2, 12, generator=generator),
+        "timestep": torch.tensor([0.3, 0.8]),
+        "img_ids": positions,
+        "txt_ids": torch.zeros(text, 3),
+    }
+
+
+def test_flux_computes_the_same_with_the_rotary_processor() -> None:
+    module = flux()
+    changed = copy.deepcopy(module)
+    assert use_rotary_kernel(changed) == 4
+    with torch.no_grad():
+        expected = module(**flux_inputs(), return_dict=False)[0]
+        found = changed(**flux_inputs(), return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    assert not torch.equal(found, torch.zeros_like(found))
+
+
+def test_only_plain_flux_attention_gets_the_processor() -> None:
+    module = flux()
+    fused = module.transformer_blocks[0].attn
+    fused.fuse_projections()
+    adapter = type("Adapter", (FluxAttnProcessor,), {})()
+    module.single_transformer_blocks[1].attn.processor = adapter
+    assert use_rotary_kernel(module) == 2
+    assert module.single_transformer_blocks[1].attn.processor is adapter
+    assert isinstance(module.transformer_blocks[1].attn.processor, RotaryProcessor)
+    assert not isinstance(fused.processor, RotaryProcessor)
+
+
+def test_codes_of_queries_are_scaled_and_saturate() -> None:
+    generator = torch.Generator().manual_seed(2)
+    text, image = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 5, 3, 8, generator=generator)
+    weight, rotary = torch.linspace(0.5, 1.5, 8), (torch.ones(7, 8), torch.zeros(7, 8))  # no rotation
+    expected = torch.cat([F.rms_norm(text, (8,), weight, 1e-6), F.rms_norm(image, (8,), 2 * weight, 1e-6)], dim=1)
+    found = norm_rotary(text, weight, image, 2 * weight, rotary, 1e-6, torch.float8_e4m3fn, 200.0)
+    assert expected.abs().max() * 200 > 448
+    torch.testing.assert_close(found.float(), (expected * 200).clamp(-448, 448), rtol=2**-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gelu_is_torchs_tanh_gelu(dtype: torch.dtype) -> None:
+    data = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 100.0, -100.0, 3e4, -3e4])]).to(dtype)
+    exact = F.gelu(data.double(), approximate="tanh")
+    found = TanhGelu()(data)
+    assert found.dtype == dtype
+    bound = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    assert ((found.double() - exact).abs() <= bound * exact.abs() + 1e-6).all()
+
+
+def test_gelu_is_replaced_under_the_same_layer_names() -> None:
+    torch.manual_seed(0)
+    module = PixArtTransformer2DModel(
+        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, cross_attention_dim=16,
+        caption_channels=12, num_embeds_ada_norm=1000, norm_type="ada_norm_single", in_channels=4, out_channels=8,
+    ).eval()  # fmt: skip
+    changed = copy.deepcopy(module)
+    # A feed-forward network per block, and the caption projection.
+    assert replace_tanh_gelu(changed) == 3
+    assert not any(isinstance(item, torch.nn.GELU) for item in changed.modules())
+    assert changed.state_dict().keys() == module.state_dict().keys()
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "timestep": torch.tensor([3.0, 900.0]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(
+            changed(**inputs, return_dict=False)[0], module(**inputs, return_dict=False)[0], rtol=1e-4, atol=1e-5
+        )

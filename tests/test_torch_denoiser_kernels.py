@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch.nn import functional as F
 
-from tmpdiff_export.torch_gelu import TanhGelu, replace_tanh_gelu
-from tmpdiff_export.torch_rotary import RotaryProcessor, norm_rotary, use_rotary_kernel
+from engines.precision import Precision
+from tmpdiff_export.ranges import LayerRange
+from tmpdiff_export.scales import quantize_layer
+from tmpdiff_export.torch_codes import gelu_codes
+from tmpdiff_export.torch_flux import CodesSingleBlock, RotaryProcessor, use_rotary_kernel
+from tmpdiff_export.torch_fusion import fuse, replace_tanh_gelu
+from tmpdiff_export.torch_gelu import TanhGelu
+from tmpdiff_export.torch_rotary import norm_rotary
 
 
 def flux() -> FluxTransformer2DModel:
@@ -107,3 +114,65 @@ def test_gelu_is_replaced_under_the_same_layer_names() -> None:
         torch.testing.assert_close(
             changed(**inputs, return_dict=False)[0], module(**inputs, return_dict=False)[0], rtol=1e-4, atol=1e-5
         )
+
+
+def quantized(module: torch.nn.Module, precision: Precision, smoothing: bool) -> torch.nn.Module:
+    """A float16 copy whose feed-forward layers and `proj_out` of single blocks take codes."""
+    from tmpdiff_export.torch_layers import linear_from
+
+    changed = copy.deepcopy(module).half()
+    chosen = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear) and (".net." in name or ("single" in name and "proj_out" in name))
+    ]
+    random = np.random.default_rng(0)
+    for name in chosen:
+        layer = module.get_submodule(name)
+        factors = random.uniform(0.5, 2.0, layer.in_features).astype(np.float32) if smoothing else None
+        weight = layer.weight.detach().numpy() / (1 if factors is None else factors)
+        codes = quantize_layer(LayerRange(weight, 4.0, factors), precision, None)
+        parent, _, child = name.rpartition(".")
+        setattr(changed.get_submodule(parent), child, linear_from(codes, layer.bias.detach(), torch.float16))
+    return changed
+
+
+@pytest.mark.parametrize("smoothing", [False, True])
+@pytest.mark.parametrize("precision", [Precision.FP8, Precision.INT8])
+def test_fused_layers_compute_what_they_did_apart(precision: Precision, smoothing: bool) -> None:
+    module = flux()
+    apart = quantized(module, precision, smoothing)
+    fused = copy.deepcopy(apart)
+    fuse(fused)
+    assert [type(block) for block in fused.single_transformer_blocks] == [CodesSingleBlock] * 2
+    assert sum(getattr(layer, "after_gelu", False) for layer in fused.modules()) == 4
+    assert fused.state_dict().keys() == apart.state_dict().keys()
+    inputs = {name: item.half() for name, item in flux_inputs().items()}
+    with torch.no_grad():
+        expected = apart(**inputs, return_dict=False)[0].float()
+        found = fused(**inputs, return_dict=False)[0].float()
+    # A rounding that differs moves some codes by one step.
+    assert (found - expected).square().sum() < 1e-4 * expected.square().sum()
+
+
+def test_shared_weights_stay_in_16_bit_products() -> None:
+    apart = quantized(flux(), Precision.INT8, False)
+    for layer in apart.modules():
+        if hasattr(layer, "sixteen_bit"):
+            layer.sixteen_bit = True
+    fuse(apart)
+    assert not any(isinstance(block, CodesSingleBlock) for block in apart.single_transformer_blocks)
+    assert not any(getattr(layer, "after_gelu", False) for layer in apart.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_codes_of_joined_rows_are_those_of_the_joined_tensor(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(5, width, generator=generator).mul(30.0).half() for width in (6, 10))
+    smoothing, scale = torch.rand(16, generator=generator).half(), torch.tensor(0.05)
+    joined = torch.cat([first, F.gelu(second, approximate="tanh")], dim=1) * smoothing
+    limit = 448.0 if dtype is torch.float8_e4m3fn else 127.0
+    expected = (joined.float() / scale).clamp(-limit - (dtype is torch.int8), limit)
+    found = gelu_codes(first, second, scale, smoothing, dtype).float()
+    assert expected.max() == limit or expected.min() <= -limit  # some saturate
+    assert ((found - expected).abs() <= (0.51 if dtype is torch.int8 else 2**-4 * expected.abs() + 2**-10)).all()

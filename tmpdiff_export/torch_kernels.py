@@ -6,11 +6,10 @@ faster than BF16 at the shapes of FLUX.1 (docs/performance.md). Here the INT32 s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-INT8_LIMIT = 127
+if torch.version.cuda:  # a CUDA build brings Triton
+    from tmpdiff_export.triton_int8 import int8_linear_op
 
 
 def int8_linear(
@@ -29,27 +28,6 @@ def int8_linear(
         [M, N] on the device of `codes`.
     """
     if codes.is_cuda:
-        return _cuda_op()(codes, weight, scale, scale.new_zeros(0) if bias is None else bias, dtype)
+        return int8_linear_op(codes, weight, scale, scale.new_zeros(0) if bias is None else bias, dtype)
     sums = torch._int_mm(codes, weight.t()).float() * scale
     return (sums if bias is None else sums + bias.float()).to(dtype)
-
-
-_OP: Any = None
-
-
-def _cuda_op() -> Any:
-    """The operator over the Triton kernel, made at its first use: Triton is installed with CUDA builds of torch only."""
-    global _OP
-    if _OP is None:
-        from tmpdiff_export.triton_int8 import launch
-
-        @torch.library.triton_op("tmpdiff::int8_linear", mutates_args={})  # type: ignore[untyped-decorator]
-        def int8_linear_op(
-            codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
-        ) -> torch.Tensor:
-            result = torch.empty((codes.shape[0], weight.shape[0]), device=codes.device, dtype=dtype)
-            launch(torch.library.wrap_triton, codes, weight, scale, bias, result)
-            return result
-
-        _OP = int8_linear_op
-    return _OP

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from engines.precision import Precision
-from tmpdiff_export.scales import CODE_MAX, QuantizedLayer
-from tmpdiff_export.torch_kernels import INT8_LIMIT, int8_linear
+from tmpdiff_export.scales import QuantizedLayer
+from tmpdiff_export.torch_codes import FP8, gelu_codes, static_codes
+from tmpdiff_export.torch_kernels import int8_linear
 
-FP8 = torch.float8_e4m3fn
 FP8_COMPUTE_CAPABILITY = (8, 9)
 # `torch._scaled_mm` takes sizes that are multiples of this only.
 FP8_ALIGNMENT = 16
@@ -79,18 +80,49 @@ class QuantizedLinear(torch.nn.Module, ABC):
         """[M, K] in `dtype`, smoothed -> [M, N] in `dtype`."""
 
 
-class Fp8Linear(QuantizedLinear):
-    """W8A8 FP8 E4M3, one static scale each: codes float8_e4m3fn [N, K], weight_scale float32 []."""
+class StaticLinear(QuantizedLinear, ABC):
+    """W8A8 with one static scale for the input.
+
+    With `after_gelu` set, the input has yet to pass through GELU (tanh form), which is computed with its codes.
+    """
+
+    after_gelu = False
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        """See `QuantizedLinear.forward`."""
+        if not self.after_gelu:
+            return super().forward(data)
+        rows = data.flatten(0, -2)
+        return self.with_gelu(rows[:, :0], rows).unflatten(0, data.shape[:-1])
+
+    def with_gelu(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """[M, K1] and [M, K2], which has yet to pass through GELU, side by side as the input -> [M, N] in `dtype`."""
+        first, second = (item.to(self.dtype).contiguous() for item in (first, second))
+        return self._from_codes(gelu_codes(first, second, self.input_scale, self.smoothing, self.codes.dtype))
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._from_codes(static_codes(rows, self.input_scale, self.codes.dtype))
+
+    @abstractmethod
+    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """[M, K] in the dtype of `codes` -> [M, N] in `dtype`."""
+
+
+def makes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
+    """Whether a layer turns its input into codes."""
+    return isinstance(layer, StaticLinear) and not layer.sixteen_bit
+
+
+class Fp8Linear(StaticLinear):
+    """W8A8 FP8 E4M3: codes float8_e4m3fn [N, K], weight_scale float32 []."""
 
     def weight(self) -> torch.Tensor:
         """See `QuantizedLinear.weight`."""
         return (self.codes.float() * self.weight_scale).to(self.dtype)
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        limit = CODE_MAX[Precision.FP8]
-        quantized = (rows.float() * (1.0 / self.input_scale)).clamp(-limit, limit).to(FP8)
+    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
         return torch._scaled_mm(
-            quantized,
+            codes,
             self.codes.t(),
             scale_a=self.input_scale,
             scale_b=self.weight_scale,
@@ -100,17 +132,15 @@ class Fp8Linear(QuantizedLinear):
         )
 
 
-class Int8Linear(QuantizedLinear):
+class Int8Linear(StaticLinear):
     """W8A8 INT8, weights per output channel: codes int8 [N, K], weight_scale float32 [N]."""
 
     def weight(self) -> torch.Tensor:
         """See `QuantizedLinear.weight`."""
         return (self.codes.float() * self.weight_scale[:, None]).to(self.dtype)
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        scaled = (rows.float() * (1.0 / self.input_scale)).round()
-        quantized = scaled.clamp(-INT8_LIMIT - 1, INT8_LIMIT).to(torch.int8)
-        return int8_linear(quantized, self.codes, self.weight_scale * self.input_scale, self.bias, self.dtype)
+    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        return int8_linear(codes, self.codes, self.weight_scale * self.input_scale, self.bias, self.dtype)
 
 
 class Int4Linear(QuantizedLinear):

@@ -10,9 +10,8 @@ import torch
 from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.scales import QuantizedLayer
-from tmpdiff_export.torch_gelu import replace_tanh_gelu
+from tmpdiff_export.torch_fusion import fuse
 from tmpdiff_export.torch_layers import FP8_ALIGNMENT, linear_from
-from tmpdiff_export.torch_rotary import use_rotary_kernel
 
 
 def lower_for_torch(
@@ -40,8 +39,6 @@ def lower_for_torch(
             f"backend 'torch' has no {', '.join(sorted(item.value for item in unknown))}; choose from fp16, fp8, int8, int4"
         )
     lowered = copy.deepcopy(module)
-    replace_tanh_gelu(lowered)
-    use_rotary_kernel(lowered)
     counts: dict[str, int] = {}
     for name, layer in layers.items():
         original = lowered.get_submodule(name)
@@ -59,6 +56,7 @@ def lower_for_torch(
             original.weight.data = weight.reshape(original.weight.shape)
             kind = f"{layer.precision.value} weight in a 16-bit {type(original).__name__}"
         counts[kind] = counts.get(kind, 0) + 1
+    fuse(lowered)
     return _in_type(lowered, dtype), counts
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -111,20 +108,20 @@ def _int8_linear_persistent(  # type: ignore[no-untyped-def]
         tl.store(result + to_m[:, None] * columns + to_n[None, :], values.to(result.dtype.element_ty), mask=inside)
 
 
-def launch(
-    wrap: Callable[[Any], Any],
-    codes: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor,
-    result: torch.Tensor,
-) -> None:
-    """Enqueues a kernel on the current stream; tensors as in `int8_linear`, an empty `bias` for none.
+@torch.library.triton_op("tmpdiff::int8_linear", mutates_args={})  # type: ignore[untyped-decorator]
+def int8_linear_op(
+    codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`torch_kernels.int8_linear` on a GPU, an empty `bias` for none."""
+    result = torch.empty((codes.shape[0], weight.shape[0]), device=codes.device, dtype=dtype)
+    _launch(codes, weight, scale, bias, result)
+    return result
 
-    Args:
-        wrap: `torch.library.wrap_triton`, which lets compilers see the launch.
-        result: [M, N], written.
-    """
+
+def _launch(
+    codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, result: torch.Tensor
+) -> None:
+    """Enqueues the kernel that suits the shapes on the current stream."""
     rows, depth = codes.shape
     columns = weight.shape[0]
     has_bias = bias.numel() > 0
@@ -137,7 +134,7 @@ def launch(
         triton.set_allocator(_descriptor_memory)
         tile_m, tile_n, tile_k, warps, stages = _PERSISTENT_TILE
         programs = min(properties.multi_processor_count, triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n))
-        wrap(_int8_linear_persistent)[(programs,)](
+        torch.library.wrap_triton(_int8_linear_persistent)[(programs,)](
             *arguments,
             HAS_BIAS=has_bias,
             TILE_M=tile_m,
@@ -150,7 +147,7 @@ def launch(
         )
         return
     tile_m, tile_n, tile_k, warps, stages = next(tile for least, tile in _TILES if rows >= least)
-    wrap(_int8_linear)[(triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n),)](
+    torch.library.wrap_triton(_int8_linear)[(triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n),)](
         *arguments,
         HAS_BIAS=has_bias,
         EVEN_DEPTH=depth % tile_k == 0,

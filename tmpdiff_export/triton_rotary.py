@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-_WARPS = 8
+# Small programs: what takes time is waiting for memory, and many of them wait beside each other.
+_LANES = 8  # heads of a token in one program
+_WARPS = 1
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -24,16 +23,16 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
     first_tokens,
     tokens,
     eps,
-    factor,
-    limit,
+    FACTOR: tl.constexpr,
+    LIMIT: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One token: all its heads are read once, in rows of `SIZE` that stay in registers."""
+    """Some heads of one token: each is read once, as a row of `SIZE` that stays in registers."""
     token = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
-    head = tl.arange(0, LANES)
+    sample = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1) * LANES + tl.arange(0, LANES)
     column = tl.arange(0, SIZE)
     at = head[:, None] * SIZE + column[None, :]
     inside = (head < HEADS)[:, None]
@@ -46,47 +45,50 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
     data = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     data = data * tl.rsqrt(tl.sum(data * data, axis=1) / SIZE + eps)[:, None] * weight[None, :]
     pair = tl.arange(0, SIZE // 2) * 2
-    turn = tl.load(cos + token * SIZE + pair)[None, :] * factor
-    lean = tl.load(sin + token * SIZE + pair)[None, :] * factor
+    turn = tl.load(cos + token * SIZE + pair)[None, :] * FACTOR
+    lean = tl.load(sin + token * SIZE + pair)[None, :] * FACTOR
     real, imaginary = tl.split(tl.reshape(data, (LANES, SIZE // 2, 2)))
     turned = tl.join(real * turn - imaginary * lean, imaginary * turn + real * lean)
-    turned = tl.clamp(tl.reshape(turned, (LANES, SIZE)), -limit, limit)
+    turned = tl.reshape(turned, (LANES, SIZE))
+    if LIMIT is not None:
+        turned = tl.clamp(turned, -LIMIT, LIMIT)
     target = result + (sample * tokens + token) * HEADS * SIZE
     tl.store(target + at, turned.to(result.dtype.element_ty), mask=inside)
 
 
-def launch(
-    wrap: Callable[[Any], Any],
+@torch.library.triton_op("tmpdiff::norm_rotary", mutates_args={})  # type: ignore[untyped-decorator]
+def norm_rotary_op(
     first: torch.Tensor,
     first_weight: torch.Tensor,
     second: torch.Tensor,
     second_weight: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
     eps: float,
     factor: float,
-    result: torch.Tensor,
-) -> None:
-    """Enqueues the kernel on the current stream; arguments as in `norm_rotary`, all contiguous.
-
-    Args:
-        wrap: `torch.library.wrap_triton`, which lets compilers see the launch.
-        result: [B, S1 + S2, heads, D], written.
-    """
-    batch, tokens, heads, size = result.shape
-    wrap(_norm_rotary)[(tokens, batch)](
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`torch_rotary.norm_rotary` on a GPU."""
+    batch, _, heads, size = second.shape
+    tokens = first.shape[1] + second.shape[1]
+    result = torch.empty((batch, tokens, heads, size), device=second.device, dtype=dtype)
+    lanes = min(_LANES, triton.next_power_of_2(heads))
+    torch.library.wrap_triton(_norm_rotary)[(tokens, triton.cdiv(heads, lanes), batch)](
         first,
         first_weight,
         second,
         second_weight,
-        *rotary,
+        cos,
+        sin,
         result,
         first.shape[1],
         tokens,
         eps,
-        factor,
-        torch.finfo(result.dtype).max,
+        FACTOR=factor,
+        LIMIT=None if dtype is torch.bfloat16 else torch.finfo(dtype).max,
         HEADS=heads,
         SIZE=size,
-        LANES=triton.next_power_of_2(heads),
+        LANES=lanes,
         num_warps=_WARPS,
     )
+    return result

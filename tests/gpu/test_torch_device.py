@@ -94,6 +94,33 @@ def test_the_rotary_kernel_computes_what_torch_does(
     assert ((found.float().cpu() - expected).abs() <= half_step * 2 * expected.abs() + smallest + 1e-5).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("smoothing", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("rows", "first", "second"), [(300, 0, 1536), (77, 1152, 4608), (3, 40, 1000)])
+def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
+    rows: int, first: int, second: int, dtype: str, smoothing: bool, compiled: bool
+) -> None:
+    import torch
+    from torch.nn import functional as F
+
+    from tmpdiff_export.torch_codes import gelu_codes
+
+    generator = torch.Generator().manual_seed(rows)
+    parts = [torch.randn(rows, width, generator=generator).mul(2.0).half() for width in (first, second)]
+    factors = torch.rand(first + second, generator=generator).add(0.5).half() if smoothing else None
+    kind, scale = getattr(torch, dtype), torch.tensor(0.03)
+    joined = torch.cat([parts[0].float(), F.gelu(parts[1].float(), approximate="tanh")], dim=1)
+    limits = (-448.0, 448.0) if kind is torch.float8_e4m3fn else (-128.0, 127.0)
+    expected = (joined * (1.0 if factors is None else factors.float()) / scale).clamp(*limits)
+    call = torch.compile(gelu_codes, fullgraph=True, dynamic=False) if compiled else gelu_codes
+    cuda = [None if item is None else item.cuda() for item in (*parts, scale, factors)]
+    found = call(*cuda, kind).float().cpu()
+    assert expected.max() == limits[1] or dtype == "float8_e4m3fn"  # some saturate
+    step = 0.501 if kind is torch.int8 else 2.0**-4 * 1.001 * expected.abs() + 2.0**-10
+    assert ((found - expected).abs() <= step).all()
+
+
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_layers_compute_what_their_codes_stand_for(name: str, dtype: str) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from engines.errors import BackendError
-from tmpdiff_export.torch_layers import FP8
-from tmpdiff_export.torch_rotary import RotaryProcessor
+from tmpdiff_export.torch_codes import FP8
+from tmpdiff_export.torch_flux import RotaryProcessor
 
 LIMIT = 448.0
 # Fixed: floating point codes keep their precision over a wide range, and the error of the row is measured.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from tmpdiff_export.torch_codes import FP8
 from tmpdiff_export.torch_kernels import int8_linear
-from tmpdiff_export.torch_layers import FP8
 from tools.gpu_bench.timing import best_seconds
 from tools.gpu_bench.work import Shape, Work
 

@@ -12,8 +12,8 @@ from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.recipes import RECIPES, stays_high_precision
 from tmpdiff_export.scales import CODE_MAX, SMALLEST_FP16_SCALE
+from tmpdiff_export.torch_codes import FP8
 from tmpdiff_export.torch_layers import (
-    FP8,
     FP8_ALIGNMENT,
     Fp8Linear,
     Int4Linear,

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from engines.precision import Precision
-from tmpdiff_export.torch_gelu import replace_tanh_gelu
-from tmpdiff_export.torch_rotary import use_rotary_kernel
+from tmpdiff_export.torch_fusion import fuse
 from tools.gpu_bench.attention import fp8_attention, fp8_rotary_processor
 from tools.gpu_bench.ceilings import floor
 from tools.gpu_bench.document import error_text
@@ -98,10 +97,9 @@ class Bench:
             products can reach).
         """
         copied = sharing_copy(self.module)
-        if row not in PEERS and row != BASELINE:
-            replace_tanh_gelu(copied)
-            use_rotary_kernel(copied, fp8_rotary_processor() if row in ATTENTION else None)
         if row in (BASELINE, LOWERED):
+            if row == LOWERED:
+                fuse(copied)
             return copied, {"layers": (), "kept": {}, "kind": "16-bit"}
         precision = OWN.get(row) or SHARED.get(row) or PEERS[row][0]
         chosen = choose_layers(self.module, precision)
@@ -116,6 +114,7 @@ class Bench:
                 return own
 
             replace_layers(copied, chosen.names, lower)
+            fuse(copied, fp8_rotary_processor() if row in ATTENTION else None)
         return copied, {"layers": chosen.names, "kept": chosen.kept, "kind": "16-bit" if row == "int4" else kind}
 
     def measure(self, row: str) -> dict[str, Any]:

@@ -30,14 +30,14 @@ def tensors_of(data: Any) -> list[torch.Tensor]:
 
 
 def compile_blocks(module: torch.nn.Module, blocks: Sequence[str], backend: str) -> int:
-    """Compiles every block whose class is named, in place; code is made at the first call.
+    """Compiles every block whose class, or a base of it, is named, in place; code is made at the first call.
 
     Returns:
         The number of blocks.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = 8 * RECOMPILE_LIMIT
-    found = [item for item in module.modules() if type(item).__name__ in blocks]
+    found = [item for item in module.modules() if any(kind.__name__ in blocks for kind in type(item).__mro__)]
     for block in found:
         block.compile(fullgraph=True, dynamic=False, backend=backend)
         block._compiled_call_impl = _with_plain_strides(block._compiled_call_impl)

@@ -1,0 +1,68 @@
+"""What the `torch` backend writes anew in a denoiser, so that less is read and written between its products."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+
+from tmpdiff_export.torch_flux import RotaryProcessor, use_codes_kernel, use_rotary_kernel
+from tmpdiff_export.torch_gelu import TanhGelu
+from tmpdiff_export.torch_layers import makes_codes
+
+
+def fuse(module: torch.nn.Module, processor: RotaryProcessor | None = None) -> None:
+    """Changes a denoiser in place, with its quantized layers in it: the same functions under the same names of layers.
+
+    Args:
+        module: a denoiser or a wrapper of one.
+        processor: of FLUX.1's attention; None for the one with torch's own attention.
+    """
+    replace_tanh_gelu(module)
+    _move_gelu(module)
+    use_rotary_kernel(module, processor)
+    use_codes_kernel(module)
+
+
+class GeluProjection(torch.nn.Module):
+    """diffusers' linear layer with GELU behind it; the layer keeps its name, `proj`."""
+
+    def __init__(self, proj: torch.nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+        self.gelu = TanhGelu()
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N]."""
+        output: torch.Tensor = self.gelu(self.proj(data))
+        return output
+
+
+def _move_gelu(module: torch.nn.Module) -> None:
+    """Leaves the GELU of feed-forward networks to the layer behind it, where that makes codes of the result."""
+    for network in module.modules():
+        if not isinstance(network, FeedForward):
+            continue
+        first, *between, last = (item for item in network.net if not isinstance(item, torch.nn.Dropout))
+        if isinstance(first, GeluProjection) and not between and makes_codes(last):
+            first.gelu = torch.nn.Identity()
+            last.after_gelu = True
+
+
+def replace_tanh_gelu(module: torch.nn.Module) -> int:
+    """Puts `TanhGelu` in place of every GELU in the tanh approximation; names of layers stay.
+
+    Returns:
+        How many were replaced.
+    """
+    count = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.GELU) and child.approximate == "tanh":
+                setattr(parent, name, TanhGelu())
+            elif isinstance(child, GELU) and child.approximate == "tanh":
+                setattr(parent, name, GeluProjection(child.proj))
+            else:
+                continue
+            count += 1
+    return count

@@ -22,7 +22,7 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
     result,
     first_tokens,
     tokens,
-    eps,
+    EPS: tl.constexpr,  # a float argument may come as float64, and everything with it
     FACTOR: tl.constexpr,
     LIMIT: tl.constexpr,
     HEADS: tl.constexpr,
@@ -43,7 +43,7 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
         source = second + (sample * (tokens - first_tokens) + token - first_tokens) * HEADS * SIZE
         weight = tl.load(second_weight + column).to(tl.float32)
     data = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    data = data * tl.rsqrt(tl.sum(data * data, axis=1) / SIZE + eps)[:, None] * weight[None, :]
+    data = data * tl.rsqrt(tl.sum(data * data, axis=1) / SIZE + EPS)[:, None] * weight[None, :]
     pair = tl.arange(0, SIZE // 2) * 2
     turn = tl.load(cos + token * SIZE + pair)[None, :] * FACTOR
     lean = tl.load(sin + token * SIZE + pair)[None, :] * FACTOR
@@ -83,7 +83,7 @@ def norm_rotary_op(
         result,
         first.shape[1],
         tokens,
-        eps,
+        EPS=eps,
         FACTOR=factor,
         LIMIT=None if dtype is torch.bfloat16 else torch.finfo(dtype).max,
         HEADS=heads,

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one of auto, {', '.join(BACKENDS)} (default auto: tensorrt where its builder and a GPU are, torch where it sees a GPU, else onnxruntime)",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="what torch packages are compiled for (default: the GPU)"
+        "--device",
+        choices=("cuda", "cpu"),
+        help="what engines of torch (default: the GPU) and of ONNX Runtime (default: the CPU) are for",
     )
     parser.add_argument(
         "--share-weights",

@@ -421,6 +421,7 @@ def test_bench_times_the_steps_on_the_device(
     assert [row["name"] for row in result["rows"]] == ["fp16", "fp8", "int8", "int4"]
     assert result["machine"].startswith(f"{DEVICE}, onnxruntime ")
     assert all(row["median_ms"] > 0 for row in result["rows"])
+    assert "25 x MatMulNBits" in result["rows"][3]["runs"]
 
 
 def test_the_command_lines_run_and_inspect_it(

@@ -25,7 +25,9 @@ class BackendInfo:
 
 
 BACKENDS: dict[str, BackendInfo] = {
-    "onnxruntime": BackendInfo(("onnxruntime",), "pip install onnxruntime"),
+    "onnxruntime": BackendInfo(
+        ("onnxruntime",), "pip install onnxruntime (for an NVIDIA GPU onnxruntime-gpu in its place)"
+    ),
     "tensorrt": BackendInfo(
         ("tensorrt", "tensorrt_lean"),
         "pip install tensorrt cuda-bindings (tensorrt_lean instead of tensorrt runs version-compatible plans)",

@@ -71,7 +71,7 @@ def open_session(
       rounding, each time an engine comes back into memory.
     - Weights are allocated as large as they are, and scratch as it is asked for; no block is planned ahead per set of
       shapes, which would come on top of what the first call took. Sessions do not share scratch: their allocators know
-      nothing of each other's streams.
+      nothing of each other's streams. `gpu_mem_limit` stays at the whole GPU: a share per session would refuse what fits.
     - No CUDA graph. ONNX Runtime captures in CUDA's global mode, in which the allocations of an engine that is being
       loaded by another thread end the capture; and some kernels copy from page-locked memory that is used again after the
       call, which a replayed graph would read.

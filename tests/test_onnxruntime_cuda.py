@@ -219,6 +219,7 @@ def test_sessions_are_asked_for_the_gpu_alone(opened: Opened, ort: FakeOrtCuda) 
     assert session.given["device_id"] == "0"
     assert session.given["use_tf32"] == "0"
     assert ort.preloads == 1
+    assert ort.severities == [3, 3]  # by `open_host` and by the host; errors only
 
 
 def test_engines_that_are_no_denoisers_run_too(opened: Opened, tmp_path: Path) -> None:
@@ -488,7 +489,10 @@ def test_a_provider_that_cannot_start_is_refused_before_any_work(tmp_path: Path,
     from tmpdiff_export.onnx_cuda_target import OnnxCudaTarget
 
     ort.starts = False
-    with pytest.raises(BackendError, match=r"CUDAExecutionProvider cannot start; it needs.*--device cpu builds for"):
+    with pytest.raises(
+        BackendError,
+        match=r"CUDAExecutionProvider cannot start \(ONNX Runtime's log line above says why\); it needs.*--device cpu builds for",
+    ):
         OnnxCudaTarget((Precision.FP16,))
     ort.starts = True
     target = OnnxCudaTarget((Precision.FP16,))

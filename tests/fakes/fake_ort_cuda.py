@@ -75,6 +75,7 @@ class FakeOrtCuda:
         opened: every session that was made.
         preloads: calls of `preload_dlls`.
         preload_prints: what that prints.
+        severities: what the default logger was set to.
     """
 
     cuda: FakeCuda
@@ -84,6 +85,7 @@ class FakeOrtCuda:
     opened: list[Opened] = field(default_factory=list)
     preloads: int = 0
     preload_prints: str = ""
+    severities: list[int] = field(default_factory=list)
 
     @classmethod
     def install(cls, monkeypatch: Any, cuda: FakeCuda) -> FakeOrtCuda:
@@ -93,6 +95,7 @@ class FakeOrtCuda:
         monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
         monkeypatch.setattr(onnxruntime, "InferenceSession", fake.open)
         monkeypatch.setattr(onnxruntime, "preload_dlls", fake.preload, raising=False)
+        monkeypatch.setattr(onnxruntime, "set_default_logger_severity", fake.severities.append)
         return fake
 
     def preload(self, *, msvc: bool) -> None:

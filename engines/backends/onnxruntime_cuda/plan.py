@@ -136,7 +136,7 @@ class OrtContext:
         }
         self._shapes = {**shapes, **self.output_shapes}
         self._options = library().RunOptions()
-        self._options.log_severity_level = 3
+        self._options.log_severity_level = 4  # what fails is raised
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the loop never waits
         self._bound: dict[str, int] = {}
         self._binding: Any = None

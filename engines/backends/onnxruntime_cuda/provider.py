@@ -30,7 +30,8 @@ def require_provider() -> Gpu:
     """The current GPU, for a build of ONNX Runtime that has the CUDA provider.
 
     Whether the provider finds its CUDA and cuDNN libraries shows when a session is made; those that wheels of torch or
-    NVIDIA brought are loaded here.
+    NVIDIA brought are loaded here. From then on ONNX Runtime's default logger shows errors only: at each session it
+    would warn that the provider is not a plugin.
 
     Raises:
         BackendError: ONNX Runtime is built without the provider, cuda-bindings is not installed, or there is no GPU.
@@ -44,6 +45,7 @@ def require_provider() -> Gpu:
         )
     gpu = current_gpu()
     _preload()
+    onnxruntime.set_default_logger_severity(3)
     return gpu
 
 
@@ -127,7 +129,7 @@ def memory_advice(said: str) -> str:
 def _options(sizes: Mapping[str, int]) -> Any:
     """Session options but for what depends on the purpose."""
     options = library().SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised
     options.intra_op_num_threads = 1  # nothing is computed on the CPU
     options.enable_mem_pattern = False
     options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(DISABLED_OPTIMIZERS))
@@ -155,8 +157,8 @@ def _why_refused(path: Path, sizes: Mapping[str, int], providers: list[tuple[str
         return f"{PROVIDER} does not take the whole graph, and why is not known: {words(error)}"
     if not started:
         wanted = f"CUDA {getattr(onnxruntime, 'cuda_version', '') or '13'} and cuDNN 9"
-        said = f" ({_preload()})" if _preload() else ""
-        return f"{PROVIDER} cannot start{said}; it needs the libraries of {wanted}: {_INSTALL}"
+        said = _preload() or "ONNX Runtime's log line above says why"
+        return f"{PROVIDER} cannot start ({said}); it needs the libraries of {wanted}: {_INSTALL}"
     operators = ", ".join(f"{count} x {operator}" for operator, count in sorted(refused.items()))
     return (
         f"{PROVIDER} of ONNX Runtime {onnxruntime.__version__} has no kernel for {operators}, and nothing may run on the "

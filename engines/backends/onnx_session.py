@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ DTYPES: dict[str, np.dtype] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int64)": np.dtype(np.int64),
 }
+# These come behind hundreds of characters of C++ signatures.
+_FAILURE = re.compile(
+    r"\b(?:CUDA|CUBLAS|CUDNN|CUFFT) failure \d+: [^;\n]*|Failed to allocate memory for requested buffer of size \d+"
+)
 
 
 class OnnxSession:
@@ -129,7 +134,10 @@ def axis_sizes(engine: str, specs: Sequence[TensorSpec], shapes: Mapping[str, tu
 
 
 def words(error: Exception) -> str:
-    """What the library said, cut to one line of a message."""
+    """What the library said, cut to one line of a message: a failure of CUDA alone, else the beginning."""
+    failure = _FAILURE.search(str(error))
+    if failure:
+        return failure.group().strip()
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.backends import BACKENDS, backend_version
+from engines.backends import backend_version
 from engines.bundle import UNIFORM_PREFIX
 from engines.manifest import EngineEntry
 from engines.runtime import Conditioning, DenoiseRuntime
@@ -113,8 +113,7 @@ def _device_step_latencies(
 
 def runs_on_gpu(runtime: DenoiseRuntime) -> bool:
     """Whether the bundle's denoisers run on a GPU and their loop on the device."""
-    entry = _reference(runtime)
-    return BACKENDS[entry.backend].device == "gpu" and entry.device != "cpu"
+    return _reference(runtime).device != "cpu"
 
 
 def machine(runtime: DenoiseRuntime, threads: int | None) -> str:

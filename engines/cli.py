@@ -89,7 +89,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resident-engines",
         type=parse_resident_engines,
         metavar="R",
-        help="TensorRT, and torch on a GPU: denoiser engines kept in device memory at once (default: all)",
+        help="TensorRT, and torch and ONNX Runtime on a GPU: denoiser engines kept in device memory at once (default: all)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 

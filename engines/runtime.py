@@ -73,10 +73,10 @@ class DenoiseRuntime:
             )
         backend = self.manifest.denoisers[self.precisions[0]].backend
         device = self.manifest.denoisers[self.precisions[0]].device
-        if resident_engines is not None and (backend not in ("tensorrt", "torch") or device == "cpu"):
+        if resident_engines is not None and (backend == "tensorrt-rtx" or device == "cpu"):
             raise BackendError(
-                "a limit on resident engines is for bundles of the tensorrt and torch backends on a GPU; this one's engines "
-                f"run on {backend} ({device})"
+                "a limit on resident engines is for bundles of the tensorrt, torch and onnxruntime backends on a GPU; this "
+                f"one's engines run on {backend} ({device})"
             )
         self._options = HostOptions(threads=threads, resident_engines=resident_engines)
         self._hosts: dict[str, EngineHost] = {}

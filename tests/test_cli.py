@@ -105,7 +105,16 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
     )
     refused("build", demo_pipeline, *build, "--backend", "tensorrt", says="needs the module tensorrt or tensorrt_lean")
     refused("build", demo_pipeline, *build, "--backend", "torch", says="--device cpu compiles torch packages for this")
-    refused("build", demo_pipeline, *build, "--device", "cpu", says="is for packages of the torch backend")
+    refused(
+        "build",
+        demo_pipeline,
+        *build,
+        "--backend",
+        "onnxruntime",
+        "--device",
+        "cuda",
+        says="needs CUDAExecutionProvider",
+    )
     refused("build", demo_pipeline, *build, "--version-compatible", says="are settings of TensorRT plans")
     refused("build", demo_pipeline, *build, "--steps", "0", says="number of steps is 0, expected 1 to 1000")
     refused(

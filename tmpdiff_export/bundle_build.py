@@ -79,7 +79,8 @@ class BuildOptions:
             packages have too.
         share_weights: for torch packages: the quantized precision whose stored weights the reference is made of as well, so
             that both need one copy; None for weights of its own.
-        device: "cuda" or "cpu", what torch packages are compiled for; None for the GPU, and for other backends.
+        device: "cuda" or "cpu", what engines of the torch and onnxruntime backends are for; None for the GPU with torch, for
+            the CPU with ONNX Runtime, and for other backends.
     """
 
     precisions: tuple[Precision, ...]

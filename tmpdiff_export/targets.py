@@ -69,16 +69,15 @@ def open_target(
         settings: of TensorRT plans; other backends refuse any that were changed.
         precisions: the denoiser engines that will be made.
         progress: called with (stage, done, total) by targets whose engines take long to make.
-        device: what torch packages are compiled for, None for the GPU; other backends refuse it.
+        device: "cuda" or "cpu", for the torch backend (None: the GPU) and for ONNX Runtime (None: the CPU); other
+            backends refuse it.
 
     Raises:
         BackendError: no device to build on, a precision that it cannot have, or settings that the backend
             does not have.
     """
-    if backend != "torch" and device is not None:
-        raise BackendError(
-            f"--device is for packages of the torch backend; backend {backend!r} has no choice of device"
-        )
+    if backend not in ("torch", "onnxruntime") and device is not None:
+        raise BackendError(f"--device is for the backends torch and onnxruntime; {backend!r} has no choice of device")
     if backend == "torch":
         from tmpdiff_export.torch_target import TorchTarget
 
@@ -93,6 +92,10 @@ def open_target(
         from tmpdiff_export.rtx_target import RtxTarget
 
         return RtxTarget()
+    if device == "cuda":
+        from tmpdiff_export.onnx_cuda_target import OnnxCudaTarget
+
+        return OnnxCudaTarget(precisions)
     return CpuTarget()
 
 

@@ -17,28 +17,26 @@ class BackendInfo:
         modules: alternatives, one of which must be importable.
         also: modules that must be importable as well.
         install: how to get them.
-        device: "cpu" or "gpu".
     """
 
     modules: tuple[str, ...]
     install: str
-    device: str
     also: tuple[str, ...] = ()
 
 
 BACKENDS: dict[str, BackendInfo] = {
-    "onnxruntime": BackendInfo(("onnxruntime",), "pip install onnxruntime", "cpu"),
+    "onnxruntime": BackendInfo(
+        ("onnxruntime",), "pip install onnxruntime (for an NVIDIA GPU onnxruntime-gpu in its place)"
+    ),
     "tensorrt": BackendInfo(
         ("tensorrt", "tensorrt_lean"),
         "pip install tensorrt cuda-bindings (tensorrt_lean instead of tensorrt runs version-compatible plans)",
-        "gpu",
         also=("cuda.bindings",),
     ),
-    "torch": BackendInfo(("torch",), "pip install torch safetensors", "gpu", also=("safetensors",)),
+    "torch": BackendInfo(("torch",), "pip install torch safetensors", also=("safetensors",)),
     "tensorrt-rtx": BackendInfo(
         ("onnxruntime_ep_nv_tensorrt_rtx",),
         "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
-        "gpu",
         also=("onnxruntime",),
     ),
 }
@@ -78,6 +76,13 @@ def open_host(backend: str, device: str, options: HostOptions | None = None) -> 
         from engines.backends.torch.host import torch_host
 
         return torch_host(resident_engines=options.resident_engines)
+    if backend == "onnxruntime" and device != "cpu":
+        from engines.backends.onnxruntime_cuda.provider import require_provider
+
+        require_provider()  # before what needs cuda-bindings
+        from engines.backends.onnxruntime_cuda.host import onnxruntime_cuda_host
+
+        return onnxruntime_cuda_host(resident_engines=options.resident_engines)
     if backend == "tensorrt-rtx":
         from engines.backends.tensorrt_rtx import require_device
 

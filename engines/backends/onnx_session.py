@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from engines.engine import Arrays
 from engines.errors import BackendError
+from engines.manifest import TensorSpec
 
 # ONNX Runtime's names of the tensor types that an engine may have.
 DTYPES: dict[str, np.dtype] = {
@@ -18,6 +20,10 @@ DTYPES: dict[str, np.dtype] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int64)": np.dtype(np.int64),
 }
+# These come behind hundreds of characters of C++ signatures.
+_FAILURE = re.compile(
+    r"\b(?:CUDA|CUBLAS|CUDNN|CUFFT) failure \d+: [^;\n]*|Failed to allocate memory for requested buffer of size \d+"
+)
 
 
 class OnnxSession:
@@ -28,14 +34,21 @@ class OnnxSession:
         outputs: names of the outputs.
     """
 
-    def __init__(self, path: Path, options: Any, *, name: str, providers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: Any,
+        *,
+        name: str,
+        providers: Sequence[str | tuple[str, dict[str, str]]] | None = None,
+    ) -> None:
         """Loads `path`.
 
         Args:
             path: the ONNX file.
             options: its `onnxruntime.SessionOptions`.
             name: what error messages call the engine.
-            providers: execution providers by name; None if `options` has them.
+            providers: execution providers by name, or by name and options; None if `options` has them.
 
         Raises:
             BackendError: ONNX Runtime refuses the file.
@@ -49,6 +62,11 @@ class OnnxSession:
         self.inputs = {item.name: _dtype(item.type) for item in self._session.get_inputs()}
         self.outputs = [item.name for item in self._session.get_outputs()]
         self._name = name
+
+    @property
+    def library_session(self) -> Any:
+        """The `onnxruntime.InferenceSession`; do not keep it."""
+        return self._session
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """One inference; see `engines.engine.Engine`."""
@@ -88,8 +106,38 @@ def require_names(engine: str, expected: Iterable[str], inputs: Arrays) -> None:
         raise BackendError(f"engine {engine} takes inputs {sorted(names)}, received {sorted(inputs)}")
 
 
+def axis_sizes(engine: str, specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The size of every symbolic axis of a call's inputs, by symbol.
+
+    Args:
+        engine: what error messages call it.
+        specs: of all inputs.
+        shapes: by input name; one for each spec.
+
+    Raises:
+        BackendError: an axis differs from its spec, is empty, or one symbol has two sizes.
+    """
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        shape = shapes[spec.name]
+        expected = tuple(axis if isinstance(axis, int) else sizes.get(axis, axis) for axis in spec.shape)
+        fits = len(shape) == len(expected) and all(
+            size == axis if isinstance(axis, int) else size > 0 for size, axis in zip(shape, expected, strict=True)
+        )
+        if not fits:
+            raise BackendError(
+                f"engine {engine}: input {spec.name} must have shape [{', '.join(map(str, expected))}], "
+                f"received [{', '.join(map(str, shape))}]"
+            )
+        sizes.update({axis: size for axis, size in zip(spec.shape, shape, strict=True) if isinstance(axis, str)})
+    return sizes
+
+
 def words(error: Exception) -> str:
-    """What the library said, cut to one line of a message."""
+    """What the library said, cut to one line of a message: a failure of CUDA alone, else the beginning."""
+    failure = _FAILURE.search(str(error))
+    if failure:
+        return failure.group().strip()
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 

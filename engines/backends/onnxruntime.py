@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the embedded default backend."""
+"""ONNX Runtime on the CPU: the embedded default backend. For its CUDA provider see `onnxruntime_cuda`."""
 
 from __future__ import annotations
 

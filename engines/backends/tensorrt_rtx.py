@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from engines.backends import require_backend
-from engines.backends.onnx_session import OnnxSession, library, require_names, words
+from engines.backends.onnx_session import OnnxSession, axis_sizes, library, require_names, words
 from engines.documents import canonical_json
 from engines.engine import Arrays
 from engines.errors import BackendError, TmpDiffError
@@ -211,20 +211,9 @@ def input_shapes(engine: str, specs: Sequence[TensorSpec], inputs: Arrays) -> di
     Raises:
         BackendError: an axis differs from its spec, is empty, or one symbol has two sizes.
     """
-    sizes: dict[str, int] = {}
-    for spec in specs:
-        shape = inputs[spec.name].shape
-        expected = tuple(axis if isinstance(axis, int) else sizes.get(axis, axis) for axis in spec.shape)
-        fits = len(shape) == len(expected) and all(
-            size == axis if isinstance(axis, int) else size > 0 for size, axis in zip(shape, expected, strict=True)
-        )
-        if not fits:
-            raise BackendError(
-                f"engine {engine}: input {spec.name} must have shape [{', '.join(map(str, expected))}], "
-                f"received [{', '.join(map(str, shape))}]"
-            )
-        sizes.update({axis: size for axis, size in zip(spec.shape, shape, strict=True) if isinstance(axis, str)})
-    return {spec.name: inputs[spec.name].shape for spec in specs}
+    shapes = {spec.name: inputs[spec.name].shape for spec in specs}
+    axis_sizes(engine, specs, shapes)
+    return shapes
 
 
 def _plugin() -> ModuleType:

@@ -18,7 +18,9 @@ from fakes.fake_trt_base import Installation
 # Modules that keep what they imported; they are taken out for the test, so that each side imports its own.
 CACHING = (
     "engines.backends.cuda",
+    "engines.backends.onnxruntime_cuda",
     "engines.backends.tensorrt",
+    "tmpdiff_export.onnx_cuda_target",
     "tmpdiff_export.tensorrt_target",
     "polygraphy",  # whole: its registries refuse a second registration
 )

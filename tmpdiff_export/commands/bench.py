@@ -13,6 +13,7 @@ from engines.cli import parse_threads
 from engines.errors import TmpDiffError
 from engines.runtime import Conditioning, DenoiseRuntime
 from engines.schedule import Schedule
+from tmpdiff_export.commands.build import what_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def bench(
 
     Returns:
         JSON data: "machine", "rows" (per precision and for torch: median and least ms, speed-up over the
-        FP16 engine) and "loops" (whole loops that swap at every step against uniform ones).
+        FP16 engine, and what the engine runs, in words) and "loops" (whole loops that swap at every step against uniform ones).
     """
     with DenoiseRuntime.load(bundle, threads=threads) as runtime:
         scale = runtime.manifest.sampling.guidance_scale
@@ -91,6 +92,7 @@ def bench(
                     "median_ms": timing.median_ms,
                     "min_ms": timing.min_ms,
                     "speedup": speedup,
+                    "runs": what_runs(runtime.manifest.denoisers[name]) if name in runtime.precisions else "",
                     "remark": f"no gain over {runtime.precisions[0]} on this backend" if no_gain else "",
                 }
             )

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one of auto, {', '.join(BACKENDS)} (default auto: tensorrt where its builder and a GPU are, torch where it sees a GPU, else onnxruntime)",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="what torch packages are compiled for (default: the GPU)"
+        "--device",
+        choices=("cuda", "cpu"),
+        help="what engines of torch (default: the GPU) and of ONNX Runtime (default: the CPU) are for",
     )
     parser.add_argument(
         "--share-weights",
@@ -191,14 +193,14 @@ def print_engines(manifest: Manifest) -> None:
         ["engine", "backend", "recipe", "MB", "SQNR dB", "floor dB"],
         rows,
         [
-            *(f"{name}: {entry.backend} runs {_layers(entry)}" for name, entry in manifest.denoisers.items()),
+            *(f"{name}: {entry.backend} runs {what_runs(entry)}" for name, entry in manifest.denoisers.items()),
             f"bundle id {manifest.bundle_id[:12]}, built with {manifest.created_with}",
         ],
     )
 
 
-def _layers(entry: EngineEntry) -> str:
-    """What the backend made of the graph: rewrites on the CPU, layers by precision in a plan."""
+def what_runs(entry: EngineEntry) -> str:
+    """What the backend made of the graph, in words: its rewrites and fused operators, or the layers of a plan by precision."""
     if entry.plan is None:
         return ", ".join(f"{count} x {what}" for what, count in entry.lowering.items()) or "the ONNX graph as it is"
     return ", ".join(

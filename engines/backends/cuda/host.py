@@ -81,6 +81,11 @@ class CudaHost:
             self._owned = owned.pop_all()
 
     @property
+    def stream(self) -> Stream:
+        """Where all engines run; owned by the host. For backends that have to know it when they load an engine."""
+        return self._stream
+
+    @property
     def notes(self) -> dict[str, str]:
         """Why an engine runs without a CUDA graph, by name, for those loaded engines that do."""
         plans = self._residents.plans | self._others

@@ -1,0 +1,150 @@
+"""Engines for ONNX Runtime on an NVIDIA GPU: the exported graphs as they are."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from engines.backends.cuda.gpu import Gpu
+from engines.backends.onnxruntime import version
+from engines.backends.onnxruntime_cuda.provider import require_provider
+from engines.backends.tensorrt.plan_store import data_file
+from engines.errors import BackendError, BuildError
+from engines.files import sha256_file
+from engines.manifest import EngineEntry
+from engines.precision import Precision
+from tmpdiff_export.accuracy import engine_sqnr_db
+from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
+
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+class OnnxCudaTarget:
+    """`tmpdiff_export.engine_build.Target`: strongly typed ONNX files, `engines/<name>.onnx`, checked on this GPU."""
+
+    backend = "onnxruntime"
+
+    def __init__(self, precisions: Sequence[Precision]) -> None:
+        """Checks what can be checked before work begins; runs a graph of one node on the GPU.
+
+        Args:
+            precisions: the denoiser engines that will be made.
+
+        Raises:
+            BackendError: no GPU, an ONNX Runtime that cannot use it, or a precision that it cannot have.
+        """
+        if Precision.NVFP4 in precisions:
+            raise BackendError(
+                "backend 'onnxruntime' on a GPU has no nvfp4; choose from fp16, fp8, int8, int4, or use --backend tensorrt "
+                "on Blackwell"
+            )
+        try:
+            self._gpu = require_provider()
+            _try(self._gpu)
+        except BackendError as error:
+            raise BackendError(f"{error}; --device cpu builds for this machine's CPU") from error
+
+    def require_memory(self, parameters: int) -> None:
+        """Refuses a denoiser whose 16-bit weights alone would not fit; see `Target.require_memory`."""
+        if 2 * parameters > self._gpu.total_bytes:
+            raise BuildError(
+                f"{parameters} parameters take {2 * parameters} bytes in 16 bit, the GPU has {self._gpu.total_bytes}; "
+                "use a GPU with more memory"
+            )
+
+    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
+        """Copies the graph, loads it as the runtime would and measures its SQNR; see `Target.make`."""
+        from engines.backends.onnxruntime_cuda.host import onnxruntime_cuda_host  # which needs cuda-bindings
+
+        path = folder / "engines" / f"{job.name}.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(job.onnx_file, path)
+        weights = data_file(job.onnx_file)
+        if weights.exists():
+            shutil.copyfile(weights, data_file(path))
+        entry = EngineEntry(
+            file=file_entry(folder, path),
+            weights=file_entry(folder, data_file(path)) if weights.exists() else None,
+            backend=self.backend,
+            backend_version=version(),
+            device=f"{self._gpu.architecture} {self._gpu.name}",
+            lowering={},
+            onnx_sha256=sha256_file(job.onnx_file),
+            recipe=job.recipe,
+            sqnr_db=0.0,
+            sqnr_floor_db=job.floor_db,
+            inputs=tensor_specs(job.graph.graph.input),
+            outputs=tensor_specs(job.graph.graph.output),
+        )
+        check = job.check
+        with tempfile.TemporaryDirectory(prefix=".optimized-", dir=path.parent) as scratch:
+            optimized = Path(scratch) / "optimized.onnx"
+            host = onnxruntime_cuda_host(optimized=optimized)
+            try:
+                host.add(job.name, entry, path)
+                measured = engine_sqnr_db(
+                    host.engine(job.name), check.names, check.output, check.batches, check.references
+                )
+            finally:
+                host.close()
+            counts = operator_counts(optimized)
+        return entry.model_copy(update={"sqnr_db": round(measured, 2), "lowering": counts})
+
+
+def operator_counts(optimized: Path) -> dict[str, int]:
+    """What ONNX Runtime put in the place of standard operators, and the Q/DQ operators that it kept, as counts.
+
+    Args:
+        optimized: the graph as a session runs it.
+    """
+    graph = onnx.load(optimized, load_external_data=False).graph
+    counts = Counter(node.op_type for node in graph.node if node.domain not in ("", "ai.onnx") or node.op_type in _QDQ)
+    return dict(sorted(counts.items()))
+
+
+def _try(gpu: Gpu) -> None:
+    """Runs a product on the GPU: libraries that the provider misses show here, and not in the middle of a build.
+
+    Raises:
+        BackendError: the provider cannot start, or cannot compute.
+    """
+    from contextlib import closing
+
+    from engines.backends.onnxruntime_cuda.host import onnxruntime_cuda_host
+
+    half = TensorProto.FLOAT16
+    tensors = {name: helper.make_tensor_value_info(name, half, ("batch", 8)) for name in ("latents", "image")}
+    weight = helper.make_tensor("weight", half, (8, 8), np.eye(8, dtype=np.float16).tobytes(), raw=True)
+    node = helper.make_node("MatMul", ["latents", "weight"], ["image"])
+    graph = helper.make_graph([node], "try", [tensors["latents"]], [tensors["image"]], [weight])
+    data = np.arange(16, dtype=np.float32).reshape(2, 8)
+    with tempfile.TemporaryDirectory() as scratch, closing(onnxruntime_cuda_host()) as host:
+        path = Path(scratch) / "try.onnx"
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+        file = file_entry(path.parent, path)
+        entry = EngineEntry(
+            file=file,
+            backend=OnnxCudaTarget.backend,
+            backend_version=version(),
+            device=f"{gpu.architecture} {gpu.name}",
+            lowering={},
+            onnx_sha256=file.sha256,
+            recipe="none",
+            sqnr_db=0.0,
+            sqnr_floor_db=0.0,
+            inputs=tensor_specs(graph.input),
+            outputs=tensor_specs(graph.output),
+        )
+        host.add("trial", entry, path)
+        if not np.array_equal(host.engine("trial").run({"latents": data})["image"], data):
+            raise BackendError(
+                f"ONNX Runtime {version()} computes a product with the unit matrix wrong on {gpu.name}; install a newer "
+                "onnxruntime-gpu and driver, or use --backend torch"
+            )

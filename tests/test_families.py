@@ -21,7 +21,7 @@ from engines.precision import Precision
 from tmpdiff_export.accuracy import sqnr_db, torch_outputs
 from tmpdiff_export.cpu_lowering import lower_for_cpu
 from tmpdiff_export.cpu_target import CpuTarget
-from tmpdiff_export.engine_build import AccuracyCheck, build_denoiser
+from tmpdiff_export.engine_build import AccuracyCheck, at_once, start_denoiser
 from tmpdiff_export.families import DENOISER, DENOISERS, FAMILIES, Family, denoiser_family, family_of
 from tmpdiff_export.families.flux import pack
 from tmpdiff_export.families.miniatures import TEXT_TOKENS, Miniature, miniature
@@ -148,10 +148,10 @@ def test_quantized_engines_reach_their_floor_and_leave_no_layer_out(
     check = AccuracyCheck.of(
         export.module, list(export.small.family.inputs), MODEL_OUTPUT, [rows(export.batches[2], 3)]
     )
-    build_denoiser(
-        CpuTarget(), export.module, DENOISER, export.graph, precision, export.batches, check, tmp_path, tmp_path,
+    start_denoiser(
+        at_once(CpuTarget()), export.module, DENOISER, export.graph, precision, export.batches, check, tmp_path, tmp_path,
         batch_per_picture=2, float32_inputs=export.small.family.float32_inputs,
-    )  # fmt: skip
+    ).finish()  # fmt: skip
     model = onnx.load(tmp_path / "onnx" / f"{precision.value}.onnx")
     codes = {
         Precision.FP8: TensorProto.FLOAT8E4M3FN,

@@ -45,6 +45,10 @@ def die() -> None:
 
 def compile_for_ever(folder: Path) -> None:
     """Starts what never ends, as a compiler might, and says when."""
+    import multiprocessing
+
+    lock = multiprocessing.RLock()  # as tqdm does
+    assert lock
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
         (folder / f"compiler-{child.pid}").touch()
         child.wait()

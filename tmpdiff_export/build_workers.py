@@ -131,6 +131,8 @@ def _begin(
     os.setpgrp()  # with its compilers: a terminal's Ctrl-C is for the build, which ends the whole group
     Thread(target=_end_with, args=(ended,), daemon=True).start()
     os.environ.update(environments.get())
+    # Locks that a library makes (tqdm does) then leave nothing behind to be cleaned up, and warned of, when this is killed.
+    multiprocessing.set_start_method("fork", force=True)
     from torch._inductor import config
 
     config.cpp.threads = threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
+from safetensors.torch import load_file
 
 from engines.backends.onnxruntime import OnnxRuntimeEngine
 from engines.errors import BuildError
@@ -21,7 +23,7 @@ from engines.precision import Precision
 from tmpdiff_export.accuracy import sqnr_db, torch_outputs
 from tmpdiff_export.cpu_lowering import lower_for_cpu
 from tmpdiff_export.cpu_target import CpuTarget
-from tmpdiff_export.engine_build import AccuracyCheck, build_denoiser
+from tmpdiff_export.engine_build import AccuracyCheck, at_once, start_denoiser
 from tmpdiff_export.families import DENOISER, DENOISERS, FAMILIES, Family, denoiser_family, family_of
 from tmpdiff_export.families.flux import pack
 from tmpdiff_export.families.miniatures import TEXT_TOKENS, Miniature, miniature
@@ -29,6 +31,7 @@ from tmpdiff_export.onnx_export import export_graph, save_graph
 from tmpdiff_export.pipelines import load_pipeline
 from tmpdiff_export.ranges import Batch
 from tmpdiff_export.shape_folding import fold_shapes
+from tmpdiff_export.torch_compile import EngineModule, store_weights
 
 FP16_FLOOR_DB = 50.0
 
@@ -148,10 +151,10 @@ def test_quantized_engines_reach_their_floor_and_leave_no_layer_out(
     check = AccuracyCheck.of(
         export.module, list(export.small.family.inputs), MODEL_OUTPUT, [rows(export.batches[2], 3)]
     )
-    build_denoiser(
-        CpuTarget(), export.module, DENOISER, export.graph, precision, export.batches, check, tmp_path, tmp_path,
+    start_denoiser(
+        at_once(CpuTarget()), export.module, DENOISER, export.graph, precision, export.batches, check, tmp_path, tmp_path,
         batch_per_picture=2, float32_inputs=export.small.family.float32_inputs,
-    )  # fmt: skip
+    ).finish()  # fmt: skip
     model = onnx.load(tmp_path / "onnx" / f"{precision.value}.onnx")
     codes = {
         Precision.FP8: TensorProto.FLOAT8E4M3FN,
@@ -160,6 +163,25 @@ def test_quantized_engines_reach_their_floor_and_leave_no_layer_out(
         Precision.NVFP4: TensorProto.FLOAT4E2M1,
     }[precision]
     assert sum(item.data_type == codes and len(item.dims) > 1 for item in model.graph.initializer) == layers
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_denoiser_travels_to_a_worker_without_its_weights(
+    name: str, exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    """As the torch backend sends it: pickled, and the weights in a file."""
+    export = exported(name)
+    weights = tmp_path / "weights.safetensors"
+    module = EngineModule(export.module, torch.float32, [True] * len(export.batches[0])).eval()
+    data = pickle.dumps(store_weights(module, weights))
+    assert len(data) < 0.2 * weights.stat().st_size
+    arrived = pickle.loads(data)
+    assert {item.device.type for item in (*arrived.parameters(), *arrived.buffers())} == {"meta"}
+    assert {item.device.type for item in (*module.parameters(), *module.buffers())} == {"cpu"}
+    with torch.inference_mode():
+        (found,) = torch.func.functional_call(arrived, load_file(weights), export.batches[0])
+        (expected,) = module(*export.batches[0])
+    assert torch.equal(found, expected)
 
 
 def test_flux_in_fp16_sees_timestep_and_guidance_in_full(exported: Callable[[str], Exported], tmp_path: Path) -> None:

@@ -136,15 +136,15 @@ def test_nvfp4_is_refused_by_name() -> None:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> dict[str, Path]:
-    """The tiny pipeline, built for the torch backend on the CPU and for ONNX Runtime."""
+    """The tiny pipeline, built for the torch backend on the CPU, by two workers, and for ONNX Runtime."""
     from tmpdiff_export.bundle_build import BuildOptions, build
 
     folder = tmp_path_factory.mktemp("torch")
     folders = {}
-    for backend, device in (("torch", "cpu"), ("onnxruntime", None)):
+    for backend, device, workers in (("torch", "cpu", 2), ("onnxruntime", None, 1)):
         folders[backend] = folder / backend
         precisions = (Precision.FP16, Precision.FP8, Precision.INT8)
-        options = BuildOptions(precisions, PROMPTS, num_steps=4, backend=backend, device=device)
+        options = BuildOptions(precisions, PROMPTS, num_steps=4, backend=backend, device=device, workers=workers)
         build(tiny_pipeline, folders[backend], options)
     return folders
 
@@ -279,6 +279,21 @@ def test_the_reference_may_be_made_of_the_weights_of_another_engine(sharing: Pat
         assert 20.0 < -10 * np.log10(error) < 50.0  # that of FP8 weights, and not none
         picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:fp16"))
         assert picture.shape == (1, 64, 64, 3)
+
+
+@needs_compiler
+def test_two_workers_make_what_one_process_makes(sharing: Path, bundles: dict[str, Path]) -> None:
+    alone, spread = (
+        Manifest.model_validate_json((folder / "manifest.json").read_text()) for folder in (sharing, bundles["torch"])
+    )
+    assert spread.range_calibration == alone.range_calibration
+    for one, two in (
+        (alone.denoisers["fp8"], spread.denoisers["fp8"]),
+        (alone.text_encoder, spread.text_encoder),
+        (alone.vae_decoder, spread.vae_decoder),
+    ):
+        # The hash of the weights among it; a package holds paths, and has another one each time.
+        assert one.model_dump(exclude={"file"}) == two.model_dump(exclude={"file"})
 
 
 @needs_compiler

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from engines.files import atomic_write_text, sha256_bytes, staged_folder
 from engines.manifest import (
     LATENTS,
     MODEL_OUTPUT,
-    EngineEntry,
     Manifest,
     ModelEntry,
     RangeCalibrationEntry,
@@ -34,11 +34,12 @@ from engines.text import text_inputs
 from engines.version import VERSION
 from tmpdiff_export.engine_build import (
     AccuracyCheck,
-    BuiltDenoiser,
-    Target,
-    build_component,
-    build_denoiser,
+    BuiltEngine,
+    Start,
+    StartedEngine,
     file_entry,
+    start_component,
+    start_denoiser,
     with_larger_batch,
 )
 from tmpdiff_export.families import DENOISER, VaeDecoder
@@ -48,7 +49,13 @@ from tmpdiff_export.plan_settings import PlanSettings
 from tmpdiff_export.ranges import Batch, spread
 from tmpdiff_export.scheduler_table import sampler_table
 from tmpdiff_export.shape_folding import fold_shapes
-from tmpdiff_export.targets import open_target, require_shareable, resolve_backend
+from tmpdiff_export.targets import (
+    open_start,
+    open_target,
+    require_buildable_by,
+    require_shareable,
+    resolve_backend,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,6 +65,8 @@ RANGE_BATCHES = 24
 CHECK_BATCHES = 6
 # As many as schedulers are trained on; a table of more would only be slow to make.
 MAX_STEPS = 1000
+_TEXT_ENCODER = "text_encoder"
+_VAE_DECODER = "vae_decoder"
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,9 @@ class BuildOptions:
             that both need one copy; None for weights of its own.
         device: "cuda" or "cpu", what engines of the torch and onnxruntime backends are for; None for the GPU with torch, for
             the CPU with ONNX Runtime, and for other backends.
+        workers: processes that compile torch packages side by side; with 1, and for other backends, it is done in this
+            process. The script that asks for more has to start its work under `if __name__ == "__main__"`: workers
+            import it.
     """
 
     precisions: tuple[Precision, ...]
@@ -96,6 +108,7 @@ class BuildOptions:
     plans: PlanSettings = field(default_factory=PlanSettings)
     device: str | None = None
     share_weights: Precision | None = None
+    workers: int = 1
 
 
 def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
@@ -113,7 +126,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         The manifest that was written.
 
     Raises:
-        BuildError: the pipeline cannot be exported, or an engine missed its SQNR floor.
+        BuildError: the pipeline cannot be exported, an engine missed its SQNR floor, or a worker process died.
         SamplerError: its scheduler cannot be compiled to a table.
         BackendError: the backend is not available.
         TmpDiffError: `out` exists and `force` is not set.
@@ -127,6 +140,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
     if not 1 <= options.num_steps <= MAX_STEPS:
         raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
     require_shareable(backend, options.share_weights, options.precisions)
+    require_buildable_by(backend, options.workers)
     out = Path(out)
     _check_folders(out, options)
     stage = "load pipeline"
@@ -147,7 +161,8 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         table = sampler_table(source.pipe.scheduler, options.num_steps, **source.sampler_options(options.num_steps))
         with tempfile.TemporaryDirectory(prefix=".scratch-", dir=bundle) as scratch:
             try:
-                manifest = _Build(source, table, options, target, bundle, Path(scratch), note).run()
+                with open_start(target, options.workers) as start:
+                    manifest = _Build(source, table, options, start, bundle, Path(scratch), note).run()
             except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise BuildError(f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first}") from error
@@ -179,7 +194,7 @@ class _Build:
         source: SourcePipeline,
         table: SamplerTable,
         options: BuildOptions,
-        target: Target,
+        start: Start,
         bundle: Path,
         scratch: Path,
         report: Progress,
@@ -187,20 +202,27 @@ class _Build:
         self.source = source
         self.table = table
         self.options = options
-        self.target = target
+        self.start = start
         self.bundle = bundle
         self.scratch = scratch
         self.report = report
+        self.started: dict[str, StartedEngine] = {}
+        self.built: dict[str, BuiltEngine] = {}
 
     def run(self) -> Manifest:
         range_batches, check_batches = self._gather()
         sampler_path = self.bundle / "sampler.json"
         atomic_write_text(sampler_path, self.table.to_json())
-        denoisers = self._denoisers(range_batches, check_batches)
-        texts = self._tokenizers()
-        text_encoder = self._text_encoder(texts)
-        vae_decoder = self._vae(check_batches)
         source, options = self.source, self.options
+        start_denoisers = self._export_denoiser(range_batches, check_batches)
+        start_denoisers(item for item in options.precisions if not (options.share_weights and item is REFERENCE))
+        texts = self._tokenizers()
+        self._text_encoder(texts)
+        self._vae(check_batches)
+        if options.share_weights:
+            self._wait_for(options.share_weights.value)  # which of its variants is kept
+            start_denoisers([REFERENCE])
+        self._wait_for(*self.started)
         data = Manifest.model_construct(
             created_with=f"tmpdiff-export {VERSION}",
             bundle_id="",
@@ -222,9 +244,9 @@ class _Build:
             sampler=file_entry(self.bundle, sampler_path),
             text=texts[0],
             further_texts=tuple(texts[1:]),
-            text_encoder=text_encoder,
-            vae_decoder=vae_decoder,
-            denoisers=denoisers,
+            text_encoder=self.built[_TEXT_ENCODER].entry,
+            vae_decoder=self.built[_VAE_DECODER].entry,
+            denoisers={item.value: self.built[item.value].entry for item in options.precisions},
             range_calibration=RangeCalibrationEntry(
                 prompts_sha256=sha256_bytes(canonical_json(list(options.prompts))),
                 num_prompts=len(self._range_prompts()),
@@ -254,7 +276,30 @@ class _Build:
         batches = gather_batches(self.source, prompts, self.options.num_steps, self.options.seed, on_step)
         return spread(batches[:-steps], RANGE_BATCHES), spread(batches[-steps:], CHECK_BATCHES)
 
-    def _denoisers(self, range_batches: Sequence[Batch], check_batches: Sequence[Batch]) -> dict[str, EngineEntry]:
+    def _add(self, name: str, engine: StartedEngine) -> None:
+        """Takes note of an engine, and finishes those that are made."""
+        self.started[name] = engine
+        self._finish_ready()
+
+    def _finish_ready(self) -> None:
+        for name, engine in list(self.started.items()):
+            if engine.ready():
+                self.built[name] = engine.finish()
+                del self.started[name]
+
+    def _wait_for(self, *names: str) -> None:
+        """Waits until these engines are finished; the first failure of any engine is raised."""
+        total = len(self.options.precisions) + 2
+        while any(name in self.started for name in names):
+            self.report("finish engines", len(self.built), total)
+            pending = [entry for engine in self.started.values() for entry in engine.entries if not entry.done()]
+            wait(pending, return_when=FIRST_COMPLETED)
+            self._finish_ready()
+
+    def _export_denoiser(
+        self, range_batches: Sequence[Batch], check_batches: Sequence[Batch]
+    ) -> Callable[[Iterable[Precision]], None]:
+        """Exports the denoiser; what is returned starts its engines."""
         family, source = self.source.family, self.source
         module = family.wrap(source.pipe, source.height, source.width).eval()
         total = len(self.options.precisions) + 1
@@ -262,27 +307,33 @@ class _Build:
         inputs = family.export_inputs(range_batches[0])
         graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
         check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches))
-        built: dict[Precision, BuiltDenoiser] = {}
         shared = self.options.share_weights
-        # The engine that the reference shares weights with comes before it.
-        for done, precision in enumerate(sorted(self.options.precisions, key=lambda item: item is not shared), 1):
-            self.report(f"build denoisers: {precision.value}", done, total)
-            built[precision] = build_denoiser(
-                self.target,
-                module,
-                DENOISER,
-                graph,
-                precision,
-                range_batches,
-                check,
-                self.bundle,
-                self.scratch,
-                batch_per_picture=2 if source.doubled else 1,
-                float32_inputs=family.float32_inputs,
-                weights_of=built[shared] if shared and precision is REFERENCE else None,
-            )
-        self.report("build denoisers", total, total)
-        return {precision.value: built[precision].entry for precision in self.options.precisions}
+
+        def done() -> int:
+            return 1 + sum(precision.value in self.built for precision in self.options.precisions)
+
+        def start(precisions: Iterable[Precision]) -> None:
+            for precision in precisions:
+                self.report(f"build denoisers: {precision.value}", done(), total)
+                engine = start_denoiser(
+                    self.start,
+                    module,
+                    DENOISER,
+                    graph,
+                    precision,
+                    range_batches,
+                    check,
+                    self.bundle,
+                    self.scratch,
+                    batch_per_picture=2 if source.doubled else 1,
+                    float32_inputs=family.float32_inputs,
+                    weights_of=self.built[shared.value] if shared and precision is REFERENCE else None,
+                    keep_layers=precision is shared,
+                )
+                self._add(precision.value, engine)
+            self.report("build denoisers", done(), total)
+
+        return start
 
     def _export(
         self,
@@ -318,7 +369,7 @@ class _Build:
             )
         return texts
 
-    def _text_encoder(self, texts: Sequence[TextEntry]) -> EngineEntry:
+    def _text_encoder(self, texts: Sequence[TextEntry]) -> None:
         """One engine of all text encoders, checked on the tokens that the pipeline's own tokenizers give."""
         self.report("build text encoder", 0, 1)
         family, source = self.source.family, self.source
@@ -338,24 +389,24 @@ class _Build:
         graph = self._export(module, inputs, family.text_outputs, half=False)
         single = tuple(tensor[:1] for tensor in batch)
         check = AccuracyCheck.of(module, tuple(arrays), next(iter(family.text_outputs)), [batch, single])
-        engine = build_component(
-            self.target, module, graph, "text_encoder", check, self.bundle, self.scratch, batch_per_picture=2
+        engine = start_component(
+            self.start, module, graph, _TEXT_ENCODER, check, self.bundle, self.scratch, batch_per_picture=2
         )
-        self.report("build text encoder", 1, 1)
-        return engine
+        self._add(_TEXT_ENCODER, engine)
+        self.report("build text encoder", int(_TEXT_ENCODER in self.built), 1)
 
-    def _vae(self, check_batches: Sequence[Batch]) -> EngineEntry:
+    def _vae(self, check_batches: Sequence[Batch]) -> None:
         self.report("build VAE decoder", 0, 1)
         module = VaeDecoder(self.source.pipe.vae).eval()
         latents = check_batches[-1][0][:1]  # of the last step kept, so close to a clean picture
         inputs = [ExportInput(LATENTS, latents, {0: "batch"})]
         graph = self._export(module, inputs, {"image": {0: "batch"}}, half=False)
         check = AccuracyCheck.of(module, [LATENTS], "image", with_larger_batch([(latents,)]))
-        entry = build_component(
-            self.target, module, graph, "vae_decoder", check, self.bundle, self.scratch, batch_per_picture=1
+        engine = start_component(
+            self.start, module, graph, _VAE_DECODER, check, self.bundle, self.scratch, batch_per_picture=1
         )
-        self.report("build VAE decoder", 1, 1)
-        return entry
+        self._add(_VAE_DECODER, engine)
+        self.report("build VAE decoder", int(_VAE_DECODER in self.built), 1)
 
 
 def _keep_onnx(folder: Path, target: Path) -> None:

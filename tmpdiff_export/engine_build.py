@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -98,19 +99,6 @@ class EngineJob:
     weights_of: EngineEntry | None = None
 
 
-@dataclass(frozen=True)
-class BuiltDenoiser:
-    """A denoiser engine.
-
-    Attributes:
-        entry: its manifest entry.
-        layers: its quantized layers by name.
-    """
-
-    entry: EngineEntry
-    layers: Mapping[str, QuantizedLayer]
-
-
 class Target(Protocol):
     """A backend that engines are built for."""
 
@@ -143,8 +131,70 @@ class Target(Protocol):
         ...
 
 
-def build_denoiser(
-    target: Target,
+Start = Callable[[EngineJob, Path], "Future[EngineEntry]"]
+"""Begins what `Target.make` does; the entry is there at once, or comes from another process."""
+
+
+def at_once(target: Target) -> Start:
+    """Makes engines in this process, each before its start returns."""
+
+    def start(job: EngineJob, folder: Path) -> Future[EngineEntry]:
+        made: Future[EngineEntry] = Future()
+        made.set_result(target.make(job, folder))
+        return made
+
+    return start
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine that is in its place.
+
+    Attributes:
+        entry: its manifest entry.
+        layers: its quantized layers by name, where they were to be kept.
+    """
+
+    entry: EngineEntry
+    layers: Mapping[str, QuantizedLayer]
+
+
+@dataclass(frozen=True, eq=False)
+class StartedEngine:
+    """An engine in the making.
+
+    Attributes:
+        entries: of every recipe variant, in the order of the recipe.
+        finish: waits for them, keeps the best one and puts its files in their place; to be called once. Raises
+            BuildError where it is below its SQNR floor, and what making a variant raised.
+    """
+
+    entries: tuple[Future[EngineEntry], ...]
+    finish: Callable[[], BuiltEngine]
+
+    def ready(self) -> bool:
+        """Whether every variant is made, so that `finish` need not wait.
+
+        Raises:
+            TmpDiffError: a variant failed; what making it raised.
+        """
+        made = [entry for entry in self.entries if entry.done()]
+        for entry in made:
+            entry.result()
+        return len(made) == len(self.entries)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """One recipe variant in the making, in a folder of its own."""
+
+    entry: Future[EngineEntry]
+    layers: Mapping[str, QuantizedLayer]
+    folder: Path
+
+
+def start_denoiser(
+    start: Start,
     module: torch.nn.Module,
     prefix: str,
     base: onnx.ModelProto,
@@ -156,12 +206,13 @@ def build_denoiser(
     *,
     batch_per_picture: int,
     float32_inputs: frozenset[str],
-    weights_of: BuiltDenoiser | None = None,
-) -> BuiltDenoiser:
-    """Builds the engine of one precision; of several recipe variants the one with the best SQNR is kept.
+    weights_of: BuiltEngine | None = None,
+    keep_layers: bool = False,
+) -> StartedEngine:
+    """Starts the engine of one precision; of several recipe variants the one with the best SQNR is kept.
 
     Args:
-        target: the backend to build for.
+        start: begins an engine of the backend.
         module: float32 export wrapper.
         prefix: attribute of the wrapper that holds the denoiser.
         base: its FP16 graph.
@@ -174,12 +225,13 @@ def build_denoiser(
         float32_inputs: see `EngineJob`.
         weights_of: for the reference only: the engine whose stored weights it is made of. Its floor is then that
             engine's.
+        keep_layers: keep the quantized layers, for a `weights_of`; they are as large as the weights.
 
     Raises:
-        BuildError: no variant reaches the precision's SQNR floor, or the graph is not valid.
+        BuildError: the graph is not valid.
     """
     recipe = RECIPES[precision]
-    best: tuple[BuiltDenoiser, Path] | None = None
+    trials: list[_Trial] = []
     for variant in recipe.variants or (None,):
         name = "none" if variant is None else variant.name
         layers = {} if variant is None else _quantized(module, prefix, precision, variant, range_batches)
@@ -205,23 +257,24 @@ def build_denoiser(
             float32_inputs=float32_inputs,
             weights_of=None if weights_of is None else weights_of.entry,
         )
-        entry = target.make(job, trial)
-        if best is None or entry.sqnr_db > best[0].entry.sqnr_db:
-            if best is not None:
-                shutil.rmtree(best[1])
-            best = BuiltDenoiser(entry, layers), trial
-        else:
-            shutil.rmtree(trial)
-    assert best is not None  # every recipe has a variant, and the reference counts as one
-    built, trial = best
-    require_floor(precision.value, built.entry)
-    _move_files(trial / "onnx", scratch / "onnx")
-    _move_files(trial / "engines", bundle / "engines")
-    return built
+        trials.append(_Trial(start(job, trial), layers if keep_layers else {}, trial))
+
+    def finish() -> BuiltEngine:
+        best = max(trials, key=lambda trial: trial.entry.result().sqnr_db)  # the first of equals
+        for trial in trials:
+            if trial is not best:
+                shutil.rmtree(trial.folder)
+        entry = best.entry.result()
+        require_floor(precision.value, entry)
+        _move_files(best.folder / "onnx", scratch / "onnx")
+        _move_files(best.folder / "engines", bundle / "engines")
+        return BuiltEngine(entry, best.layers)
+
+    return StartedEngine(tuple(trial.entry for trial in trials), finish)
 
 
-def build_component(
-    target: Target,
+def start_component(
+    start: Start,
     module: torch.nn.Module,
     graph: onnx.ModelProto,
     name: str,
@@ -230,11 +283,11 @@ def build_component(
     scratch: Path,
     *,
     batch_per_picture: int,
-) -> EngineEntry:
-    """Builds the text encoder or the VAE decoder from FP16 weights; arguments as for `build_denoiser`.
+) -> StartedEngine:
+    """Starts the text encoder or the VAE decoder, from FP16 weights; arguments as for `start_denoiser`.
 
     Raises:
-        BuildError: its SQNR is below `COMPONENT_FLOOR_DB`, or the graph is not valid.
+        BuildError: the graph is not valid.
     """
     onnx_file = scratch / "onnx" / f"{name}.onnx"
     onnx_file.parent.mkdir(parents=True, exist_ok=True)
@@ -242,9 +295,13 @@ def build_component(
     job = EngineJob(
         name, graph, onnx_file, "none", None, check, COMPONENT_FLOOR_DB, batch_per_picture, module, {}, half=False
     )
-    entry = target.make(job, bundle)
-    require_floor(name, entry)
-    return entry
+    made = start(job, bundle)
+
+    def finish() -> BuiltEngine:
+        require_floor(name, made.result())
+        return BuiltEngine(made.result(), {})
+
+    return StartedEngine((made,), finish)
 
 
 def require_floor(name: str, entry: EngineEntry) -> None:

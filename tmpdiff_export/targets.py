@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -11,7 +12,7 @@ from engines.backends import BACKENDS, require_backend
 from engines.errors import BackendError
 from engines.precision import REFERENCE, Precision
 from tmpdiff_export.cpu_target import CpuTarget
-from tmpdiff_export.engine_build import Target
+from tmpdiff_export.engine_build import Start, Target, at_once
 from tmpdiff_export.plan_settings import PlanSettings
 
 AUTO = "auto"
@@ -53,6 +54,44 @@ def require_shareable(backend: str, shared: Precision | None, precisions: Sequen
             f"--share-weights names {shared.value}, expected a quantized precision that is built: "
             f"{', '.join(item.value for item in choices) or 'none is'}"
         )
+
+
+def require_buildable_by(backend: str, workers: int) -> None:
+    """Refuses worker processes that a build cannot have.
+
+    Raises:
+        BackendError: fewer than 1, or more than 1 for another backend than torch.
+    """
+    if workers < 1:
+        raise BackendError(f"workers is {workers}, expected 1 or more")
+    if workers > 1 and backend != "torch":
+        raise BackendError(
+            f"--workers is for packages of the torch backend; engines of {backend!r} are built in one process"
+        )
+
+
+@contextmanager
+def open_start(target: Target, workers: int) -> Iterator[Start]:
+    """How the engines of a build are started, for the length of a block.
+
+    Args:
+        target: from `open_target`.
+        workers: as checked by `require_buildable_by`; with 1, engines are made in this process.
+
+    Raises:
+        BuildError: a worker died.
+    """
+    if workers == 1:
+        yield at_once(target)
+        return
+    from tmpdiff_export.build_workers import open_build_workers
+    from tmpdiff_export.bundle_workers import visible_gpus
+    from tmpdiff_export.torch_target import TorchTarget
+
+    assert isinstance(target, TorchTarget)
+    torch_target = target
+    with open_build_workers(workers, None if target.device == "cpu" else visible_gpus()) as pool:
+        yield lambda job, folder: pool.submit(job.name, torch_target.prepare(job, folder))
 
 
 def open_target(

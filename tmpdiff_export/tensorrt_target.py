@@ -123,7 +123,7 @@ class TensorRtTarget:
             file=file_entry(folder, plan),
             backend=self.backend,
             backend_version=VERSION,
-            device=f"{self._gpu.architecture} {self._gpu.name}",
+            device=self._gpu.described,
             lowering={},
             onnx_sha256=sha256_file(job.onnx_file),
             recipe=job.recipe,

@@ -6,12 +6,13 @@ may be exchanged; embedded, they made compilation of large models very slow.
 
 from __future__ import annotations
 
-import shutil
+import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from engines.errors import BuildError
@@ -58,17 +59,43 @@ class _Call(torch.nn.Module):
         return torch.func.functional_call(self.held[0], state, inputs)
 
 
-def compile_package(
-    module: torch.nn.Module, inputs: Sequence[torch.Tensor], package: Path, weights: Path
-) -> tuple[tuple[int, ...], ...]:
-    """Compiles `module` for the device its tensors are on.
+def store_weights(module: EngineModule, weights: Path) -> EngineModule:
+    """Writes the parameters and buffers of a module to a file.
 
     Args:
-        module: from `EngineModule`, in evaluation mode.
-        inputs: examples; the package takes these shapes and dtypes only.
+        module: on the CPU; not changed.
+        weights: the safetensors file to write, tensors by name.
+
+    Returns:
+        A copy of the module without them, whose parameters and buffers are on the device "meta": small, whatever the
+        size of the model.
+    """
+    state = {name: item.detach() for name, item in (*module.named_parameters(), *module.named_buffers())}
+    stored: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name in sorted(state):
+        item = state[name].contiguous()
+        storage = item.untyped_storage().data_ptr()
+        stored[name] = item.clone() if storage in storages else item  # safetensors refuses memory that two share
+        storages.add(storage)
+    save_file(stored, weights)
+    empty: dict[int, object] = {id(item): item.to("meta") for item in module.buffers()}
+    for parameter in module.parameters():
+        empty[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return copy.deepcopy(module, empty)
+
+
+def compile_package(
+    module: EngineModule, weights: Path, device: str, inputs: Sequence[torch.Tensor], package: Path
+) -> tuple[tuple[int, ...], ...]:
+    """Compiles a module, with its weights as inputs of the package.
+
+    Args:
+        module: from `store_weights`, in evaluation mode.
+        weights: its weights file; the package takes the tensors in the order of their sorted names.
+        device: "cuda" or "cpu".
+        inputs: examples on that device; the package takes these shapes and dtypes only.
         package: the AOTInductor package to write.
-        weights: the safetensors file to write: parameters and buffers by name, which the package takes in the order
-            of their sorted names.
 
     Returns:
         The shapes of the outputs.
@@ -76,18 +103,18 @@ def compile_package(
     Raises:
         BuildError: torch cannot export or compile the module.
     """
-    state = {name: item.detach() for name, item in (*module.named_parameters(), *module.named_buffers())}
-    names = sorted(state)
-    arguments = (tuple(state[name] for name in names), tuple(inputs))
+    with safe_open(weights, framework="pt") as file:
+        names = sorted(file.keys())
+        # Copies, aligned as allocations are; on a CPU these would be views of the file.
+        tensors = tuple(file.get_tensor(name).to(device, copy=True) for name in names)
+    call, arguments = _Call(module, names), (tensors, tuple(inputs))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_Call(module, names), arguments, strict=False)
-            shapes = tuple(tuple(item.shape) for item in module(*inputs))
+            program = torch.export.export(call, arguments, strict=False)
+            shapes = tuple(tuple(item.shape) for item in call(*arguments))
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     except Exception as error:  # whatever a compiler of somebody else's model may raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BuildError(f"torch cannot compile {package.stem}: {type(error).__name__}: {first}") from error
-    save_file({name: state[name].cpu().contiguous() for name in names}, weights)
-    shutil.copymode(package, weights)  # safetensors writes files that only their owner may read
     return shapes

@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
-from engines.backends.torch.library import VERSION
-from engines.engine import Engine, EngineHost
 from engines.errors import BackendError, BuildError
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
+from engines.manifest import EngineEntry, FileEntry
 from engines.precision import Precision
-from tmpdiff_export.accuracy import engine_sqnr_db
 from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
 from tmpdiff_export.families import DENOISER
-from tmpdiff_export.torch_compile import EngineModule, compile_package
+from tmpdiff_export.torch_compile import EngineModule, store_weights
 from tmpdiff_export.torch_layers import FP8_COMPUTE_CAPABILITY
 from tmpdiff_export.torch_lowering import lower_for_torch
+from tmpdiff_export.torch_package import PackageTask
 
 # Denoisers that are published in BF16, and whose activations overflow FP16, or come near to it.
 _BFLOAT16 = frozenset({"FluxTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"})
@@ -29,7 +26,11 @@ _BFLOAT16_FLOOR_DB = 30.0
 
 
 class TorchTarget:
-    """`tmpdiff_export.engine_build.Target`: `engines/<name>.pt2` and its weights, `engines/<name>.safetensors`."""
+    """`tmpdiff_export.engine_build.Target`: `engines/<name>.pt2` and its weights, `engines/<name>.safetensors`.
+
+    Attributes:
+        device: what the packages are compiled for, "cuda" or "cpu".
+    """
 
     backend = "torch"
 
@@ -48,7 +49,7 @@ class TorchTarget:
             raise BackendError(
                 "backend 'torch' has no nvfp4; choose from fp16, fp8, int8, int4, or use --backend tensorrt on Blackwell"
             )
-        self._device, self._pictures = device, pictures
+        self.device, self._pictures = device, pictures
         if device == "cpu":
             self._described = "cpu"
             return
@@ -63,12 +64,12 @@ class TorchTarget:
                 f"precision fp8 needs compute capability 8.9, {gpu.name} has {'.'.join(map(str, gpu.compute_capability))}; "
                 "leave it out of --precisions"
             )
-        self._described = f"{gpu.architecture} {gpu.name}"
+        self._described = gpu.described
         self._memory_bytes = gpu.total_bytes
 
     def require_memory(self, parameters: int) -> None:
         """Refuses a denoiser whose 16-bit weights alone would not fit; see `Target.require_memory`."""
-        if self._device != "cpu" and 2 * parameters > self._memory_bytes:
+        if self.device != "cpu" and 2 * parameters > self._memory_bytes:
             raise BuildError(
                 f"{parameters} parameters take {2 * parameters} bytes in 16 bit, the GPU has {self._memory_bytes}; "
                 "use a GPU with more memory"
@@ -76,10 +77,16 @@ class TorchTarget:
 
     def make(self, job: EngineJob, folder: Path) -> EngineEntry:
         """Compiles the module, loads the package as the runtime would and measures its SQNR; see `Target.make`."""
-        engines = folder / "engines"
-        engines.mkdir(parents=True, exist_ok=True)
-        package = engines / f"{job.name}.pt2"
-        weights = package.with_suffix(".safetensors")
+        return self.prepare(job, folder)()
+
+    def prepare(self, job: EngineJob, folder: Path) -> PackageTask:
+        """Lowers the module and writes its weights; what is returned does the rest of `make`, in any process.
+
+        Raises:
+            BuildError: the weights are to be another engine's, and are not equal to them.
+        """
+        (folder / "engines").mkdir(parents=True, exist_ok=True)
+        weights = folder / "engines" / f"{job.name}.safetensors"
         dtype = _type_of(job)
         if job.half:
             shared = job.weights_of is not None
@@ -87,69 +94,43 @@ class TorchTarget:
         else:
             lowered, counts = job.module, {}
         kept = [not job.half or name in job.float32_inputs for name in job.check.names]
-        module = EngineModule(lowered, dtype, kept).eval()
-        batch = self._pictures * job.batch_per_picture
-        examples = [_rows(item, batch).to(self._device) for item in job.check.batches[0]]
-        try:
-            shapes = compile_package(module.to(self._device), examples, package, weights)
-        finally:
-            module.to("cpu")  # the same module as `job.module` where nothing was lowered
-        inputs = tensor_specs(job.graph.graph.input)
-        outputs = tensor_specs(job.graph.graph.output)
-        name: Literal["float16", "bfloat16", "float32"] = _NAMES[dtype]
+        module = store_weights(EngineModule(lowered, dtype, kept).eval(), weights)
+        stored = file_entry(folder, weights)
         reference_floor = min(job.floor_db, _BFLOAT16_FLOOR_DB)  # also below the floor of shared weights
-        entry = EngineEntry(
-            file=file_entry(folder, package),
-            weights=file_entry(folder, weights),
-            backend=self.backend,
-            backend_version=VERSION,
-            device=self._described,
+        return PackageTask(
+            name=job.name,
+            folder=folder,
+            module=module,
+            weights=stored,
+            weights_of=None if job.weights_of is None else _shared_file(job.name, stored, job.weights_of),
+            device=self.device,
+            described=self._described,
+            batch=self._pictures * job.batch_per_picture,
+            dtype=_NAMES[dtype],
+            inputs=tensor_specs(job.graph.graph.input),
+            outputs=tensor_specs(job.graph.graph.output),
+            check=job.check,
             lowering=counts,
             onnx_sha256=sha256_file(job.onnx_file),
             recipe=job.recipe,
-            sqnr_db=0.0,
-            sqnr_floor_db=reference_floor if dtype is torch.bfloat16 and job.quantized is None else job.floor_db,
-            inputs=tuple(_spec(spec, tuple(item.shape)) for spec, item in zip(inputs, examples, strict=True)),
-            outputs=tuple(_spec(spec, shape) for spec, shape in zip(outputs, shapes, strict=True)),
-            package=PackageEntry(batch=batch, dtype=name, weights_bytes=weights.stat().st_size),
+            floor_db=reference_floor if dtype is torch.bfloat16 and job.quantized is None else job.floor_db,
         )
-        host = self._host()
-        try:
-            host.add(job.name, entry, package)
-            measured = _sqnr_db(host.engine(job.name), job)
-        finally:
-            host.close()
-        if job.weights_of is not None:
-            entry = entry.model_copy(update={"weights": _shared_file(entry, job.weights_of)})
-            weights.unlink()
-        return entry.model_copy(update={"sqnr_db": round(measured, 2)})
-
-    def _host(self) -> EngineHost:
-        from engines.backends import open_host
-
-        return open_host(self.backend, self._described)
 
 
-def _shared_file(entry: EngineEntry, other: EngineEntry) -> FileEntry:
+def _shared_file(name: str, own: FileEntry, other: EngineEntry) -> FileEntry:
     """The weights file of another engine in place of an equal one.
 
     Raises:
         BuildError: it holds something else.
     """
-    own, theirs = entry.weights, other.weights
-    assert own is not None  # every package has one
-    assert theirs is not None
+    theirs = other.weights
+    assert theirs is not None  # every package has one
     if own.sha256 != theirs.sha256:
         raise BuildError(
-            f"engine {entry.file.path} needs other weights than {theirs.path} holds; build it without --share-weights, and "
+            f"engine {name} needs other weights than {theirs.path} holds; build it without --share-weights, and "
             "report this as a bug"
         )
     return theirs
-
-
-def _sqnr_db(engine: Engine, job: EngineJob) -> float:
-    check = job.check
-    return engine_sqnr_db(engine, check.names, check.output, check.batches, check.references)
 
 
 _NAMES: dict[torch.dtype, Literal["float16", "bfloat16", "float32"]] = {
@@ -164,14 +145,3 @@ def _type_of(job: EngineJob) -> torch.dtype:
         return torch.float32
     denoiser = getattr(job.module, DENOISER, None)
     return torch.bfloat16 if type(denoiser).__name__ in _BFLOAT16 else torch.float16
-
-
-def _rows(example: torch.Tensor, batch: int) -> torch.Tensor:
-    """An example of `batch` rows, made of the rows that there are."""
-    return example.repeat(-(-batch // len(example)), *[1] * (example.ndim - 1))[:batch].contiguous()
-
-
-def _spec(spec: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
-    """A package's input or output: floating ones are float32, and only the number of rows is free."""
-    dtype = "float32" if np.dtype(spec.dtype).kind == "f" else spec.dtype
-    return TensorSpec(name=spec.name, dtype=dtype, shape=("batch", *shape[1:]))

@@ -25,7 +25,7 @@ from engines.files import atomic_write_text, sha256_file
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import Precision, parse_precisions
 from tmpdiff_export.cpu_target import CpuTarget
-from tmpdiff_export.engine_build import AccuracyCheck, build_denoiser, with_larger_batch
+from tmpdiff_export.engine_build import AccuracyCheck, at_once, start_denoiser, with_larger_batch
 from tmpdiff_export.families import DENOISER, DENOISERS
 from tmpdiff_export.families.miniatures import Miniature, miniature
 from tmpdiff_export.onnx_export import export_graph
@@ -81,10 +81,10 @@ def export_family(small: Miniature, precisions: tuple[Precision, ...], out: Path
         fold_shapes(graph, scratch / "shapes.onnx")
         check = AccuracyCheck.of(module, list(small.family.inputs), MODEL_OUTPUT, with_larger_batch(checks))
         for precision in precisions:
-            entry = build_denoiser(
-                CpuTarget(), module, DENOISER, graph, precision, ranges, check, scratch, scratch,
+            entry = start_denoiser(
+                at_once(CpuTarget()), module, DENOISER, graph, precision, ranges, check, scratch, scratch,
                 batch_per_picture=2 if small.guided else 1, float32_inputs=small.family.float32_inputs,
-            ).entry  # fmt: skip
+            ).finish().entry  # fmt: skip
             path = out / f"{small.name}.{precision.value}.onnx"
             os.replace(scratch / "onnx" / f"{precision.value}.onnx", path)
             row = {

@@ -293,7 +293,7 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     from engines.backends.cuda.gpu import current_gpu
     from engines.backends.torch.library import VERSION
     from tmpdiff_export.scales import LayerRange, quantize_layer
-    from tmpdiff_export.torch_compile import EngineModule, compile_package
+    from tmpdiff_export.torch_compile import EngineModule, compile_package, store_weights
     from tmpdiff_export.torch_lowering import lower_for_torch
 
     module = denoiser()
@@ -305,10 +305,11 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
             block = 128 if name == "int4" else None
             layers[layer] = quantize_layer(LayerRange(weight, amax, None), Precision(name), block)
     lowered, _ = lower_for_torch(module, layers, torch.float16)
-    whole = EngineModule(lowered, torch.float16, [False, True, False]).eval().to("cuda")
+    whole = EngineModule(lowered, torch.float16, [False, True, False]).eval()
     inputs = [torch.from_numpy(loop_inputs(BATCH)[key]).to("cuda") for key in (LATENTS, TIMESTEP, TEXT)]
     path = folder / f"{name}.pt2"
-    compile_package(whole, inputs, path, path.with_suffix(".safetensors"))
+    weights = path.with_suffix(".safetensors")
+    compile_package(store_weights(whole, weights), weights, "cuda", inputs, path)
     gpu = current_gpu()
     file = FileEntry(path=f"engines/{path.name}", sha256=sha256_bytes(b""), bytes=0)
     entry = EngineEntry(
@@ -316,7 +317,7 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
         weights=file,
         backend="torch",
         backend_version=VERSION,
-        device=f"{gpu.architecture} {gpu.name}",
+        device=gpu.described,
         lowering={},
         onnx_sha256=file.sha256,
         recipe="none",

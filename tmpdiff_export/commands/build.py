@@ -41,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PRECISION",
         help="torch packages: make the fp16 engine of the stored weights of this precision, so that both need one copy",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="torch packages: processes that compile and measure them side by side, worker i on GPU i modulo the number of "
+        "visible GPUs, or on a CPU with its share of the threads (default 1: all in this process)",
+    )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="prompts for range calibration")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="num_inference_steps (default 20)")
     parser.add_argument(
@@ -160,6 +168,7 @@ def run(args: argparse.Namespace) -> int:
         plans=plans,
         device=args.device,
         share_weights=args.share_weights,
+        workers=args.workers,
     )
     with progress_bar() as report:
         manifest = build(args.pipeline, args.out, options, report)

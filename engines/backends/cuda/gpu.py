@@ -33,6 +33,11 @@ class Gpu:
         """For example "sm90"."""
         return f"sm{self.compute_capability[0]}{self.compute_capability[1]}"
 
+    @property
+    def described(self) -> str:
+        """How manifests name the GPU that an engine was built for, for example "sm90 NVIDIA H200"."""
+        return f"{self.architecture} {self.name}"
+
 
 def cuda(result: tuple[Any, ...]) -> Any:
     """Unpacks what a cuda-bindings runtime call returned: None, one value or a tuple of values.

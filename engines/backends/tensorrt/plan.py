@@ -212,5 +212,5 @@ def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:
     if not runs:
         raise BackendError(
             f"engine {name} was built for {entry.device} with hardware compatibility {compatibility!r}; this GPU is "
-            f"{gpu.architecture} {gpu.name}; build the bundle on such a GPU"
+            f"{gpu.described}; build the bundle on such a GPU"
         )

@@ -195,7 +195,7 @@ def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:
     built_for = entry.device.split()[0]
     if gpu.architecture != built_for:
         raise BackendError(
-            f"engine {name} was compiled for {entry.device}; this GPU is {gpu.architecture} {gpu.name}; "
+            f"engine {name} was compiled for {entry.device}; this GPU is {gpu.described}; "
             "build the bundle on such a GPU"
         )
 

@@ -1,0 +1,256 @@
+"""Builds whose packages worker processes make, without compiling any: who does what, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from build_tasks import die, fail, plant, seen, slow
+from tiny_pipeline import PROMPTS
+
+from engines.errors import BackendError, BuildError
+from engines.precision import Precision
+from tmpdiff_export.build_workers import COMPILE_THREADS, open_build_workers
+from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.cli import main
+from tmpdiff_export.engine_build import at_once
+from tmpdiff_export.targets import open_start
+from tmpdiff_export.torch_target import TorchTarget
+
+ROOT = Path(__file__).parent.parent
+
+
+def workers_left() -> list[psutil.Process]:
+    """Worker processes of this one that live."""
+    return [item for item in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(item.cmdline())]
+
+
+def test_workers_see_gpus_in_turn_and_share_the_threads_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv(COMPILE_THREADS, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    with open_build_workers(3, ["GPU-a", "5"]) as pool:
+        # As many as there are workers and one more, which comes to one that is free again.
+        made = [pool.submit(str(index), partial(slow, 4.0)) for index in range(3)]
+        assert len(workers_left()) == 3
+        pool.submit("one more", partial(slow, 0.0))
+        assert any(item.done() for item in made), "no more engines are in the making than there are workers"
+        found: dict[int, dict[str, Any]] = {}
+        deadline = time.monotonic() + 60
+        while len(found) < 3 and time.monotonic() < deadline:
+            futures = [pool.submit("seen", seen) for _ in range(3)]
+            found |= {said["process"]: said for said in (future.result() for future in futures)}  # type: ignore[index]
+    assert sorted(said["gpu"] for said in found.values()) == ["5", "GPU-a", "GPU-a"]
+    # Torch's own threads; those that packages are compiled for, as without workers; the compilers of GPU kernels.
+    assert {tuple(said["threads"]) for said in found.values()} == {(2, 6, 4)}
+    assert workers_left() == []
+
+
+@pytest.mark.parametrize("then", ["start", "wait"])
+def test_a_failed_engine_ends_the_others(then: str) -> None:
+    def work() -> None:
+        with open_build_workers(2, None) as pool:
+            pool.submit("fp16", partial(slow, 300.0))  # type: ignore[arg-type]
+            failing = pool.submit("int8", fail)  # type: ignore[arg-type]
+            if then == "start":
+                pool.submit("vae_decoder", seen)  # type: ignore[arg-type]
+            else:
+                failing.result()
+
+    begin = time.monotonic()
+    with pytest.raises(BuildError, match="torch cannot compile int8: planted"):
+        work()
+    assert time.monotonic() - begin < 200
+    assert workers_left() == []
+
+
+def test_what_cannot_travel_is_refused() -> None:
+    words = r"int8: its module cannot be handed to a worker.*; leave --workers out"
+    with open_build_workers(2, None) as pool, pytest.raises(BuildError, match=words):
+        pool.submit("int8", lambda: None)  # type: ignore[arg-type,return-value]
+
+
+def test_a_large_task_on_its_way_does_not_hold_up_the_end() -> None:
+    def work() -> None:
+        with open_build_workers(2, None) as pool:
+            pool.submit("fp16", partial(len, bytes(1 << 24)))  # type: ignore[arg-type]
+            raise KeyboardInterrupt  # no worker has begun to read
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert time.monotonic() - begin < 100
+    assert workers_left() == []
+
+
+SCRIPT = """
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":  # worker processes import this file as well: what is below is not for them
+    from build_tasks import compile_for_ever
+    from engines.cli import guarded
+    from tmpdiff_export.build_workers import open_build_workers
+
+    def command():
+        with open_build_workers(2, None) as pool:
+            made = [pool.submit(str(index), partial(compile_for_ever, Path(sys.argv[1]))) for index in range(2)]
+            made[0].result()
+        return 0
+
+    sys.exit(guarded("script", command))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build_leaves_no_process(tmp_path: Path, sent: signal.Signals) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    child = subprocess.Popen(
+        [sys.executable, script, tmp_path], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("compiler-*"))) < 2:
+            assert child.poll() is None, child.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        family = psutil.Process(child.pid).children(recursive=True)
+        assert len(family) >= 4  # two workers with a compiler each
+        if sent == signal.SIGINT:
+            os.killpg(child.pid, sent)  # as a terminal does
+        else:
+            child.send_signal(sent)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+        child.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    if sent == signal.SIGINT:
+        assert child.returncode == 130
+        assert errors == "script: interrupted; nothing half-written is left\n"
+
+
+# builds of the tiny pipeline, with planted tasks
+
+
+def planted_build(
+    pipeline: Path, out: Path, monkeypatch: pytest.MonkeyPatch, tasks: dict[str, dict[str, Any]], **options: Any
+) -> list[tuple[str, int, int]]:
+    """Builds FP16 and INT8 by two workers; what was reported."""
+    monkeypatch.setattr(TorchTarget, "prepare", plant(tasks))
+    reports: list[tuple[str, int, int]] = []
+    asked = BuildOptions(
+        (Precision.FP16, Precision.INT8), PROMPTS, num_steps=2, backend="torch", device="cpu", workers=2, **options
+    )
+    build(pipeline, out, asked, lambda *report: reports.append(report))
+    return reports
+
+
+@pytest.mark.parametrize(("best", "other"), [("max", "smoothquant-0.5"), ("smoothquant-0.5", "max")])
+def test_the_best_variant_is_kept_whichever_is_made_first(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: str, other: str
+) -> None:
+    out = tmp_path / "bundle"
+    tasks = {f"int8 {best}": {"sqnr_db": 41.0, "seconds": 1.0}, f"int8 {other}": {"sqnr_db": 40.0}}
+    tasks["vae_decoder none"] = {"sqnr_db": 60.0, "seconds": 2.0}
+    shared = Precision.INT8 if best == "max" else None
+    if shared:
+        # Packages are planted, weights are not: those of the kept variant are what the reference is made of.
+        tasks["fp16 none"] = {"sqnr_db": 45.0}
+    reports = planted_build(tiny_pipeline, out, monkeypatch, tasks, share_weights=shared)
+    manifest = json.loads((out / "manifest.json").read_text())
+    int8 = manifest["denoisers"]["int8"]
+    assert list(manifest["denoisers"]) == ["fp16", "int8"]
+    assert (int8["recipe"], int8["sqnr_db"]) == (best, 41.0)
+    assert (out / "engines" / "int8.pt2").read_text() == best
+    names = {"fp16", "int8", "text_encoder", "vae_decoder"}
+    assert {path.stem for path in (out / "engines").iterdir()} == names
+    assert not list(out.glob(".scratch-*"))
+    if shared:
+        assert manifest["denoisers"]["fp16"]["sqnr_floor_db"] == int8["sqnr_floor_db"]
+        assert manifest["denoisers"]["fp16"]["weights"]["sha256"] == int8["weights"]["sha256"]
+    assert {"build denoisers: fp16", "build denoisers: int8", "build VAE decoder", "finish engines"} <= {
+        stage for stage, *_ in reports
+    }
+    assert all(0 <= done <= total for _, done, total in reports)
+    finished = [done for stage, done, _ in reports if stage == "finish engines"]
+    assert finished == sorted(finished)
+    assert workers_left() == []
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        (
+            {"before": die},
+            r"^a worker process died while .*int8.* was compiled \(out of memory\?\); use fewer --workers$",
+        ),
+        ({"before": fail}, "^torch cannot compile int8: planted$"),
+        ({"sqnr_db": 3.0}, r"^int8: the built engine has an SQNR of 3\.0 dB .*, its floor is 22\.0 dB"),
+    ],
+)
+def test_a_build_that_fails_in_a_worker_leaves_nothing(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: dict[str, Any], says: str
+) -> None:
+    tasks = {f"int8 {name}": task for name in ("max", "smoothquant-0.5")}
+    with pytest.raises(BuildError, match=says):
+        planted_build(tiny_pipeline, tmp_path / "made" / "bundle", monkeypatch, tasks)
+    assert list(tmp_path.iterdir()) == []
+    assert workers_left() == []
+
+
+def test_one_worker_is_this_process() -> None:
+    class Here:
+        backend = "onnxruntime"
+
+        def require_memory(self, parameters: int) -> None: ...
+
+        def make(self, job: Any, folder: Path) -> Any:
+            return os.getpid()
+
+    with open_start(Here(), 1) as start:
+        made = start(None, Path())  # type: ignore[arg-type]
+    assert made.done()
+    assert made.result() == os.getpid()
+    assert at_once(Here())(None, Path()).done()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backend", "workers", "says"),
+    [
+        ("onnxruntime", 2, "--workers is for packages of the torch backend; engines of 'onnxruntime' are built in one"),
+        ("torch", 0, "workers is 0, expected 1 or more"),
+        ("onnxruntime", -1, "workers is -1, expected 1 or more"),
+    ],
+)
+def test_workers_that_a_build_cannot_have_are_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str, workers: int, says: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    out = tmp_path / "bundle"
+    options = BuildOptions((Precision.FP16,), PROMPTS, backend=backend, workers=workers)
+    with pytest.raises(BackendError, match=says):
+        build(tmp_path / "no-pipeline", out, options)
+    arguments: Sequence[str] = ["build", str(tmp_path / "no-pipeline"), "--out", str(out), "--prompts", str(prompts)]
+    assert main([*arguments, "--backend", backend, "--device", "cpu", "--workers", str(workers)]) == 1
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert printed.count("\n") == 1
+    assert not out.exists()

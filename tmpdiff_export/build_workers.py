@@ -1,0 +1,162 @@
+"""Worker processes that make engines of a build, on a `ProcessPoolExecutor`.
+
+Chosen over the dask workers of `sample_workers`: nothing has to stay with a worker, a worker that dies ends the build,
+and the standard library's executor is there without the extra `distributed`.
+
+Workers talk to this process through pipes that nobody else can open. What goes to them is pickled here and read there
+at once; no pickle is ever written to a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from threading import Thread
+from typing import Protocol
+
+import torch
+
+from engines.errors import BuildError
+from engines.manifest import EngineEntry
+
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+
+
+class _Environments(Protocol):
+    """A queue of the workers' environment variables."""
+
+    def get(self) -> Mapping[str, str]: ...
+
+
+class BuildWorkers:
+    """Workers that make engines; from `open_build_workers`."""
+
+    def __init__(self, executor: ProcessPoolExecutor, workers: int) -> None:
+        self._executor = executor
+        self._workers = workers
+        self._submitted: dict[Future[EngineEntry], str] = {}
+
+    def submit(self, name: str, task: Callable[[], EngineEntry]) -> Future[EngineEntry]:
+        """Hands a task to a worker, once one is free: what waits here has its weights on the disk already.
+
+        Args:
+            name: of the engine, for messages.
+            task: travels to the worker.
+
+        Raises:
+            BuildError: the task cannot travel.
+            TmpDiffError: what an earlier task raised.
+            BrokenProcessPool: a worker died; `open_build_workers` makes a BuildError of it.
+        """
+        try:
+            # Not left to the executor, which pickles in another thread and moves tensors to shared memory.
+            data = pickle.dumps(task)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise BuildError(
+                f"{name}: its module cannot be handed to a worker process ({error}); leave --workers out"
+            ) from error
+        while len(running := [made for made in self._submitted if not made.done()]) >= self._workers:
+            for made in wait(running, return_when=FIRST_COMPLETED).done:
+                made.result()
+        with _no_interrupts_inherited():
+            made = self._executor.submit(_perform, data)
+        self._submitted[made] = name
+        return made
+
+    def lost(self) -> list[str]:
+        """The engines that were in the making when a worker died."""
+        return [
+            name
+            for made, name in self._submitted.items()
+            if not made.done() or isinstance(made.exception(), BrokenProcessPool)
+        ]
+
+
+@contextlib.contextmanager
+def open_build_workers(workers: int, gpus: Sequence[str] | None) -> Iterator[BuildWorkers]:
+    """Worker processes for the length of a block; they start with their first tasks.
+
+    When the block ends, in whatever way, they are gone with every compiler that they have started. So they are when
+    this process ends.
+
+    Args:
+        workers: how many, 2 or more.
+        gpus: from `bundle_workers.visible_gpus`; worker i sees the one at i modulo their number. None without GPUs.
+
+    Raises:
+        BuildError: a worker died.
+    """
+    context = multiprocessing.get_context("spawn")
+    environments = context.SimpleQueue()
+    for index in range(workers):
+        environments.put({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]})
+    ended, alive = context.Pipe(duplex=False)
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    shares = max(threads // workers, 1), max(cores // workers, 1)
+    executor = ProcessPoolExecutor(workers, context, _begin, (ended, environments, threads, *shares))
+    pool = BuildWorkers(executor, workers)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise BuildError(
+            f"a worker process died while {', '.join(dict.fromkeys(pool.lost()))} was compiled (out of memory?); "
+            "use fewer --workers"
+        ) from error
+    finally:
+        alive.close()
+        executor.shutdown(cancel_futures=True)
+        ended.close()
+        environments.close()
+
+
+def _begin(
+    ended: Connection, environments: _Environments, threads: int, thread_share: int, compiler_share: int
+) -> None:
+    """What a worker does first.
+
+    Args:
+        ended: a pipe that nothing is written to; its other end closes when the workers have to go.
+        environments: one for each worker; set before anything asks for a GPU.
+        threads: what CPU packages are compiled for, as in a build without workers.
+        thread_share: of torch, in this process.
+        compiler_share: processes that compile GPU kernels for this one, unless the user has set them.
+    """
+    os.setpgrp()  # with its compilers: a terminal's Ctrl-C is for the build, which ends the whole group
+    Thread(target=_end_with, args=(ended,), daemon=True).start()
+    os.environ.update(environments.get())
+    # Locks that a library makes (tqdm does) then leave nothing behind to be cleaned up, and warned of, when this is killed.
+    multiprocessing.set_start_method("fork", force=True)
+    from torch._inductor import config
+
+    config.cpp.threads = threads
+    if COMPILE_THREADS not in os.environ:
+        config.compile_threads = compiler_share
+    torch.set_num_threads(thread_share)
+
+
+def _end_with(ended: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        ended.recv_bytes()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _perform(data: bytes) -> EngineEntry:
+    entry: EngineEntry = pickle.loads(data)()
+    return entry
+
+
+@contextlib.contextmanager
+def _no_interrupts_inherited() -> Iterator[None]:
+    """Processes started in the block ignore Ctrl-C, also before their first line runs."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

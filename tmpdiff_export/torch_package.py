@@ -1,0 +1,124 @@
+"""One engine of the torch backend, from its stored weights on: compile, load as the runtime would, measure its SQNR."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from engines.backends import open_host
+from engines.backends.torch.library import VERSION
+from engines.errors import BuildError
+from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
+from tmpdiff_export.accuracy import engine_sqnr_db
+from tmpdiff_export.engine_build import AccuracyCheck, file_entry
+from tmpdiff_export.torch_compile import EngineModule, compile_package
+
+
+@dataclass(frozen=True, eq=False)
+class PackageTask:
+    """What is left to do for an engine, as plain data: a process that has nothing else can do it.
+
+    Attributes:
+        name: of the engine; stem of its files.
+        folder: a bundle folder, or one that stands for it.
+        module: from `store_weights`.
+        weights: its weights file in the folder.
+        weights_of: the equal weights file of another engine that the entry names instead; the own one is then removed.
+        device: "cuda" or "cpu".
+        described: how the manifest calls the device.
+        batch: rows that the package is compiled for.
+        dtype: of its floating inputs inside.
+        inputs: specs of the graph's inputs.
+        outputs: specs of the graph's outputs.
+        check: inputs and references for its SQNR.
+        lowering: see `EngineEntry`.
+        onnx_sha256: see `EngineEntry`.
+        recipe: see `EngineEntry`.
+        floor_db: the least SQNR the build accepts.
+    """
+
+    name: str
+    folder: Path
+    module: EngineModule
+    weights: FileEntry
+    weights_of: FileEntry | None
+    device: str
+    described: str
+    batch: int
+    dtype: Literal["float16", "bfloat16", "float32"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    check: AccuracyCheck
+    lowering: Mapping[str, int]
+    onnx_sha256: str
+    recipe: str
+    floor_db: float
+
+    def __call__(self) -> EngineEntry:
+        """Writes the package beside the weights, and measures it.
+
+        Raises:
+            BuildError: torch cannot compile the module, or this process sees a GPU of another kind.
+            BackendError: the package cannot be loaded.
+        """
+        if self.device != "cpu":
+            self._require_gpu()
+        package = self.folder / "engines" / f"{self.name}.pt2"
+        weights = self.folder / self.weights.path
+        check = self.check
+        examples = [_rows(item, self.batch).to(self.device) for item in check.batches[0]]
+        shapes = compile_package(self.module, weights, self.device, examples, package)
+        shutil.copymode(package, weights)  # safetensors writes files that only their owner may read
+        entry = EngineEntry(
+            file=file_entry(self.folder, package),
+            weights=self.weights,
+            backend="torch",
+            backend_version=VERSION,
+            device=self.described,
+            lowering=dict(self.lowering),
+            onnx_sha256=self.onnx_sha256,
+            recipe=self.recipe,
+            sqnr_db=0.0,
+            sqnr_floor_db=self.floor_db,
+            inputs=tuple(_spec(spec, tuple(item.shape)) for spec, item in zip(self.inputs, examples, strict=True)),
+            outputs=tuple(_spec(spec, shape) for spec, shape in zip(self.outputs, shapes, strict=True)),
+            package=PackageEntry(batch=self.batch, dtype=self.dtype, weights_bytes=self.weights.bytes),
+        )
+        host = open_host("torch", self.described)
+        try:
+            host.add(self.name, entry, package)
+            engine = host.engine(self.name)
+            measured = engine_sqnr_db(engine, check.names, check.output, check.batches, check.references)
+        finally:
+            host.close()
+        if self.weights_of is not None:
+            entry = entry.model_copy(update={"weights": self.weights_of})
+            weights.unlink()
+        return entry.model_copy(update={"sqnr_db": round(measured, 2)})
+
+    def _require_gpu(self) -> None:
+        from engines.backends.torch.host import usable_gpu  # which needs cuda-bindings
+
+        gpu = usable_gpu()
+        if gpu.described != self.described:
+            raise BuildError(
+                f"{self.name} is compiled for {self.described}, a worker process got {gpu.described}; "
+                "name GPUs of one kind in CUDA_VISIBLE_DEVICES"
+            )
+
+
+def _rows(example: torch.Tensor, batch: int) -> torch.Tensor:
+    """An example of `batch` rows, made of the rows that there are."""
+    return example.repeat(-(-batch // len(example)), *[1] * (example.ndim - 1))[:batch].contiguous()
+
+
+def _spec(spec: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
+    """A package's input or output: floating ones are float32, and only the number of rows is free."""
+    dtype = "float32" if np.dtype(spec.dtype).kind == "f" else spec.dtype
+    return TensorSpec(name=spec.name, dtype=dtype, shape=("batch", *shape[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,27 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
     assert quality["data"]["uniform"]["fp16"]["error"] == [[0.0, 0.0]]
     assert {goal["verdict"] for goal in quality["goals"]} <= {"met", "missed", "not distinguishable"}
     assert len(quality["goals"]) == 3 * 2 * 2
+
+
+def test_samples_measured_together_give_the_same(
+    studied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.experiments import quality, study
+
+    found = []
+    for at_once in (1, 2):
+        shutil.copytree(studied[0], tmp_path / f"{at_once}" / "bundle", ignore=shutil.ignore_patterns("experiments"))
+        monkeypatch.setattr(study, "pictures_per_call", lambda *_, count=at_once: count)
+        words = (tmp_path / f"{at_once}" / "bundle", "--prompts", studied[1], "--samples", 3, "--validation-samples", 2)
+        out = tmp_path / f"{at_once}" / "quality"
+        assert quality.EXPERIMENT.main([*map(str, words), "--threads=1", "--every=2", "--draws=1", f"--out={out}"]) == 0
+        found.append(json.loads(out.with_suffix(".json").read_text()))
+    rows = [content["data"]["precisions"]["int8"]["rows"]["2"] for content in found]
+    for name, row in rows[0].items():
+        if name != "schedule":  # E of a few 1e-5: rounding may turn a choice
+            assert np.array(rows[1][name]["error"]) == pytest.approx(np.array(row["error"]), rel=0.05)
+            assert np.array(rows[1][name]["ssim"]) == pytest.approx(np.array(row["ssim"]), abs=1e-3)
+    assert [content["setting"]["pictures_per_call"] for content in found] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,22 @@ class Measurements:
         journal: Journal,
         decode: Decode | None = None,
         pool: Pool | None = None,
+        num_samples: int | None = None,
     ) -> None:
+        """
+        Args:
+            name: of the set of samples, for the journal and messages.
+            evaluator: their loop.
+            journal: where every measurement is looked for, and kept.
+            decode: of final latents; None where no pictures are compared.
+            pool: takes the measurements; None: this process does.
+            num_samples: the first samples of the evaluator that are used; None for all.
+        """
         self.name = name
         self.evaluator = CountingEvaluator(evaluator)
         self.reference = evaluator.precisions[0]
         self.num_steps = evaluator.num_steps
-        self.num_samples = evaluator.num_samples
+        self.num_samples = evaluator.num_samples if num_samples is None else num_samples
         self.calls: dict[str, dict[str, int]] = {}
         self._journal = journal
         self._decode = decode

@@ -24,6 +24,8 @@ from calibration.statistics import (
     rank_deviations,
     spearman,
 )
+from engines.text import read_prompts
+from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6
@@ -177,7 +179,7 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
 
     quality = run("quality", studied, tmp_path / "quality", "--every", 1, "--draws", 2)
     for count, rows in quality["data"]["precisions"]["int8"]["rows"].items():
-        assert set(rows) == {"schedule", "first K", "last K", "both ends", "evenly spread", "random"}
+        assert set(rows) == {"schedule", "scores alone", "first K", "last K", "both ends", "evenly spread", "random"}
         for row in rows.values():
             assert {pattern.count("H") for pattern in row["patterns"]} == {int(count)}
             assert np.shape(row["error"]) == np.shape(row["ssim"]) == (len(row["patterns"]), 2)
@@ -227,3 +229,29 @@ def test_what_cannot_be_run_is_refused(studied: tuple[Path, Path], tmp_path: Pat
     assert done.returncode == status
     assert words in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_prompts_are_drawn_in_turns_from_scenes_that_training_never_sees(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    words = ("--kinds", "plain,composed,unusual", "--calibration", 6, "--validation", 4)
+    done = command("prompts", *words, "--out", path)
+    assert done.returncode == 0, done.stderr
+    found = read_prompts(path)
+    assert (len(found.calibration), len(found.validation)) == (6, 4)
+    scenes = [parse_caption(caption) for caption in (*found.calibration, *found.validation)]
+    assert all(is_held_out(scene) for scene in scenes)
+    assert len({tuple(sorted(scene.objects)) for scene in scenes}) == 10
+    assert [len(scene.objects) for scene in scenes[:2]] == [1, 2]
+    assert [has_held_out_pair(scene) for scene in scenes] == [k % 3 == 2 for k in range(10)]
+
+    before = path.read_bytes()
+    for args, message in (
+        (("--kinds", "plain", "--calibration", 90), "only 91 held-out plain scenes"),
+        (("--kinds", "composed,rare"), "prompt kind 'rare' is unknown"),
+        (("--kinds", "plain,plain"), "expected different ones"),
+        (("--validation", 0), "expected 1 or more of each"),
+    ):
+        done = command("prompts", *args, "--out", path)
+        assert done.returncode == 1
+        assert message in done.stderr
+    assert path.read_bytes() == before

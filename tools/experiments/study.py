@@ -213,8 +213,10 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
             yield Study(
                 runtime=runtime,
                 journal=journal,
-                calibration=Measurements("calibration", evaluator, journal, pool=pool),
-                validation=Measurements("validation", held_out, journal, partial(_decode, runtime), pool),
+                calibration=Measurements("calibration", evaluator, journal, None, pool, args.samples),
+                validation=Measurements(
+                    "validation", held_out, journal, partial(_decode, runtime), pool, args.validation_samples
+                ),
                 precisions=precisions,
                 samples=args.samples,
                 validation_samples=args.validation_samples,

@@ -10,7 +10,7 @@ from calibration.evaluator import State
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
-from engines.sampler import SamplerState
+from engines.sampler import SamplerState, split, stacked
 
 # Validation noise is drawn from seeds far from those of calibration, so that no sample is shared.
 VALIDATION_SEED_OFFSET = 1_000_000
@@ -36,8 +36,8 @@ class BundleEvaluator:
         self.num_samples = len(prompts)
         self._runtime = runtime
         self._guidance_scale = guidance_scale
-        conditioning = runtime.encode(prompts)
-        self._conditioning = [conditioning.sample(index).batch(guidance_scale) for index in range(len(prompts))]
+        self._conditioning = runtime.encode(prompts)
+        self._batches: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
         self._noise = runtime.noise([seed + index for index in range(len(prompts))])
         self._key = sha256_bytes(
             canonical_json([runtime.manifest.bundle_id, list(prompts), seed, float(guidance_scale)])
@@ -49,7 +49,22 @@ class BundleEvaluator:
 
     def step(self, sample: int, state: SamplerState, precision: str) -> State:
         """One denoiser call and sampler update."""
-        return self._runtime.step(state, precision, self._conditioning[sample], self._guidance_scale)
+        return self._runtime.step(state, precision, self._batch((sample,)), self._guidance_scale)
+
+    def steps(self, samples: Sequence[int], states: Sequence[SamplerState], precision: str) -> list[State]:
+        """`step` of several samples, all at the same step, in one engine call and one sampler update.
+
+        Equal to `step` of each but for what the engine's rounding owes to the size of its batch.
+        """
+        together = stacked(states)
+        after = self._runtime.step(together, precision, self._batch(tuple(samples)), self._guidance_scale)
+        return split(after)
+
+    def _batch(self, samples: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """Denoiser inputs other than latents and timestep, kept for the samples of the last call."""
+        if samples not in self._batches:
+            self._batches = {samples: self._conditioning.select(samples).batch(self._guidance_scale)}
+        return self._batches[samples]
 
     def latents(self, state: SamplerState) -> np.ndarray:
         """float32 [C, h, w], read-only."""

@@ -98,15 +98,19 @@ class Journal:
             ValueError: `value` is no JSON data or holds NaN or Infinity, or `name` was recorded before.
             OSError: the disk is full or the file cannot be written.
         """
-        if name in self._entries:
-            raise ValueError(f"measurement {name!r} is recorded already; names are used once")
-        record = {"name": name, "value": value, "calls": dict(calls or {})}
+        self.record_all({name: Entry(value, calls or {})})
+        return self._entries[name]
+
+    def record_all(self, measured: Mapping[str, Entry]) -> None:
+        """`record` for several measurements that were taken together: synced to disk once."""
+        for name in measured:
+            if name in self._entries:
+                raise ValueError(f"measurement {name!r} is recorded already; names are used once")
+        records = [{"name": name, "value": item.value, "calls": dict(item.calls)} for name, item in measured.items()]
         # what a resumed run would read, so that both go on with equal data
-        record = json.loads(canonical_json(record))
-        self._append(record)
-        entry = Entry(record["value"], record["calls"])
-        self._entries[name] = entry
-        return entry
+        records = [json.loads(canonical_json(record)) for record in records]
+        self._append(*records)
+        self._entries |= {record["name"]: Entry(record["value"], record["calls"]) for record in records}
 
     def remember(self, name: str, measure: Callable[[], Any]) -> Any:
         """The recorded value of `name`; measured with `measure` and recorded when there is none.
@@ -116,11 +120,11 @@ class Journal:
         entry = self.get(name)
         return (entry or self.record(name, measure())).value
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, *records: dict[str, Any]) -> None:
         if self.path is None:
             return
         with open(self.path, "ab") as stream:
-            stream.write(_line(record))
+            stream.write(b"".join(map(_line, records)))
             stream.flush()
             os.fsync(stream.fileno())
 

@@ -43,12 +43,22 @@ class Measurements:
         journal: Journal,
         decode: Decode | None = None,
         pool: Pool | None = None,
+        num_samples: int | None = None,
     ) -> None:
+        """
+        Args:
+            name: of the set of samples, for the journal and messages.
+            evaluator: their loop.
+            journal: where every measurement is looked for, and kept.
+            decode: of final latents; None where no pictures are compared.
+            pool: takes the measurements; None: this process does.
+            num_samples: the first samples of the evaluator that are used; None for all.
+        """
         self.name = name
         self.evaluator = CountingEvaluator(evaluator)
         self.reference = evaluator.precisions[0]
         self.num_steps = evaluator.num_steps
-        self.num_samples = evaluator.num_samples
+        self.num_samples = evaluator.num_samples if num_samples is None else num_samples
         self.calls: dict[str, dict[str, int]] = {}
         self._journal = journal
         self._decode = decode
@@ -65,9 +75,12 @@ class Measurements:
         chosen = range(self.num_samples) if samples is None else list(samples)
         self._ask([self._scheduled(schedule, sample, pictures) for schedule in schedules for sample in chosen])
 
-    def expect_changed(self, base: str, step_index: int, precision: str) -> None:
-        """Announces that `changed_error` will be asked for on all samples."""
-        self._ask([self._changed(base, step_index, precision, sample) for sample in range(self.num_samples)])
+    def expect_changed(
+        self, base: str, step_index: int, precision: str, *, samples: Iterable[int] | None = None
+    ) -> None:
+        """Announces that `changed_error` will be asked for on all samples, or on those given."""
+        chosen = range(self.num_samples) if samples is None else samples
+        self._ask([self._changed(base, step_index, precision, sample) for sample in chosen])
 
     def perform(self, request: Request) -> Outcome:
         """Takes a measurement here and now, whatever the journal holds; this is what the workers of a pool call.
@@ -199,9 +212,10 @@ class Measurements:
         """Waits for a measurement of the pool; whatever else arrives is written down as well."""
         self._ask([request])
         while (entry := self._journal.get(request.name)) is None:
-            for done, outcome in pool.finished(self.name):
+            arrived = pool.finished(self.name)
+            self._journal.record_all({done.name: Entry(outcome.value, outcome.calls) for done, outcome in arrived})
+            for done, outcome in arrived:
                 self._pending.discard(done.name)
-                self._journal.record(done.name, outcome.value, outcome.calls)
                 self.evaluator.spent.update(outcome.calls)
                 self.evaluator.recomputed.update(outcome.recomputed)
         return entry
@@ -230,19 +244,32 @@ class Measurements:
     def _errors(self, latents: np.ndarray, request: Request) -> dict[str, float]:
         sample = request.sample
         reference = self._final(self.reference, sample)
-        errors = {"error": relative_error(latents, reference)}
-        if not math.isfinite(errors["error"]):
-            raise TmpDiffError(
-                f"the {request.run} run of {self.name} sample {sample} gave latents that are not finite; "
-                "build the bundle without that precision, or check its engine"
-            )
+        errors = {"error": finite_error(latents, reference, request, self.name)}
         if request.pictures and self._decode:
             if sample not in self._reference_pictures:
                 self._reference_pictures[sample] = self._decode(reference)
-            picture = self._decode(latents)
-            errors["ssim"] = picture_ssim(picture, self._reference_pictures[sample])
-            errors["mse"] = picture_mse(picture, self._reference_pictures[sample])
+            errors |= picture_errors(self._decode(latents), self._reference_pictures[sample])
         return errors
+
+
+def finite_error(latents: np.ndarray, reference: np.ndarray, request: Request, samples: str) -> float:
+    """E of a run's final latents.
+
+    Raises:
+        TmpDiffError: they are not finite.
+    """
+    error = relative_error(latents, reference)
+    if not math.isfinite(error):
+        raise TmpDiffError(
+            f"the {request.run} run of {samples} sample {request.sample} gave latents that are not finite; "
+            "build the bundle without that precision, or check its engine"
+        )
+    return error
+
+
+def picture_errors(picture: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """ "ssim" and "mse" of two pictures, uint8 [H, W, 3]."""
+    return {"ssim": picture_ssim(picture, reference), "mse": picture_mse(picture, reference)}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -45,8 +45,13 @@ class Conditioning:
 
     def sample(self, index: int) -> Conditioning:
         """The conditioning of one of the N prompts."""
-        rows = [index, self.size + index]
-        return Conditioning({name: values[rows] for name, values in self.guided.items()}, 1, self.embeds_guidance)
+        return self.select([index])
+
+    def select(self, indices: Sequence[int]) -> Conditioning:
+        """The conditioning of some of the N prompts, in the order given."""
+        rows = [*indices, *(self.size + index for index in indices)]
+        guided = {name: values[rows] for name, values in self.guided.items()}
+        return Conditioning(guided, len(indices), self.embeds_guidance)
 
 
 class DenoiseRuntime:

@@ -62,6 +62,44 @@ class SamplerState:
     past_outputs: History = ()
 
 
+def stacked(states: Sequence[SamplerState]) -> SamplerState:
+    """States [N_k, C, H, W] of one table at one step, as one state of sum(N_k) samples.
+
+    Raises:
+        ValueError: they stand at different steps.
+    """
+    first = states[0]
+    if any(state.step_index != first.step_index for state in states):
+        raise ValueError(f"states stand at steps {[state.step_index for state in states]}, expected all at one step")
+    return SamplerState(
+        first.step_index,
+        _joined([state.latents for state in states]),
+        *(
+            tuple((j, _joined([dict(getattr(state, name))[j] for state in states])) for j, _ in getattr(first, name))
+            for name in ("past_samples", "past_outputs")
+        ),
+    )
+
+
+def split(state: SamplerState) -> list[SamplerState]:
+    """A state of N samples as N states of one sample each; their arrays are views of the state's."""
+    return [
+        SamplerState(
+            state.step_index,
+            state.latents[row : row + 1],
+            tuple((j, values[row : row + 1]) for j, values in state.past_samples),
+            tuple((j, values[row : row + 1]) for j, values in state.past_outputs),
+        )
+        for row in range(len(state.latents))
+    ]
+
+
+def _joined(arrays: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    joined = np.concatenate(arrays)
+    joined.setflags(write=False)
+    return joined
+
+
 @dataclass(frozen=True, eq=False)
 class SamplerTable:
     """A scheduler at one step count, as numbers. T is the number of loop iterations (denoiser calls).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from calibration.statistics import (
     rank_deviations,
     spearman,
 )
+from engines.text import read_prompts
+from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6
@@ -176,7 +179,7 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
 
     quality = run("quality", studied, tmp_path / "quality", "--every", 1, "--draws", 2)
     for count, rows in quality["data"]["precisions"]["int8"]["rows"].items():
-        assert set(rows) == {"schedule", "first K", "last K", "both ends", "evenly spread", "random"}
+        assert set(rows) == {"schedule", "scores alone", "first K", "last K", "both ends", "evenly spread", "random"}
         for row in rows.values():
             assert {pattern.count("H") for pattern in row["patterns"]} == {int(count)}
             assert np.shape(row["error"]) == np.shape(row["ssim"]) == (len(row["patterns"]), 2)
@@ -188,6 +191,27 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
     assert quality["data"]["uniform"]["fp16"]["error"] == [[0.0, 0.0]]
     assert {goal["verdict"] for goal in quality["goals"]} <= {"met", "missed", "not distinguishable"}
     assert len(quality["goals"]) == 3 * 2 * 2
+
+
+def test_samples_measured_together_give_the_same(
+    studied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.experiments import quality, study
+
+    found = []
+    for at_once in (1, 2):
+        shutil.copytree(studied[0], tmp_path / f"{at_once}" / "bundle", ignore=shutil.ignore_patterns("experiments"))
+        monkeypatch.setattr(study, "pictures_per_call", lambda *_, count=at_once: count)
+        words = (tmp_path / f"{at_once}" / "bundle", "--prompts", studied[1], "--samples", 3, "--validation-samples", 2)
+        out = tmp_path / f"{at_once}" / "quality"
+        assert quality.EXPERIMENT.main([*map(str, words), "--threads=1", "--every=2", "--draws=1", f"--out={out}"]) == 0
+        found.append(json.loads(out.with_suffix(".json").read_text()))
+    rows = [content["data"]["precisions"]["int8"]["rows"]["2"] for content in found]
+    for name, row in rows[0].items():
+        if name != "schedule":  # E of a few 1e-5: rounding may turn a choice
+            assert np.array(rows[1][name]["error"]) == pytest.approx(np.array(row["error"]), rel=0.05)
+            assert np.array(rows[1][name]["ssim"]) == pytest.approx(np.array(row["ssim"]), abs=1e-3)
+    assert [content["setting"]["pictures_per_call"] for content in found] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -205,3 +229,29 @@ def test_what_cannot_be_run_is_refused(studied: tuple[Path, Path], tmp_path: Pat
     assert done.returncode == status
     assert words in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_prompts_are_drawn_in_turns_from_scenes_that_training_never_sees(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    words = ("--kinds", "plain,composed,unusual", "--calibration", 6, "--validation", 4)
+    done = command("prompts", *words, "--out", path)
+    assert done.returncode == 0, done.stderr
+    found = read_prompts(path)
+    assert (len(found.calibration), len(found.validation)) == (6, 4)
+    scenes = [parse_caption(caption) for caption in (*found.calibration, *found.validation)]
+    assert all(is_held_out(scene) for scene in scenes)
+    assert len({tuple(sorted(scene.objects)) for scene in scenes}) == 10
+    assert [len(scene.objects) for scene in scenes[:2]] == [1, 2]
+    assert [has_held_out_pair(scene) for scene in scenes] == [k % 3 == 2 for k in range(10)]
+
+    before = path.read_bytes()
+    for args, message in (
+        (("--kinds", "plain", "--calibration", 90), "only 91 held-out plain scenes"),
+        (("--kinds", "composed,rare"), "prompt kind 'rare' is unknown"),
+        (("--kinds", "plain,plain"), "expected different ones"),
+        (("--validation", 0), "expected 1 or more of each"),
+    ):
+        done = command("prompts", *args, "--out", path)
+        assert done.returncode == 1
+        assert message in done.stderr
+    assert path.read_bytes() == before

@@ -124,7 +124,8 @@ class Experiment:
         whole = {**content, "findings": findings, "goals": [asdict(goal) for goal in found.goals]}
         atomic_write_text(_beside(prefix, ".json"), compact_json(whole) + "\n")
         save(lambda: self.draw(content, findings), _beside(prefix, ".png"))
-        print_goals(self.name, found.goals)
+        setting = content["setting"]
+        print_goals(f"{self.name}, {setting['denoiser']}, T = {setting['num_steps']}", found.goals)
 
     def _wording(self, args: argparse.Namespace) -> str:
         """The command as it was given; paths by their name only."""
@@ -136,7 +137,7 @@ class Experiment:
 
 
 def print_goals(name: str, goals: Sequence[Goal]) -> None:
-    """The goals as a table on stdout."""
+    """The goals as a table on stdout, under the name of the experiment and what it was made on."""
     if not goals:
         print(f"{name}: no goal is set for this experiment")
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.scores import DIRECTIONS, PREDICTORS, contributions
+from calibration.scores import DIRECTIONS, PREDICTORS, Contributions, contributions
 from calibration.statistics import Interval, bootstrap_interval, r_squared, spearman
 from tools.experiments.schedules import high_steps
 
@@ -40,15 +40,14 @@ class SampleScores:
             high: bool [N, T], the steps at the reference.
             rows: samples whose mean scores to use, repeated ones counting more; None for all.
         """
-        values, power = self.contributions(predictor, rows)
-        return np.asarray((~high @ values) ** power)
+        found = self.contributions(predictor, rows)
+        return np.asarray((~high @ found.values[:, 1]) ** found.power)
 
-    def contributions(self, predictor: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, float]:
-        """What a step at the low precision adds, float64 [T], and the power of the sum."""
+    def contributions(self, predictor: str, rows: np.ndarray | None = None) -> Contributions:
+        """What a step at the reference (0) and at the low precision adds; values float64 [T, 2]."""
         rows = np.arange(len(self.uniform)) if rows is None else rows
         curves = {(name, _NAMES[1]): values[rows].mean(axis=0) for name, values in self.scores.items()}
-        found = contributions(predictor, _NAMES, curves, {_NAMES[1]: float(self.uniform[rows].mean())})
-        return found.values[:, 1], found.power
+        return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(self.uniform[rows].mean())})
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def fit_predictors(scores: SampleScores, patterns: list[str], measured: np.ndarr
 
 def _fit(predictor: str, scores: SampleScores, high: np.ndarray, measured: np.ndarray, held_out: bool) -> Fit:
     sizes = (len(scores.uniform), measured.shape[1]) if held_out else (len(scores.uniform),)
-    spared = high[:, int(np.argmax(scores.contributions(predictor)[0]))]
+    spared = high[:, int(np.argmax(scores.contributions(predictor).values[:, 1]))]
 
     def interval(agreement: Callable[[np.ndarray, np.ndarray], float]) -> Interval:
         def statistic(rows: np.ndarray, others: np.ndarray | None = None) -> float:

@@ -8,6 +8,7 @@ import fcntl
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from calibration import open_journal
+from calibration.batches import SampleBatches, SampleSet
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
 from calibration.journal import Journal
 from calibration.latency import machine, step_latencies
@@ -43,6 +45,7 @@ class Study:
         precisions: the low precisions studied.
         samples: number of calibration samples used; sample i is prompt i with seed + i.
         validation_samples: number of validation samples used.
+        at_once: samples measured together; what one engine call is compiled for.
         setting: what was run on what, for the result file.
     """
 
@@ -53,6 +56,7 @@ class Study:
     precisions: tuple[str, ...]
     samples: int
     validation_samples: int
+    at_once: int
     setting: dict[str, Any]
     report: Report
 
@@ -68,7 +72,7 @@ class Study:
 
     def uniform(self, precision: str) -> list[float]:
         """E(all p) of every calibration sample."""
-        return [self.calibration.uniform_error(precision, sample)["error"] for sample in range(self.samples)]
+        return self.calibration_errors("uniform runs", [(precision,) * self.num_steps])[0]
 
     def scores(self, precision: str, directions: Sequence[Direction] = DIRECTIONS) -> dict[str, list[list[float]]]:
         """Downcast and upcast scores by sample and step, from a full sweep.
@@ -77,14 +81,16 @@ class Study:
         """
         found: dict[str, list[list[float]]] = {}
         for direction in directions:
-            rows = []
-            for sample in range(self.samples):
-                row = []
+            base, changed = (self.reference, precision) if direction == "downcast" else (precision, self.reference)
+            rows: list[list[float]] = [[] for _ in range(self.samples)]
+            done = 0
+            for block in self._blocks(self.samples):
                 for step in range(self.num_steps):
-                    row.append(self._score(precision, direction, step, sample))
-                    done = sample * self.num_steps + step + 1
+                    self.calibration.expect_changed(base, step, changed, samples=block)
+                    for sample in block:
+                        rows[sample].append(self._score(precision, direction, step, sample))
+                    done += len(block)
                     self.report(f"{direction} {precision}", done, self.samples * self.num_steps)
-                rows.append(row)
             found[direction] = rows
         return found
 
@@ -116,12 +122,19 @@ class Study:
         self, measurements: Measurements, samples: int, stage: str, schedules: Sequence[Schedule], *, pictures: bool
     ) -> list[list[Values]]:
         rows: list[list[Values]] = [[] for _ in schedules]
-        # sample by sample: an interrupted command has whole samples to show
-        for sample in range(samples):
+        done = 0
+        for block in self._blocks(samples):
             for index, schedule in enumerate(schedules):
-                rows[index].append(measurements.schedule_error(stage, schedule, sample, pictures=pictures))
-                self.report(stage, sample * len(schedules) + index + 1, samples * len(schedules))
+                measurements.expect([schedule], pictures=pictures, samples=block)
+                for sample in block:
+                    rows[index].append(measurements.schedule_error(stage, schedule, sample, pictures=pictures))
+                done += len(block)
+                self.report(stage, done, samples * len(schedules))
         return rows
+
+    def _blocks(self, samples: int) -> list[range]:
+        """Samples measured together; block by block, so that an interrupted command has whole samples to show."""
+        return [range(start, min(start + self.at_once, samples)) for start in range(0, samples, self.at_once)]
 
     def forget(self, precision: str) -> None:
         """Frees what is kept of a low precision that is done with."""
@@ -132,7 +145,7 @@ class Study:
         """Step latency by precision on this machine, measured once per machine and kept."""
 
         def measure() -> dict[str, float]:
-            conditioning = self.runtime.encode([self.setting["calibration_prompts"][0]])
+            conditioning = self.runtime.encode([self.setting["calibration_prompts"][0]] * self.at_once)
             timings = step_latencies(
                 self.runtime,
                 conditioning,
@@ -141,7 +154,10 @@ class Study:
             )
             return {name: timing.median_ms for name, timing in timings.items()}
 
-        found: dict[str, float] = self.journal.remember(f"step latencies in ms, {self.setting['machine']}", measure)
+        batch = f", batch {self.at_once}" if self.at_once > 1 else ""
+        found: dict[str, float] = self.journal.remember(
+            f"step latencies in ms, {self.setting['machine']}{batch}", measure
+        )
         return found
 
 
@@ -189,14 +205,22 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
         path = folder / f"{sha256_bytes(f'{evaluator.key()} {held_out.key()}'.encode())[:16]}.journal"
         with _alone(path):
             journal = open_journal(path, evaluator, held_out)
+            at_once = pictures_per_call(runtime, scale)
+            pool = None
+            if at_once > 1:
+                sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}
+                pool = SampleBatches(sets, at_once)
             yield Study(
                 runtime=runtime,
                 journal=journal,
-                calibration=Measurements("calibration", evaluator, journal),
-                validation=Measurements("validation", held_out, journal, lambda latents: _decode(runtime, latents)),
+                calibration=Measurements("calibration", evaluator, journal, None, pool, args.samples),
+                validation=Measurements(
+                    "validation", held_out, journal, partial(_decode, runtime), pool, args.validation_samples
+                ),
                 precisions=precisions,
                 samples=args.samples,
                 validation_samples=args.validation_samples,
+                at_once=at_once,
                 setting={
                     "num_steps": runtime.num_steps,
                     "reference": runtime.precisions[0],
@@ -211,6 +235,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                     "bundle_id": runtime.manifest.bundle_id,
                     "denoiser": runtime.manifest.model.denoiser_class,
                     "guidance_scale": scale,
+                    "pictures_per_call": at_once,
                     "seed": args.seed,
                     "calibration_prompts": list(prompts.calibration[: args.samples]),
                     "validation_prompts": list(prompts.validation[: args.validation_samples]),
@@ -241,6 +266,15 @@ def _low_precisions(asked: str | None, built: tuple[str, ...]) -> tuple[str, ...
             f"low precision {unknown[0] if unknown else 'none'!r} is not in the bundle; choose from {', '.join(low)}"
         )
     return names
+
+
+def pictures_per_call(runtime: DenoiseRuntime, guidance_scale: float) -> int:
+    """How many samples one call of the denoisers is compiled for; 1 where fewer rows take less time."""
+    package = runtime.manifest.denoisers[runtime.precisions[0]].package
+    if package is None:
+        return 1
+    guided = guidance_scale > 1.0 and not runtime.manifest.embeds_guidance
+    return max(1, package.batch // (2 if guided else 1))
 
 
 def _decode(runtime: DenoiseRuntime, latents: np.ndarray) -> np.ndarray:

@@ -284,7 +284,7 @@ def _latency_axis(axes: Axes, ratio: float, num_steps: int) -> None:
     above.tick_params(labelsize=7)
 
 
-EXPERIMENT = Experiment("quality", __doc__.splitlines()[0], add_arguments, measure, analyse, draw)
+EXPERIMENT = Experiment("quality", __doc__.splitlines()[0], add_arguments, measure, analyse, draw, version=2)
 
 if __name__ == "__main__":
     sys.exit(EXPERIMENT.main())

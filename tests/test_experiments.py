@@ -193,18 +193,19 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
     assert len(quality["goals"]) == 3 * 2 * 2
 
 
-def test_samples_measured_together_give_the_same(
-    studied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tools.experiments import quality, study
-
+def test_samples_measured_together_give_the_same(studied: tuple[Path, Path], tmp_path: Path) -> None:
+    script = (
+        "import sys; from tools.experiments import quality, study; "
+        "study.pictures_per_call = lambda *_: int(sys.argv[1]); sys.exit(quality.EXPERIMENT.main(sys.argv[2:]))"
+    )
     found = []
-    for at_once in (1, 2):
-        shutil.copytree(studied[0], tmp_path / f"{at_once}" / "bundle", ignore=shutil.ignore_patterns("experiments"))
-        monkeypatch.setattr(study, "pictures_per_call", lambda *_, count=at_once: count)
-        words = (tmp_path / f"{at_once}" / "bundle", "--prompts", studied[1], "--samples", 3, "--validation-samples", 2)
-        out = tmp_path / f"{at_once}" / "quality"
-        assert quality.EXPERIMENT.main([*map(str, words), "--threads=1", "--every=2", "--draws=1", f"--out={out}"]) == 0
+    for at_once in ("1", "2"):
+        bundle, out = tmp_path / at_once / "bundle", tmp_path / at_once / "quality"
+        shutil.copytree(studied[0], bundle, ignore=shutil.ignore_patterns("experiments"))
+        words = [bundle, "--prompts", studied[1], "--samples=3", "--validation-samples=2", "--threads=1", "--every=2"]
+        words = [sys.executable, "-c", script, at_once, *words, "--draws=1", "--out", out]
+        done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
         found.append(json.loads(out.with_suffix(".json").read_text()))
     rows = [content["data"]["precisions"]["int8"]["rows"]["2"] for content in found]
     for name, row in rows[0].items():

@@ -75,8 +75,10 @@ def precisions(manifest: Manifest, found: Sensitivity) -> str:
             escape(entry.recipe),
         )
         use = dropped.get(name, "reference" if name == reference else used)
+        emulated = any("emulated" in what for what in entry.lowering)
+        remark = "<small>simulated</small>" if emulated else ""
         rows.append(
-            f"<tr><td>{precision_name(found, name)}</td>{''.join(f'<td>{c}</td>' for c in cells)}"
+            f"<tr><td>{precision_name(found, name)}{remark}</td>{''.join(f'<td>{c}</td>' for c in cells)}"
             f'<td class="wrap">{escape(use)}</td></tr>'
         )
     head = ("precision", "step ms", f"/ {reference}", "E, all steps", "SQNR dB", "size MB", "recipe", "use")
@@ -84,7 +86,8 @@ def precisions(manifest: Manifest, found: Sensitivity) -> str:
         '<p class="lead">One engine per precision: how fast a step is, and how wrong the result is if every step uses it.'
         f"</p>{table(head, rows, 'precisions')}"
         '<p class="note">Step latencies were measured on the machine that calibrated. SQNR compares one denoiser call '
-        "with FP32 torch (higher is better). A precision that is no faster than another and errs no less is dropped "
+        "with FP32 torch (higher is better). Simulated: the backend has no kernels for it and computes what they would give, so "
+        "that its errors count but its latency does not. A precision that is no faster than another and errs no less is dropped "
         "before it is scored.</p>"
     )
 

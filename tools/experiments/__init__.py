@@ -7,5 +7,8 @@
 
 Each writes PREFIX.json with the raw figures of every sample and PREFIX.png, and prints its goals. What was measured is
 kept in a journal beside the bundle that all four share, so that an interrupted command goes on where it stopped and
-none measures what another has. `--redraw FILE.json` analyses and draws again without a bundle.
+none measures what another has. Where the bundle's packages are compiled for several pictures at once, so many samples
+are measured together. `--redraw FILE.json` analyses and draws again without a bundle.
+
+`python -m tools.experiments.prompts --kinds plain,composed,unusual --out FILE` draws prompts in any number.
 """

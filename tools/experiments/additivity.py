@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tools.experiments.command import Analysis, Experiment, Goal, verdict, wording
-from tools.experiments.figures import INK, label, panels
+from tools.experiments.figures import INK, headline, label, panels
 from tools.experiments.prediction import SampleScores, better, fit_predictors
 from tools.experiments.schedules import HIGH, counts_between, high_steps, precisions_of, random_patterns
 from tools.experiments.study import Study
@@ -119,9 +119,10 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
     if mappable:
         figure.colorbar(mappable, ax=[axes for row in rows for axes in row], label="K", shrink=0.6)
     figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(
+    headline(
+        figure,
         f"Random schedules, {setting['denoiser']}, T = {setting['num_steps']}, "
-        f"{len(setting['calibration_prompts'])} calibration and {len(setting['validation_prompts'])} unseen samples"
+        f"{len(setting['calibration_prompts'])} calibration and {len(setting['validation_prompts'])} unseen samples",
     )
     return figure
 

@@ -22,7 +22,6 @@ from tools.experiments.figures import save
 from tools.experiments.study import Study, add_study_arguments, open_study
 
 DIGITS = 6
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Experiment:
         measure: raw data of every sample, JSON; the only part that runs a model.
         analyse: gets the result file's content, setting and data.
         draw: gets the content, and the findings.
+        version: of the data; files of others are not read.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Experiment:
     measure: Callable[[Study, argparse.Namespace], dict[str, Any]]
     analyse: Callable[[dict[str, Any]], Analysis]
     draw: Callable[[dict[str, Any], dict[str, Any]], Figure]
+    version: int = 1
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the command; the exit status: 0 whether goals are met or not, 1 for a failure, 2 for wrong usage."""
@@ -101,7 +102,7 @@ class Experiment:
             setting = study.setting
         content = {
             "experiment": self.name,
-            "version": VERSION,
+            "version": self.version,
             "command": self._wording(args),
             "setting": setting,
             "data": data,
@@ -111,10 +112,10 @@ class Experiment:
 
     def _read(self, path: Path) -> dict[str, Any]:
         content = read_json(path, "result file", TmpDiffError)
-        if (content.get("experiment"), content.get("version")) != (self.name, VERSION):
+        if (content.get("experiment"), content.get("version")) != (self.name, self.version):
             raise TmpDiffError(
                 f"{path} holds {content.get('experiment')!r} version {content.get('version')!r}, expected "
-                f"{self.name!r} version {VERSION}; measure again, or use the command that made it"
+                f"{self.name!r} version {self.version}; measure again, or use the command that made it"
             )
         return content
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,8 @@ STYLE = {
     "savefig.facecolor": "white",
 }
 DPI = 130
+LETTERS_PER_INCH = 12
+"""Of a title, in the style's size."""
 SIMULATED = "onnxruntime"
 """The backend that has no kernels for NVFP4 and computes what they would give."""
 
@@ -50,6 +53,12 @@ def save(draw: Callable[[], Figure], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         draw().savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     atomic_write_bytes(path, buffer.getvalue())
+
+
+def headline(figure: Figure, words: str) -> None:
+    """A title over all axes, in as many lines as the width of the figure needs."""
+    letters = int(LETTERS_PER_INCH * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.wrap(words, letters)))
 
 
 def label(precision: str, backend: str) -> str:

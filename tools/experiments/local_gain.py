@@ -25,7 +25,7 @@ from calibration.scores import sweep_calls
 from calibration.statistics import Interval, bootstrap_interval, rank_deviation
 from calibration.transfer import carried_weights
 from tools.experiments.command import Analysis, Experiment, Goal
-from tools.experiments.figures import INK, RANDOM, colour, label, panels
+from tools.experiments.figures import INK, RANDOM, colour, headline, label, panels
 from tools.experiments.rank_deviation import FEWEST, regret_in_range
 from tools.experiments.replay import Curve, Found, Method, bisection, gain_bisection
 from tools.experiments.study import Study
@@ -181,9 +181,10 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
     rows[0][0].set_ylabel("score, local error, gain")
     rows[0][0].legend(fontsize=8, loc="center left")
     figure.legend(*rows[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SEARCHES))
-    figure.suptitle(
+    headline(
+        figure,
         f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['calibration_prompts'])} samples; regret: mean\n"
-        "over K from T/5 to 4T/5; vertical: the calibrator's own cost"
+        "over K from T/5 to 4T/5; vertical: the calibrator's own cost",
     )
     return figure
 

@@ -29,7 +29,7 @@ from calibration.scores import PREDICTORS, sweep_calls
 from calibration.statistics import bootstrap_interval
 from tools.experiments.additivity import random_schedules
 from tools.experiments.command import Analysis, Experiment, Goal
-from tools.experiments.figures import INK, RANDOM, colour, label, panels
+from tools.experiments.figures import INK, RANDOM, colour, headline, label, panels
 from tools.experiments.prediction import SampleScores, better, fit_predictors
 from tools.experiments.schedules import (
     counts_between,
@@ -228,10 +228,11 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
             )  # fmt: skip
     for row, words in enumerate(("E", "1 - SSIM", "PSNR, dB")):
         rows[row][0].set_ylabel(words)
-    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    figure.suptitle(
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(findings))
+    headline(
+        figure,
         f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['validation_prompts'])} unseen samples; band: "
-        "95 % confidence of the schedule's E and of that by scores alone, bars: spread of random schedules"
+        "95 % confidence of the schedule's E, bars: spread of random schedules",
     )
     return figure
 
@@ -248,9 +249,12 @@ def _lines(axes: Axes, counts: dict[str, Any], key: str, shade: str) -> None:
         elif name in RULE_STYLES:
             axes.plot(steps, values, RULE_STYLES[name], color=INK, markersize=4, linewidth=0.9, label=name)
         else:
-            look = "-" if name == OURS else "-."
-            axes.plot(steps, values, look, marker="*", color=shade, markersize=10, linewidth=1.8, label=name, zorder=4)
-            if key == "error":
+            ours = name == OURS
+            look, size = ("-*", 10) if ours else ("-.o", 5)
+            axes.plot(
+                steps, values, look, color=shade, markersize=size, linewidth=1.8, label=name, zorder=4 if ours else 3
+            )
+            if ours and key == "error":
                 low, high = ([means[name]["error"][bound] for means in entries] for bound in ("low", "high"))
                 axes.fill_between(steps, low, high, color=shade, alpha=0.15, linewidth=0)
     for name in sorted(uniform):
@@ -280,7 +284,7 @@ def _latency_axis(axes: Axes, ratio: float, num_steps: int) -> None:
     above.tick_params(labelsize=7)
 
 
-EXPERIMENT = Experiment("quality", __doc__.splitlines()[0], add_arguments, measure, analyse, draw)
+EXPERIMENT = Experiment("quality", __doc__.splitlines()[0], add_arguments, measure, analyse, draw, version=2)
 
 if __name__ == "__main__":
     sys.exit(EXPERIMENT.main())

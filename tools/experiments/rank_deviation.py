@@ -27,7 +27,7 @@ from calibration.statistics import (
 )
 from tools.experiments import single_steps
 from tools.experiments.command import Analysis, Experiment, Goal, verdict
-from tools.experiments.figures import INK, RANDOM, colour, label, panels
+from tools.experiments.figures import INK, RANDOM, colour, headline, label, panels
 from tools.experiments.replay import METHODS, Curve, Method
 from tools.experiments.schedules import counts_between
 
@@ -182,10 +182,11 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
         row[0].set_ylabel(name)
     handles, names = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names))
-    figure.suptitle(
+    headline(
+        figure,
         f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['calibration_prompts'])} samples. Band: over K; "
-        "regret: mean over K from T/5 to 4T/5;\nhorizontal line: goal, vertical: the calibrator's own number; dotted, if on the "
-        "scale: a full sweep on half of the samples, judged by the other half"
+        "regret: mean over K from T/5 to 4T/5; horizontal line: goal, vertical: the calibrator's own number; dotted, if on the "
+        "scale: a full sweep on half of the samples, judged by the other half",
     )
     return figure
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from calibration.scores import DIRECTIONS
 from calibration.statistics import bootstrap_interval, spearman
 from tools.experiments.command import Analysis, Experiment
-from tools.experiments.figures import colour, label, marker, panels
+from tools.experiments.figures import colour, headline, label, marker, panels
 from tools.experiments.study import Study
 
 
@@ -86,9 +86,10 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
                 axes.set_title(label(precision, setting["backend"]))
         row[0].set_ylabel(f"{direction} score")
     samples = len(setting["calibration_prompts"])
-    figure.suptitle(
+    headline(
+        figure,
         f"Change of E by a single step: {setting['denoiser']}, T = {setting['num_steps']}, mean of {samples} samples, "
-        "95 % confidence band, x: zero or less"
+        "95 % confidence band, x: zero or less",
     )
     return figure
 

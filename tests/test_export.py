@@ -211,7 +211,7 @@ def test_a_miscompiled_engine_is_caught(tmp_path: Path, demo_pipeline: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ["_tokenizers", "_text_encoder", "_vae", "_denoisers"])
+@pytest.mark.parametrize("stage", ["_tokenizers", "_text_encoder", "_vae", "_export_denoiser"])
 def test_an_interrupted_build_leaves_nothing(
     stage: str, tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,8 +220,8 @@ def test_an_interrupted_build_leaves_nothing(
 
     monkeypatch.setattr(bundle_build._Build, stage, interrupt)
     monkeypatch.setattr(bundle_build._Build, "_gather", lambda self: ([], []))
-    if stage != "_denoisers":
-        monkeypatch.setattr(bundle_build._Build, "_denoisers", lambda *_: {})
+    if stage != "_export_denoiser":
+        monkeypatch.setattr(bundle_build._Build, "_export_denoiser", lambda *_: list)
     if stage == "_vae":
         monkeypatch.setattr(bundle_build._Build, "_text_encoder", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):

@@ -214,11 +214,12 @@ class _Build:
         sampler_path = self.bundle / "sampler.json"
         atomic_write_text(sampler_path, self.table.to_json())
         source, options = self.source, self.options
-        start_denoisers = self._export_denoiser(range_batches, check_batches)
-        start_denoisers(item for item in options.precisions if not (options.share_weights and item is REFERENCE))
+        # Quick to prepare, slow to compile: where workers compile, they have these while denoisers are quantized.
         texts = self._tokenizers()
         self._text_encoder(texts)
         self._vae(check_batches)
+        start_denoisers = self._export_denoiser(range_batches, check_batches)
+        start_denoisers(item for item in options.precisions if not (options.share_weights and item is REFERENCE))
         if options.share_weights:
             self._wait_for(options.share_weights.value)  # which of its variants is kept
             start_denoisers([REFERENCE])

@@ -6,14 +6,17 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from engines.backends import backend_version
 from engines.bundle import UNIFORM_PREFIX
 from engines.manifest import EngineEntry
 from engines.runtime import Conditioning, DenoiseRuntime
+
+Key = TypeVar("Key", bound=Hashable)
 
 WARM_UP_ROUNDS = 2
 ROUNDS = 15
@@ -29,18 +32,18 @@ class Timing:
 
 
 def interleaved(
-    work: Mapping[str, Callable[[], object]],
+    work: Mapping[Key, Callable[[], object]],
     rounds: int = ROUNDS,
     on_round: Callable[[int, int], None] | None = None,
-) -> dict[str, Timing]:
+) -> dict[Key, Timing]:
     """Times several things in turns, after `WARM_UP_ROUNDS` rounds that are not counted.
 
     Args:
-        work: what to time, by name.
+        work: what to time, by anything that tells it apart.
         rounds: counted rounds.
         on_round: called after every round with (done, total).
     """
-    times: dict[str, list[float]] = {name: [] for name in work}
+    times: dict[Key, list[float]] = {name: [] for name in work}
     for number in range(WARM_UP_ROUNDS + rounds):
         for name, run in work.items():
             begin = time.perf_counter()

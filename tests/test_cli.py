@@ -249,6 +249,7 @@ def test_bench_prints_ratios_of_one_run(demo_bundle: Path, demo_pipeline: Path) 
     assert set(loops) == {"fp16/fp8", "fp16/int8", "fp16/int4"}
     # 2 % where nothing else runs; what would show here is a copy or a reload at every swap.
     assert loops["fp16/int8"]["over_sum_percent"] < 25.0
+    refused("bench", demo_bundle, "--resident-engines", "1", says="a limit on resident engines is for bundles of the")
 
 
 def test_a_schedule_must_fit_the_bundle(demo_bundle: Path, tmp_path: Path) -> None:

@@ -442,6 +442,18 @@ def test_bench_times_the_steps_on_the_device(
     assert result["machine"].startswith(f"{DEVICE}, onnxruntime ")
     assert all(row["median_ms"] > 0 for row in result["rows"])
     assert "25 x MatMulNBits" in result["rows"][3]["runs"]
+    steps = result["loops"][0]["swaps"] + 1
+    assert [(loop["precisions"], loop["resident_engines"]) for loop in result["loops"]] == [
+        (f"fp16/{name}", None) for name in ("fp8", "int8", "int4")
+    ]
+    opened = len(ort.opened)
+    assert main(["bench", str(bundle), "--rounds", "1", "--resident-engines", "1", "--json"]) == 0
+    loops = json.loads(capsys.readouterr().out)["loops"]
+    assert [(loop["swaps"], loop["resident_engines"]) for loop in loops] == [
+        (swaps, limit) for _ in range(3) for limit in (None, 1) for swaps in (steps - 1, 1)
+    ]
+    # With room for one engine every swap of a mixed loop loads one: 3 pairs, 3 timed rounds at least.
+    assert len(ort.opened) - opened > 3 * 3 * (steps - 1)
 
 
 def test_the_command_lines_run_and_inspect_it(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from calibration.latency import ROUNDS, interleaved, machine, runs_on_gpu, step_latencies
-from engines.cli import parse_threads
+from engines.cli import parse_resident_engines, parse_threads
 from engines.errors import TmpDiffError
 from engines.runtime import Conditioning, DenoiseRuntime
 from engines.schedule import Schedule
@@ -22,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", type=Path, metavar="DIR", help="also time this pipeline's denoiser in FP32 torch")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"timed rounds (default {ROUNDS})")
     parser.add_argument("--threads", type=parse_threads, metavar="N", help="worker threads (default: one per core)")
+    parser.add_argument(
+        "--resident-engines",
+        type=parse_resident_engines,
+        metavar="N",
+        help="on a GPU, also time mixed loops with at most N denoiser engines in device memory",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -32,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise ValueError(f"--rounds is {args.rounds}, expected 1 or more")
     with progress_bar() as report:
-        result = bench(args.bundle, args.pipeline, args.rounds, args.threads, report)
+        result = bench(args.bundle, args.pipeline, args.rounds, args.threads, report, args.resident_engines)
     if args.json:
         print_json(result)
         return 0
@@ -44,16 +51,26 @@ def run(args: argparse.Namespace) -> int:
             for row in result["rows"]
         ],
         [
-            f"swapping at every step: {loop['precisions']} loop takes {loop['over_sum_percent']:+.2f} % over the sum of its "
-            f"steps in uniform loops"
+            f"{loop['precisions']}, {loop['swaps']} swaps{_limit_words(loop)}: the loop takes {loop['over_sum_percent']:+.2f} % "
+            "over the sum of its steps in uniform loops"
             for loop in result["loops"]
         ],
     )
     return 0
 
 
+def _limit_words(loop: dict[str, Any]) -> str:
+    limit = loop["resident_engines"]
+    return "" if limit is None else f", at most {limit} engine{'s' * (limit > 1)} resident"
+
+
 def bench(
-    bundle: Path, pipeline: Path | None, rounds: int, threads: int | None, report: Callable[[str, int, int], None]
+    bundle: Path,
+    pipeline: Path | None,
+    rounds: int,
+    threads: int | None,
+    report: Callable[[str, int, int], None],
+    resident_engines: int | None = None,
 ) -> dict[str, Any]:
     """Step latencies and loop overhead of a bundle.
 
@@ -63,12 +80,20 @@ def bench(
         rounds: timed rounds.
         threads: worker threads, None for one per core; torch gets as many.
         report: called with (stage, done, total).
+        resident_engines: on a GPU, a limit under which mixed loops are timed as well; every engine has to fit beside the
+            limited ones.
 
     Returns:
         JSON data: "machine", "rows" (per precision and for torch: median and least ms, speed-up over the
-        FP16 engine, and what the engine runs, in words) and "loops" (whole loops that swap at every step against uniform ones).
+        FP16 engine, and what the engine runs, in words) and "loops" (whole loops that swap at every step, with a limit
+        also once, against uniform ones).
     """
-    with DenoiseRuntime.load(bundle, threads=threads) as runtime:
+    with ExitStack() as opened:
+        runtime = opened.enter_context(DenoiseRuntime.load(bundle, threads=threads))
+        runtimes: dict[int | None, DenoiseRuntime] = {None: runtime}
+        if resident_engines is not None:
+            limited = DenoiseRuntime.load(bundle, threads=threads, resident_engines=resident_engines)
+            runtimes[resident_engines] = opened.enter_context(limited)
         scale = runtime.manifest.sampling.guidance_scale
         conditioning = runtime.encode(["a bench mark"])
         also: dict[str, Callable[[], object]] = {}
@@ -99,38 +124,57 @@ def bench(
         return {
             "machine": machine(runtime, threads),
             "rows": rows,
-            "loops": _loops(runtime, conditioning, rounds, report),
+            "loops": _loops(runtimes, conditioning, rounds, report),
         }
 
 
 def _loops(
-    runtime: DenoiseRuntime, conditioning: Conditioning, rounds: int, report: Callable[[str, int, int], None]
+    runtimes: Mapping[int | None, DenoiseRuntime],
+    conditioning: Conditioning,
+    rounds: int,
+    report: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
-    """Loops that swap engines at every step against what their steps take in uniform loops."""
-    reference, *others = runtime.precisions
-    noise = runtime.noise(range(conditioning.size))
-    steps = runtime.num_steps
+    """Loops that swap engines at every step, with a limit also once, against what their steps take in uniform loops.
+
+    Args:
+        runtimes: of one bundle, by their limit on resident engines; uniform loops run where there is none.
+        conditioning: of all loops.
+        rounds: as of `bench`.
+        report: as of `bench`.
+    """
+    free = runtimes[None]
+    reference, *others = free.precisions
+    noise = free.noise(range(conditioning.size))
+    steps = free.num_steps
     results = []
 
-    def loop(precisions: tuple[str, ...]) -> Callable[[], object]:
+    def loop(runtime: DenoiseRuntime, precisions: tuple[str, ...]) -> Callable[[], object]:
         schedule = Schedule(bundle_id=runtime.manifest.bundle_id, precisions=precisions, origin="bench")
         return lambda: runtime.denoise(conditioning, schedule, noise)
 
     for other in others:
-        mixed = tuple((reference, other)[index % 2] for index in range(steps))
-        work = {"reference": loop((reference,) * steps), "other": loop((other,) * steps), "mixed": loop(mixed)}
+        alternating = tuple((reference, other)[index % 2] for index in range(steps))
+        mixed = {steps - 1: alternating}
+        if len(runtimes) > 1:  # what a limit costs depends on how long a precision stays
+            mixed[1] = tuple(sorted(alternating, key=(reference, other).index))
+        work: dict[Any, Callable[[], object]] = {name: loop(free, (name,) * steps) for name in (reference, other)}
+        for limit, runtime in runtimes.items():
+            work |= {(swaps, limit): loop(runtime, precisions) for swaps, precisions in mixed.items()}
         times = interleaved(work, max(3, rounds // 3), lambda done, total: report("loops", done, total))
-        expected = sum(times["reference" if name == reference else "other"].median_ms / steps for name in mixed)
-        results.append(
-            {
-                "precisions": f"{reference}/{other}",
-                "swaps": steps - 1,
-                "loop_ms": times["mixed"].median_ms,
-                "sum_of_steps_ms": expected,
-                "swap_ms": (times["mixed"].median_ms - expected) / max(steps - 1, 1),
-                "over_sum_percent": (times["mixed"].median_ms / expected - 1.0) * 100.0,
-            }
-        )
+        expected = sum(times[name].median_ms / steps for name in alternating)
+        for swaps, limit in [key for key in work if isinstance(key, tuple)]:
+            taken = times[swaps, limit].median_ms
+            results.append(
+                {
+                    "precisions": f"{reference}/{other}",
+                    "resident_engines": limit,
+                    "swaps": swaps,
+                    "loop_ms": taken,
+                    "sum_of_steps_ms": expected,
+                    "swap_ms": (taken - expected) / max(swaps, 1),
+                    "over_sum_percent": (taken / expected - 1.0) * 100.0,
+                }
+            )
     return results
 
 

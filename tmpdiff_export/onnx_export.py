@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from engines.errors import BuildError
+from tmpdiff_export.sixteen_bit import sixteen_bit_tensors
 
 EXPORT_OPSET = 20
 EXTERNAL_DATA_BYTES = 2_000_000_000
@@ -190,7 +191,7 @@ def _inputs_of(node: onnx.NodeProto) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _half_precision(module: torch.nn.Module) -> Iterator[None]:
-    tensors = [item for item in (*module.parameters(), *module.buffers()) if item.is_floating_point()]
+    tensors = list(sixteen_bit_tensors(module))
     original = [item.data for item in tensors]
     try:
         for item in tensors:

@@ -29,6 +29,7 @@ class QuantizedLinear(torch.nn.Module, ABC):
     ([K] in the layer's 16-bit type, or absent) and `bias` ([N] in that type, or absent).
     """
 
+    float32_buffers = ("weight_scale", "input_scale")
     codes: torch.Tensor
     weight_scale: torch.Tensor
     input_scale: torch.Tensor

@@ -10,6 +10,7 @@ import torch
 from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.scales import QuantizedLayer
+from tmpdiff_export.sixteen_bit import sixteen_bit_tensors
 from tmpdiff_export.torch_fusion import fuse
 from tmpdiff_export.torch_layers import FP8_ALIGNMENT, linear_from
 
@@ -65,14 +66,7 @@ def _has_product(layer: QuantizedLayer) -> bool:
 
 
 def _in_type(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """`module` with every float32 parameter and buffer in `dtype`, but for the scales of quantized layers."""
-    scales = {
-        id(tensor)
-        for layer in module.modules()
-        for name, tensor in layer.named_buffers(recurse=False)
-        if name in ("weight_scale", "input_scale")
-    }
-    for item in (*module.parameters(), *module.buffers()):
-        if item.dtype == torch.float32 and id(item) not in scales:
+    for item in sixteen_bit_tensors(module):
+        if item.dtype == torch.float32:  # others are codes
             item.data = item.data.to(dtype)
     return module

@@ -28,8 +28,13 @@ class FluxDenoiser(torch.nn.Module):
     """`FluxTransformer2DModel` as (latents, timestep, text, pooled text[, guidance]) -> flow prediction.
 
     The pipeline packs 2x2 latents into one token of 4 C channels; here that is done inside, so that latents are
-    [B, C, h, w] as everywhere. Positions depend on the picture's size only: their rotary table is a constant.
+    [B, C, h, w] as everywhere. Positions depend on the picture's size only: their rotary table is a constant, in float32
+    as diffusers rotates.
     """
+
+    float32_buffers = ("cos", "sin")
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, denoiser: torch.nn.Module, rows: int, columns: int) -> None:
         """rows, columns: tokens, that is h / 2 and w / 2."""
@@ -38,8 +43,8 @@ class FluxDenoiser(torch.nn.Module):
         ids = torch.zeros(rows, columns, 3)
         ids[..., 1] += torch.arange(rows)[:, None]
         ids[..., 2] += torch.arange(columns)[None, :]
-        # No buffers: those become FP16 with the weights, and diffusers rotates in FP32.
-        self.cos, self.sin = denoiser.pos_embed(ids.reshape(-1, 3))
+        for name, table in zip(self.float32_buffers, denoiser.pos_embed(ids.reshape(-1, 3)), strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     def forward(
         self,
@@ -50,7 +55,7 @@ class FluxDenoiser(torch.nn.Module):
         guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """latents [B, C, h, w], timestep [B] in 0..1000, text [B, L, D], pooled [B, P], guidance [B] -> [B, C, h, w]."""
-        no_ids = torch.zeros(1, 3)
+        no_ids = torch.zeros(1, 3, device=latents.device)
         with self._exportable(timestep, guidance, encoder_hidden_states.shape[1]):
             tokens = self.denoiser(
                 hidden_states=pack(latents),
@@ -75,8 +80,8 @@ class FluxDenoiser(torch.nn.Module):
         scaled = () if guidance is None else (guidance * TRAIN_TIMESTEPS,)
         size = self.cos.shape[1]
         rotary = (
-            torch.cat([torch.ones(text, size), self.cos]),
-            torch.cat([torch.zeros(text, size), self.sin]),
+            torch.cat([self.cos.new_ones(text, size), self.cos]),
+            torch.cat([self.sin.new_zeros(text, size), self.sin]),
         )
         handles = [
             self.denoiser.time_text_embed.register_forward_pre_hook(lambda _, args: (timestep, *scaled, args[-1])),

@@ -54,6 +54,13 @@ def compile_for_ever(folder: Path) -> None:
         child.wait()
 
 
+def die_compiling(folder: Path) -> None:
+    """Starts a compiler, says so, and is killed."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (folder / f"compiler-{child.pid}").touch()
+    die()
+
+
 @dataclass(frozen=True)
 class Planted:
     """In place of a `PackageTask`: an engine with a planted SQNR, made after `seconds`.

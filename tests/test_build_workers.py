@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from build_tasks import die, fail, plant, seen, slow
+from build_tasks import compile_for_ever, die, die_compiling, fail, plant, seen, slow
 from tiny_pipeline import PROMPTS
 
 from engines.errors import BackendError, BuildError
@@ -97,6 +97,7 @@ def test_a_large_task_on_its_way_does_not_hold_up_the_end() -> None:
 
 SCRIPT = """
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +114,32 @@ if __name__ == "__main__":  # worker processes import this file as well: what is
 
     sys.exit(guarded("script", command))
 """
+
+
+def test_a_worker_that_is_killed_leaves_no_compiler_of_any_worker(tmp_path: Path) -> None:
+    def work() -> None:
+        with open_build_workers(3, None) as pool:
+            pool.submit("int8", partial(compile_for_ever, tmp_path))
+            wait_for(lambda: len(list(tmp_path.glob("compiler-*"))) == 1)
+            killed = pool.submit("fp8", partial(die_compiling, tmp_path))
+            # The executor may learn of a process that it has just started at its next event only.
+            pool.submit("int4", partial(slow, 1.0))
+            killed.result()
+
+    with pytest.raises(BuildError, match="a worker process died while"):
+        work()
+    compilers = [int(path.name.partition("-")[2]) for path in tmp_path.glob("compiler-*")]
+    assert len(compilers) == 2
+    wait_for(
+        lambda: not any(psutil.pid_exists(item) and psutil.Process(item).status() != "zombie" for item in compilers)
+    )
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])

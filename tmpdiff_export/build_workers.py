@@ -35,6 +35,12 @@ class _Environments(Protocol):
     def get(self) -> Mapping[str, str]: ...
 
 
+class _Started(Protocol):
+    """A queue of the process groups of workers."""
+
+    def put(self, group: int) -> None: ...
+
+
 class BuildWorkers:
     """Workers that make engines; from `open_build_workers`."""
 
@@ -94,13 +100,13 @@ def open_build_workers(workers: int, gpus: Sequence[str] | None) -> Iterator[Bui
         BuildError: a worker died.
     """
     context = multiprocessing.get_context("spawn")
-    environments = context.SimpleQueue()
+    environments, started = context.SimpleQueue(), context.SimpleQueue()
     for index in range(workers):
         environments.put({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]})
     ended, alive = context.Pipe(duplex=False)
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     shares = max(threads // workers, 1), max(cores // workers, 1)
-    executor = ProcessPoolExecutor(workers, context, _begin, (ended, environments, threads, *shares))
+    executor = ProcessPoolExecutor(workers, context, _begin, (ended, environments, started, threads, *shares))
     pool = BuildWorkers(executor, workers)
     try:
         yield pool
@@ -111,24 +117,34 @@ def open_build_workers(workers: int, gpus: Sequence[str] | None) -> Iterator[Bui
         ) from error
     finally:
         alive.close()
+        while not started.empty():  # one that was killed cannot end its compilers itself
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.get(), signal.SIGKILL)
         executor.shutdown(cancel_futures=True)
-        ended.close()
-        environments.close()
+        for end in (ended, environments, started):
+            end.close()
 
 
 def _begin(
-    ended: Connection, environments: _Environments, threads: int, thread_share: int, compiler_share: int
+    ended: Connection,
+    environments: _Environments,
+    started: _Started,
+    threads: int,
+    thread_share: int,
+    compiler_share: int,
 ) -> None:
     """What a worker does first.
 
     Args:
         ended: a pipe that nothing is written to; its other end closes when the workers have to go.
         environments: one for each worker; set before anything asks for a GPU.
+        started: told the process group that the worker makes for itself.
         threads: what CPU packages are compiled for, as in a build without workers.
         thread_share: of torch, in this process.
         compiler_share: processes that compile GPU kernels for this one, unless the user has set them.
     """
     os.setpgrp()  # with its compilers: a terminal's Ctrl-C is for the build, which ends the whole group
+    started.put(os.getpid())
     Thread(target=_end_with, args=(ended,), daemon=True).start()
     os.environ.update(environments.get())
     # Locks that a library makes (tqdm does) then leave nothing behind to be cleaned up, and warned of, when this is killed.

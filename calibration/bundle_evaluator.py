@@ -55,6 +55,9 @@ class BundleEvaluator:
         """`step` of several samples, all at the same step, in one engine call and one sampler update.
 
         Equal to `step` of each but for what the engine's rounding owes to the size of its batch.
+
+        Raises:
+            ValueError: the states stand at different steps.
         """
         together = stacked(states)
         after = self._runtime.step(together, precision, self._batch(tuple(samples)), self._guidance_scale)

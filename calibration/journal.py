@@ -102,7 +102,11 @@ class Journal:
         return self._entries[name]
 
     def record_all(self, measured: Mapping[str, Entry]) -> None:
-        """`record` for several measurements that were taken together: synced to disk once."""
+        """`record` for several measurements that were taken together: synced to disk once.
+
+        Raises:
+            ValueError: a name is recorded already.
+        """
         for name in measured:
             if name in self._entries:
                 raise ValueError(f"measurement {name!r} is recorded already; names are used once")

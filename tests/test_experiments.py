@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,21 @@ from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_cap
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6
 UNSEEN = ("a large yellow ring", "a tiny white square at the top")
+
+
+@pytest.mark.parametrize(
+    ("batch", "scale", "embeds_guidance", "expected"),
+    [(16, 4.5, False, 8), (16, 1.0, False, 16), (16, 4.5, True, 16), (1, 4.5, False, 1), (None, 4.5, False, 1)],
+)
+def test_a_call_takes_as_many_pictures_as_the_reference_is_compiled_for(
+    batch: int | None, scale: float, embeds_guidance: bool, expected: int
+) -> None:
+    from tools.experiments.study import pictures_per_call
+
+    entries = {"fp16": SimpleNamespace(package=batch and SimpleNamespace(batch=batch)), "int8": None}
+    manifest = SimpleNamespace(denoisers=entries, embeds_guidance=embeds_guidance)
+    runtime: Any = SimpleNamespace(precisions=("fp16", "int8"), manifest=manifest)
+    assert pictures_per_call(runtime, scale) == expected
 
 
 # statistics

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import torch
 
-from engines.errors import BuildError
+from engines.errors import BuildError, TmpDiffError
 from engines.manifest import EngineEntry
 
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
@@ -58,7 +58,7 @@ class BuildWorkers:
 
         Raises:
             BuildError: the task cannot travel.
-            TmpDiffError: what an earlier task raised.
+            TmpDiffError: what an earlier task raised; a BuildError that names its engine where that was another error.
             BrokenProcessPool: a worker died; `open_build_workers` makes a BuildError of it.
         """
         try:
@@ -72,7 +72,7 @@ class BuildWorkers:
             for made in wait(running, return_when=FIRST_COMPLETED).done:
                 made.result()
         with _no_interrupts_inherited():
-            made = self._executor.submit(_perform, data)
+            made = self._executor.submit(_perform, name, data)
         self._submitted[made] = name
         return made
 
@@ -163,8 +163,14 @@ def _end_with(ended: Connection) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _perform(data: bytes) -> EngineEntry:
-    entry: EngineEntry = pickle.loads(data)()
+def _perform(name: str, data: bytes) -> EngineEntry:
+    try:
+        entry: EngineEntry = pickle.loads(data)()
+    except TmpDiffError:
+        raise
+    except Exception as error:  # whatever somebody else's model may raise: here its engine is still known
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BuildError(f"{name}: a worker process failed: {type(error).__name__}: {first}") from error
     return entry
 
 

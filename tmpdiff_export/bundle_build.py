@@ -291,10 +291,12 @@ class _Build:
     def _wait_for(self, *names: str) -> None:
         """Waits until these engines are finished; the first failure of any engine is raised."""
         total = len(self.options.precisions) + 2
+        self._finish_ready()
         while any(name in self.started for name in names):
             self.report("finish engines", len(self.built), total)
             pending = [entry for engine in self.started.values() for entry in engine.entries if not entry.done()]
-            wait(pending, return_when=FIRST_COMPLETED)
+            if pending:
+                wait(pending, return_when=FIRST_COMPLETED)
             self._finish_ready()
 
     def _export_denoiser(

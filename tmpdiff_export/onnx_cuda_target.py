@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ class OnnxCudaTarget:
             weights=file_entry(folder, data_file(path)) if weights.exists() else None,
             backend=self.backend,
             backend_version=version(),
-            device=f"{self._gpu.architecture} {self._gpu.name}",
+            device=self._gpu.described,
             lowering={},
             onnx_sha256=sha256_file(job.onnx_file),
             recipe=job.recipe,
@@ -115,8 +116,6 @@ def _try(gpu: Gpu) -> None:
     Raises:
         BackendError: the provider cannot start, or cannot compute.
     """
-    from contextlib import closing
-
     from engines.backends.onnxruntime_cuda.host import onnxruntime_cuda_host
 
     half = TensorProto.FLOAT16
@@ -133,7 +132,7 @@ def _try(gpu: Gpu) -> None:
             file=file,
             backend=OnnxCudaTarget.backend,
             backend_version=version(),
-            device=f"{gpu.architecture} {gpu.name}",
+            device=gpu.described,
             lowering={},
             onnx_sha256=file.sha256,
             recipe="none",

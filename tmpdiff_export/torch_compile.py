@@ -102,6 +102,7 @@ def compile_package(
 
     Raises:
         BuildError: torch cannot export or compile the module.
+        torch.OutOfMemoryError: as named.
     """
     with safe_open(weights, framework="pt") as file:
         names = sorted(file.keys())
@@ -114,6 +115,8 @@ def compile_package(
             program = torch.export.export(call, arguments, strict=False)
             shapes = tuple(tuple(item.shape) for item in call(*arguments))
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler of somebody else's model may raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BuildError(f"torch cannot compile {package.stem}: {type(error).__name__}: {first}") from error

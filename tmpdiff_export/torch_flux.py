@@ -42,7 +42,11 @@ class RotaryProcessor:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As the processor it replaces: [B, S, C] and, in blocks that have it, text [B, S1, C] -> the same."""
+        """As the processor it replaces: [B, S, C] and, in blocks that have it, text [B, S1, C] -> the same.
+
+        Raises:
+            ValueError: there is an attention mask, or no rotary table.
+        """
         if attention_mask is not None or image_rotary_emb is None:
             raise ValueError("expected no attention mask, and a rotary table: FLUX.1 has none, and one")
         query, key, value = (_heads(attn, layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v))

@@ -64,9 +64,19 @@ class PackageTask:
         """Writes the package beside the weights, and measures it.
 
         Raises:
-            BuildError: torch cannot compile the module, or this process sees a GPU of another kind.
+            BuildError: torch cannot compile the module or the GPU's memory does not suffice, or this process sees a GPU of
+                another kind.
             BackendError: the package cannot be loaded.
         """
+        try:
+            return self._make()
+        except torch.OutOfMemoryError as error:
+            raise BuildError(
+                f"{self.name}: the GPU's memory does not suffice to compile and measure it; use fewer --workers, or end "
+                "other processes on the GPU"
+            ) from error
+
+    def _make(self) -> EngineEntry:
         if self.device != "cpu":
             self._require_gpu()
         package = self.folder / "engines" / f"{self.name}.pt2"

@@ -47,7 +47,7 @@ def _gelu_codes(  # type: ignore[no-untyped-def]
     if SMOOTH:
         data = data * tl.load(smoothing + column, mask=inside, other=0.0).to(tl.float32)
     data = data * tl.div_rn(1.0, tl.load(scale))
-    data = tl.clamp(data, LIMIT_LOW, LIMIT_HIGH)
+    data = tl.clamp(data, LIMIT_LOW, LIMIT_HIGH, propagate_nan=tl.PropagateNan.ALL)
     if ROUND:  # to even: 1.5 2^23 leaves no bits behind the point, and the code in the lowest byte
         data = (data + 12582912.0).to(tl.int32, bitcast=True)
     target = result + row * (first_columns + second_columns)

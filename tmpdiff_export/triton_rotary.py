@@ -51,7 +51,7 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
     turned = tl.join(real * turn - imaginary * lean, imaginary * turn + real * lean)
     turned = tl.reshape(turned, (LANES, SIZE))
     if LIMIT is not None:
-        turned = tl.clamp(turned, -LIMIT, LIMIT)
+        turned = tl.clamp(turned, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     target = result + (sample * tokens + token) * HEADS * SIZE
     tl.store(target + at, turned.to(result.dtype.element_ty), mask=inside)
 

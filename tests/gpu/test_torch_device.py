@@ -109,14 +109,14 @@ def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
     generator = torch.Generator().manual_seed(rows)
     parts = [torch.randn(rows, width, generator=generator).mul(2.0).half() for width in (first, second)]
     factors = torch.rand(first + second, generator=generator).add(0.5).half() if smoothing else None
-    kind, scale = getattr(torch, dtype), torch.tensor(0.03)
+    kind, scale = getattr(torch, dtype), torch.tensor(0.03 if dtype == "int8" else 0.01)
     joined = torch.cat([parts[0].float(), F.gelu(parts[1].float(), approximate="tanh")], dim=1)
     limits = (-448.0, 448.0) if kind is torch.float8_e4m3fn else (-128.0, 127.0)
     expected = (joined * (1.0 if factors is None else factors.float()) / scale).clamp(*limits)
     call = torch.compile(gelu_codes, fullgraph=True, dynamic=False) if compiled else gelu_codes
     cuda = [None if item is None else item.cuda() for item in (*parts, scale, factors)]
     found = call(*cuda, kind).float().cpu()
-    assert expected.max() == limits[1] or dtype == "float8_e4m3fn"  # some saturate
+    assert expected.max() == limits[1]  # some saturate
     step = 0.501 if kind is torch.int8 else 2.0**-4 * 1.001 * expected.abs() + 2.0**-10
     assert ((found - expected).abs() <= step).all()
 

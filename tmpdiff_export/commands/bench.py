@@ -155,7 +155,7 @@ def _loops(
     for other in others:
         alternating = tuple((reference, other)[index % 2] for index in range(steps))
         mixed = {steps - 1: alternating}
-        if len(runtimes) > 1:  # what a limit costs depends on how long a precision stays
+        if len(runtimes) > 1 and steps > 1:  # what a limit costs depends on how long a precision stays
             mixed[1] = tuple(sorted(alternating, key=(reference, other).index))
         work: dict[Any, Callable[[], object]] = {name: loop(free, (name,) * steps) for name in (reference, other)}
         for limit, runtime in runtimes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,6 @@ def rounded(data: Any) -> Any:
 
 
 def error_text(error: BaseException) -> str:
-    """Type and message of an error on one line of bearable length."""
-    text = " ".join(str(error).split())
+    """Type and message of an error on one line of bearable length; of files their names, not where they lie."""
+    text = re.sub(r"(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:600]}"

@@ -185,8 +185,7 @@ def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:
     """
     if gpu.architecture != entry.device.split()[0]:
         raise BackendError(
-            f"engine {name} was built for {entry.device}; this GPU is {gpu.architecture} {gpu.name}; "
-            "build the bundle on such a GPU"
+            f"engine {name} was built for {entry.device}; this GPU is {gpu.described}; build the bundle on such a GPU"
         )
 
 

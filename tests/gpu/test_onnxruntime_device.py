@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_denoiser import TEXT, denoiser, loop_inputs, make_loop
 
 from engines.errors import BackendError
 from engines.files import sha256_bytes
-from engines.loop import Loop, host_loop
+from engines.loop import host_loop
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
-from engines.sampler import SamplerRow, SamplerTable
 
 
 def missing() -> str | None:
@@ -37,9 +37,6 @@ def missing() -> str | None:
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
-TEXT = "encoder_hidden_states"
-SHAPE = (4, 16, 16)
-WIDTH = 256
 PRECISIONS = ("fp16", "fp8", "int8", "int4")
 FLOOR_DB = {"fp16": 50.0, "fp8": 24.0, "int8": 28.0, "int4": 18.0}
 Engines = dict[str, tuple[EngineEntry, Path]]
@@ -223,33 +220,6 @@ def test_another_gpu_and_files_that_are_no_graphs_are_refused(host: Any, engines
         host.engine("none").run(loop_inputs(2))
 
 
-def denoiser() -> Any:
-    """float32, on the CPU; the same at every call."""
-    import torch
-
-    class Denoiser(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inside = torch.nn.Linear(SHAPE[0], WIDTH)
-            self.q, self.k, self.v = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
-            self.wide, self.narrow = torch.nn.Linear(WIDTH, 4 * WIDTH), torch.nn.Linear(4 * WIDTH, WIDTH)
-            self.outside = torch.nn.Linear(WIDTH, SHAPE[0])
-            self.norm = torch.nn.LayerNorm(WIDTH)
-
-        def forward(self, latents: Any, timestep: Any, text: Any) -> Any:
-            tokens = self.inside(latents.flatten(2).transpose(1, 2))
-            tokens = tokens + torch.sin(timestep / 100.0).to(tokens.dtype)[:, None, None]
-            whole = torch.cat([tokens, text], dim=1)
-            q, k, v = (layer(whole).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            whole = self.norm(whole + mixed)
-            whole = whole + self.narrow(torch.nn.functional.gelu(self.wide(whole)))
-            return self.outside(whole[:, : tokens.shape[1]]).transpose(1, 2).unflatten(2, SHAPE[1:])
-
-    torch.manual_seed(11)
-    return Denoiser().eval()
-
-
 def made(target: Any, folder: Path, name: str) -> tuple[EngineEntry, Path]:
     """The engine of a precision as `target` makes it."""
     import torch
@@ -311,35 +281,3 @@ def saved(graph: Any, path: Path) -> tuple[EngineEntry, Path]:
         outputs=tensor_specs(graph.output),
     )
     return entry, path
-
-
-def loop_inputs(rows: int) -> dict[str, np.ndarray]:
-    """Inputs of the denoiser, every row its own."""
-    rng = np.random.default_rng(rows)
-    return {
-        LATENTS: rng.standard_normal((rows, *SHAPE), dtype=np.float32),
-        TIMESTEP: np.full(rows, 500.0, np.float32),
-        TEXT: rng.standard_normal((rows, 16, WIDTH), dtype=np.float32),
-    }
-
-
-def make_loop(
-    steps: int,
-    samples: int,
-    guidance_scale: float,
-    precisions: tuple[str, ...],
-    seconds: dict[str, list[float]] | None = None,
-) -> Loop:
-    """A loop with a two-step sampler, as DPM-Solver++ makes it."""
-    rows = [SamplerRow(((k, 0.9),), ((k - 1, -0.03), (k, -0.11)) if k else ((k, -0.1),)) for k in range(steps)]
-    timesteps, scales = np.linspace(999.0, 1.0, steps), np.linspace(1.0, 0.7, steps)
-    table = SamplerTable("stand-in", steps, timesteps, None, 1.25, scales, tuple(rows))
-    inputs = loop_inputs((2 if guidance_scale > 1.0 else 1) * samples)
-    return Loop(
-        table,
-        tuple(precisions[k % len(precisions)] for k in range(steps)),
-        {TEXT: inputs[TEXT]},
-        np.random.default_rng(7).standard_normal((samples, *SHAPE), dtype=np.float32),
-        guidance_scale,
-        None if seconds is None else lambda _index, name, elapsed: seconds[name].append(elapsed),
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -16,13 +15,12 @@ from onnx import TensorProto, helper
 from engines.backends.cuda.gpu import Gpu
 from engines.backends.onnxruntime import version
 from engines.backends.onnxruntime_cuda.provider import require_provider
-from engines.backends.tensorrt.plan_store import data_file
 from engines.errors import BackendError, BuildError
-from engines.files import sha256_file
 from engines.manifest import EngineEntry
 from engines.precision import Precision
 from tmpdiff_export.accuracy import engine_sqnr_db
 from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.exported_graph import copy_graph
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 
@@ -64,26 +62,7 @@ class OnnxCudaTarget:
         """Copies the graph, loads it as the runtime would and measures its SQNR; see `Target.make`."""
         from engines.backends.onnxruntime_cuda.host import onnxruntime_cuda_host  # which needs cuda-bindings
 
-        path = folder / "engines" / f"{job.name}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(job.onnx_file, path)
-        weights = data_file(job.onnx_file)
-        if weights.exists():
-            shutil.copyfile(weights, data_file(path))
-        entry = EngineEntry(
-            file=file_entry(folder, path),
-            weights=file_entry(folder, data_file(path)) if weights.exists() else None,
-            backend=self.backend,
-            backend_version=version(),
-            device=self._gpu.described,
-            lowering={},
-            onnx_sha256=sha256_file(job.onnx_file),
-            recipe=job.recipe,
-            sqnr_db=0.0,
-            sqnr_floor_db=job.floor_db,
-            inputs=tensor_specs(job.graph.graph.input),
-            outputs=tensor_specs(job.graph.graph.output),
-        )
+        path, entry = copy_graph(job, folder, backend=self.backend, version=version(), device=self._gpu.described)
         check = job.check
         with tempfile.TemporaryDirectory(prefix=".optimized-", dir=path.parent) as scratch:
             optimized = Path(scratch) / "optimized.onnx"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -40,12 +41,11 @@ UNSEEN = ("a large yellow ring", "a tiny white square at the top")
 def test_a_call_takes_as_many_pictures_as_the_reference_is_compiled_for(
     batch: int | None, scale: float, embeds_guidance: bool, expected: int
 ) -> None:
-    from tools.experiments.study import pictures_per_call
-
+    study = importlib.import_module("tools.experiments.study")  # tests import tools at run time only
     entries = {"fp16": SimpleNamespace(package=batch and SimpleNamespace(batch=batch)), "int8": None}
     manifest = SimpleNamespace(denoisers=entries, embeds_guidance=embeds_guidance)
     runtime: Any = SimpleNamespace(precisions=("fp16", "int8"), manifest=manifest)
-    assert pictures_per_call(runtime, scale) == expected
+    assert study.pictures_per_call(runtime, scale) == expected
 
 
 # statistics

@@ -228,7 +228,9 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
             )  # fmt: skip
     for row, words in enumerate(("E", "1 - SSIM", "PSNR, dB")):
         rows[row][0].set_ylabel(words)
-    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, 3 * len(findings) - 1))
+    figure.legend(
+        *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, 3 * len(findings) - 1)
+    )
     headline(
         figure,
         f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['validation_prompts'])} unseen samples; band: "

@@ -19,6 +19,7 @@ import pytest
 from fakes import fake_kernels  # noqa: F401  (registers the kernels)
 from fakes.fake_ort_cuda import FakeOrtCuda
 from fakes.install import Fakes, install
+from small_loops import loop_of, same_bits, schedule
 from small_plans import CHANNELS, SIDE, TOKENS, WIDTH, SmallModel, denoiser, embedder, table
 from tiny_pipeline import PROMPTS
 
@@ -30,7 +31,6 @@ from engines.loop import Loop, host_loop
 from engines.manifest import EngineEntry, FileEntry
 from engines.precision import DEFAULT_PRECISIONS, Precision
 from engines.runtime import DenoiseRuntime
-from engines.sampler import SamplerTable
 
 SEEDS = {"fp16": 0, "fp8": 1, "int8": 2, "int4": 3}
 DEVICE = "sm90 Fake H200"
@@ -88,28 +88,6 @@ def saved(small: SmallModel, path: Path, **changed: Any) -> tuple[EngineEntry, P
         outputs=small.outputs,
     )
     return entry.model_copy(update=changed), path
-
-
-def loop_of(
-    sampler: SamplerTable, precisions: tuple[str, ...], *, samples: int = 2, guidance_scale: float = 4.5
-) -> Loop:
-    random = np.random.default_rng(5)
-    batch = 2 * samples if guidance_scale > 1 else samples
-    return Loop(
-        table=sampler,
-        precisions=precisions,
-        conditioning={"hidden_states": random.standard_normal((batch, TOKENS, WIDTH)).astype(np.float32)},
-        noise=random.standard_normal((samples, CHANNELS, SIDE, SIDE)).astype(np.float32),
-        guidance_scale=guidance_scale,
-    )
-
-
-def schedule(pattern: str) -> tuple[str, ...]:
-    return tuple({"h": "fp16", "8": "fp8", "i": "int8", "4": "int4"}[letter] for letter in pattern)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def inputs_of(rows: int) -> dict[str, np.ndarray]:
@@ -440,6 +418,7 @@ def test_bench_times_the_steps_on_the_device(
     result = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["rows"]] == ["fp16", "fp8", "int8", "int4"]
     assert result["machine"].startswith(f"{DEVICE}, onnxruntime ")
+    assert result["batch"] == 2  # guidance
     assert all(row["median_ms"] > 0 for row in result["rows"])
     assert "25 x MatMulNBits" in result["rows"][3]["runs"]
     steps = result["loops"][0]["swaps"] + 1

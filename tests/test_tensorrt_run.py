@@ -16,12 +16,12 @@ import pytest
 from fakes import fake_kernels  # noqa: F401  (registers the kernels)
 from fakes.cuda_enums import CUresult, cudaError_t
 from fakes.install import Fakes, install
+from small_loops import loop_of, same_bits, schedule
 from small_plans import CHANNELS, SIDE, TOKENS, WIDTH, denoiser, embedder, entry, table
 
 from engines.errors import BackendError
 from engines.files import sha256_file
 from engines.loop import Loop, host_loop
-from engines.sampler import SamplerTable
 
 BACKEND = Path(__file__).parent.parent / "engines" / "backends" / "cuda"
 SEEDS = {"fp16": 0, "fp8": 1, "int8": 2, "int4": 3}
@@ -56,29 +56,6 @@ def opened(fakes: Fakes, tmp_path: Path) -> Iterator[Opened]:
         host.close()
         host.close()
     assert fakes.cuda.leaks() == []
-
-
-def loop_of(
-    sampler: SamplerTable, precisions: tuple[str, ...], *, samples: int = 2, guidance_scale: float = 4.5, **options: Any
-) -> Loop:
-    random = np.random.default_rng(5)
-    batch = 2 * samples if guidance_scale > 1 else samples
-    return Loop(
-        table=sampler,
-        precisions=precisions,
-        conditioning={"hidden_states": random.standard_normal((batch, TOKENS, WIDTH)).astype(np.float32)},
-        noise=random.standard_normal((samples, CHANNELS, SIDE, SIDE)).astype(np.float32),
-        guidance_scale=guidance_scale,
-        **options,
-    )
-
-
-def schedule(pattern: str) -> tuple[str, ...]:
-    return tuple({"h": "fp16", "8": "fp8", "i": "int8", "4": "int4"}[letter] for letter in pattern)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 # The loop

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from engines.engine import Engine
 from engines.loop import Loop
-from engines.manifest import LATENTS, TIMESTEP
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
 from engines.sampler import SamplerRow, SamplerTable
 
 TEXT = "encoder_hidden_states"
@@ -72,3 +73,16 @@ def make_loop(
         guidance_scale,
         None if seconds is None else lambda _index, name, elapsed: seconds[name].append(elapsed),
     )
+
+
+def require_agreement(engine: Engine, rows: int, floor_db: float) -> None:
+    """Compares a call of `rows` rows with FP32 torch."""
+    import torch
+
+    inputs = loop_inputs(rows)
+    found = engine.run(inputs)[MODEL_OUTPUT]
+    with torch.inference_mode():
+        expected = denoiser()(*(torch.from_numpy(inputs[key]) for key in (LATENTS, TIMESTEP, TEXT))).numpy()
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    assert -10 * np.log10(np.square(found - expected).sum() / np.square(expected).sum()) > floor_db

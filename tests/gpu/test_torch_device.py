@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_denoiser import SHAPE, TEXT, WIDTH, denoiser, loop_inputs, make_loop
+from small_denoiser import SHAPE, TEXT, WIDTH, denoiser, loop_inputs, make_loop, require_agreement
 
 from engines.errors import BackendError
 from engines.files import sha256_bytes
@@ -154,15 +154,7 @@ def host(packages: dict[str, tuple[EngineEntry, Path]]) -> Iterator[Any]:
 @pytest.mark.parametrize("name", PRECISIONS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 6])
 def test_packages_agree_with_fp32_torch_at_any_batch(host: Any, name: str, rows: int) -> None:
-    import torch
-
-    inputs = loop_inputs(rows)
-    found = host.engine(name).run(inputs)[MODEL_OUTPUT]
-    with torch.inference_mode():
-        expected = denoiser()(*(torch.from_numpy(inputs[key]) for key in (LATENTS, TIMESTEP, TEXT))).numpy()
-    assert found.dtype == np.float32
-    assert found.shape == expected.shape
-    assert -10 * np.log10(np.square(found - expected).sum() / np.square(expected).sum()) > FLOOR_DB[name]
+    require_agreement(host.engine(name), rows, FLOOR_DB[name])
 
 
 @pytest.mark.parametrize("guidance_scale", [4.5, 1.0])

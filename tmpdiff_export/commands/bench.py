@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
         return 0
     print_table(
-        f"One denoiser step, batch 2 (guidance), {result['machine']}",
+        f"One denoiser step, batch {result['batch']}, {result['machine']}",
         ["what", "median ms", "min ms", "speed-up over FP16", ""],
         [
             [row["name"], f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}", f"{row['speedup']:.2f}", row["remark"]]
@@ -84,9 +84,9 @@ def bench(
             limited ones.
 
     Returns:
-        JSON data: "machine", "rows" (per precision and for torch: median and least ms, speed-up over the
-        FP16 engine, and what the engine runs, in words) and "loops" (whole loops that swap at every step, with a limit
-        also once, against uniform ones).
+        JSON data: "machine", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for torch: median
+        and least ms, speed-up over the FP16 engine, and what the engine runs, in words) and "loops" (whole loops that
+        swap at every step, with a limit also once, against uniform ones).
     """
     with ExitStack() as opened:
         runtime = opened.enter_context(DenoiseRuntime.load(bundle, threads=threads))
@@ -123,6 +123,7 @@ def bench(
             )
         return {
             "machine": machine(runtime, threads),
+            "batch": len(next(iter(conditioning.batch(scale).values()))),
             "rows": rows,
             "loops": _loops(runtimes, conditioning, rounds, report),
         }

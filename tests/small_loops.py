@@ -1,0 +1,34 @@
+"""Loops over the small denoisers of `small_plans`, for tests of several backends' device loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from small_plans import CHANNELS, SIDE, TOKENS, WIDTH
+
+from engines.loop import Loop
+from engines.sampler import SamplerTable
+
+
+def loop_of(
+    sampler: SamplerTable, precisions: tuple[str, ...], *, samples: int = 2, guidance_scale: float = 4.5, **options: Any
+) -> Loop:
+    random = np.random.default_rng(5)
+    batch = 2 * samples if guidance_scale > 1 else samples
+    return Loop(
+        table=sampler,
+        precisions=precisions,
+        conditioning={"hidden_states": random.standard_normal((batch, TOKENS, WIDTH)).astype(np.float32)},
+        noise=random.standard_normal((samples, CHANNELS, SIDE, SIDE)).astype(np.float32),
+        guidance_scale=guidance_scale,
+        **options,
+    )
+
+
+def schedule(pattern: str) -> tuple[str, ...]:
+    return tuple({"h": "fp16", "8": "fp8", "i": "int8", "4": "int4"}[letter] for letter in pattern)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

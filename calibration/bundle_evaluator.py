@@ -77,3 +77,12 @@ class BundleEvaluator:
     def key(self) -> str:
         """Digest of the bundle, the prompts, the seed and the guidance scale."""
         return self._key
+
+
+def samples_per_call(runtime: DenoiseRuntime, guidance_scale: float) -> int:
+    """How many samples one call of the denoisers is compiled for; 1 where fewer rows take less time."""
+    package = runtime.manifest.denoisers[runtime.precisions[0]].package
+    if package is None:
+        return 1
+    guided = guidance_scale > 1.0 and not runtime.manifest.embeds_guidance
+    return max(1, package.batch // (2 if guided else 1))

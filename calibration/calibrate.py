@@ -27,7 +27,7 @@ from calibration.carried import CarriedScores, checked_curves
 from calibration.costs import NO_COSTS, AllocationCosts
 from calibration.evaluator import Evaluator
 from calibration.journal import Journal
-from calibration.measurements import Decode, Measurements, mean
+from calibration.measurements import Decode, Measurements, level, mean
 from calibration.metrics import psnr_db
 from calibration.pool import Pool
 from calibration.quality import QualityBudget, fastest_meeting
@@ -283,7 +283,7 @@ def _uniform_errors(
             samples.append(measurements.uniform_error(precision, sample)["error"])
             done += 1
             report(done, total)
-        errors[precision] = mean(samples)
+        errors[precision] = level(samples)
     return errors
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.bisection import Search
-from calibration.measurements import Measurements, mean
+from calibration.measurements import Measurements, level
 from calibration.scores import DIRECTIONS, Direction, ScoreCurve
 from calibration.sensitivity import CheckRecord, Sensitivity, TransferRecord
 from calibration.transfer import MAX_SCATTER, StepAxis, TransferError, carry, check_steps, compare
@@ -97,8 +97,8 @@ def checked_curves(
     checks: list[CheckRecord] = []
     for precision in precisions[1:]:
         curve, check = _checked(measurements, precision, carried.curves["downcast", precision], on_check)
-        level = mean([measurements.uniform_error(precision, s)["error"] for s in range(measurements.num_samples)])
-        upcast = carried.curves["upcast", precision] * level
+        uniform = [measurements.uniform_error(precision, s)["error"] for s in range(measurements.num_samples)]
+        upcast = carried.curves["upcast", precision] * level(uniform)
         nothing = np.zeros(len(upcast), dtype=bool)
         curves += [curve, ScoreCurve(precision, "upcast", Search(upcast, nothing, (), True))]
         checks.append(check)
@@ -120,7 +120,7 @@ def _checked(
             if on_check:
                 done = len(measured) * len(samples) + len(errors)
                 on_check(f"check {precision}", done, len(steps) * len(samples))
-        measured.append(mean(errors))
+        measured.append(level(errors))
     picked = list(steps)
     comparison = compare(carried[picked], np.array(measured))
     check = CheckRecord(

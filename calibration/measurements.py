@@ -10,7 +10,7 @@ import numpy as np
 
 from calibration.evaluator import CountingEvaluator, Evaluator, State
 from calibration.journal import Entry, Journal
-from calibration.metrics import picture_mse, picture_ssim, relative_error
+from calibration.metrics import limited, picture_mse, picture_ssim, relative_error
 from calibration.pool import Outcome, Pool, Request
 from engines.errors import TmpDiffError
 
@@ -275,3 +275,8 @@ def picture_errors(picture: np.ndarray, reference: np.ndarray) -> dict[str, floa
 def mean(values: Sequence[float]) -> float:
     """Mean of an exactly rounded sum: does not depend on the order of the values."""
     return math.fsum(values) / len(values)
+
+
+def level(errors: Sequence[float]) -> float:
+    """Mean of E over samples, `calibration.metrics.limited`: what scores and predictions are made of."""
+    return mean(limited(np.array(errors)).tolist())

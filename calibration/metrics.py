@@ -28,6 +28,27 @@ def relative_error(latents: np.ndarray, reference: np.ndarray) -> float:
     return float(np.sum((np.asarray(latents, dtype=np.float64) - exact) ** 2)) / power
 
 
+LIMIT_MEDIANS = 10.0
+"""A run this many times further from the reference than half of the samples has left for another picture."""
+
+
+def limited(errors: np.ndarray) -> np.ndarray:
+    """E of samples, none counting for more than `LIMIT_MEDIANS` medians: for means that one sample does not decide.
+
+    Now and then a small error sends a run to another picture altogether. Its E is then near 1 whatever the error was,
+    hundreds of times that of the other samples, and errors of different steps no longer add up: what scores say about
+    all others would drown in it. Winsorizing by the median (Tukey's term) leaves everything else as it is.
+
+    Args:
+        errors: float64 [S, ...], non-negative; samples along the first axis.
+
+    Returns:
+        The same shape. Where the median is 0, nothing is limited.
+    """
+    medians = np.median(errors, axis=0)
+    return np.minimum(errors, np.where(medians > 0, LIMIT_MEDIANS * medians, np.inf))
+
+
 def picture_ssim(picture: np.ndarray, reference: np.ndarray) -> float:
     """Structural similarity (scikit-image's defaults) of two pictures, uint8 [H, W, 3], at least 7x7."""
     _check_pictures(picture, reference)

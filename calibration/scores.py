@@ -1,6 +1,7 @@
 """Downcast and upcast scores of every step, and what they predict for a schedule.
 
-E is the relative squared error of the final latents, a mean over the calibration samples.
+E is the relative squared error of the final latents, a mean over the calibration samples in which none counts for more
+than ten medians (`calibration.metrics.limited`).
 
 - Downcast d[i, p]: E of the reference run with only step i at p.
 - Upcast u[i, p]: E(all p) - E(all p but step i at the reference).
@@ -38,7 +39,7 @@ from typing import Literal
 import numpy as np
 
 from calibration.bisection import Search, adaptive_bisection, default_evaluations, full_sweep
-from calibration.measurements import Measurements, mean
+from calibration.measurements import Measurements, level
 
 METHODS = ("bisection", "sweep")
 Direction = Literal["downcast", "upcast"]
@@ -106,19 +107,18 @@ def measure_scores(
 
     def evaluate(step_index: int) -> float:
         nonlocal done
-        scores = []
+        errors = []
         reference = measurements.reference
         base, changed = (reference, precision) if direction == "downcast" else (precision, reference)
         measurements.expect_changed(base, step_index, changed)
         for sample in samples:
-            score = measurements.changed_error(base, step_index, changed, sample)
-            if direction == "upcast":
-                score = measurements.uniform_error(precision, sample)["error"] - score
-            scores.append(score)
+            errors.append(measurements.changed_error(base, step_index, changed, sample))
             done += 1
             if on_evaluation:
                 on_evaluation(done, min(evaluations, num_steps) * len(samples))
-        return mean(scores)
+        if direction == "downcast":
+            return level(errors)
+        return level([measurements.uniform_error(precision, sample)["error"] for sample in samples]) - level(errors)
 
     search: Callable[[Callable[[int], float], int], Search] = full_sweep
     if method == "bisection":

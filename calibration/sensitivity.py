@@ -88,7 +88,7 @@ class ValidationRow(_Record):
         schedules: the schedules run: one, or every draw of a random baseline (the figures are their mean).
         counts: steps per precision.
         latency: mean step latency relative to the reference, from the measured step latencies.
-        error: E on the validation samples.
+        error: E on the validation samples, their plain mean.
         error_spread: standard deviation of E over draws, None for a single schedule.
         sample_errors: E of every validation sample, a mean over draws; empty in documents that lack it.
         ssim: mean structural similarity to the reference's pictures, None without a decoder.
@@ -203,7 +203,8 @@ class Sensitivity(_Record):
         latencies_ms: measured step latency by precision, as given to `calibrate`.
         swap_ms: "before after" -> ms that a change of precision was charged, where any was.
         max_engines: most distinct precisions that a schedule was allowed, None for any number.
-        uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference.
+        uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference; scores, fit and predictions
+            are limited means like these (`calibration.metrics.limited`).
         calls: denoiser calls by stage and precision, everything included.
         search_calls: those spent on scores; `sweep_calls` is what full sweeps would take instead.
         predictor: the predictor that allocation used; `fit` has its figures and those of the others.

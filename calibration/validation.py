@@ -12,7 +12,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from calibration import baselines
 from calibration.costs import NO_COSTS, AllocationCosts, relative_latency
-from calibration.measurements import Measurements, mean
+from calibration.measurements import Measurements, level, mean
 from calibration.metrics import psnr_db
 from calibration.scores import PREDICTORS, Contributions, predict
 from calibration.sensitivity import FitPoint, FitRecord, ValidationRow
@@ -50,7 +50,7 @@ def random_schedules(precisions: Sequence[str], num_steps: int) -> tuple[Schedul
 def schedule_errors(
     measurements: Measurements, stage: str, schedules: Sequence[Schedule], on_run: OnRun | None = None
 ) -> list[float]:
-    """Measured E of each schedule."""
+    """Measured E of each schedule, as scores have it (`calibration.measurements.level`)."""
     runs = [(schedule, sample) for schedule in schedules for sample in range(measurements.num_samples)]
     errors: dict[Schedule, list[float]] = {schedule: [] for schedule in schedules}
     measurements.expect(schedules, pictures=False)
@@ -59,7 +59,7 @@ def schedule_errors(
         errors[schedule].append(values["error"])
         if on_run:
             on_run(done, len(runs))
-    return [mean(errors[schedule]) for schedule in schedules]
+    return [level(errors[schedule]) for schedule in schedules]
 
 
 def fit(predictor: str, predicted: Sequence[float], measured: Sequence[float]) -> FitRecord:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
     """A CLIPTokenizer of single bytes and the word "red", 77 tokens long."""
@@ -27,3 +29,21 @@ def t5_tokenizer(max_tokens: int) -> Any:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), ("\u2581red", -3.0)]
     letters = [(chr(code), -4.0) for code in range(33, 127)]
     return T5TokenizerFast(vocab=[*special, *letters], extra_ids=0, model_max_length=max_tokens)
+
+
+class SecondLastHidden(torch.nn.Module):
+    """A small CLIP text encoder as SD3 uses it: ids int64 [B, N] -> its last but one hidden state."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        super().__init__()
+        self.inner = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+            )
+        ).eval()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.inner(ids, output_hidden_states=True).hidden_states[-2]
+        return hidden

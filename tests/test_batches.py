@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from worker_samples import STEPS, calibrated, loop, picture
 
 from calibration import open_journal
 from calibration.batches import SampleBatches, SampleSet
-from calibration.bundle_evaluator import BundleEvaluator
+from calibration.bundle_evaluator import BundleEvaluator, samples_per_call
 from calibration.journal import Journal
 from calibration.measurements import Measurements
 from engines.errors import TmpDiffError
@@ -114,3 +116,16 @@ def test_a_bundle_steps_several_samples_as_it_steps_each(tiny_pipeline: Path, tm
         assert np.abs(evaluator.latents(states[0]) - evaluator.latents(states[1])).max() > 0.1
         with pytest.raises(ValueError, match="expected all at one step"):
             evaluator.steps(order, [states[0], evaluator.start(0)], "fp16")
+
+
+@pytest.mark.parametrize(
+    ("batch", "scale", "embeds_guidance", "expected"),
+    [(16, 4.5, False, 8), (16, 1.0, False, 16), (16, 4.5, True, 16), (1, 4.5, False, 1), (None, 4.5, False, 1)],
+)
+def test_a_call_takes_as_many_samples_as_the_reference_is_compiled_for(
+    batch: int | None, scale: float, embeds_guidance: bool, expected: int
+) -> None:
+    entries = {"fp16": SimpleNamespace(package=batch and SimpleNamespace(batch=batch)), "int8": None}
+    manifest = SimpleNamespace(denoisers=entries, embeds_guidance=embeds_guidance)
+    runtime: Any = SimpleNamespace(precisions=("fp16", "int8"), manifest=manifest)
+    assert samples_per_call(runtime, scale) == expected

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,26 +24,13 @@ from calibration.statistics import (
     rank_deviations,
     spearman,
 )
+from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
 from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6
 UNSEEN = ("a large yellow ring", "a tiny white square at the top")
-
-
-@pytest.mark.parametrize(
-    ("batch", "scale", "embeds_guidance", "expected"),
-    [(16, 4.5, False, 8), (16, 1.0, False, 16), (16, 4.5, True, 16), (1, 4.5, False, 1), (None, 4.5, False, 1)],
-)
-def test_a_call_takes_as_many_pictures_as_the_reference_is_compiled_for(
-    batch: int | None, scale: float, embeds_guidance: bool, expected: int
-) -> None:
-    study = importlib.import_module("tools.experiments.study")  # tests import tools at run time only
-    entries = {"fp16": SimpleNamespace(package=batch and SimpleNamespace(batch=batch)), "int8": None}
-    manifest = SimpleNamespace(denoisers=entries, embeds_guidance=embeds_guidance)
-    runtime: Any = SimpleNamespace(precisions=("fp16", "int8"), manifest=manifest)
-    assert study.pictures_per_call(runtime, scale) == expected
 
 
 # statistics
@@ -157,6 +142,22 @@ def run(name: str, studied: tuple[Path, Path], out: Path, *args: object) -> dict
     return found
 
 
+def test_other_numbers_of_steps_take_the_same_engines(studied: tuple[Path, Path], tiny_pipeline: Path, tmp_path: Path):
+    bundle, _ = studied
+    other = tmp_path / "other"
+    done = command("steps", bundle, tiny_pipeline, "--steps", 9, "--out", other)
+    assert done.returncode == 0, done.stderr
+    with DenoiseRuntime.load(other) as longer, DenoiseRuntime.load(bundle) as shorter:
+        assert (longer.num_steps, shorter.num_steps) == (9, NUM_STEPS)
+        assert longer.manifest.denoisers == shorter.manifest.denoisers
+        assert longer.manifest.bundle_id != shorter.manifest.bundle_id
+        longer.bundle.verify(longer.manifest.files())
+        assert longer.generate(["a red circle"], [1], longer.bundle.schedule("uniform:int8")).shape == (1, 64, 64, 3)
+    done = command("steps", bundle, tiny_pipeline, "--steps", 9, "--out", other)
+    assert done.returncode == 1
+    assert "already exists" in done.stderr
+
+
 def test_commands_go_on_share_what_they_measure_and_draw_again(studied: tuple[Path, Path], tmp_path: Path) -> None:
     steps = run("single_steps", studied, tmp_path / "single")
     curve = steps["data"]["int8"]["downcast"]
@@ -206,7 +207,7 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
         assert against == pytest.approx(np.mean(rows["schedule"]["error"]) / np.mean(first["error"]), rel=1e-4)
     assert quality["data"]["uniform"]["fp16"]["error"] == [[0.0, 0.0]]
     assert {goal["verdict"] for goal in quality["goals"]} <= {"met", "missed", "not distinguishable"}
-    assert len(quality["goals"]) == 3 * 2 * 2
+    assert len(quality["goals"]) == 3 * 3 * 2  # K, metrics, two goals each
 
 
 def test_samples_measured_together_give_the_same(studied: tuple[Path, Path], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibration.metrics import picture_mse, picture_ssim, psnr_db, relative_error
+from calibration.metrics import limited, picture_mse, picture_ssim, psnr_db, relative_error
 
 
 def test_relative_error_is_squared_and_relative():
@@ -49,3 +49,11 @@ def test_pictures_of_another_kind_are_refused():
         picture_mse(picture / 255, picture)
     with pytest.raises(ValueError, match="its reference"):
         picture_ssim(picture, picture[:8])
+
+
+def test_one_departed_sample_decides_no_mean():
+    errors = np.array([[1.0, 2.0], [2.0, 0.0], [3.0, 0.0], [900.0, 0.0]])
+    found = limited(errors)
+    assert np.array_equal(found[:, 0], [1.0, 2.0, 3.0, 25.0])  # ten medians of 2.5
+    assert np.array_equal(found[:, 1], errors[:, 1])  # a median of 0 says nothing about what is far
+    assert np.array_equal(limited(found), found)

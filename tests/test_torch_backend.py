@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,14 +14,16 @@ import numpy as np
 import pytest
 from tiny_pipeline import PROMPTS
 
+from calibration.allocation import HighSteps
 from engines import DenoiseRuntime
-from engines.errors import BackendError, BuildError, BundleError
+from engines.errors import BackendError, BundleError
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, Manifest, manifest_identity
 from engines.precision import Precision
+from engines.text import PromptFile
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling packages needs g++")
 
-FLOOR_DB = {Precision.FP8: 26.0, Precision.INT8: 34.0, Precision.INT4: 17.0}
+FLOOR_DB = {Precision.FP8: 26.0, Precision.INT8: 34.0, Precision.INT4: 17.0, Precision.NVFP4: 16.0}
 TEXT = "encoder_hidden_states"
 
 
@@ -31,7 +32,8 @@ def layer_of(weight: np.ndarray, precision: Precision, smoothing: np.ndarray | N
 
     weight_only = precision is Precision.INT4
     scaled = weight if smoothing is None else weight / smoothing
-    return quantize_layer(LayerRange(scaled, None if weight_only else 5.0, smoothing), precision, 128 if weight_only else None)  # fmt: skip
+    block_size = {Precision.INT4: 128, Precision.NVFP4: 16}.get(precision)
+    return quantize_layer(LayerRange(scaled, None if weight_only else 5.0, smoothing), precision, block_size)
 
 
 @pytest.mark.parametrize("precision", FLOOR_DB)
@@ -66,6 +68,25 @@ def test_int4_codes_survive_packing() -> None:
     layer = layer_of(np.random.default_rng(0).standard_normal((16, 256), dtype=np.float32), Precision.INT4)
     weight = linear_from(layer, None, torch.float16)(torch.eye(256)).float().T.numpy()
     assert np.abs(weight - layer.dequantized().T).max() < 2e-3 * np.abs(weight).max()  # float16
+
+
+def test_nvfp4_values_are_those_of_the_reference() -> None:
+    import torch
+
+    from tmpdiff_export import nvfp4, torch_nvfp4
+
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((40, 256), dtype=np.float32) * np.exp(rng.normal(0, 2, (40, 1))).astype(np.float32)
+    values[3, :16] = 0.0
+    for covered in (1.0, 0.01):  # all of it, and saturating
+        scale = nvfp4.tensor_scale(covered * float(np.abs(values).max()))
+        found = torch_nvfp4.fake_quantize(torch.from_numpy(values), torch.from_numpy(scale))
+        np.testing.assert_array_equal(found.numpy(), nvfp4.fake_quantize(values, scale))
+    codes, blocks = nvfp4.quantize_blocks(values, scale)
+    stored = torch.frombuffer(bytearray(nvfp4.packed(codes)), dtype=torch.uint8).view(40, 128)
+    scales = torch.from_numpy(blocks.view(np.uint8)).view(torch.float8_e4m3fn)
+    found = torch_nvfp4.dequantize(stored, scales, torch.from_numpy(scale))
+    np.testing.assert_array_equal(found.numpy(), nvfp4.dequantize_blocks(codes, blocks, scale))
 
 
 def test_int8_products_are_exact() -> None:
@@ -117,18 +138,24 @@ def test_layers_without_a_product_run_from_their_dequantized_weight_and_are_coun
     assert (lowered.conv.weight.float() - module.conv.weight).abs().max() < 0.01 * module.conv.weight.abs().max()
 
 
-def test_nvfp4_is_refused_by_name() -> None:
+def test_weights_of_a_text_encoder_that_has_run_can_travel_to_a_worker(tmp_path: Path) -> None:
+    import pickle
+
     import torch
+    from safetensors.torch import load_file
+    from small_text import SecondLastHidden
 
-    from tmpdiff_export.torch_lowering import lower_for_torch
+    from tmpdiff_export.torch_compile import EngineModule, store_weights
 
-    layer = dataclasses.replace(layer_of(np.ones((16, 256), np.float32), Precision.INT8), precision=Precision.NVFP4)
-    with pytest.raises(BuildError, match="backend 'torch' has no nvfp4; choose from fp16, fp8, int8, int4"):
-        lower_for_torch(torch.nn.Linear(256, 16), {"": layer}, torch.float16)
-    from tmpdiff_export.torch_target import TorchTarget
-
-    with pytest.raises(BackendError, match="backend 'torch' has no nvfp4; choose from"):  # before any work
-        TorchTarget("cpu", 1, (Precision.FP16, Precision.NVFP4))
+    encoder, ids = SecondLastHidden(), torch.arange(7)[None]
+    with torch.no_grad():
+        expected = encoder(ids)  # transformers puts hooks into the model, local functions
+        stored = store_weights(EngineModule(encoder, torch.float32, [True]).eval(), tmp_path / "weights.safetensors")
+        again = pickle.loads(pickle.dumps(stored))
+        weights = load_file(tmp_path / "weights.safetensors")
+        found = torch.func.functional_call(again, weights, (ids,))
+        assert torch.equal(encoder(ids), expected)
+    assert torch.equal(found[0] if isinstance(found, tuple) else found, expected)
 
 
 # bundles -----------------------------------------------------------------------------------------------------------
@@ -220,6 +247,35 @@ def test_a_mixed_schedule_draws_the_picture_that_onnx_runtime_draws(bundles: dic
 
 
 @needs_compiler
+def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tmpdiff_export import calibration_run
+
+    found, rows = [], []
+    run = DenoiseRuntime.step
+
+    def counted(self: DenoiseRuntime, state: Any, *others: Any) -> Any:
+        rows[-1].append(len(state.latents))
+        return run(self, state, *others)
+
+    monkeypatch.setattr(DenoiseRuntime, "step", counted)
+    for at_once in (2, 1):
+        folder = tmp_path / str(at_once)
+        shutil.copytree(bundles["torch"], folder)
+        rows.append([])
+        if at_once == 1:
+            monkeypatch.setattr(calibration_run, "samples_per_call", lambda *_: 1)
+        prompts = PromptFile(PROMPTS[:2], PROMPTS[2:])
+        monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
+        result = calibration_run.calibrate_bundle(folder, prompts, guidance_scale=1.0, budget=HighSteps(2))
+        found.append(result.model_dump(exclude={"settings", "latencies_ms"}))
+    assert set(rows[0]) == {2}
+    assert set(rows[1]) == {1}
+    assert found[0] == found[1]
+
+
+@needs_compiler
 def test_the_runtime_command_runs_a_torch_bundle(bundles: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
     command = [sys.executable, "-m", "engines", "run", bundles["torch"], "--prompt", "a red circle", "--seed", "1"]
@@ -251,11 +307,11 @@ def test_damage_is_found_before_anything_is_loaded(bundles: dict[str, Path], tmp
 
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
-    """A bundle whose FP16 engine is made of the FP8 engine's weights."""
+    """A bundle whose FP16 engine is made of the FP8 engine's weights, with an emulated NVFP4 engine."""
     from tmpdiff_export.bundle_build import BuildOptions, build
 
     folder = tmp_path_factory.mktemp("sharing") / "bundle"
-    precisions = (Precision.FP16, Precision.FP8)
+    precisions = (Precision.FP16, Precision.FP8, Precision.NVFP4)
     options = BuildOptions(
         precisions, PROMPTS, num_steps=4, backend="torch", device="cpu", share_weights=Precision.FP8
     )  # fmt: skip
@@ -268,7 +324,7 @@ def test_the_reference_may_be_made_of_the_weights_of_another_engine(sharing: Pat
     assert {path.name for path in (sharing / "engines").glob("fp*")} == {"fp16.pt2", "fp8.pt2", "fp8.safetensors"}
     with DenoiseRuntime.load(sharing) as loaded, DenoiseRuntime.load(bundles["torch"]) as separate:
         fp16, fp8 = (loaded.manifest.denoisers[name] for name in ("fp16", "fp8"))
-        assert list(loaded.manifest.denoisers) == ["fp16", "fp8"]
+        assert list(loaded.manifest.denoisers) == ["fp16", "fp8", "nvfp4"]
         assert fp16.weights == fp8.weights
         assert fp16.lowering == {"fp8 linear in a 16-bit product": fp8.lowering["fp8 linear"]}
         assert fp16.sqnr_floor_db == fp8.sqnr_floor_db
@@ -279,6 +335,19 @@ def test_the_reference_may_be_made_of_the_weights_of_another_engine(sharing: Pat
         assert 20.0 < -10 * np.log10(error) < 50.0  # that of FP8 weights, and not none
         picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:fp16"))
         assert picture.shape == (1, 64, 64, 3)
+
+
+@needs_compiler
+def test_nvfp4_is_emulated_with_its_own_error_and_says_so(sharing: Path) -> None:
+    with DenoiseRuntime.load(sharing) as loaded:
+        entry = loaded.manifest.denoisers["nvfp4"]
+        assert entry.lowering == {
+            "nvfp4 linear emulated in a 16-bit product": loaded.manifest.denoisers["fp8"].lowering["fp8 linear"]
+        }
+        inputs = inputs_of(loaded, 2)
+        found, fp8 = (loaded.denoiser(name).run(inputs)[MODEL_OUTPUT] for name in ("nvfp4", "fp8"))
+    error = np.square(found - fp8).sum() / np.square(fp8).sum()
+    assert entry.sqnr_floor_db < -10 * np.log10(error) < 26.0  # that of 4-bit codes, and not none
 
 
 @needs_compiler

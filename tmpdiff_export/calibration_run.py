@@ -8,11 +8,13 @@ from typing import Literal
 
 from calibration import Sensitivity, calibrate, open_journal
 from calibration.allocation import Budget
-from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.batches import SampleBatches, SampleSet
+from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
 from calibration.calibrate import Progress
 from calibration.carried import CarriedScores
 from calibration.costs import NO_COSTS, AllocationCosts
 from calibration.latency import machine, step_latencies
+from calibration.pool import Pool
 from calibration.quality import QualityBudget
 from calibration.sensitivity import CalibrationSettings
 from engines.bundle import Bundle
@@ -44,7 +46,8 @@ def calibrate_bundle(
     """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
 
     Every finished measurement is kept in a journal inside the bundle; the same call after an interruption
-    goes on from there and gives the same result. The documents are written last, each in one piece.
+    goes on from there and gives the same result. Packages compiled for several pictures take as many samples in every
+    call. The documents are written last, each in one piece.
 
     Args:
         bundle: bundle folder.
@@ -152,12 +155,16 @@ def _calibrate(
         lambda: _latencies(runtime, [prompts.calibration[0]] * batch, scale, report),
     )
     with ExitStack() as stack:
-        pool = None
+        pool: Pool | None = None
+        at_once = samples_per_call(runtime, scale)
         if workers > 1:
             runtime.close()  # this process runs no engine from here on; the first worker's GPU is the one it used
             report("start workers", 0, workers)
             pool = stack.enter_context(open_workers(runtime, prompts, seed, scale, workers, threads))
             report("start workers", workers, workers)
+        elif at_once > 1:
+            sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}
+            pool = SampleBatches(sets, at_once)
         result = calibrate(
             evaluator,
             latencies,

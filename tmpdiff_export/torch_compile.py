@@ -82,7 +82,21 @@ def store_weights(module: EngineModule, weights: Path) -> EngineModule:
     empty: dict[int, object] = {id(item): item.to("meta") for item in module.buffers()}
     for parameter in module.parameters():
         empty[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    return copy.deepcopy(module, empty)
+    return _without_capturing_hooks(copy.deepcopy(module, empty))
+
+
+def _without_capturing_hooks(module: EngineModule) -> EngineModule:
+    """Takes away the hooks that transformers puts into its models at their first call, and will put back.
+
+    They are local functions, which cannot travel to another process.
+    """
+    for part in module.modules():
+        if getattr(part, "_output_capturing_hooks_installed", False):
+            part._output_capturing_hooks_installed = False
+        for key, hook in list(part._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                del part._forward_hooks[key]
+    return module
 
 
 def compile_package(

@@ -10,6 +10,9 @@ import torch
 
 if torch.version.cuda:  # a CUDA build brings Triton
     from tmpdiff_export.triton_int8 import int8_linear_op
+# A package made by torch 2.11 or older gives a kernel that makes tensor descriptors the memory for one program's only: all
+# but the first write beyond it (the fault is in Inductor's C++ wrapper; 2.12 multiplies by the number of programs).
+DESCRIPTORS_IN_PACKAGES = torch.__version__ >= "2.12"
 
 
 def int8_linear(
@@ -28,6 +31,8 @@ def int8_linear(
         [M, N] on the device of `codes`.
     """
     if codes.is_cuda:
-        return int8_linear_op(codes, weight, scale, scale.new_zeros(0) if bias is None else bias, dtype)
+        added = scale.new_zeros(0) if bias is None else bias
+        descriptors = DESCRIPTORS_IN_PACKAGES or not torch.compiler.is_exporting()
+        return int8_linear_op(codes, weight, scale, added, dtype, descriptors)
     sums = torch._int_mm(codes, weight.t()).float() * scale
     return (sums if bias is None else sums + bias.float()).to(dtype)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from engines.precision import Precision
+from tmpdiff_export import nvfp4, torch_nvfp4
 from tmpdiff_export.scales import QuantizedLayer
 from tmpdiff_export.torch_codes import FP8, gelu_codes, static_codes
 from tmpdiff_export.torch_kernels import int8_linear
@@ -161,6 +162,37 @@ class Int4Linear(QuantizedLinear):
         return F.linear(rows, self.weight(), self.bias)
 
 
+class Nvfp4Linear(QuantizedLinear):
+    """W4A4 NVFP4, emulated: codes uint8 [N, K / 2], weight_scale float32 [], block_scale float8_e4m3fn [N, K / 16].
+
+    Weights and activations take the values that NVFP4 gives them, the product is a 16-bit one: its error, not its speed.
+    """
+
+    block_scale: torch.Tensor
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        weight_scale: torch.Tensor,
+        block_scale: torch.Tensor,
+        input_scale: torch.Tensor,
+        smoothing: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """As `QuantizedLinear`, with block scales."""
+        super().__init__(codes, weight_scale, input_scale, smoothing, bias, dtype)
+        self.register_buffer("block_scale", block_scale)
+
+    def weight(self) -> torch.Tensor:
+        """See `QuantizedLinear.weight`."""
+        return torch_nvfp4.dequantize(self.codes, self.block_scale, self.weight_scale).to(self.dtype)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        seen = torch_nvfp4.fake_quantize(rows, self.input_scale).to(self.dtype)
+        return F.linear(seen, self.weight(), self.bias)
+
+
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """int8 [N, K] of -8..7 -> uint8 [N, K / 2], as `Int4Linear` reads it."""
     biased = (codes + 8).to(torch.uint8)
@@ -176,11 +208,17 @@ def linear_from(layer: QuantizedLayer, bias: torch.Tensor | None, dtype: torch.d
         dtype: float16 or bfloat16, of activations.
 
     Raises:
-        ValueError: the precision has no torch form.
+        ValueError: the precision has no codes.
     """
     input_scale = None if layer.input_scale is None else torch.tensor(float(layer.input_scale))
     smoothing = None if layer.pre_quant_scale is None else torch.from_numpy(layer.pre_quant_scale)
     scale = torch.from_numpy(np.asarray(layer.weight_scale, np.float32))
+    if layer.precision is Precision.NVFP4:
+        assert layer.block_scale is not None  # as the precision has it
+        assert input_scale is not None
+        packed = np.frombuffer(nvfp4.packed(layer.codes), np.uint8).reshape(len(layer.codes), -1)
+        blocks = torch.from_numpy(layer.block_scale.view(np.uint8)).view(FP8)
+        return Nvfp4Linear(torch.from_numpy(packed.copy()), scale, blocks, input_scale, smoothing, bias, dtype)
     codes = np.ascontiguousarray(layer.codes.T)
     if layer.precision is Precision.FP8:
         fp8 = torch.from_numpy(codes.view(np.uint8)).view(FP8)
@@ -190,4 +228,4 @@ def linear_from(layer: QuantizedLayer, bias: torch.Tensor | None, dtype: torch.d
     if layer.precision is Precision.INT4:
         blocks = scale.T.contiguous().to(dtype)
         return Int4Linear(pack_int4(torch.from_numpy(codes)), blocks, None, smoothing, bias, dtype)
-    raise ValueError(f"precision {layer.precision.value} has no torch layer; choose from fp8, int8, int4")
+    raise ValueError(f"precision {layer.precision.value} has no codes; choose from fp8, int8, int4, nvfp4")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 
-from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.scales import QuantizedLayer
 from tmpdiff_export.sixteen_bit import sixteen_bit_tensors
@@ -30,15 +29,7 @@ def lower_for_torch(
         The module, and how many layers of which kind were replaced. Layers that torch has no product for run in
         `dtype` from the weight that their codes stand for: convolutions, and FP8 layers whose sizes are no multiple
         of 16.
-
-    Raises:
-        BuildError: a precision that this backend does not have.
     """
-    unknown = {layer.precision for layer in layers.values()} - {Precision.FP8, Precision.INT8, Precision.INT4}
-    if unknown:
-        raise BuildError(
-            f"backend 'torch' has no {', '.join(sorted(item.value for item in unknown))}; choose from fp16, fp8, int8, int4"
-        )
     lowered = copy.deepcopy(module)
     counts: dict[str, int] = {}
     for name, layer in layers.items():
@@ -49,7 +40,10 @@ def lower_for_torch(
             linear = linear_from(layer, original.bias, dtype)
             linear.sixteen_bit = sixteen_bit
             setattr(lowered.get_submodule(parent), child, linear)
-            kind = f"{layer.precision.value} linear" + (" in a 16-bit product" if sixteen_bit else "")
+            emulated = " emulated" if layer.precision is Precision.NVFP4 else ""
+            kind = f"{layer.precision.value} linear{emulated}" + (
+                " in a 16-bit product" if sixteen_bit or emulated else ""
+            )
         else:
             weight = torch.from_numpy(layer.dequantized().T.copy())
             if layer.pre_quant_scale is not None:

@@ -45,10 +45,6 @@ class TorchTarget:
         Raises:
             BackendError: no such device, or a precision that it cannot have.
         """
-        if Precision.NVFP4 in precisions:
-            raise BackendError(
-                "backend 'torch' has no nvfp4; choose from fp16, fp8, int8, int4, or use --backend tensorrt on Blackwell"
-            )
         self.device, self._pictures = device, pictures
         if device == "cpu":
             self._described = "cpu"
@@ -59,10 +55,13 @@ class TorchTarget:
             gpu = usable_gpu()
         except BackendError as error:
             raise BackendError(f"{error}; --device cpu compiles torch packages for this machine's CPU") from error
-        if Precision.FP8 in precisions and gpu.compute_capability < FP8_COMPUTE_CAPABILITY:
+        with_fp8 = [
+            item.value for item in precisions if item in (Precision.FP8, Precision.NVFP4)
+        ]  # its block scales are
+        if with_fp8 and gpu.compute_capability < FP8_COMPUTE_CAPABILITY:
             raise BackendError(
-                f"precision fp8 needs compute capability 8.9, {gpu.name} has {'.'.join(map(str, gpu.compute_capability))}; "
-                "leave it out of --precisions"
+                f"precision {with_fp8[0]} needs compute capability 8.9, {gpu.name} has "
+                f"{'.'.join(map(str, gpu.compute_capability))}; leave it out of --precisions"
             )
         self._described = gpu.described
         self._memory_bytes = gpu.total_bytes

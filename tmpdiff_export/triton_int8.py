@@ -110,16 +110,26 @@ def _int8_linear_persistent(  # type: ignore[no-untyped-def]
 
 @torch.library.triton_op("tmpdiff::int8_linear", mutates_args={})  # type: ignore[untyped-decorator]
 def int8_linear_op(
-    codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    dtype: torch.dtype,
+    descriptors: bool,
 ) -> torch.Tensor:
-    """`torch_kernels.int8_linear` on a GPU, an empty `bias` for none."""
+    """`torch_kernels.int8_linear` on a GPU, an empty `bias` for none; whether kernels may make tensor descriptors."""
     result = torch.empty((codes.shape[0], weight.shape[0]), device=codes.device, dtype=dtype)
-    _launch(codes, weight, scale, bias, result)
+    _launch(codes, weight, scale, bias, result, descriptors)
     return result
 
 
 def _launch(
-    codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, result: torch.Tensor
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    result: torch.Tensor,
+    descriptors: bool,
 ) -> None:
     """Enqueues the kernel that suits the shapes on the current stream."""
     rows, depth = codes.shape
@@ -130,7 +140,7 @@ def _launch(
     capability = (properties.major, properties.minor)
     # Results of more than 16 bits would not fit its shared memory beside the tiles.
     fits = depth % _ALIGNMENT == 0 and result.element_size() <= 2
-    if rows >= _PERSISTENT_ROWS and fits and capability >= _PERSISTENT_CAPABILITY:
+    if descriptors and rows >= _PERSISTENT_ROWS and fits and capability >= _PERSISTENT_CAPABILITY:
         triton.set_allocator(_descriptor_memory)
         tile_m, tile_n, tile_k, warps, stages = _PERSISTENT_TILE
         programs = min(properties.multi_processor_count, triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n))

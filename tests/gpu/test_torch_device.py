@@ -34,8 +34,9 @@ def missing() -> str | None:
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 BATCH = 2
-PRECISIONS = ("fp16", "fp8", "int8", "int4")
-FLOOR_DB = {"fp16": 55.0, "fp8": 24.0, "int8": 28.0, "int4": 18.0}
+BLOCK_SIZES = {"int4": 128, "nvfp4": 16}
+PRECISIONS = ("fp16", "fp8", "int8", "int4", "nvfp4")
+FLOOR_DB = {"fp16": 55.0, "fp8": 24.0, "int8": 28.0, "int4": 18.0, "nvfp4": 14.0}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])  # two kernels
@@ -62,6 +63,27 @@ def test_the_int8_kernel_is_exact(rows: int, depth: int, columns: int, bias: boo
     assert ((found.float() - expected).abs() <= bound + 1e-6 * expected.abs().max()).all()
 
 
+def test_the_int8_kernel_is_exact_in_a_package_of_many_programs(tmp_path: Path) -> None:
+    import torch
+
+    from tmpdiff_export.torch_kernels import int8_linear
+
+    class Product(torch.nn.Module):
+        def forward(self, codes: Any, weight: Any, scale: Any) -> Any:
+            return int8_linear(codes, weight, scale, None, torch.float16)
+
+    generator = torch.Generator("cuda").manual_seed(1)
+    codes = torch.randint(-128, 128, (8192, 384), dtype=torch.int8, device="cuda", generator=generator)
+    weight = torch.randint(-127, 128, (1536, 384), dtype=torch.int8, device="cuda", generator=generator)
+    scale = torch.rand(1536, device="cuda", generator=generator) * 1e-4 + 1e-5
+    program = torch.export.export(Product(), (codes, weight, scale), strict=False)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "product.pt2"))
+    call = torch._inductor.aoti_load_package(package)
+    expected = int8_linear(codes, weight, scale, None, torch.float16)
+    for _ in range(3):
+        assert torch.equal(call(codes, weight, scale), expected)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
 @pytest.mark.parametrize(("text", "image", "heads", "size"), [(0, 300, 24, 128), (77, 256, 24, 128), (5, 16, 3, 16)])
@@ -81,6 +103,7 @@ def test_the_rotary_kernel_computes_what_torch_does(
     arguments = (parts[0], weights[0], parts[1], weights[1])
     factor = 1.0 if kind is model else 200.0
     expected = norm_rotary(*arguments, (angle.cos(), angle.sin()), 1e-6, torch.float32, factor)
+    torch._dynamo.reset()  # it compiles one function so many times only
     call = torch.compile(norm_rotary, fullgraph=True, dynamic=False) if compiled else norm_rotary
     found = call(*(item.cuda() for item in arguments), (angle.cos().cuda(), angle.sin().cuda()), 1e-6, kind, factor)
     assert found.dtype == kind
@@ -110,6 +133,7 @@ def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
     joined = torch.cat([parts[0].float(), F.gelu(parts[1].float(), approximate="tanh")], dim=1)
     limits = (-448.0, 448.0) if kind is torch.float8_e4m3fn else (-128.0, 127.0)
     expected = (joined * (1.0 if factors is None else factors.float()) / scale).clamp(*limits)
+    torch._dynamo.reset()  # it compiles one function so many times only
     call = torch.compile(gelu_codes, fullgraph=True, dynamic=False) if compiled else gelu_codes
     cuda = [None if item is None else item.cuda() for item in (*parts, scale, factors)]
     found = call(*cuda, kind).float().cpu()
@@ -118,7 +142,7 @@ def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
     assert ((found - expected).abs() <= step).all()
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", PRECISIONS[1:])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_layers_compute_what_their_codes_stand_for(name: str, dtype: str) -> None:
     import torch
@@ -265,8 +289,7 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
         for layer in ("q", "k", "v", "wide", "narrow"):
             weight = module.get_submodule(layer).weight.detach().numpy()
             amax = None if name == "int4" else 6.0
-            block = 128 if name == "int4" else None
-            layers[layer] = quantize_layer(LayerRange(weight, amax, None), Precision(name), block)
+            layers[layer] = quantize_layer(LayerRange(weight, amax, None), Precision(name), BLOCK_SIZES.get(name))
     lowered, _ = lower_for_torch(module, layers, torch.float16)
     whole = EngineModule(lowered, torch.float16, [False, True, False]).eval()
     inputs = [torch.from_numpy(loop_inputs(BATCH)[key]).to("cuda") for key in (LATENTS, TIMESTEP, TEXT)]
@@ -277,7 +300,7 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     file = FileEntry(path=f"engines/{path.name}", sha256=sha256_bytes(b""), bytes=0)
     entry = EngineEntry(
         file=file,
-        weights=file,
+        weights=FileEntry(path=f"engines/{weights.name}", sha256=file.sha256, bytes=0),
         backend="torch",
         backend_version=VERSION,
         device=gpu.described,
@@ -304,4 +327,4 @@ def quantized(rng: np.random.Generator, depth: int, width: int, precision: Preci
     weight = rng.standard_normal((width, depth), dtype=np.float32)
     weight_only = precision is Precision.INT4
     found = LayerRange(weight, None if weight_only else 5.0, None)
-    return quantize_layer(found, precision, 128 if weight_only else None), weight
+    return quantize_layer(found, precision, BLOCK_SIZES.get(precision.value)), weight

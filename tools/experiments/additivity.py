@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from calibration.metrics import limited
 from tools.experiments.command import Analysis, Experiment, Goal, verdict, wording
 from tools.experiments.figures import INK, headline, label, panels
 from tools.experiments.prediction import SampleScores, better, fit_predictors
@@ -95,7 +96,7 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
             measured, best = content["data"][precision], found[name]["better"]
             patterns = measured["patterns"]
             counts = np.array([pattern.count(HIGH) for pattern in patterns])
-            errors = np.array(measured[name]).mean(axis=1)
+            errors = limited(np.array(measured[name]).T).mean(axis=0)
             predicted = SampleScores.of(measured).predicted(best, high_steps(patterns))
             mappable = axes.scatter(
                 predicted, errors, c=counts, cmap="viridis", s=26, vmin=counts.min(), vmax=counts.max(), zorder=3

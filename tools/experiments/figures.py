@@ -37,8 +37,8 @@ STYLE = {
 DPI = 130
 LETTERS_PER_INCH = 12
 """Of a title, in the style's size."""
-SIMULATED = "onnxruntime"
-"""The backend that has no kernels for NVFP4 and computes what they would give."""
+SIMULATED = ("onnxruntime", "torch")
+"""The backends that have no kernels for NVFP4 and compute what they would give."""
 
 
 def panels(rows: int, columns: int, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[list[Axes]]]:
@@ -64,7 +64,7 @@ def headline(figure: Figure, words: str) -> None:
 def label(precision: str, backend: str) -> str:
     """A precision as figures and tables name it; what has no kernels on the backend is named as simulated."""
     if precision == "nvfp4":
-        return "nvfp4 (W4A4, simulated)" if backend == SIMULATED else "nvfp4 (W4A4)"
+        return "nvfp4 (W4A4, simulated)" if backend in SIMULATED else "nvfp4 (W4A4)"
     return precision
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from calibration.bisection import FLOOR, default_evaluations
+from calibration.metrics import limited
 from calibration.scores import sweep_calls
 from calibration.statistics import Interval, bootstrap_interval, rank_deviation
 from calibration.transfer import carried_weights
@@ -51,7 +52,7 @@ def curve_of(measured: dict[str, Any], weights: np.ndarray, rows: np.ndarray | N
     """The mean curves over samples; over repeated ones where `rows` repeats them."""
     scores, local = np.array(measured["downcast"]), np.array(measured["local"])
     rows = np.arange(len(scores)) if rows is None else rows
-    return Curve(scores[rows].mean(axis=0), local[rows].mean(axis=0) * weights**2)
+    return Curve(limited(scores[rows]).mean(axis=0), local[rows].mean(axis=0) * weights**2)
 
 
 def roughness(values: np.ndarray) -> float:

@@ -8,11 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from calibration.metrics import limited
 from calibration.scores import DIRECTIONS, PREDICTORS, Contributions, contributions
 from calibration.statistics import Interval, bootstrap_interval, r_squared, spearman
 from tools.experiments.schedules import high_steps
 
 _NAMES = ("reference", "low")
+
+
+def mean_scores(direction: str, scores: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """The score curve of samples as the calibrator makes it, float64 [T].
+
+    Args:
+        direction: "downcast" or "upcast".
+        scores: of each sample, float64 [S, T].
+        uniform: E(all p), float64 [S].
+    """
+    if direction == "downcast":
+        return np.asarray(limited(scores).mean(axis=0))
+    return np.asarray(limited(uniform).mean() - limited(uniform[:, None] - scores).mean(axis=0))
 
 
 @dataclass(frozen=True)
@@ -46,8 +60,9 @@ class SampleScores:
     def contributions(self, predictor: str, rows: np.ndarray | None = None) -> Contributions:
         """What a step at the reference (0) and at the low precision adds; values float64 [T, 2]."""
         rows = np.arange(len(self.uniform)) if rows is None else rows
-        curves = {(name, _NAMES[1]): values[rows].mean(axis=0) for name, values in self.scores.items()}
-        return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(self.uniform[rows].mean())})
+        uniform = self.uniform[rows]
+        curves = {(name, _NAMES[1]): mean_scores(name, values[rows], uniform) for name, values in self.scores.items()}
+        return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(uniform).mean())})
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ def _fit(predictor: str, scores: SampleScores, high: np.ndarray, measured: np.nd
     def interval(agreement: Callable[[np.ndarray, np.ndarray], float]) -> Interval:
         def statistic(rows: np.ndarray, others: np.ndarray | None = None) -> float:
             chosen = rows if others is None else others  # without samples of their own the two are paired
-            return agreement(scores.predicted(predictor, high, rows), measured[:, chosen].mean(axis=1))
+            return agreement(scores.predicted(predictor, high, rows), limited(measured[:, chosen].T).mean(axis=0))
 
         return bootstrap_interval(statistic, *sizes)
 

@@ -4,7 +4,7 @@ At every K the calibration's schedule (what full score curves choose, after the 
 the calibration samples), that schedule before the search ("scores alone"), the fixed rules and random schedules have
 K steps at the reference, so that their latency is the same; uniform precisions are baselines where they are no slower. Differences are paired: all
 run on the same samples. Goal, for K from T/5 to 4T/5: E and 1 - SSIM at least 20 % below the best baseline, and
-never above any. Where a 95 % confidence interval does not settle it, the result is "not distinguishable".
+never above any; also for E in which no sample counts for more than ten medians ("limited E"). Where a 95 % confidence interval does not settle it, the result is "not distinguishable".
 
 LPIPS is not measured: its network has to be downloaded.
 """
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from calibration.allocation import HighSteps, allocate
 from calibration.costs import NO_COSTS
-from calibration.metrics import psnr_db
+from calibration.metrics import limited, psnr_db
 from calibration.refine import refine_schedule
 from calibration.scores import PREDICTORS, sweep_calls
 from calibration.statistics import bootstrap_interval
@@ -44,7 +44,7 @@ OURS = "schedule"
 BY_SCORES = "scores alone"
 RANDOM_NAME = "random"
 BELOW = 0.2
-METRICS = {"error": "E", "dissimilarity": "1 - SSIM"}
+METRICS = {"error": "E", "limited": "limited E", "dissimilarity": "1 - SSIM"}
 RULE_STYLES = {"first K": ":>", "last K": ":<", "both ends": "--^", "evenly spread": "--v"}
 
 
@@ -145,16 +145,19 @@ def analyse(content: dict[str, Any]) -> Analysis:
 
 def _values(row: dict[str, Any], metric: str) -> np.ndarray:
     """Of every sample, float64 [S]; the mean over schedules where a row has several."""
-    values = np.array(row["error"]) if metric == "error" else 1 - np.array(row["ssim"])
-    return np.asarray(values.mean(axis=0))
+    values = 1 - np.array(row["ssim"]) if metric == "dissimilarity" else np.array(row["error"])
+    means = np.asarray(values.mean(axis=0))
+    return limited(means) if metric == "limited" else means
 
 
 def _means(row: dict[str, Any]) -> dict[str, Any]:
     error = np.array(row["error"])
     spread = float(error.mean(axis=1).std(ddof=1)) if len(error) > 1 else None
     interval = bootstrap_interval(lambda rows: float(error[:, rows].mean()), error.shape[1])
+    kept = _values(row, "limited")
     return {
         "error": asdict(interval),
+        "limited": asdict(bootstrap_interval(lambda rows: float(kept[rows].mean()), len(kept))),
         "error_spread": spread,
         "ssim": float(np.mean(row["ssim"])),
         "psnr_db": psnr_db([value for values in row["mse"] for value in values]),

@@ -28,6 +28,7 @@ from calibration.statistics import (
 from tools.experiments import single_steps
 from tools.experiments.command import Analysis, Experiment, Goal, verdict
 from tools.experiments.figures import INK, RANDOM, colour, headline, label, panels
+from tools.experiments.prediction import mean_scores
 from tools.experiments.replay import METHODS, Curve, Method
 from tools.experiments.schedules import counts_between
 
@@ -42,7 +43,7 @@ def curves(measured: dict[str, Any], direction: str, rows: np.ndarray | None = N
     """The mean curve over samples; over repeated ones where `rows` repeats them."""
     scores = np.array(measured[direction])
     rows = np.arange(len(scores)) if rows is None else rows
-    return Curve(scores[rows].mean(axis=0))
+    return Curve(mean_scores(direction, scores[rows], np.array(measured["uniform"])[rows]))
 
 
 def analyse(content: dict[str, Any]) -> Analysis:
@@ -129,13 +130,13 @@ def _split_halves(measured: dict[str, Any], direction: str) -> dict[str, float]:
     What the samples do not settle: where this is large, a search that follows the curve of these samples more closely
     gains nothing on others.
     """
-    scores = np.array(measured[direction])
+    samples = len(measured["uniform"])
     generator = np.random.default_rng(0)
-    half = len(scores) // 2
+    half = samples // 2
     pairs = []
     for _ in range(DRAWS):
-        order = generator.permutation(len(scores))
-        pairs.append((scores[order[half:]].mean(axis=0), scores[order[:half]].mean(axis=0)))
+        order = generator.permutation(samples)
+        pairs.append(tuple(curves(measured, direction, rows).scores for rows in (order[half:], order[:half])))
     return {
         "deviation": float(np.mean([rank_deviation(*pair) for pair in pairs])),
         "regret_in_range": float(np.mean([regret_in_range(*pair) for pair in pairs])),

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from calibration.metrics import limited
 from calibration.scores import DIRECTIONS
 from calibration.statistics import bootstrap_interval, spearman
 from tools.experiments.command import Analysis, Experiment
 from tools.experiments.figures import colour, headline, label, marker, panels
+from tools.experiments.prediction import mean_scores
 from tools.experiments.study import Study
 
 
@@ -40,15 +42,23 @@ def analyse(content: dict[str, Any]) -> Analysis:
         for direction in DIRECTIONS:
             scores = np.array(measured[direction])
             bands = [
-                bootstrap_interval(lambda rows, column=scores[:, step]: float(column[rows].mean()), len(scores))
+                bootstrap_interval(
+                    lambda rows, column=scores[:, step : step + 1], direction=direction, uniform=uniform: float(
+                        mean_scores(direction, column[rows], uniform[rows])[0]
+                    ),
+                    len(scores),
+                )
                 for step in range(scores.shape[1])
             ]
-            positive = scores.mean(axis=0)[scores.mean(axis=0) > 0]
+            curve = mean_scores(direction, scores, uniform)
+            positive = curve[curve > 0]
             total = bootstrap_interval(
-                lambda rows, scores=scores, uniform=uniform: float(scores[rows].sum() / uniform[rows].sum()),
+                lambda rows, scores=scores, direction=direction, uniform=uniform: float(
+                    mean_scores(direction, scores[rows], uniform[rows]).sum() / limited(uniform[rows]).mean()
+                ),
                 len(scores),
             )
-            sums[direction] = scores.mean(axis=0)
+            sums[direction] = curve
             entry[direction] = {
                 "mean": sums[direction].tolist(),
                 "low": [band.low for band in bands],
@@ -58,7 +68,9 @@ def analyse(content: dict[str, Any]) -> Analysis:
                 "highest_steps": np.argsort(-sums[direction], kind="stable")[:5].tolist(),
             }
         entry["rank_correlation"] = spearman(sums["downcast"], sums["upcast"])
-        entry["uniform"] = asdict(bootstrap_interval(lambda rows, u=uniform: float(u[rows].mean()), len(uniform)))
+        entry["uniform"] = asdict(
+            bootstrap_interval(lambda rows, u=uniform: float(limited(u[rows]).mean()), len(uniform))
+        )
         findings[precision] = entry
     return Analysis(findings, ())
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from calibration import open_journal
 from calibration.batches import SampleBatches, SampleSet
-from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
 from calibration.journal import Journal
 from calibration.latency import machine, step_latencies
 from calibration.measurements import Measurements
@@ -205,7 +205,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
         path = folder / f"{sha256_bytes(f'{evaluator.key()} {held_out.key()}'.encode())[:16]}.journal"
         with _alone(path):
             journal = open_journal(path, evaluator, held_out)
-            at_once = pictures_per_call(runtime, scale)
+            at_once = samples_per_call(runtime, scale)
             pool = None
             if at_once > 1:
                 sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}
@@ -266,15 +266,6 @@ def _low_precisions(asked: str | None, built: tuple[str, ...]) -> tuple[str, ...
             f"low precision {unknown[0] if unknown else 'none'!r} is not in the bundle; choose from {', '.join(low)}"
         )
     return names
-
-
-def pictures_per_call(runtime: DenoiseRuntime, guidance_scale: float) -> int:
-    """How many samples one call of the denoisers is compiled for; 1 where fewer rows take less time."""
-    package = runtime.manifest.denoisers[runtime.precisions[0]].package
-    if package is None:
-        return 1
-    guided = guidance_scale > 1.0 and not runtime.manifest.embeds_guidance
-    return max(1, package.batch // (2 if guided else 1))
 
 
 def _decode(runtime: DenoiseRuntime, latents: np.ndarray) -> np.ndarray:

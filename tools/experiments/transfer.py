@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from calibration.metrics import limited
 from calibration.statistics import bootstrap_interval, error_regret_at, rank_deviation, spearman
 from calibration.transfer import StepAxis, carry, check_steps, compare, step_axes
 from engines.cli import guarded
@@ -86,19 +87,19 @@ def _downcasts(study: Study, precision: str) -> np.ndarray:
 
 def _compare(study: Study, precision: str, source: np.ndarray, axes: tuple[StepAxis, StepAxis]) -> dict[str, Any]:
     samples = _downcasts(study, precision)
-    fresh = samples.mean(axis=0)
-    carried = carry(source.mean(axis=0), *axes)
+    fresh = limited(samples).mean(axis=0)
+    carried = carry(limited(source).mean(axis=0), *axes)
     steps = list(check_steps(study.num_steps))
     check = compare(carried[steps], fresh[steps])
     checked = carried * check.level
     checked[steps] = fresh[steps]
-    halves = samples[::2].mean(axis=0), samples[1::2].mean(axis=0)
+    halves = limited(samples[::2]).mean(axis=0), limited(samples[1::2]).mean(axis=0)
     rankings = {FRESH: fresh, "carried": carried, "carried, checked": checked}
     log_ratio = np.log(fresh / carried)
     shrink = float(np.log(axes[1].weights[1:-1].mean() / axes[0].weights[1:-1].mean()))
-    level = float(np.log(np.median(fresh[1:-1])) - np.log(np.median(source.mean(axis=0)[1:-1])))
+    level = float(np.log(np.median(fresh[1:-1])) - np.log(np.median(limited(source).mean(axis=0)[1:-1])))
     return {
-        "source_scores": source.mean(axis=0).tolist(),
+        "source_scores": limited(source).mean(axis=0).tolist(),
         "fresh_scores": fresh.tolist(),
         "carried_scores": carried.tolist(),
         "all_low": {"error": float(np.mean(study.uniform(precision)))},

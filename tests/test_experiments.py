@@ -158,6 +158,32 @@ def test_other_numbers_of_steps_take_the_same_engines(studied: tuple[Path, Path]
     assert "already exists" in done.stderr
 
 
+def test_two_measurements_of_the_same_curves_are_compared(tmp_path: Path):
+    curve = np.geomspace(1e-5, 1e-2, 8)
+    rng = np.random.default_rng(0)
+
+    def write(name: str, downcast: np.ndarray, **setting: object) -> Path:
+        samples = downcast * rng.uniform(0.99, 1.01, (5, 1))
+        uniform = samples.sum(axis=1)
+        data = {"int8": {"uniform": uniform.tolist(), "downcast": samples.tolist(), "upcast": samples.tolist()}}
+        setting = {"num_steps": len(downcast), "calibration_prompts": ["x"] * 5, "machine": "one", **setting}
+        path = tmp_path / name
+        path.write_text(json.dumps({"experiment": "single_steps", "setting": setting, "data": data}))
+        return path
+
+    one, same = write("one.json", curve), write("same.json", 3 * curve)
+    swapped = write("swapped.json", curve[[1, 0, *range(2, 8)]])
+    done = command("agreement", one, same)
+    assert done.returncode == 0, done.stderr
+    assert "1.00" in done.stdout
+    assert "0.0" in done.stdout
+    done = command("agreement", swapped, one)
+    assert "0.98" in done.stdout  # two neighbours of eight
+    done = command("agreement", one, write("longer.json", np.geomspace(1, 2, 9)))
+    assert done.returncode == 1
+    assert "the first file has T = 8, the second T = 9" in done.stderr
+
+
 def test_commands_go_on_share_what_they_measure_and_draw_again(studied: tuple[Path, Path], tmp_path: Path) -> None:
     steps = run("single_steps", studied, tmp_path / "single")
     curve = steps["data"]["int8"]["downcast"]
@@ -213,7 +239,7 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
 def test_samples_measured_together_give_the_same(studied: tuple[Path, Path], tmp_path: Path) -> None:
     script = (
         "import sys; from tools.experiments import quality, study; "
-        "study.pictures_per_call = lambda *_: int(sys.argv[1]); sys.exit(quality.EXPERIMENT.main(sys.argv[2:]))"
+        "study.samples_per_call = lambda *_: int(sys.argv[1]); sys.exit(quality.EXPERIMENT.main(sys.argv[2:]))"
     )
     found = []
     for at_once in ("1", "2"):

@@ -161,3 +161,25 @@ def test_unknown_names_are_refused():
         measure_scores(measurements, "int8", "downcast", method="guess")
     with pytest.raises(ValueError, match="predictor is 'guess'"):
         contributions("guess", ("fp16",), {}, {})
+
+
+class Departing(PlantedEvaluator):
+    """Sample 0 ends far away as soon as steps 3 to 5 are not all at the reference."""
+
+    def step(self, sample, state, precision):
+        index, x = super().step(sample, state, precision)
+        away = sample == 0 and index - 1 in (3, 4, 5) and precision != "fp16"
+        return index, x + 40.0 * self._direction(self.num_steps + 1) if away else x
+
+
+def test_a_sample_that_goes_to_another_picture_does_not_set_the_scores():
+    options = {"errors": loop().errors, "gains": loop().gains, "num_samples": 9}
+    plain, departing = PlantedEvaluator(**options), Departing(**options)
+    measurements, curves = measured(departing, method="sweep")
+    far = [measurements.uniform_error("int8", sample)["error"] for sample in range(9)]
+    assert far[0] > 50 * np.median(far)  # its plain mean would say little about the others
+    for name, expected in measured(plain, method="sweep")[1].items():
+        found = curves[name].search.scores
+        ratio = found / expected.search.scores
+        assert (ratio > 0.9).all(), name
+        assert (ratio < 2.5).all(), name  # it counts as ten medians; in a plain mean it would be 100 times the others

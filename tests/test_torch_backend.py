@@ -270,8 +270,9 @@ def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
         monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
         result = calibration_run.calibrate_bundle(folder, prompts, guidance_scale=1.0, budget=HighSteps(2))
         found.append(result.model_dump(exclude={"settings", "latencies_ms"}))
-    assert set(rows[0]) == {2}
+    assert set(rows[0]) == {2, 1}  # two samples of calibration, one of validation
     assert set(rows[1]) == {1}
+    assert sum(rows[0]) == sum(rows[1])
     assert found[0] == found[1]
 
 

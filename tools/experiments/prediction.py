@@ -57,12 +57,16 @@ class SampleScores:
         found = self.contributions(predictor, rows)
         return np.asarray((~high @ found.values[:, 1]) ** found.power)
 
+    def curves(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Score curves by direction, float64 [T]; `rows` as above."""
+        rows = np.arange(len(self.uniform)) if rows is None else rows
+        return {name: mean_scores(name, values[rows], self.uniform[rows]) for name, values in self.scores.items()}
+
     def contributions(self, predictor: str, rows: np.ndarray | None = None) -> Contributions:
         """What a step at the reference (0) and at the low precision adds; values float64 [T, 2]."""
         rows = np.arange(len(self.uniform)) if rows is None else rows
-        uniform = self.uniform[rows]
-        curves = {(name, _NAMES[1]): mean_scores(name, values[rows], uniform) for name, values in self.scores.items()}
-        return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(uniform).mean())})
+        curves = {(name, _NAMES[1]): curve for name, curve in self.curves(rows).items()}
+        return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(self.uniform[rows]).mean())})
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint $(BINDINGS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 runtime-binary: $(STAMP)
 	$(BIN)/python tools/freeze_runtime.py --out build/runtime

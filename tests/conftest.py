@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,11 @@ import pytest
 # Spinning OpenMP threads of one library starve those of another on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if _WORKER:  # every worker keeps to cores of its own, with all threads and processes that its tests start
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, _cores[int(_WORKER[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or _cores)
 
 NUM_STEPS = 12
 GUIDANCE_SCALE = 4.5  # the pipeline's default
@@ -24,6 +31,24 @@ class DemoBuild:
 
     bundle: Path
     onnx: Path
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills: once for all workers, whoever comes first."""
+    if not _WORKER:
+        folder = factory.mktemp(name)
+        make(folder)
+        return folder
+    root = factory.getbasetemp().parent  # that of the run
+    folder, done = root / name, root / f"{name}.done"
+    with open(root / f"{name}.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +72,17 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path)
 @pytest.fixture(scope="session")
 def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> DemoBuild:
     """Built at all four precisions and calibrated with two prompts; do not write into it."""
+    folder = made_once(tmp_path_factory, "demo", partial(_build_demo, demo_pipeline))
+    return DemoBuild(folder / "bundle", folder / "onnx")
+
+
+def _build_demo(pipeline: Path, folder: Path) -> None:
     from calibration import HighSteps
     from engines.precision import DEFAULT_PRECISIONS
     from engines.text import PromptFile
     from tmpdiff_export.bundle_build import BuildOptions, build
     from tmpdiff_export.calibration_run import calibrate_bundle
 
-    folder = tmp_path_factory.mktemp("demo")
     prompts = PromptFile(
         (
             "a large red circle in the top left on a dark background",
@@ -67,7 +96,7 @@ def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) ->
         ),
     )
     build(
-        demo_pipeline,
+        pipeline,
         folder / "bundle",
         BuildOptions(
             precisions=DEFAULT_PRECISIONS,
@@ -78,7 +107,6 @@ def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) ->
     )
     used = PromptFile(prompts.calibration[:2], prompts.validation)
     calibrate_bundle(folder / "bundle", used, budget=HighSteps(NUM_STEPS // 3))
-    return DemoBuild(folder / "bundle", folder / "onnx")
 
 
 @pytest.fixture(scope="session")

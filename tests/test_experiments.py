@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -156,6 +157,28 @@ def test_other_numbers_of_steps_take_the_same_engines(studied: tuple[Path, Path]
     done = command("steps", bundle, tiny_pipeline, "--steps", 9, "--out", other)
     assert done.returncode == 1
     assert "already exists" in done.stderr
+
+
+def test_what_any_schedule_can_gain_over_the_fixed_rules():
+    prediction = importlib.import_module("tools.experiments.prediction")  # tests import tools at run time only
+    curve = np.array([1.0, 8.0, 1.0, 1.0, 8.0, 1.0, 1.0, 8.0])  # no fixed rule finds steps 1, 4 and 7
+    rows = np.tile(curve, (4, 1))
+    scores = prediction.SampleScores({"downcast": rows, "upcast": rows}, rows.sum(axis=1))
+    share, rule = prediction.attainable(scores, "downcast", [3])[3]
+    assert share == pytest.approx(1 - 5 / 12)
+    assert rule in ("last K", "both ends", "evenly spread")
+    rising = np.tile(np.arange(1.0, 9.0), (4, 1))
+    scores = prediction.SampleScores({"downcast": rising, "upcast": rising}, rising.sum(axis=1))
+    assert prediction.attainable(scores, "downcast", [2, 5]) == {2: (0.0, "last K"), 5: (0.0, "last K")}
+
+
+def test_curves_of_samples_are_limited_means_in_both_directions():
+    prediction = importlib.import_module("tools.experiments.prediction")
+    changed = np.array([[1.0, 4.0], [1.0, 4.0], [1.0, 4.0], [500.0, 4.0]])
+    assert prediction.mean_scores("downcast", changed, changed.sum(axis=1)).tolist() == [13 / 4, 4.0]
+    uniform = np.array([5.0, 5.0, 5.0, 900.0])
+    upcast = uniform[:, None] - changed
+    assert prediction.mean_scores("upcast", upcast, uniform).tolist() == [65 / 4 - 13 / 4, 65 / 4 - 4.0]
 
 
 def test_two_measurements_of_the_same_curves_are_compared(tmp_path: Path):

@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from calibration.metrics import limited
 from tools.experiments.command import Analysis, Experiment, Goal, verdict, wording
 from tools.experiments.figures import INK, headline, label, panels
-from tools.experiments.prediction import SampleScores, better, fit_predictors
+from tools.experiments.prediction import SampleScores, attainable, better, fit_predictors
 from tools.experiments.schedules import HIGH, counts_between, high_steps, precisions_of, random_patterns
 from tools.experiments.study import Study
 
 GOAL_R2 = 0.95
+ROOM_PARTS = 5  # K = T/5, 2T/5, ... of the note on what any schedule can gain over the fixed rules
 SETS = {"calibration": "calibration prompts", "validation": "unseen prompts"}
 
 
@@ -60,8 +61,8 @@ def measure(study: Study, args: argparse.Namespace) -> dict[str, Any]:
 def analyse(content: dict[str, Any]) -> Analysis:
     """R^2, Spearman and level of every predictor, with intervals over samples."""
     findings: dict[str, Any] = {}
-    goals = []
-    backend = content["setting"]["backend"]
+    goals, notes = [], []
+    backend, num_steps = content["setting"]["backend"], content["setting"]["num_steps"]
     for precision, measured in content["data"].items():
         scores = SampleScores.of(measured)
         findings[precision] = {}
@@ -84,7 +85,14 @@ def analyse(content: dict[str, Any]) -> Analysis:
                     verdict(best.r2.value >= GOAL_R2),
                 )
             )
-    return Analysis(findings, tuple(goals))
+        predictor = findings[precision]["validation"]["better"]
+        room = attainable(scores, predictor, counts_between(num_steps, max(1, num_steps // ROOM_PARTS)))
+        findings[precision]["attainable"] = {str(count): list(entry) for count, entry in room.items()}
+        notes.append(
+            f"{label(precision, backend)}: by these scores ({predictor}), the best schedule is "
+            + ", ".join(f"{share:.0%} below {rule} at K = {count}" for count, (share, rule) in room.items())
+        )
+    return Analysis(findings, tuple(goals), tuple(notes))
 
 
 def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:

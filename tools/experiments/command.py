@@ -48,10 +48,12 @@ class Analysis:
     Attributes:
         findings: JSON data; all that the figure shows beyond the data.
         goals: in the order printed.
+        notes: lines to print below them.
     """
 
     findings: dict[str, Any]
     goals: tuple[Goal, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class Experiment:
         save(lambda: self.draw(content, findings), _beside(prefix, ".png"))
         setting = content["setting"]
         print_goals(f"{self.name}, {setting['denoiser']}, T = {setting['num_steps']}", found.goals)
+        for note in found.notes:
+            print(note)
 
     def _wording(self, args: argparse.Namespace) -> str:
         """The command as it was given; paths by their name only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from calibration.metrics import limited
 from calibration.scores import DIRECTIONS, PREDICTORS, Contributions, contributions
 from calibration.statistics import Interval, bootstrap_interval, r_squared, spearman
-from tools.experiments.schedules import high_steps
+from tools.experiments.schedules import fixed_rules, high_steps
 
 _NAMES = ("reference", "low")
 
@@ -67,6 +67,26 @@ class SampleScores:
         rows = np.arange(len(self.uniform)) if rows is None else rows
         curves = {(name, _NAMES[1]): curve for name, curve in self.curves(rows).items()}
         return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(self.uniform[rows]).mean())})
+
+
+def attainable(scores: SampleScores, predictor: str, counts: Sequence[int]) -> dict[int, tuple[float, str]]:
+    """How far the best schedule of K steps at the reference lies below the best fixed rule, both as predicted.
+
+    Returns:
+        By K, the share of the rule's E, and the rule.
+    """
+    found = scores.contributions(predictor)
+    values = found.values[:, 1]
+    shares = {}
+    for count in counts:
+        best = float(np.sort(values)[: len(values) - count].sum() ** found.power)
+        rules = {
+            name: float(scores.predicted(predictor, high_steps([pattern]))[0])
+            for name, pattern in fixed_rules(len(values), count).items()
+        }
+        rule = min(rules, key=lambda name: rules[name])
+        shares[count] = (1 - best / rules[rule] if rules[rule] > 0 else 0.0, rule)
+    return shares
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,6 @@ import numpy as np
 from calibration.evaluator import Evaluator, State
 from calibration.measurements import finite_error, picture_errors
 from calibration.pool import Outcome, Request
-
-PICTURE_THREADS = 8
-"""Threads that compare pictures: SSIM of one takes longer than many denoiser calls, and leaves the interpreter free."""
 
 DecodeAll = Callable[[np.ndarray], np.ndarray]
 """Final latents float32 [N, C, H, W] -> pictures uint8 [N, H, W, 3]."""
@@ -54,11 +52,13 @@ class SampleBatches:
     agree with theirs to the rounding that an engine owes to the size of its batch.
     """
 
-    def __init__(self, sets: Mapping[str, SampleSet], at_once: int) -> None:
+    def __init__(self, sets: Mapping[str, SampleSet], at_once: int, threads: int | None = None) -> None:
         """
         Args:
             sets: by name.
             at_once: samples in a call at most.
+            threads: that compare pictures, None for one per core: SSIM of one takes longer than many denoiser calls, and
+                leaves the interpreter free.
 
         Raises:
             ValueError: `at_once` is below 1.
@@ -67,6 +67,7 @@ class SampleBatches:
             raise ValueError(f"{at_once} samples at once were asked for, expected 1 or more")
         self._sets = dict(sets)
         self._at_once = at_once
+        self._threads = threads or len(os.sched_getaffinity(0))
         # runs in the order they were asked for: what others rest on was asked for before them
         self._queues: dict[str, dict[_Run, list[Request]]] = {name: {} for name in sets}
 
@@ -150,5 +151,5 @@ class SampleBatches:
             finals = np.stack([self._final(own, sample) for sample in missing])
             own.pictures.update(zip(missing, decode(finals), strict=True))
         pictures = decode(np.stack(latents))
-        with ThreadPoolExecutor(PICTURE_THREADS) as threads:
+        with ThreadPoolExecutor(self._threads) as threads:
             return list(threads.map(picture_errors, pictures, [own.pictures[sample] for sample in samples]))

@@ -56,7 +56,7 @@ def calibrate_bundle(
         method: "bisection" or "sweep".
         seed: seed of the first sample's noise.
         guidance_scale: None for the bundle's.
-        threads: threads of a CPU backend, shared out among the workers; None for one per core.
+        threads: of a CPU backend, and for comparing pictures; shared out among the workers; None for one per core.
         costs: what a change of precision costs, and how many precisions a schedule may use.
         workers: processes that share the samples out, each with a GPU of its own where the bundle runs on one; 1 does
             everything in this process. Latencies are measured before they start, by this process alone.
@@ -164,7 +164,7 @@ def _calibrate(
             report("start workers", workers, workers)
         elif at_once > 1:
             sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}
-            pool = SampleBatches(sets, at_once)
+            pool = SampleBatches(sets, at_once, threads)
         result = calibrate(
             evaluator,
             latencies,

@@ -209,7 +209,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
             pool = None
             if at_once > 1:
                 sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}
-                pool = SampleBatches(sets, at_once)
+                pool = SampleBatches(sets, at_once, args.threads)
             yield Study(
                 runtime=runtime,
                 journal=journal,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,10 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+_CORES = sorted(os.sched_getaffinity(0))
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if _WORKER:  # every worker keeps to cores of its own, with all threads and processes that its tests start
-    _cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, _cores[int(_WORKER[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or _cores)
+    os.sched_setaffinity(0, _CORES[int(_WORKER[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or _CORES)
 
 NUM_STEPS = 12
 GUIDANCE_SCALE = 4.5  # the pipeline's default
@@ -49,6 +49,15 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             done.touch()
     return folder
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """For a test that shares cores out among processes of its own: all that this machine has."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _CORES)
+    yield
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session")

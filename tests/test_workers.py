@@ -207,7 +207,7 @@ def bundle(tmp_path_factory, tiny_pipeline):
     return folder / "bundle"
 
 
-@pytest.mark.usefixtures("planted_latencies")
+@pytest.mark.usefixtures("planted_latencies", "all_cores")
 def test_bundle_calibrated_by_two_workers_is_the_same(tmp_path, bundle, capsys):
     import shutil
 
@@ -279,6 +279,7 @@ def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle
     assert not (bundle / "calibration").exists(), "nothing was measured"
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_bench_times_the_same_calibration_with_one_and_two_workers(tmp_path, bundle):
     out = tmp_path / "out.json"
     command = [sys.executable, ROOT / "tools" / "bench_calibration.py", bundle, "--samples", "2", "--json", out]

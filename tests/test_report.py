@@ -400,6 +400,17 @@ def test_intervals_are_those_of_the_ratio_over_prompts(bundle: Bundle) -> None:
     assert not any("[" in cells[3] for cells in without_samples.tables["validation"][1:])
 
 
+def test_prompts_that_end_at_another_picture_are_counted(bundle: Bundle) -> None:
+    found = planted(num_samples=5, budget=HighSteps(4))
+    words = "Prompts that ended more than ten medians away"
+    assert words not in Parsed(page(bundle.manifest, found)).text["validation"]
+    row = found.validation[2]
+    far = row.model_copy(update={"sample_errors": (*row.sample_errors[:-1], 100 * max(row.sample_errors))})
+    rows = tuple(far if item is row else item for item in found.validation)
+    text = Parsed(page(bundle.manifest, found.model_copy(update={"validation": rows}))).text["validation"]
+    assert f"{words}, at another picture, and weigh in the mean: {row.name} (1)." in text
+
+
 def test_rules_are_drawn_at_every_count(bundle: Bundle) -> None:
     found = planted(method="sweep", budget=HighSteps(4))
     precision = ruled_precision(found)

@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 
 from calibration import Sensitivity
+from calibration.metrics import limited
 from calibration.sensitivity import ValidationRow
 from calibration.statistics import bootstrap_interval
 from engines.manifest import Manifest
@@ -88,7 +89,8 @@ def precisions(manifest: Manifest, found: Sensitivity) -> str:
         '<p class="note">Step latencies were measured on the machine that calibrated. SQNR compares one denoiser call '
         "with FP32 torch (higher is better). Simulated: the backend has no kernels for it and computes what they would give, so "
         "that its errors count but its latency does not. A precision that is no faster than another and errs no less is dropped "
-        "before it is scored.</p>"
+        "before it is scored. E, as in scores and predictions, is a mean over the calibration prompts in which none counts for more "
+        "than ten medians; the validation table has plain means.</p>"
     )
 
 
@@ -212,7 +214,21 @@ def validation(found: Sensitivity) -> str:
         '<p class="note">Latency is computed from the measured step latencies. SSIM and PSNR compare the pictures with '
         f"those of {escape(reference)}; a dash for PSNR: identical or not decoded. A random row is the mean of its draws, "
         "+- their standard deviation. In brackets: 95 % interval of the ratio over resampled prompts; where it holds 1, the "
-        "difference may be chance; with few prompts it is too narrow.</p>"
+        f"difference may be chance; with few prompts it is too narrow.{_departed(found)}</p>"
+    )
+
+
+def _departed(found: Sensitivity) -> str:
+    """Rows in which a prompt came out as another picture, which their plain means of E do not show."""
+    counts = {}
+    for row in found.validation:
+        errors = np.array(row.sample_errors)
+        counts[row.name] = int((errors > limited(errors)).sum()) if len(errors) else 0
+    rows = ", ".join(f"{escape(name)} ({count})" for name, count in counts.items() if count)
+    return (
+        f" Prompts that ended more than ten medians away, at another picture, and weigh in the mean: {rows}."
+        if rows
+        else ""
     )
 
 

@@ -55,9 +55,8 @@ class TorchTarget:
             gpu = usable_gpu()
         except BackendError as error:
             raise BackendError(f"{error}; --device cpu compiles torch packages for this machine's CPU") from error
-        with_fp8 = [
-            item.value for item in precisions if item in (Precision.FP8, Precision.NVFP4)
-        ]  # its block scales are
+        # NVFP4's block scales are FP8.
+        with_fp8 = [item.value for item in precisions if item in (Precision.FP8, Precision.NVFP4)]
         if with_fp8 and gpu.compute_capability < FP8_COMPUTE_CAPABILITY:
             raise BackendError(
                 f"precision {with_fp8[0]} needs compute capability 8.9, {gpu.name} has "

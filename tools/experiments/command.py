@@ -110,6 +110,8 @@ class Experiment:
             "data": data,
         }
         rounded: dict[str, Any] = round_numbers(content)
+        # What was measured is safe before analysis, which takes its time; `--redraw` does that again.
+        atomic_write_text(_beside(args.out, ".json"), compact_json(rounded) + "\n")
         return rounded
 
     def _read(self, path: Path) -> dict[str, Any]:

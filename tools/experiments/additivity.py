@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from calibration.metrics import limited
 from tools.experiments.command import Analysis, Experiment, Goal, verdict, wording
 from tools.experiments.figures import INK, headline, label, panels
-from tools.experiments.prediction import SampleScores, attainable, better, fit_predictors
+from tools.experiments.prediction import SampleScores, attainable, better, fit_predictors, plain_r_squared
 from tools.experiments.schedules import HIGH, counts_between, high_steps, precisions_of, random_patterns
 from tools.experiments.study import Study
 
@@ -71,6 +71,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
             best = better(fits)
             findings[precision][name] = {
                 "better": best.predictor,
+                "plain_r2": plain_r_squared(scores, measured["patterns"], np.array(measured[name])),
                 "fits": {
                     fit.predictor: {key: asdict(getattr(fit, key)) for key in ("r2", "r2_within", "spearman", "ratio")}
                     for fit in fits
@@ -88,6 +89,8 @@ def analyse(content: dict[str, Any]) -> Analysis:
         predictor = findings[precision]["validation"]["better"]
         room = attainable(scores, predictor, counts_between(num_steps, max(1, num_steps // ROOM_PARTS)))
         findings[precision]["attainable"] = {str(count): list(entry) for count, entry in room.items()}
+        plain = ", ".join(f"{findings[precision][name]['plain_r2']:.3f} on {words}" for name, words in SETS.items())
+        notes.append(f"{label(precision, backend)}: with plain means, R^2 would be {plain}")
         notes.append(
             f"{label(precision, backend)}: by these scores ({predictor}), the best schedule is "
             + ", ".join(f"{share:.0%} below {rule} at K = {count}" for count, (share, rule) in room.items())

@@ -140,6 +140,14 @@ def _fit(predictor: str, scores: SampleScores, high: np.ndarray, measured: np.nd
     )
 
 
+def plain_r_squared(scores: SampleScores, patterns: list[str], measured: np.ndarray) -> float:
+    """R^2 of the better predictor where all means are plain ones, `measured` [N, samples] included."""
+    curves = {(name, _NAMES[1]): values.mean(axis=0) for name, values in scores.scores.items()}
+    low = ~high_steps(patterns)
+    found = [contributions(name, _NAMES, curves, {_NAMES[1]: float(scores.uniform.mean())}) for name in PREDICTORS]
+    return max(r_squared((low @ item.values[:, 1]) ** item.power, measured.mean(axis=1)) for item in found)
+
+
 def better(fits: list[Fit]) -> Fit:
     """The one with the highest R^2 among those that rise; the first where none does."""
     return max(fits, key=lambda fit: fit.r2.value if fit.spearman.value > 0 else -1.0)

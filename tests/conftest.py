@@ -21,15 +21,6 @@ _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if _WORKER:  # every worker keeps to cores of its own, with all threads and processes that its tests start
     os.sched_setaffinity(0, _CORES[int(_WORKER[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or _CORES)
 
-# The files that take longest, so that no worker is left alone with one of them at the end.
-_FIRST = (
-    "test_demo_pipeline.py",
-    "test_cli.py",
-    "test_torch_backend.py",
-    "test_export.py",
-    "test_train_demo_pipeline.py",
-)
-
 NUM_STEPS = 12
 GUIDANCE_SCALE = 4.5  # the pipeline's default
 
@@ -40,12 +31,6 @@ class DemoBuild:
 
     bundle: Path
     onnx: Path
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first where workers share the files out."""
-    if _WORKER:
-        items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

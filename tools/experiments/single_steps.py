@@ -35,6 +35,7 @@ def measure(study: Study, _: argparse.Namespace) -> dict[str, Any]:
 def analyse(content: dict[str, Any]) -> Analysis:
     """Mean curves with confidence bands, how far they span, and whether steps add up."""
     findings = {}
+    notes = []
     for precision, measured in content["data"].items():
         uniform = np.array(measured["uniform"])
         entry: dict[str, Any] = {}
@@ -72,7 +73,14 @@ def analyse(content: dict[str, Any]) -> Analysis:
             bootstrap_interval(lambda rows, u=uniform: float(limited(u[rows]).mean()), len(uniform))
         )
         findings[precision] = entry
-    return Analysis(findings, ())
+        for sample in np.flatnonzero(uniform > limited(uniform)):
+            changed = uniform[sample] - np.array(measured["upcast"])[sample]
+            undoing = np.flatnonzero(changed <= limited(uniform)[sample]).tolist()
+            notes.append(
+                f"{precision}: sample {sample} ends at another picture, E = {uniform[sample]:.3f} with all steps at {precision}; "
+                f"the reference at one of these steps undoes it: {', '.join(map(str, undoing)) or 'none'}"
+            )
+    return Analysis(findings, (), tuple(notes))
 
 
 def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:

@@ -117,6 +117,15 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(
     assert counts[kind[precision]] == 2
 
 
+def test_int8_products_do_not_saturate_on_the_cpu(module: TwoLinears, graph: onnx.ModelProto, tmp_path: Path) -> None:
+    layers = quantized(module, Precision.INT8)
+    lowered, _ = lower_for_cpu(insert_qdq(graph, layers, RECIPES[Precision.INT8]))
+    onnx.save(lowered, tmp_path / "engine.onnx")
+    largest = np.full((1, 7, K), 4.0, np.float32)  # pairs of products beyond 16 bits, which CPUs without VNNI would cut
+    measured = OnnxRuntimeEngine(tmp_path / "engine.onnx").run({"x": largest})["y"]
+    assert sqnr_db(expected(module, layers, largest), measured) > 55.0
+
+
 @pytest.mark.parametrize("precision", QUANTIZED)
 def test_the_onnx_file_is_standard_strongly_typed_and_stores_codes(
     precision: Precision, module: TwoLinears, graph: onnx.ModelProto, tmp_path: Path

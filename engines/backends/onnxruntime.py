@@ -32,6 +32,9 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        # Without VNNI, products of u8 and s8 saturate in their pair sums: 18.7 dB in place of 41.4 on a small denoiser.
+        # ONNX Runtime then multiplies u8 by u8, and ignores this where it need not.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = OnnxSession(path, options, name=path.name, providers=[PROVIDER])
 

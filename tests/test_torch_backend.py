@@ -188,7 +188,7 @@ def test_a_bundle_says_what_its_packages_are(bundles: dict[str, Path]) -> None:
     import torch
 
     manifest = Manifest.model_validate_json((bundles["torch"] / "manifest.json").read_text())
-    assert manifest.version == 3
+    assert manifest.version == 4
     assert list(manifest.denoisers) == ["fp16", "fp8", "int8"]
     for name, entry in manifest.engines().items():
         assert (entry.backend, entry.device, entry.backend_version) == ("torch", "cpu", torch.__version__), name
@@ -225,6 +225,38 @@ def test_any_batch_is_made_of_the_compiled_one(runtime: DenoiseRuntime) -> None:
         found = engine.run({name: values[:rows] for name, values in whole.items()})[MODEL_OUTPUT]
         assert found.shape == expected[:rows].shape
         assert np.array_equal(found, expected[:rows])
+
+
+@needs_compiler
+def test_a_package_runs_without_python(runtime: DenoiseRuntime, bundles: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+    from safetensors.numpy import save_file
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    program, source = tmp_path / "run_package", Path(__file__).parents[1] / "tools" / "cpp" / "run_package.cpp"
+    folders = [f"-I{path}" for path in include_paths()]
+    libraries = [word for path in library_paths() for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    command = ["g++", "-std=c++20", "-O0", abi, *folders, str(source), "-o", str(program), *libraries]
+    subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], check=True, timeout=300)
+    entry = runtime.manifest.denoisers["int8"]
+    inputs = inputs_of(runtime, entry.package.batch)  # type: ignore[union-attr]
+    save_file(
+        {str(position): np.ascontiguousarray(inputs[spec.name]) for position, spec in enumerate(entry.inputs)},
+        tmp_path / "inputs.safetensors",
+    )
+    files = [bundles["torch"] / file.path for file in entry.files()]
+    words = [program, *files, tmp_path / "inputs.safetensors", tmp_path / "outputs.bin"]
+    subprocess.run(list(map(str, words)), check=True, timeout=120)
+    found = np.fromfile(tmp_path / "outputs.bin", np.float32)
+    expected = runtime.denoiser("int8").run(inputs)[MODEL_OUTPUT]
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+    missing = subprocess.run(
+        [str(program), *map(str, files), str(tmp_path / "none"), "x"], capture_output=True, text=True
+    )
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("run_package: ")
+    assert "none cannot be read" in missing.stderr
 
 
 @needs_compiler

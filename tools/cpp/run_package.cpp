@@ -1,0 +1,97 @@
+// Runs one engine of a torch bundle without Python: an AOTInductor package with its weights beside it.
+//
+//     run_package PACKAGE.pt2 WEIGHTS.safetensors INPUTS.safetensors OUTPUTS.bin [cuda]
+//
+// The package takes its weights first, in the order of their names, then its inputs in the order of the manifest, which
+// INPUTS holds under the names "0", "1" and so on, in the shapes that the package was compiled for. OUTPUTS receives the
+// outputs one after the other, as they lie in memory. docs/torch.md says how to compile this file. Check the hashes in
+// manifest.json before you load a package: it is machine code.
+
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <regex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/torch.h>
+
+namespace {
+
+const std::map<std::string, at::ScalarType> kTypes = {
+    {"F32", at::kFloat},         {"F16", at::kHalf}, {"BF16", at::kBFloat16}, {"I64", at::kLong}, {"U8", at::kByte},
+    {"F8_E4M3", at::kFloat8_e4m3fn}, {"I8", at::kChar},
+};
+
+std::vector<std::string> fields(const std::string& list) {
+  std::vector<std::string> found;
+  std::stringstream stream(list);
+  for (std::string item; std::getline(stream, item, ',');) found.push_back(item);
+  return found;
+}
+
+// The tensors of a safetensors file, by name. The header is one JSON object per tensor: dtype, shape, data_offsets.
+std::map<std::string, at::Tensor> read_tensors(const std::string& path, at::Device device) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error(path + " cannot be read");
+  uint64_t length = 0;  // little-endian, as every machine that runs packages is
+  file.read(reinterpret_cast<char*>(&length), sizeof length);
+  std::string header(length, '\0');
+  file.read(header.data(), static_cast<std::streamsize>(length));
+  const std::streamoff start = static_cast<std::streamoff>(sizeof length + length);
+  const std::regex entry(
+      R"re("([^"]+)":\{"dtype":"([^"]+)","shape":\[([0-9,]*)\],"data_offsets":\[([0-9]+),([0-9]+)\]\})re");
+  std::map<std::string, at::Tensor> tensors;
+  for (std::sregex_iterator match(header.begin(), header.end(), entry), end; match != end; ++match) {
+    const std::smatch& part = *match;
+    const auto type = kTypes.find(part[2]);
+    if (type == kTypes.end()) throw std::runtime_error(path + ": unknown dtype " + part[2].str());
+    std::vector<int64_t> shape;
+    for (const std::string& size : fields(part[3])) shape.push_back(std::stoll(size));
+    at::Tensor tensor = torch::empty(shape, type->second);
+    const std::streamoff begin = std::stoll(part[4]), stop = std::stoll(part[5]);
+    if (static_cast<std::streamoff>(tensor.nbytes()) != stop - begin)
+      throw std::runtime_error(path + ": " + part[1].str() + " has another size than its shape");
+    file.seekg(start + begin);
+    file.read(static_cast<char*>(tensor.data_ptr()), stop - begin);
+    if (!file) throw std::runtime_error(path + " ends early");
+    tensors[part[1]] = tensor.to(device);
+  }
+  return tensors;
+}
+
+int run(int count, char** words) {
+  if (count < 5 || count > 6 || (count == 6 && std::strcmp(words[5], "cuda") != 0)) {
+    std::cerr << "usage: run_package PACKAGE.pt2 WEIGHTS.safetensors INPUTS.safetensors OUTPUTS.bin [cuda]\n";
+    return 2;
+  }
+  c10::InferenceMode inference;
+  const at::Device device = count == 6 ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+  std::vector<at::Tensor> arguments;
+  for (const auto& [name, tensor] : read_tensors(words[2], device)) arguments.push_back(tensor);  // std::map: by name
+  const auto inputs = read_tensors(words[3], device);
+  for (size_t position = 0; position < inputs.size(); ++position)
+    arguments.push_back(inputs.at(std::to_string(position)));
+  torch::inductor::AOTIModelPackageLoader loader(words[1]);
+  std::ofstream target(words[4], std::ios::binary);
+  for (const at::Tensor& output : loader.run(arguments)) {
+    const at::Tensor plain = output.cpu().contiguous();
+    target.write(static_cast<const char*>(plain.data_ptr()), static_cast<std::streamsize>(plain.nbytes()));
+    std::cout << plain.toString() << ' ' << plain.sizes() << '\n';
+  }
+  return target.good() ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  try {
+    return run(count, words);
+  } catch (const std::exception& error) {
+    std::cerr << "run_package: " << error.what() << '\n';
+    return 1;
+  }
+}

@@ -10,8 +10,8 @@ from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.precision import REFERENCE
 
-MANIFEST_VERSION: Final = 3
-OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans; 2 knows no torch packages
+MANIFEST_VERSION: Final = 4
+OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans; 2 knows no torch packages; 3 knows no operators of theirs
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
 GUIDANCE = "guidance"  # input of denoisers that embed the guidance scale: float32 [B]
 
@@ -83,11 +83,13 @@ class PackageEntry(_Document):
         batch: rows of a call; other batch sizes are made of such calls.
         dtype: what is computed in where nothing is quantized.
         weights_bytes: memory of its weights on the device.
+        operators: what it calls back into the process that runs it; see `engines.backends.torch.library`.
     """
 
     batch: int = Field(ge=1)
     dtype: Literal["float16", "bfloat16", "float32"]
     weights_bytes: int = Field(ge=0)
+    operators: tuple[Literal["attention_fp8"], ...] = ()
 
 
 class EngineEntry(_Document):
@@ -199,7 +201,7 @@ class Manifest(_Document):
         further_texts: what it takes as `input_ids_2`, `attention_mask_2`, `input_ids_3` and so on.
     """
 
-    version: Literal[1, 2, 3] = MANIFEST_VERSION
+    version: Literal[1, 2, 3, 4] = MANIFEST_VERSION
     created_with: str
     bundle_id: str
     model: ModelEntry

@@ -132,10 +132,12 @@ def test_the_runtime_imports_what_it_declares() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     backends = [
-        requirement for name in ("tensorrt", "tensorrt-lean", "tensorrt-rtx", "torch") for requirement in extras[name]
+        requirement
+        for name in ("tensorrt", "tensorrt-lean", "tensorrt-rtx", "torch", "fp8-attention")
+        for requirement in extras[name]
     ]
     declared = {name_of(requirement) for requirement in (*project["dependencies"], *backends)}
-    distributions = packages_distributions()
+    distributions = {"cudnn": ["nvidia-cudnn-frontend"], **packages_distributions()}  # which needs a GPU's libraries
     imported = {name for path in files_of("engines") for _, name in imports_of(path)}
     third_party = imported - sys.stdlib_module_names - {"engines"}
     assert third_party

@@ -53,9 +53,11 @@ from tmpdiff_export.targets import (
     open_start,
     open_target,
     require_buildable_by,
+    require_fp8_attention,
     require_shareable,
     resolve_backend,
 )
+from tmpdiff_export.torch_attention import attention_ranges
 
 Progress = Callable[[str, int, int], None]
 
@@ -93,6 +95,7 @@ class BuildOptions:
         workers: processes that compile torch packages side by side; with 1, and for other backends, it is done in this
             process. The script that asks for more has to start its work under `if __name__ == "__main__"`: workers
             import it.
+        fp8_attention: for torch packages: the quantized precisions whose attention is in FP8 as well.
     """
 
     precisions: tuple[Precision, ...]
@@ -109,6 +112,7 @@ class BuildOptions:
     device: str | None = None
     share_weights: Precision | None = None
     workers: int = 1
+    fp8_attention: tuple[Precision, ...] = ()
 
 
 def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
@@ -141,6 +145,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
     require_shareable(backend, options.share_weights, options.precisions)
     require_buildable_by(backend, options.workers)
+    require_fp8_attention(backend, options.fp8_attention, options.precisions)
     out = Path(out)
     _check_folders(out, options)
     stage = "load pipeline"
@@ -150,7 +155,14 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         stage = what
         report(what, done, total)
 
-    target = open_target(backend, options.plans, options.precisions, note, options.device)
+    target = open_target(
+        backend,
+        options.plans,
+        options.precisions,
+        note,
+        options.device,
+        fp8_attention=bool(options.fp8_attention),
+    )
     note(stage, 0, 1)
     with staged_folder(out, replace=options.force) as bundle:
         source = load_pipeline(
@@ -311,6 +323,7 @@ class _Build:
         graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
         check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches))
         shared = self.options.share_weights
+        attention = attention_ranges(module, range_batches) if self.options.fp8_attention else {}
 
         def done() -> int:
             return 1 + sum(precision.value in self.built for precision in self.options.precisions)
@@ -332,6 +345,7 @@ class _Build:
                     float32_inputs=family.float32_inputs,
                     weights_of=self.built[shared.value] if shared and precision is REFERENCE else None,
                     keep_layers=precision is shared,
+                    attention=attention if precision in self.options.fp8_attention else None,
                 )
                 self._add(precision.value, engine)
             self.report("build denoisers", done(), total)

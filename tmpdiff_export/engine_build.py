@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,6 +24,7 @@ from tmpdiff_export.qdq import insert_qdq
 from tmpdiff_export.ranges import Batch, calibrate_ranges, quantizable_layers
 from tmpdiff_export.recipes import RECIPES, Variant
 from tmpdiff_export.scales import QuantizedLayer, quantize_layer
+from tmpdiff_export.torch_attention import AttentionRange
 
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
 COMPONENT_FLOOR_DB = 40.0
@@ -82,6 +83,7 @@ class EngineJob:
         float32_inputs: inputs that are not rounded to that type.
         weights_of: the engine whose weights file the reference reads, in which `layers` are; None where every engine has its
             own. Only the torch backend can do this.
+        attention: by name, the attention layers that compute in FP8; only the torch backend can do this.
     """
 
     name: str
@@ -97,6 +99,7 @@ class EngineJob:
     half: bool
     float32_inputs: frozenset[str] = frozenset()
     weights_of: EngineEntry | None = None
+    attention: Mapping[str, AttentionRange] = field(default_factory=dict)
 
 
 class Target(Protocol):
@@ -208,6 +211,7 @@ def start_denoiser(
     float32_inputs: frozenset[str],
     weights_of: BuiltEngine | None = None,
     keep_layers: bool = False,
+    attention: Mapping[str, AttentionRange] | None = None,
 ) -> StartedEngine:
     """Starts the engine of one precision; of several recipe variants the one with the best SQNR is kept.
 
@@ -226,6 +230,7 @@ def start_denoiser(
         weights_of: for the reference only: the engine whose stored weights it is made of. Its floor is then that
             engine's.
         keep_layers: keep the quantized layers, for a `weights_of`; they are as large as the weights.
+        attention: see `EngineJob`.
 
     Raises:
         BuildError: the graph is not valid.
@@ -256,6 +261,7 @@ def start_denoiser(
             half=True,
             float32_inputs=float32_inputs,
             weights_of=None if weights_of is None else weights_of.entry,
+            attention=attention or {},
         )
         trials.append(_Trial(start(job, trial), layers if keep_layers else {}, trial))
 

@@ -56,6 +56,26 @@ def require_shareable(backend: str, shared: Precision | None, precisions: Sequen
         )
 
 
+def require_fp8_attention(backend: str, asked: Sequence[Precision], precisions: Sequence[Precision]) -> None:
+    """Refuses attention in FP8 where a build cannot have it.
+
+    Raises:
+        BackendError: another backend than torch, or a precision that is not built, or the reference.
+    """
+    if not asked:
+        return
+    if backend != "torch":
+        raise BackendError(
+            f"--fp8-attention is for packages of the torch backend; engines of {backend!r} have 16-bit attention"
+        )
+    choices = [precision for precision in precisions if precision is not REFERENCE]
+    if other := [item for item in asked if item not in choices]:
+        raise BackendError(
+            f"--fp8-attention names {other[0].value}, expected quantized precisions that are built: "
+            f"{', '.join(item.value for item in choices) or 'none is'}"
+        )
+
+
 def require_buildable_by(backend: str, workers: int) -> None:
     """Refuses worker processes that a build cannot have.
 
@@ -100,6 +120,8 @@ def open_target(
     precisions: Sequence[Precision],
     progress: Callable[[str, int, int], None],
     device: str | None = None,
+    *,
+    fp8_attention: bool = False,
 ) -> Target:
     """The target of a resolved backend.
 
@@ -110,6 +132,7 @@ def open_target(
         progress: called with (stage, done, total) by targets whose engines take long to make.
         device: "cuda" or "cpu", for the torch backend (None: the GPU) and for ONNX Runtime (None: the CPU); other
             backends refuse it.
+        fp8_attention: whether any of them has its attention in FP8; for the torch backend only.
 
     Raises:
         BackendError: no device to build on, a precision that it cannot have, or settings that the backend
@@ -121,7 +144,7 @@ def open_target(
         from tmpdiff_export.torch_target import TorchTarget
 
         settings.require_unset(backend, allowed=("--batch",))
-        return TorchTarget(device or "cuda", settings.batch.opt, precisions)
+        return TorchTarget(device or "cuda", settings.batch.opt, precisions, fp8_attention=fp8_attention)
     if backend == "tensorrt":
         from tmpdiff_export.tensorrt_target import TensorRtTarget
 

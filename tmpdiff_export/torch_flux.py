@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,26 +12,19 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch.nn import functional as F
 
+from engines.backends.torch.attention import FP8, attention_fp8
+from tmpdiff_export.torch_attention import AttentionRange, Fp8Processor, result_of
+from tmpdiff_export.torch_codes import static_codes
 from tmpdiff_export.torch_layers import makes_codes
 from tmpdiff_export.torch_rotary import norm_rotary
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""query, key, value -> result, all [B, S, heads, D]."""
 
 
 class RotaryProcessor:
     """diffusers' attention processor for FLUX.1, with `norm_rotary`; without IP adapters and attention masks."""
 
-    def __init__(self, attend: Attend | None = None, dtype: torch.dtype | None = None, factor: float = 1.0) -> None:
-        """
-        Args:
-            attend: the attention itself; None for torch's.
-            dtype: of the queries and keys it takes; None for the model's.
-            factor: of those queries and keys.
-        """
-        self._attend = attend or _attend
-        self._dtype = dtype
-        self._factor = factor
+    def __init__(self, limits: AttentionRange | None = None) -> None:
+        """limits: of the layer, whose attention is then in FP8, queries and keys leaving their kernel as codes; or None."""
+        self.limits = limits
 
     def __call__(
         self,
@@ -59,12 +51,13 @@ class RotaryProcessor:
             value = torch.cat([text_value, value], dim=1)
             text_norms = attn.norm_added_q, attn.norm_added_k
             text_tokens = encoder_hidden_states.shape[1]
-        dtype = self._dtype or hidden_states.dtype
+        dtype = hidden_states.dtype if self.limits is None else FP8
+        scales = (1.0, 1.0) if self.limits is None else self.limits.scales[:2]
         query, key = (
-            norm_rotary(text, text_norm.weight, image, norm.weight, image_rotary_emb, norm.eps, dtype, self._factor)
-            for text, text_norm, image, norm in (
-                (text_query, text_norms[0], query, attn.norm_q),
-                (text_key, text_norms[1], key, attn.norm_k),
+            norm_rotary(text, text_norm.weight, image, norm.weight, image_rotary_emb, norm.eps, dtype, 1.0 / scale)
+            for text, text_norm, image, norm, scale in (
+                (text_query, text_norms[0], query, attn.norm_q, scales[0]),
+                (text_key, text_norms[1], key, attn.norm_k, scales[1]),
             )
         )
         result = self._attend(query, key, value).flatten(2)
@@ -73,20 +66,27 @@ class RotaryProcessor:
         text, image = result[:, :text_tokens], result[:, text_tokens:]
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query, key (codes where attention is in FP8), value -> result, all [B, S, heads, D]."""
+        if self.limits is None:
+            parts = (item.transpose(1, 2) for item in (query, key, value))
+            return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+        codes = static_codes(value, self.limits.scales[2], FP8)
+        return result_of(attention_fp8(query, key, codes, *self.limits.scales), self.limits, value.dtype)
 
-def use_rotary_kernel(module: torch.nn.Module, processor: RotaryProcessor | None = None) -> int:
-    """Gives FLUX.1's attention layers the processor, one for all; other denoisers stay as they are.
 
-    Layers with a processor of another kind than diffusers' plain one (IP adapters) keep it.
+def use_rotary_kernel(module: torch.nn.Module) -> int:
+    """Gives FLUX.1's attention layers `RotaryProcessor`; other denoisers stay as they are.
+
+    Layers with a processor of another kind than diffusers' plain one (IP adapters) keep it. What is in FP8 stays so.
 
     Returns:
         How many layers got it.
     """
-    processor = processor or RotaryProcessor()
     count = 0
     for layer in module.modules():
         if isinstance(layer, FluxAttention) and _fits(layer):
-            layer.processor = processor
+            layer.processor = RotaryProcessor(getattr(layer.processor, "limits", None))
             count += 1
     return count
 
@@ -132,14 +132,10 @@ def _fits(layer: FluxAttention) -> bool:
     norms = [getattr(layer, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
     affine = all(norm.weight is not None and norm.eps == layer.norm_q.eps for norm in norms if norm is not None)
     power_of_two = layer.head_dim & (layer.head_dim - 1) == 0
-    plain = type(layer.processor) in (FluxAttnProcessor, RotaryProcessor)
+    processor = layer.processor.inner if isinstance(layer.processor, Fp8Processor) else layer.processor
+    plain = type(processor) in (FluxAttnProcessor, RotaryProcessor)
     return plain and affine and power_of_two and not layer.fused_projections
 
 
 def _heads(attn: FluxAttention, data: torch.Tensor) -> torch.Tensor:
     return data.unflatten(-1, (-1, attn.head_dim))
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    parts = (item.transpose(1, 2) for item in (query, key, value))
-    return F.scaled_dot_product_attention(*parts).transpose(1, 2)

@@ -6,21 +6,20 @@ import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 
-from tmpdiff_export.torch_flux import RotaryProcessor, use_codes_kernel, use_rotary_kernel
+from tmpdiff_export.torch_flux import use_codes_kernel, use_rotary_kernel
 from tmpdiff_export.torch_gelu import TanhGelu
 from tmpdiff_export.torch_layers import makes_codes
 
 
-def fuse(module: torch.nn.Module, processor: RotaryProcessor | None = None) -> None:
+def fuse(module: torch.nn.Module) -> None:
     """Changes a denoiser in place, with its quantized layers in it: the same functions under the same names of layers.
 
     Args:
         module: a denoiser or a wrapper of one.
-        processor: of FLUX.1's attention; None for the one with torch's own attention.
     """
     replace_tanh_gelu(module)
     _move_gelu(module)
-    use_rotary_kernel(module, processor)
+    use_rotary_kernel(module)
     use_codes_kernel(module)
 
 

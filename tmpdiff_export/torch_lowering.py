@@ -10,12 +10,18 @@ import torch
 from engines.precision import Precision
 from tmpdiff_export.scales import QuantizedLayer
 from tmpdiff_export.sixteen_bit import sixteen_bit_tensors
+from tmpdiff_export.torch_attention import AttentionRange, use_fp8_attention
 from tmpdiff_export.torch_fusion import fuse
 from tmpdiff_export.torch_layers import FP8_ALIGNMENT, linear_from
 
 
 def lower_for_torch(
-    module: torch.nn.Module, layers: Mapping[str, QuantizedLayer], dtype: torch.dtype, *, sixteen_bit: bool = False
+    module: torch.nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    dtype: torch.dtype,
+    *,
+    sixteen_bit: bool = False,
+    attention: Mapping[str, AttentionRange] | None = None,
 ) -> tuple[torch.nn.Module, dict[str, int]]:
     """A copy of an export wrapper in which `layers` run from their codes.
 
@@ -24,6 +30,7 @@ def lower_for_torch(
         layers: by name as in `module.named_modules()`; empty for the reference.
         dtype: float16 or bfloat16, of everything else.
         sixteen_bit: the layers keep their codes, but all products are in `dtype`.
+        attention: by name, the attention layers that compute in FP8.
 
     Returns:
         The module, and how many layers of which kind were replaced. Layers that torch has no product for run in
@@ -51,6 +58,9 @@ def lower_for_torch(
             original.weight.data = weight.reshape(original.weight.shape)
             kind = f"{layer.precision.value} weight in a 16-bit {type(original).__name__}"
         counts[kind] = counts.get(kind, 0) + 1
+    if attention:
+        use_fp8_attention(lowered, attention)
+        counts["fp8 attention"] = len(attention)
     fuse(lowered)
     return _in_type(lowered, dtype), counts
 

@@ -38,6 +38,7 @@ class PackageTask:
         outputs: specs of the graph's outputs.
         check: inputs and references for its SQNR.
         lowering: see `EngineEntry`.
+        operators: see `PackageEntry`.
         onnx_sha256: see `EngineEntry`.
         recipe: see `EngineEntry`.
         floor_db: the least SQNR the build accepts.
@@ -56,6 +57,7 @@ class PackageTask:
     outputs: tuple[TensorSpec, ...]
     check: AccuracyCheck
     lowering: Mapping[str, int]
+    operators: tuple[Literal["attention_fp8"], ...]
     onnx_sha256: str
     recipe: str
     floor_db: float
@@ -98,7 +100,9 @@ class PackageTask:
             sqnr_floor_db=self.floor_db,
             inputs=tuple(_spec(spec, tuple(item.shape)) for spec, item in zip(self.inputs, examples, strict=True)),
             outputs=tuple(_spec(spec, shape) for spec, shape in zip(self.outputs, shapes, strict=True)),
-            package=PackageEntry(batch=self.batch, dtype=self.dtype, weights_bytes=self.weights.bytes),
+            package=PackageEntry(
+                batch=self.batch, dtype=self.dtype, weights_bytes=self.weights.bytes, operators=self.operators
+            ),
         )
         host = open_host("torch", self.described)
         try:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from engines.backends.torch.attention import LEAST_COMPUTE_CAPABILITY, require_cudnn
 from engines.errors import BackendError, BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry
@@ -34,13 +35,16 @@ class TorchTarget:
 
     backend = "torch"
 
-    def __init__(self, device: str, pictures: int, precisions: Sequence[Precision]) -> None:
+    def __init__(
+        self, device: str, pictures: int, precisions: Sequence[Precision], *, fp8_attention: bool = False
+    ) -> None:
         """Checks what can be checked before work begins.
 
         Args:
             device: "cuda" or "cpu".
             pictures: how many at once the packages are compiled for.
             precisions: the denoiser engines that will be made.
+            fp8_attention: whether any of them has its attention in FP8.
 
         Raises:
             BackendError: no such device, or a precision that it cannot have.
@@ -62,6 +66,13 @@ class TorchTarget:
                 f"precision {with_fp8[0]} needs compute capability 8.9, {gpu.name} has "
                 f"{'.'.join(map(str, gpu.compute_capability))}; leave it out of --precisions"
             )
+        if fp8_attention:
+            require_cudnn()
+            if gpu.compute_capability < LEAST_COMPUTE_CAPABILITY:
+                raise BackendError(
+                    f"--fp8-attention needs compute capability {'.'.join(map(str, LEAST_COMPUTE_CAPABILITY))}, {gpu.name} has "
+                    f"{'.'.join(map(str, gpu.compute_capability))}; build without it"
+                )
         self._described = gpu.described
         self._memory_bytes = gpu.total_bytes
 
@@ -88,7 +99,9 @@ class TorchTarget:
         dtype = _type_of(job)
         if job.half:
             shared = job.weights_of is not None
-            lowered, counts = lower_for_torch(job.module, job.layers, dtype, sixteen_bit=shared)
+            lowered, counts = lower_for_torch(
+                job.module, job.layers, dtype, sixteen_bit=shared, attention=job.attention
+            )
         else:
             lowered, counts = job.module, {}
         kept = [not job.half or name in job.float32_inputs for name in job.check.names]
@@ -109,6 +122,7 @@ class TorchTarget:
             outputs=tensor_specs(job.graph.graph.output),
             check=job.check,
             lowering=counts,
+            operators=("attention_fp8",) if job.attention else (),
             onnx_sha256=sha256_file(job.onnx_file),
             recipe=job.recipe,
             floor_db=reference_floor if dtype is torch.bfloat16 and job.quantized is None else job.floor_db,

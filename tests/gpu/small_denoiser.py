@@ -20,6 +20,16 @@ def denoiser() -> Any:
     """float32, on the CPU; the same at every call."""
     import torch
 
+    class Attention(torch.nn.Module):
+        """As diffusers' attention layers have it: a processor that may be exchanged."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.processor: Any = _attend
+
+        def forward(self, *parts: Any) -> Any:
+            return self.processor(self, *parts)
+
     class Denoiser(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -28,19 +38,26 @@ def denoiser() -> Any:
             self.wide, self.narrow = torch.nn.Linear(WIDTH, 4 * WIDTH), torch.nn.Linear(4 * WIDTH, WIDTH)
             self.outside = torch.nn.Linear(WIDTH, SHAPE[0])
             self.norm = torch.nn.LayerNorm(WIDTH)
+            self.attention = Attention()
 
         def forward(self, latents: Any, timestep: Any, text: Any) -> Any:
             tokens = self.inside(latents.flatten(2).transpose(1, 2))
             tokens = tokens + torch.sin(timestep / 100.0).to(tokens.dtype)[:, None, None]
             whole = torch.cat([tokens, text], dim=1)
             q, k, v = (layer(whole).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            mixed = self.attention(q, k, v).transpose(1, 2).flatten(2)
             whole = self.norm(whole + mixed)
             whole = whole + self.narrow(torch.nn.functional.gelu(self.wide(whole)))
             return self.outside(whole[:, : tokens.shape[1]]).transpose(1, 2).unflatten(2, SHAPE[1:])
 
     torch.manual_seed(11)
     return Denoiser().eval()
+
+
+def _attend(_layer: Any, query: Any, key: Any, value: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
 
 def loop_inputs(rows: int) -> dict[str, np.ndarray]:

@@ -36,7 +36,8 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 BATCH = 2
 BLOCK_SIZES = {"int4": 128, "nvfp4": 16}
 PRECISIONS = ("fp16", "fp8", "int8", "int4", "nvfp4")
-FLOOR_DB = {"fp16": 55.0, "fp8": 24.0, "int8": 28.0, "int4": 18.0, "nvfp4": 14.0}
+WITH_ATTENTION = "fp8-attention"
+FLOOR_DB = {"fp16": 55.0, "fp8": 24.0, WITH_ATTENTION: 22.0, "int8": 28.0, "int4": 18.0, "nvfp4": 14.0}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])  # two kernels
@@ -140,6 +141,54 @@ def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
     assert expected.max() == limits[1]  # some saturate
     step = 0.501 if kind is torch.int8 else 2.0**-4 * 1.001 * expected.abs() + 2.0**-10
     assert ((found - expected).abs() <= step).all()
+
+
+needs_cudnn = pytest.mark.skipif(importlib.util.find_spec("cudnn") is None, reason="cudnn is not installed")
+
+
+@needs_cudnn
+@pytest.mark.parametrize(("batch", "tokens", "heads", "size"), [(2, 1301, 3, 128), (1, 256, 8, 64), (1, 4608, 24, 128)])
+def test_fp8_attention_is_that_of_the_reference(batch: int, tokens: int, heads: int, size: int) -> None:
+    import torch
+    from torch.nn import functional as F
+
+    from tmpdiff_export.torch_attention import AttentionRange, attend_fp8
+
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    shape = (batch, heads, tokens, size)
+    parts = [torch.randn(shape, generator=generator, device="cuda") * factor for factor in (1.0, 2.0, 0.3)]
+    limits = AttentionRange(*(float(item.abs().max()) for item in parts))
+    found = attend_fp8(*(item.half() for item in parts), limits).float()
+    expected = F.scaled_dot_product_attention(*parts)
+    first = attend_fp8(*(item[:1, :2].cpu() for item in parts), limits)  # on a CPU
+
+    def sqnr_db(one: Any, other: Any) -> float:
+        return float(-10 * torch.log10((one - other).square().sum() / other.square().sum()))
+
+    noise = sqnr_db(found, expected)
+    print(f"{shape}: {noise:.1f} dB, on a CPU {sqnr_db(first, expected[:1, :2].cpu()):.1f} dB")
+    assert noise > 18.0
+    assert noise > sqnr_db(first, expected[:1, :2].cpu()) - 2.0
+    assert sqnr_db(found[:1, :2].cpu(), first) > noise
+
+
+@needs_cudnn
+def test_a_package_with_fp8_attention_runs_in_the_device_loop(tmp_path: Path) -> None:
+    from engines.backends.torch.host import torch_host
+
+    names = ("fp16", WITH_ATTENTION)
+    with closing(torch_host()) as made:
+        for name in names:
+            made.add(name, *compiled(tmp_path, name))
+        for rows in (1, 2, 3):
+            require_agreement(made.engine(WITH_ATTENTION), rows, FLOOR_DB[WITH_ATTENTION])
+        loop = make_loop(12, 3, 4.5, names)
+        first, again = made.denoise(loop), made.denoise(loop)  # now every engine has its CUDA graph
+        assert made.notes == {}
+        expected = host_loop(loop, made.engine)
+    assert np.isfinite(expected).all()
+    assert np.array_equal(first, expected)
+    assert np.array_equal(again, expected)
 
 
 @pytest.mark.parametrize("name", PRECISIONS[1:])
@@ -284,16 +333,21 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     from tmpdiff_export.torch_lowering import lower_for_torch
 
     module = denoiser()
-    layers = {}
+    layers, attention = {}, {}
+    if name == WITH_ATTENTION:
+        from tmpdiff_export.torch_attention import attention_ranges
+
+        inputs = [torch.from_numpy(item) for item in loop_inputs(BATCH).values()]
+        attention, name = attention_ranges(module, [tuple(inputs)]), "fp8"
     if name != "fp16":
         for layer in ("q", "k", "v", "wide", "narrow"):
             weight = module.get_submodule(layer).weight.detach().numpy()
             amax = None if name == "int4" else 6.0
             layers[layer] = quantize_layer(LayerRange(weight, amax, None), Precision(name), BLOCK_SIZES.get(name))
-    lowered, _ = lower_for_torch(module, layers, torch.float16)
+    lowered, _ = lower_for_torch(module, layers, torch.float16, attention=attention)
     whole = EngineModule(lowered, torch.float16, [False, True, False]).eval()
     inputs = [torch.from_numpy(loop_inputs(BATCH)[key]).to("cuda") for key in (LATENTS, TIMESTEP, TEXT)]
-    path = folder / f"{name}.pt2"
+    path = folder / f"{name}{'-attention' if attention else ''}.pt2"
     weights = path.with_suffix(".safetensors")
     compile_package(store_weights(whole, weights), weights, "cuda", inputs, path)
     gpu = current_gpu()
@@ -315,7 +369,9 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
             TensorSpec(name=TEXT, dtype="float32", shape=("batch", 16, WIDTH)),
         ),
         outputs=(TensorSpec(name=MODEL_OUTPUT, dtype="float32", shape=("batch", *SHAPE)),),
-        package=PackageEntry(batch=BATCH, dtype="float16", weights_bytes=0),
+        package=PackageEntry(
+            batch=BATCH, dtype="float16", weights_bytes=0, operators=("attention_fp8",) if attention else ()
+        ),
     )
     return entry, path
 

@@ -42,6 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="torch packages: make the fp16 engine of the stored weights of this precision, so that both need one copy",
     )
     parser.add_argument(
+        "--fp8-attention",
+        type=_quantized_precisions,
+        default=(),
+        metavar="PRECISIONS",
+        help="torch packages: quantized precisions, comma-separated, whose attention is in FP8 as well, through cuDNN (pip "
+        "install nvidia-cudnn-frontend; a Hopper GPU or later)",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=1,
@@ -118,6 +126,10 @@ def _precision(text: str) -> Precision:
         raise argparse.ArgumentTypeError(f"{text!r} is no precision; choose from {', '.join(Precision)}") from None
 
 
+def _quantized_precisions(text: str) -> tuple[Precision, ...]:
+    return tuple(dict.fromkeys(_precision(name.strip()) for name in text.split(",") if name.strip()))
+
+
 def _shape_range(text: str) -> ShapeRange:
     try:
         return ShapeRange.parse(text)
@@ -169,6 +181,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         share_weights=args.share_weights,
         workers=args.workers,
+        fp8_attention=args.fp8_attention,
     )
     with progress_bar() as report:
         manifest = build(args.pipeline, args.out, options, report)

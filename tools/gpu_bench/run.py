@@ -160,7 +160,7 @@ def in_words(result: dict[str, Any]) -> str:
         words += f", {result['over_floor']:.2f} x floor"
     if result["error"]["sqnr_db"] is not None:
         words += f", {result['error']['sqnr_db']:.1f} dB"
-    words += f" (compiled {result['compiled_graphs']} graphs in {result['compile_s']:.0f} s)"
+    words += f" (compiled in {result['compile_s']:.0f} s)"
     return words + "".join(f"; {part} failed: {text}" for part, text in result.get("part_errors", {}).items())
 
 

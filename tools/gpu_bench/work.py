@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tmpdiff_export.torch_attention import AttentionRange, watch_attention
+
 Shape = tuple[int, int, int, int, int]
 
 
@@ -24,6 +26,7 @@ class Work:
         attention: by shape (batch, heads, queries, keys, head size); 4 B H Sq Sk D, whatever a mask leaves out.
         other_products: batched products outside attention (Sana's linear attention).
         input_amax: by layer name, largest magnitude of a linear layer's input over all steps seen, float32 [].
+        attention_amax: by name of the attention layer, where attention can be in FP8.
     """
 
     linear: dict[str, int] = field(default_factory=dict)
@@ -31,6 +34,7 @@ class Work:
     attention: dict[Shape, int] = field(default_factory=dict)
     other_products: int = 0
     input_amax: dict[str, torch.Tensor] = field(default_factory=dict)
+    attention_amax: dict[str, AttentionRange] = field(default_factory=dict)
 
     def totals(self) -> dict[str, int]:
         """Operations by kind."""
@@ -60,7 +64,7 @@ class _Products(TorchDispatchMode):
 
 @contextmanager
 def watch_ranges(module: torch.nn.Module, work: Work) -> Iterator[None]:
-    """Notes `input_amax` of every linear layer."""
+    """Notes `input_amax` of every linear layer, and `attention_amax`."""
 
     def note(name: str) -> Any:
         def hook(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -76,7 +80,8 @@ def watch_ranges(module: torch.nn.Module, work: Work) -> Iterator[None]:
         if isinstance(layer, torch.nn.Linear)
     ]
     try:
-        yield
+        with watch_attention(module, work.attention_amax):
+            yield
     finally:
         for handle in handles:
             handle.remove()

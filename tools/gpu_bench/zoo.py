@@ -34,7 +34,7 @@ def _flux(config: Any, sizes: Sizes, sigma: float, source: Source) -> Inputs:
         "timestep": source.full((sizes.batch,), sigma),
         "img_ids": ids.reshape(half * half, 3),
         "txt_ids": torch.zeros(sizes.text_tokens, 3, device=source.device, dtype=source.dtype),
-        "guidance": source.full((sizes.batch,), 3.5, torch.float32),
+        "guidance": source.full((sizes.batch,), 4.0, torch.float32),
     }
 
 

@@ -24,10 +24,11 @@ VERSION: str = torch.__version__
 
 
 def package_of(name: str, entry: EngineEntry) -> PackageEntry:
-    """What the manifest says of a package, after checking that this torch can load it.
+    """What the manifest says of a package, after checking that this torch can load it; its operators are there then.
 
     Raises:
-        BackendError: the entry describes no package, or it was compiled by another minor version of torch.
+        BackendError: the entry describes no package, it was compiled by another minor version of torch, or it calls an
+            operator whose library is not installed.
     """
     if entry.package is None or entry.weights is None:
         raise BackendError(f"engine {name}: the manifest does not describe its torch package; build the bundle again")
@@ -41,6 +42,11 @@ def package_of(name: str, entry: EngineEntry) -> PackageEntry:
             f"engine {name} was compiled by torch {entry.backend_version}, installed is {VERSION}; install torch "
             f"{_minor(entry.backend_version)}, or build the bundle again: compiled packages belong to one minor version"
         )
+    if "attention_fp8" in entry.package.operators:
+        from engines.backends.torch.attention import require_cudnn
+
+        if entry.device != "cpu":
+            require_cudnn()
     return entry.package
 
 

@@ -1,0 +1,146 @@
+"""The operator `tmpdiff::attention_fp8`: attention over FP8 codes, through cuDNN's graph interface on a GPU.
+
+Importing this module registers it. A package that holds it calls back into this process for every attention, so that the
+process needs Python and, for a GPU, cuDNN's frontend.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from engines.backends.torch.library import torch
+from engines.errors import BackendError
+
+FP8 = torch.float8_e4m3fn
+FP8_LIMIT = 448.0
+# A power of two: attention weights are at most 1, and floating point codes keep their precision over a wide range.
+_WEIGHT_FACTOR = 256.0
+LEAST_COMPUTE_CAPABILITY = (9, 0)  # that cuDNN has FP8 attention for
+
+
+@torch.library.custom_op("tmpdiff::attention_fp8", mutates_args=(), device_types="cuda")  # type: ignore[untyped-decorator]
+def attention_fp8(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_scale: float,
+    key_scale: float,
+    value_scale: float,
+) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(D)) V without a mask, all in FP8 E4M3.
+
+    Args:
+        query: codes, float8_e4m3fn [B, S, H, D], contiguous; what they stand for is code times scale.
+        key: as `query`.
+        value: as `query`.
+        query_scale: of `query`.
+        key_scale: of `key`.
+        value_scale: of `value`.
+
+    Returns:
+        Codes of the result, float8_e4m3fn [B, S, H, D]. Their scale is `value_scale`: no result is larger than the
+        largest value.
+
+    Raises:
+        BackendError: cuDNN's frontend is not installed.
+    """
+    output = torch.empty_like(query)
+    device = query.device
+    # In the order of the graph's tensors; a result is scaled as the values are.
+    factors = (query_scale, key_scale, value_scale, 1.0 / _WEIGHT_FACTOR, _WEIGHT_FACTOR, 1.0 / value_scale)
+    run = _plan(tuple(query.shape), device.index)
+    run(query, key, value, output, [_scalar(factor, device.index) for factor in factors])
+    return output
+
+
+@attention_fp8.register_kernel("cpu")  # type: ignore[untyped-decorator]
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_scale: float,
+    key_scale: float,
+    value_scale: float,
+) -> torch.Tensor:
+    """The same roundings in FP32 products; all weights of a query at once, where a GPU takes blocks of keys."""
+    queries, keys, values = (item.transpose(1, 2).float() for item in (query, key, value))
+    logits = queries @ keys.transpose(2, 3) * (query_scale * key_scale * query.shape[3] ** -0.5)
+    weights = (logits - logits.amax(dim=3, keepdim=True)).exp()
+    seen = (weights * _WEIGHT_FACTOR).to(FP8).float() / _WEIGHT_FACTOR
+    result = seen @ values / weights.sum(dim=3, keepdim=True)
+    return result.clamp(-FP8_LIMIT, FP8_LIMIT).to(FP8).transpose(1, 2).contiguous()
+
+
+@attention_fp8.register_fake  # type: ignore[untyped-decorator]
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_scale: float,
+    key_scale: float,
+    value_scale: float,
+) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+def require_cudnn() -> Any:
+    """cuDNN's frontend.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        import cudnn
+    except ImportError as error:
+        raise BackendError(
+            "attention in FP8 needs the module cudnn, which is not installed; pip install nvidia-cudnn-frontend"
+        ) from error
+    return cudnn
+
+
+@functools.cache
+def _scalar(value: float, device: int) -> torch.Tensor:
+    """float32 [1, 1, 1, 1] on a GPU. Made at a first call, so before a CUDA graph is captured, and kept."""
+    return torch.full([1] * 4, value, device=torch.device("cuda", device))
+
+
+@functools.cache
+def _plan(shape: tuple[int, int, int, int], device: int) -> Any:
+    """A cuDNN plan for tensors [B, S, H, D] on a GPU, as (query, key, value, result, factors) -> None.
+
+    Its workspace is its own: calls have to follow one another on the device, as the steps of a loop do.
+    """
+    cudnn = require_cudnn()
+    batch, tokens, heads, size = shape
+    dim, stride = [batch, heads, tokens, size], [tokens * heads * size, size, heads * size, 1]
+    fp8, single = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
+    handle = cudnn.create_handle()
+    graph = cudnn.pygraph(io_data_type=fp8, intermediate_data_type=single, compute_data_type=single, handle=handle)
+    inputs = [graph.tensor(name=name, dim=dim, stride=stride, data_type=fp8) for name in ("q", "k", "v")]
+    names = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+    factors = [graph.tensor(name=name, dim=[1] * 4, stride=[1] * 4, data_type=single) for name in names]
+    output, _, *amaxes = graph.sdpa_fp8(
+        *inputs, *factors, generate_stats=False, attn_scale=size**-0.5, use_causal_mask=False
+    )
+    output.set_output(True).set_dim(dim).set_stride(stride).set_data_type(fp8)
+    for amax in amaxes:
+        amax.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(single)
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A])
+    graph.check_support()
+    graph.build_plans()
+    place = torch.device("cuda", device)
+    unused = {amax: torch.zeros([1] * 4, device=place) for amax in amaxes}
+    workspace = torch.empty(max(graph.get_workspace_size(), 1), device=place, dtype=torch.uint8)
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, result: torch.Tensor, values: list[torch.Tensor]
+    ) -> None:
+        cudnn.set_stream(handle, torch.cuda.current_stream(place).cuda_stream)
+        tensors = {tensor: data.transpose(1, 2) for tensor, data in zip(inputs, (query, key, value), strict=True)}
+        bound = dict(zip(factors, values, strict=True))
+        graph.execute({**tensors, output: result.transpose(1, 2), **bound, **unused}, workspace, handle=handle)
+
+    return run

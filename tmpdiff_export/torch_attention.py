@@ -1,0 +1,174 @@
+"""Attention in FP8 for the `torch` backend: ranges of its inputs, and attention layers that use codes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from engines.backends.torch.attention import FP8, FP8_LIMIT, attention_fp8
+from engines.errors import BuildError
+from tmpdiff_export.ranges import Batch
+from tmpdiff_export.torch_codes import static_codes
+
+LEAST_TOKENS = 256  # shorter attention is no cost
+HEAD_SIZES = (64, 128)  # that cuDNN's FP8 attention was run with
+_LEAST_SCALE = 1e-6
+_TORCHS = F.scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class AttentionRange:
+    """Largest magnitudes (amax) of what an attention layer takes."""
+
+    query: float
+    key: float
+    value: float
+
+    def joined(self, other: AttentionRange) -> AttentionRange:
+        """Of both."""
+        return AttentionRange(max(self.query, other.query), max(self.key, other.key), max(self.value, other.value))
+
+    @property
+    def scales(self) -> tuple[float, float, float]:
+        """Static scales of query, key and value: code times scale is what a code stands for."""
+        query, key, value = (max(amax / FP8_LIMIT, _LEAST_SCALE) for amax in (self.query, self.key, self.value))
+        return query, key, value
+
+
+class Fp8Processor:
+    """Wraps diffusers' attention processor of one layer: attention that cuDNN can do in FP8 is done so.
+
+    Attributes:
+        inner: the processor.
+        limits: of the layer.
+    """
+
+    def __init__(self, inner: Callable[..., Any], limits: AttentionRange) -> None:
+        self.inner, self.limits = inner, limits
+
+    def __call__(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As the processor it wraps."""
+        with _Replaced(lambda query, key, value: attend_fp8(query, key, value, self.limits)):
+            return self.inner(layer, *args, **kwargs)
+
+
+def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, limits: AttentionRange) -> torch.Tensor:
+    """Attention [B, H, S, D] in a 16-bit type or float32 -> the same; with 1 / sqrt(D), without a mask."""
+    codes = (
+        static_codes(item.transpose(1, 2), scale, FP8).contiguous()
+        for item, scale in zip((query, key, value), limits.scales, strict=True)
+    )
+    return result_of(attention_fp8(*codes, *limits.scales), limits, query.dtype).transpose(1, 2)
+
+
+def result_of(codes: torch.Tensor, limits: AttentionRange, dtype: torch.dtype) -> torch.Tensor:
+    """What the operator's result stands for, any shape."""
+    return (codes.float() * limits.scales[2]).to(dtype)
+
+
+def attention_ranges(module: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, AttentionRange]:
+    """Range calibration of attention: amax of query, key and value over `batches`.
+
+    Args:
+        module: float32 export wrapper; called as `module(*batch)`.
+        batches: denoiser inputs from real pipeline runs.
+
+    Returns:
+        By name of the attention layer, for those whose attention can be in FP8: head size 64 or 128, no mask, as many keys as
+        queries and at least `LEAST_TOKENS`.
+
+    Raises:
+        BuildError: there is none.
+    """
+    found: dict[str, AttentionRange] = {}
+    with torch.inference_mode(), watch_attention(module, found):
+        for batch in batches:
+            module(*batch)
+    if not found:
+        raise BuildError(
+            f"{type(module).__name__}: no attention layer can be in FP8; that takes head size "
+            f"{' or '.join(map(str, HEAD_SIZES))}, no mask, and as many keys as queries, {LEAST_TOKENS} at least"
+        )
+    return found
+
+
+@contextmanager
+def watch_attention(module: torch.nn.Module, found: dict[str, AttentionRange]) -> Iterator[None]:
+    """Widens the ranges in `found` by what the attention layers of `module` take while the block runs."""
+    layers = {name: layer for name, layer in module.named_modules() if callable(getattr(layer, "processor", None))}
+    originals = {name: layer.processor for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.processor = _Watched(originals[name], name, found)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.processor = originals[name]
+
+
+def use_fp8_attention(module: torch.nn.Module, ranges: Mapping[str, AttentionRange]) -> None:
+    """Attention layers of `ranges` compute in FP8 from now on; in place."""
+    for name, limits in ranges.items():
+        layer = module.get_submodule(name)
+        layer.processor = Fp8Processor(layer.processor, limits)
+
+
+class _Watched:
+    """A processor that notes what its attention takes."""
+
+    def __init__(self, inner: Callable[..., Any], name: str, found: dict[str, AttentionRange]) -> None:
+        self._inner, self._name, self._found = inner, name, found
+
+    def __call__(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Replaced(self._note):
+            return self._inner(layer, *args, **kwargs)
+
+    def _note(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        seen = AttentionRange(*(float(item.detach().abs().amax()) for item in (query, key, value)))
+        known = self._found.get(self._name)
+        self._found[self._name] = seen if known is None else known.joined(seen)
+        return _TORCHS(query, key, value)
+
+
+class _Replaced(TorchFunctionMode):
+    """Within it, attention that can be in FP8 is what `attend` makes of query, key and value [B, H, S, D]."""
+
+    def __init__(self, attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _TORCHS and _fits(*args, **kwargs):
+            return self._attend(*_inputs(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _fits(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether a call of torch's attention, whose arguments these are, can be in FP8."""
+    same = query.ndim == 4 and query.shape == key.shape == value.shape
+    plain = attn_mask is None and dropout_p == 0.0 and not is_causal and not enable_gqa
+    if not same or not plain or query.shape[3] not in HEAD_SIZES or query.shape[2] < LEAST_TOKENS:
+        return False
+    return scale is None or abs(scale * float(query.shape[3]) ** 0.5 - 1.0) < 1e-6
+
+
+def _inputs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return query, key, value

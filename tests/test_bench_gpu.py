@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -126,6 +127,18 @@ def test_blocks_of_one_class_are_compiled_once(tmp_path: Path) -> None:
         assert result["compiled_graphs"] == 2, row
         assert result["quantized_layers"] > 0
         assert 8 < result["error"]["sqnr_db"] < 60
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling packages needs g++")
+def test_a_package_is_as_accurate_as_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LEAST_TOKENS", "HEAD_SIZES"):  # the small denoiser's attention is short and narrow
+        monkeypatch.setattr(f"tmpdiff_export.torch_attention.{name}", {"LEAST_TOKENS": 1, "HEAD_SIZES": (32,)}[name])
+    bench, _ = prepared("flux", tmp_path)
+    whole, layers = bench.measure("fp8-attention-package"), bench.measure("fp8-attention")
+    assert layers["error"]["sqnr_db"] < bench.measure("fp8")["error"]["sqnr_db"]  # attention was in FP8
+    assert abs(whole["error"]["sqnr_db"] - layers["error"]["sqnr_db"]) < 2.0
+    assert whole["package_bytes"] > 1000
+    assert whole["weights_file_bytes"] >= whole["weights_bytes"] > 0.5 * layers["weights_bytes"]
 
 
 def test_a_finished_row_leaves_no_memory_behind(tmp_path: Path) -> None:

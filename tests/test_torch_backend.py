@@ -228,6 +228,20 @@ def test_any_batch_is_made_of_the_compiled_one(runtime: DenoiseRuntime) -> None:
 
 
 @needs_compiler
+def test_running_a_package_imports_no_compiler(bundles: dict[str, Path]) -> None:
+    script = (
+        "import sys; from engines import DenoiseRuntime\n"
+        "with DenoiseRuntime.load(sys.argv[1]) as loaded:\n"
+        "    loaded.generate(['a red circle'], [3], loaded.bundle.schedule('uniform:int8'))\n"
+        "print([name for name in ('torch._inductor.codecache', 'torch._dynamo', 'triton') if name in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script, str(bundles["torch"])], check=True, timeout=120, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+@needs_compiler
 def test_a_package_runs_without_python(runtime: DenoiseRuntime, bundles: dict[str, Path], tmp_path: Path) -> None:
     import torch
     from safetensors.numpy import save_file

@@ -29,8 +29,7 @@ class Packaged(torch.nn.Module):
 
     def forward(self, *, return_dict: bool, **inputs: Any) -> tuple[torch.Tensor, ...]:
         """As diffusers' denoisers, which give a tuple without `return_dict`."""
-        results = self._runner(self._weights, tuple(tensors_of(inputs)))
-        return tuple(results) if isinstance(results, tuple | list) else (results,)
+        return tuple(self._runner(self._weights, tuple(tensors_of(inputs))))
 
 
 class _Positional(torch.nn.Module):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from engines.backends.torch.library import torch
 from engines.errors import BackendError
 
-Runner = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Any]
+Runner = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], list[torch.Tensor]]
 """A loaded package: (weights in the order of their names, inputs) -> outputs."""
 
 
@@ -28,17 +27,17 @@ def load_runner(name: str, path: Path, device: int | None) -> Runner:
         BackendError: torch refuses it.
     """
     try:
-        # Single-threaded: the runner then makes no events of its own, which a stream capture would not allow.
-        model = torch._inductor.aoti_load_package(
-            str(path), run_single_threaded=True, device_index=-1 if device is None else device
-        )
+        # The loader of the C++ interface itself. `aoti_load_package`, which wraps it, imports the compiler for that (seconds),
+        # and reads the tree of inputs anew at every call. Single-threaded: it then makes no events of its own, which a
+        # stream capture would not allow.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1 if device is None else device)
     except Exception as error:  # torch gives no narrower promise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackendError(
             f"torch {torch.__version__} cannot load engine {name} ({path.name}): {first}; "
             "copy the bundle again, or build it on this host"
         ) from error
-    return model
+    return lambda weights, inputs: loader.boxed_run([*weights, *inputs])
 
 
 def run_in_pieces(
@@ -53,8 +52,7 @@ def run_in_pieces(
     for begin in range(0, rows, batch):
         end = min(begin + batch, rows)
         piece = tuple(_filled(item[begin:end], batch) for item in inputs)
-        results = runner(weights, piece)
-        for output, result in zip(outputs, results if isinstance(results, tuple | list) else (results,), strict=True):
+        for output, result in zip(outputs, runner(weights, piece), strict=True):
             output[begin:end].copy_(result[: end - begin])
 
 

@@ -1,4 +1,7 @@
-"""Measurements of several samples in one denoiser call, for engines that cost the same for one picture as for many."""
+"""Measurements of several samples in one denoiser call, for engines that cost the same for one picture as for many.
+
+Here as a pool of this process, and what the workers of other pools hold.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 
 from calibration.evaluator import Evaluator, State
 from calibration.measurements import finite_error, picture_errors
-from calibration.pool import Outcome, Request
+from calibration.pool import Outcome, Request, Run
 
 DecodeAll = Callable[[np.ndarray], np.ndarray]
 """Final latents float32 [N, C, H, W] -> pictures uint8 [N, H, W, 3]."""
@@ -42,9 +45,6 @@ class SampleSet:
     pictures: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-_Run = tuple[str, tuple[str, ...], bool]
-
-
 class SampleBatches:
     """`calibration.pool.Pool` in this process: one run of several samples takes one engine call a step.
 
@@ -69,19 +69,18 @@ class SampleBatches:
         self._at_once = at_once
         self._threads = threads or len(os.sched_getaffinity(0))
         # runs in the order they were asked for: what others rest on was asked for before them
-        self._queues: dict[str, dict[_Run, list[Request]]] = {name: {} for name in sets}
+        self._queues: dict[str, dict[Run, list[Request]]] = {name: {} for name in sets}
 
     def submit(self, samples: str, request: Request) -> None:
         """See `Pool.submit`."""
-        run = (request.base, request.rest, request.pictures)
-        self._queues[samples].setdefault(run, []).append(request)
+        self._queues[samples].setdefault(request.of_run, []).append(request)
 
     def finished(self, samples: str) -> list[tuple[Request, Outcome]]:
         """Takes the run that was asked for first, for as many samples as go into a call; see `Pool.finished`."""
         queue = self._queues[samples]
         run, waiting = next(iter(queue.items()))
         taken = waiting[: self._at_once]
-        outcomes = self._perform(samples, taken)
+        outcomes = self.perform(samples, taken)
         if len(taken) == len(waiting):
             del queue[run]
         else:
@@ -89,37 +88,37 @@ class SampleBatches:
         return list(zip(taken, outcomes, strict=True))
 
     def forget(self, samples: str, precision: str) -> None:
-        """See `Pool.forget`."""
+        """See `Samples.forget`."""
         states = self._sets[samples].states
         for key in [key for key in states if key[0] == precision]:
             del states[key]
 
-    def _perform(self, name: str, requests: Sequence[Request]) -> list[Outcome]:
-        """Outcomes of one run of different samples."""
-        own, first = self._sets[name], requests[0]
-        samples = [request.sample for request in requests]
+    def perform(self, samples: str, requests: Sequence[Request]) -> list[Outcome]:
+        """See `Samples.perform`."""
+        own, first = self._sets[samples], requests[0]
+        chosen = [request.sample for request in requests]
         reference, num_steps = own.evaluator.precisions[0], own.evaluator.num_steps
-        repeated = {sample: Counter[str]() for sample in samples}
+        repeated = {sample: Counter[str]() for sample in chosen}
         if first.rest:
-            self._states(own, first.base, samples, repeated)
-            states = [own.states[first.base, sample][num_steps - len(first.rest)] for sample in samples]
+            self._states(own, first.base, chosen, repeated)
+            states = [own.states[first.base, sample][num_steps - len(first.rest)] for sample in chosen]
             for precision in first.rest:
-                states = own.evaluator.steps(samples, states, precision)
+                states = own.evaluator.steps(chosen, states, precision)
             calls = Counter(first.rest)
         else:
-            self._run_uniform(own, first.base, samples)
-            states = [own.states[first.base, sample][-1] for sample in samples]
+            self._run_uniform(own, first.base, chosen)
+            states = [own.states[first.base, sample][-1] for sample in chosen]
             calls = Counter({first.base: num_steps})
-        self._states(own, reference, samples, repeated)
+        self._states(own, reference, chosen, repeated)
         latents = [own.evaluator.latents(state) for state in states]
         values = [
-            {"error": finite_error(found, self._final(own, request.sample), request, name)}
+            {"error": finite_error(found, self._final(own, request.sample), request, samples)}
             for found, request in zip(latents, requests, strict=True)
         ]
         if first.pictures and own.decode:
-            for value, compared in zip(values, self._compare(own, own.decode, samples, latents), strict=True):
+            for value, compared in zip(values, self._compare(own, own.decode, chosen, latents), strict=True):
                 value |= compared
-        return [Outcome(value, calls, repeated[sample]) for value, sample in zip(values, samples, strict=True)]
+        return [Outcome(value, calls, repeated[sample]) for value, sample in zip(values, chosen, strict=True)]
 
     def _states(self, own: SampleSet, precision: str, samples: list[int], repeated: dict[int, Counter[str]]) -> None:
         """Sees to it that the states of uniform runs are there; an earlier process may have measured those."""

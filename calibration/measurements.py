@@ -83,7 +83,7 @@ class Measurements:
         self._ask([self._changed(base, step_index, precision, sample) for sample in chosen])
 
     def perform(self, request: Request) -> Outcome:
-        """Takes a measurement here and now, whatever the journal holds; this is what the workers of a pool call.
+        """Takes a measurement here and now, whatever the journal holds.
 
         Raises:
             TmpDiffError: the run gave latents that are not finite.

@@ -5,9 +5,12 @@ Calibration only knows the protocol `Pool`; who implements it, on which processe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+Run = tuple[str, tuple[str, ...], bool]
+"""What requests of different samples have in common that can be performed together."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Request:
     pictures: bool
     run: str
 
+    @property
+    def of_run(self) -> Run:
+        """Its run, whatever the sample."""
+        return self.base, self.rest, self.pictures
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -46,12 +54,31 @@ class Outcome:
     recomputed: Mapping[str, int]
 
 
-class Pool(Protocol):
-    """Takes measurements of sets of samples (by name: "calibration", "validation"), several at once.
+class Samples(Protocol):
+    """Sets of samples (by name: "calibration", "validation") as one process has them, with the states of their runs."""
 
-    For every set it has a `calibration.measurements.Measurements` of its own in every worker, and calls
-    `Measurements.perform` there. One sample should stay with one worker, which then has its states; a request that
-    gets lost with its worker is performed again by another one.
+    def perform(self, samples: str, requests: Sequence[Request]) -> list[Outcome]:
+        """Takes measurements here and now.
+
+        Args:
+            samples: name of the set.
+            requests: of one run (`Request.of_run`) and different samples.
+
+        Raises:
+            TmpDiffError: a run gave latents that are not finite.
+        """
+        ...
+
+    def forget(self, samples: str, precision: str) -> None:
+        """Frees the states of a precision that is no longer needed."""
+        ...
+
+
+class Pool(Protocol):
+    """Takes measurements of sets of samples, several at once.
+
+    Every worker of it has `Samples` of its own. One sample should stay with one worker, which then has its states; a
+    request that gets lost with its worker is performed again by another one.
     """
 
     def submit(self, samples: str, request: Request) -> None:
@@ -62,10 +89,10 @@ class Pool(Protocol):
         """Waits until some of the measurements asked for are there; each is handed out once.
 
         Raises:
-            TmpDiffError: what `Measurements.perform` raised, or a request cannot be performed by any worker.
+            TmpDiffError: what `Samples.perform` raised, or a request cannot be performed by any worker.
         """
         ...
 
     def forget(self, samples: str, precision: str) -> None:
-        """See `Measurements.forget`."""
+        """`Samples.forget`, in every worker."""
         ...

@@ -320,6 +320,12 @@ def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
     assert set(rows[1]) == {1}
     assert sum(rows[0]) == sum(rows[1])
     assert found[0] == found[1]
+    folder = tmp_path / "workers"
+    shutil.copytree(bundles["torch"], folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
+    result = calibration_run.calibrate_bundle(folder, prompts, guidance_scale=1.0, budget=HighSteps(2), workers=2)
+    assert result.model_dump(exclude={"settings", "latencies_ms"}) == found[0]
 
 
 @needs_compiler

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tiny_pipeline import PROMPTS
-from worker_samples import STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
+from worker_samples import SAMPLES, STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
 
 from calibration import open_journal
 from calibration.journal import Journal
@@ -50,15 +50,15 @@ def alone(tmp_path_factory):
     return calibrated(open_journal(path, loop(), loop(seed=1))), path
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, alone, workers):
+@pytest.mark.parametrize(("workers", "at_once"), [(1, 1), (2, 1), (2, 2), (1, 8)])
+def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, alone, workers, at_once):
     expected, alone_path = alone
     environment = dict(os.environ)
     seen: list[tuple[str, int, int]] = []
     expected_seen: list[tuple[str, int, int]] = []
     calibrated(progress=lambda *step: expected_seen.append(step))
     path = tmp_path / "journal"
-    with open_planted(tmp_path / "trace", workers) as pool:
+    with open_planted(tmp_path / "trace", workers, at_once=at_once) as pool:
         found = calibrated(open_journal(path, loop(), loop(seed=1)), pool, progress=lambda *step: seen.append(step))
     assert os.environ == environment
     assert found == expected
@@ -68,6 +68,8 @@ def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, al
     assert len(steps_run(tmp_path / "trace")) == spent(path).total(), "nothing is computed twice"
     environments = [file.read_text() for file in (tmp_path / "trace").glob("environment-*")]
     assert sorted(environments) == [str(index) for index in range(workers)], "each opens the samples once"
+    together = [int(line) for path in (tmp_path / "trace").glob("together-*") for line in path.read_text().split()]
+    assert max(together) == min(at_once, -(-SAMPLES // workers)), "samples of one run go into one call"
 
 
 def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
@@ -238,8 +240,9 @@ def test_each_worker_sees_one_gpu_or_its_share_of_the_threads(bundle, monkeypatc
     monkeypatch.setattr("tmpdiff_export.sample_workers.SampleWorkers", lambda *arguments: arguments)
     with DenoiseRuntime.load(bundle) as runtime:
         prompts = PromptFile(PROMPTS, ("a yellow ring",))
-        open_samples, environments = bundle_workers.open_workers(runtime, prompts, 0, 4.5, 2, 7)
+        open_samples, environments, at_once = bundle_workers.open_workers(runtime, prompts, 0, 4.5, 2, 7, 4)
     assert environments == expected
+    assert at_once == 4
     monkeypatch.setattr(bundle_workers.DenoiseRuntime, "load", lambda path, threads: pytest.fail(f"{threads} threads"))
     with pytest.raises(pytest.fail.Exception, match="None threads" if on_gpu else "3 threads"):
         open_samples()

@@ -13,8 +13,8 @@ import numpy as np
 from planted import PlantedEvaluator
 
 from calibration import HighSteps, calibrate
+from calibration.batches import SampleBatches, SampleSet
 from calibration.journal import Journal
-from calibration.measurements import Measurements
 
 if TYPE_CHECKING:
     from tmpdiff_export.sample_workers import SampleWorkers
@@ -55,6 +55,11 @@ class Traced:
             stream.write(f"{sample} {precision}\n")
         return self.inner.step(sample, state, precision)
 
+    def steps(self, samples, states, precision):
+        with open(self.folder / f"together-{os.getpid()}", "a") as stream:
+            stream.write(f"{len(samples)}\n")
+        return [self.step(sample, state, precision) for sample, state in zip(samples, states, strict=True)]
+
     def _taken(self) -> bool:
         try:
             (self.folder / "fatal").unlink()
@@ -63,14 +68,15 @@ class Traced:
         return True
 
 
-def planted_samples(folder: Path, fatal_call: int, seconds: float):
+def pictures(latents):
+    return np.stack([picture(item) for item in latents])
+
+
+def planted_samples(folder: Path, fatal_call: int, seconds: float, at_once: int):
     (folder / f"environment-{os.getpid()}").write_text(os.environ.get("WORKER_NUMBER", "none"))
     made = partial(Traced, folder=folder, fatal_call=fatal_call, seconds=seconds)
-    sets = {"calibration": (made(loop()), None), "validation": (made(loop(seed=1)), picture)}
-    return {
-        name: Measurements(name, evaluator, Journal.in_memory(evaluator.key()), decode)
-        for name, (evaluator, decode) in sets.items()
-    }
+    sets = {"calibration": SampleSet(made(loop())), "validation": SampleSet(made(loop(seed=1)), pictures)}
+    return SampleBatches(sets, at_once)
 
 
 def broken_samples():
@@ -84,16 +90,21 @@ def not_finite_samples():
         def latents(self, state):
             return super().latents(state) * np.nan
 
+        def steps(self, samples, states, precision):
+            return [self.step(sample, state, precision) for sample, state in zip(samples, states, strict=True)]
+
     evaluator = Overflowing(loop().errors, loop().gains, num_samples=SAMPLES)
-    return {"calibration": Measurements("calibration", evaluator, Journal.in_memory(""))}
+    return SampleBatches({"calibration": SampleSet(evaluator)}, 1)
 
 
-def open_planted(folder: Path, workers: int, *, fatal_call: int = 0, seconds: float = 0.0) -> SampleWorkers:
+def open_planted(
+    folder: Path, workers: int, *, fatal_call: int = 0, seconds: float = 0.0, at_once: int = 1
+) -> SampleWorkers:
     from tmpdiff_export.sample_workers import SampleWorkers  # not needed in workers
 
     folder.mkdir(exist_ok=True)
     environments = [{"WORKER_NUMBER": str(index)} for index in range(workers)]
-    return SampleWorkers(partial(planted_samples, folder, fatal_call, seconds), environments)
+    return SampleWorkers(partial(planted_samples, folder, fatal_call, seconds, at_once), environments, at_once)
 
 
 def calibrated(journal: Journal | None = None, pool: SampleWorkers | None = None, **options):

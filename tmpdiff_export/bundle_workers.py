@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.batches import SampleBatches, SampleSet
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
-from calibration.journal import Journal
 from calibration.latency import runs_on_gpu
-from calibration.measurements import Decode, Measurements
+from calibration.measurements import Decode
 from engines.errors import BackendError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
@@ -65,7 +64,13 @@ def require_workers(runtime: DenoiseRuntime, workers: int, threads: int | None) 
 
 
 def open_workers(
-    runtime: DenoiseRuntime, prompts: PromptFile, seed: int, guidance_scale: float, workers: int, threads: int | None
+    runtime: DenoiseRuntime,
+    prompts: PromptFile,
+    seed: int,
+    guidance_scale: float,
+    workers: int,
+    threads: int | None,
+    at_once: int = 1,
 ) -> SampleWorkers:
     """Starts the workers; each sees one GPU, or gets its share of the threads, and loads the bundle for itself.
 
@@ -76,6 +81,7 @@ def open_workers(
         guidance_scale: of every run.
         workers: as checked by `require_workers`.
         threads: of a CPU backend, for all workers together; None for one per core.
+        at_once: samples that a denoiser call takes.
 
     Raises:
         TmpDiffError: a worker does not start, or cannot load the bundle.
@@ -96,14 +102,21 @@ def open_workers(
         guidance_scale,
         share,
         runtime.manifest.bundle_id,
+        at_once,
     )
-    return SampleWorkers(open_samples, environments)
+    return SampleWorkers(open_samples, environments, at_once)
 
 
 def bundle_samples(
-    bundle: Path, prompts: PromptFile, seed: int, guidance_scale: float, threads: int | None, bundle_id: str
-) -> Mapping[str, Measurements]:
-    """The sets of samples of a bundle by name, for as long as the process lives; what a worker calls.
+    bundle: Path,
+    prompts: PromptFile,
+    seed: int,
+    guidance_scale: float,
+    threads: int | None,
+    bundle_id: str,
+    at_once: int,
+) -> SampleBatches:
+    """The samples of a bundle, for as long as the process lives; what a worker calls.
 
     Raises:
         BundleError: a file of the bundle is damaged.
@@ -112,18 +125,17 @@ def bundle_samples(
     runtime = DenoiseRuntime.load(bundle, threads=threads)
     if runtime.manifest.bundle_id != bundle_id:
         raise TmpDiffError(f"bundle {bundle} was replaced while it was calibrated; run the command again")
-    decode = decoder(runtime)
-    sets = {
-        "calibration": (BundleEvaluator(runtime, prompts.calibration, seed, guidance_scale), None),
-        "validation": (
-            BundleEvaluator(runtime, prompts.validation, seed + VALIDATION_SEED_OFFSET, guidance_scale),
-            decode,
-        ),
-    }
-    return {
-        name: Measurements(name, evaluator, Journal.in_memory(evaluator.key()), decode)
-        for name, (evaluator, decode) in sets.items()
-    }
+    return SampleBatches(
+        {
+            "calibration": SampleSet(BundleEvaluator(runtime, prompts.calibration, seed, guidance_scale)),
+            "validation": SampleSet(
+                BundleEvaluator(runtime, prompts.validation, seed + VALIDATION_SEED_OFFSET, guidance_scale),
+                runtime.decode,
+            ),
+        },
+        at_once,
+        threads,
+    )
 
 
 def decoder(runtime: DenoiseRuntime) -> Decode:

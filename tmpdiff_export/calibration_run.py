@@ -160,7 +160,7 @@ def _calibrate(
         if workers > 1:
             runtime.close()  # this process runs no engine from here on; the first worker's GPU is the one it used
             report("start workers", 0, workers)
-            pool = stack.enter_context(open_workers(runtime, prompts, seed, scale, workers, threads))
+            pool = stack.enter_context(open_workers(runtime, prompts, seed, scale, workers, threads, at_once))
             report("start workers", workers, workers)
         elif at_once > 1:
             sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}

@@ -28,14 +28,13 @@ from typing import Any, Self, cast
 import dask
 import distributed
 
-from calibration.measurements import Measurements
-from calibration.pool import Outcome, Request
+from calibration.pool import Outcome, Request, Run, Samples
 from engines.errors import BackendError, TmpDiffError
 
 log = logging.getLogger(__name__)
 
-OpenSamples = Callable[[], Mapping[str, Measurements]]
-"""Called once in every worker: the sets of samples by name. Importable there, as is all it holds."""
+OpenSamples = Callable[[], Samples]
+"""Called once in every worker. Importable there, as is all it holds."""
 
 LOOPBACK = "127.0.0.1"
 RETRIES = 3
@@ -65,12 +64,13 @@ class SampleWorkers:
     this process in whatever way: workers watch it.
     """
 
-    def __init__(self, open_samples: OpenSamples, environments: Sequence[Mapping[str, str]]) -> None:
+    def __init__(self, open_samples: OpenSamples, environments: Sequence[Mapping[str, str]], at_once: int = 1) -> None:
         """Starts the processes and lets each load its samples.
 
         Args:
             open_samples: see `OpenSamples`.
             environments: variables of each worker, set before it imports or touches anything of the samples.
+            at_once: samples of one run that a worker is handed together, at most.
 
         Raises:
             BackendError: a worker does not start.
@@ -79,7 +79,10 @@ class SampleWorkers:
         self._ports = _free_ports(len(environments))
         self._asked = 0
         self._running: dict[str, str] = {}
-        self._pending: dict[str, dict[distributed.Future[Any], Request]] = {}
+        self._at_once = at_once
+        # By worker and run, in the order they were asked for: what others rest on was asked for before them.
+        self._waiting: dict[str, dict[tuple[int, Run], list[Request]]] = {}
+        self._pending: dict[str, dict[distributed.Future[Any], list[Request]]] = {}
         with contextlib.ExitStack() as owned:
             folder = owned.enter_context(tempfile.TemporaryDirectory(prefix="tmpdiff-workers-"))
             try:
@@ -105,19 +108,33 @@ class SampleWorkers:
 
     def close(self) -> None:
         """Ends every worker process; what they have in hand is lost. May be called twice."""
+        self._waiting.clear()
         self._pending.clear()
         self._owned.close()
 
     def submit(self, samples: str, request: Request) -> None:
         """See `Pool.submit`."""
-        future = self._prefer(request.sample % len(self._ports), _perform, samples, request)
-        self._pending.setdefault(samples, {})[future] = request
+        run = request.sample % len(self._ports), request.of_run
+        self._waiting.setdefault(samples, {}).setdefault(run, []).append(request)
 
     def finished(self, samples: str) -> list[tuple[Request, Outcome]]:
         """See `Pool.finished`."""
+        self._hand_out()
         pending = self._pending[samples]
-        outcomes = self._first_of(list(pending))
-        return [(pending.pop(future), outcome) for future, outcome in outcomes]
+        found: list[tuple[Request, Outcome]] = []
+        for future, outcomes in self._first_of(list(pending)):
+            found += zip(pending.pop(future), outcomes, strict=True)
+        return found
+
+    def _hand_out(self) -> None:
+        """Gives workers what has been asked for since the last time, as many samples of a run together as may be."""
+        for samples, runs in self._waiting.items():
+            for (worker, _), requests in runs.items():
+                for begin in range(0, len(requests), self._at_once):
+                    together = requests[begin : begin + self._at_once]
+                    future = self._prefer(worker, _perform, samples, together)
+                    self._pending.setdefault(samples, {})[future] = together
+        self._waiting.clear()
 
     def forget(self, samples: str, precision: str) -> None:
         """See `Pool.forget`."""
@@ -249,9 +266,9 @@ class _SampleHolder(distributed.WorkerPlugin):
 
     def __init__(self, open_samples: OpenSamples) -> None:
         self._open = open_samples
-        self.opened: Mapping[str, Measurements] | None = None
+        self.opened: Samples | None = None
 
-    def samples(self) -> Mapping[str, Measurements]:
+    def samples(self) -> Samples:
         if self.opened is None:
             self.opened = self._open()
         return self.opened
@@ -265,11 +282,11 @@ def _load() -> None:
     _holder().samples()
 
 
-def _perform(samples: str, request: Request) -> Outcome:
-    return _holder().samples()[samples].perform(request)
+def _perform(samples: str, requests: list[Request]) -> list[Outcome]:
+    return _holder().samples().perform(samples, requests)
 
 
 def _forget(samples: str, precision: str, dask_worker: distributed.Worker) -> None:
     opened = _holder(dask_worker).opened
     if opened is not None:
-        opened[samples].forget(precision)
+        opened.forget(samples, precision)

@@ -29,7 +29,7 @@ from tmpdiff_export.families.flux import pack
 from tmpdiff_export.families.miniatures import TEXT_TOKENS, Miniature, miniature
 from tmpdiff_export.onnx_export import export_graph, save_graph
 from tmpdiff_export.pipelines import load_pipeline
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.placement import Batch
 from tmpdiff_export.shape_folding import fold_shapes
 from tmpdiff_export.torch_compile import EngineModule, store_weights
 from tmpdiff_export.torch_lowering import lower_for_torch

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engines.engine import Engine
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.placement import CPU, Batch, on, placed
 
 # What identical outputs count as, so that every figure is a finite number.
 PERFECT_DB = 200.0
@@ -31,13 +31,13 @@ def sqnr_db(reference: np.ndarray, measured: np.ndarray) -> float:
     return float(np.clip(10.0 * math.log10(signal / noise), -PERFECT_DB, PERFECT_DB))
 
 
-def torch_outputs(module: torch.nn.Module, batches: Sequence[Batch]) -> list[np.ndarray]:
-    """First output of `module` on every batch, float32."""
+def torch_outputs(module: torch.nn.Module, batches: Sequence[Batch], device: str = CPU) -> list[np.ndarray]:
+    """First output of `module`, which is on the CPU and runs on `device`, on every batch, float32."""
     outputs = []
-    with torch.inference_mode():
+    with torch.inference_mode(), placed(module, device):
         for batch in batches:
-            result = module(*batch)
-            outputs.append((result[0] if isinstance(result, tuple) else result).float().numpy())
+            result = module(*on(batch, device))
+            outputs.append((result[0] if isinstance(result, tuple) else result).float().cpu().numpy())
     return outputs
 
 

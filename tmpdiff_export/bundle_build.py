@@ -45,8 +45,9 @@ from tmpdiff_export.engine_build import (
 from tmpdiff_export.families import DENOISER, VaeDecoder
 from tmpdiff_export.onnx_export import ExportInput, export_graph
 from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
+from tmpdiff_export.placement import CPU, Batch, require_device
 from tmpdiff_export.plan_settings import PlanSettings
-from tmpdiff_export.ranges import Batch, spread
+from tmpdiff_export.ranges import spread
 from tmpdiff_export.scheduler_table import sampler_table
 from tmpdiff_export.shape_folding import fold_shapes
 from tmpdiff_export.targets import (
@@ -96,6 +97,8 @@ class BuildOptions:
             process. The script that asks for more has to start its work under `if __name__ == "__main__"`: workers
             import it.
         fp8_attention: for torch packages: the quantized precisions whose attention is in FP8 as well.
+        range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are checked
+            against, whatever the backend.
     """
 
     precisions: tuple[Precision, ...]
@@ -113,6 +116,7 @@ class BuildOptions:
     share_weights: Precision | None = None
     workers: int = 1
     fp8_attention: tuple[Precision, ...] = ()
+    range_device: str = CPU
 
 
 def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
@@ -146,6 +150,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
     require_shareable(backend, options.share_weights, options.precisions)
     require_buildable_by(backend, options.workers)
     require_fp8_attention(backend, options.fp8_attention, options.precisions)
+    require_device(options.range_device)
     out = Path(out)
     _check_folders(out, options)
     stage = "load pipeline"
@@ -286,7 +291,9 @@ class _Build:
             seen += 1
             self.report("run pipeline", seen, steps * len(prompts))
 
-        batches = gather_batches(self.source, prompts, self.options.num_steps, self.options.seed, on_step)
+        batches = gather_batches(
+            self.source, prompts, self.options.num_steps, self.options.seed, on_step, self.options.range_device
+        )
         return spread(batches[:-steps], RANGE_BATCHES), spread(batches[-steps:], CHECK_BATCHES)
 
     def _add(self, name: str, engine: StartedEngine) -> None:
@@ -321,9 +328,10 @@ class _Build:
         self.report("build denoisers", 0, total)
         inputs = family.export_inputs(range_batches[0])
         graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
-        check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches))
+        device = self.options.range_device
+        check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches), device)
         shared = self.options.share_weights
-        attention = attention_ranges(module, range_batches) if self.options.fp8_attention else {}
+        attention = attention_ranges(module, range_batches, device) if self.options.fp8_attention else {}
 
         def done() -> int:
             return 1 + sum(precision.value in self.built for precision in self.options.precisions)
@@ -346,6 +354,7 @@ class _Build:
                     weights_of=self.built[shared.value] if shared and precision is REFERENCE else None,
                     keep_layers=precision is shared,
                     attention=attention if precision in self.options.fp8_attention else None,
+                    range_device=device,
                 )
                 self._add(precision.value, engine)
             self.report("build denoisers", done(), total)

@@ -20,8 +20,9 @@ from engines.manifest import EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
 from tmpdiff_export.accuracy import torch_outputs
 from tmpdiff_export.onnx_export import save_checked
+from tmpdiff_export.placement import CPU, Batch
 from tmpdiff_export.qdq import insert_qdq
-from tmpdiff_export.ranges import Batch, calibrate_ranges, quantizable_layers
+from tmpdiff_export.ranges import calibrate_ranges, quantizable_layers
 from tmpdiff_export.recipes import RECIPES, Variant
 from tmpdiff_export.scales import QuantizedLayer, quantize_layer
 from tmpdiff_export.torch_attention import AttentionRange
@@ -53,9 +54,16 @@ class AccuracyCheck:
     references: tuple[np.ndarray, ...]
 
     @classmethod
-    def of(cls, module: torch.nn.Module, names: Sequence[str], output: str, batches: Sequence[Batch]) -> AccuracyCheck:
-        """Runs `module` on `batches` for the references."""
-        return cls(tuple(names), output, tuple(batches), tuple(torch_outputs(module, batches)))
+    def of(
+        cls,
+        module: torch.nn.Module,
+        names: Sequence[str],
+        output: str,
+        batches: Sequence[Batch],
+        device: str = CPU,
+    ) -> AccuracyCheck:
+        """Runs `module` on `batches` for the references, on `device`."""
+        return cls(tuple(names), output, tuple(batches), tuple(torch_outputs(module, batches, device)))
 
 
 def with_larger_batch(batches: Sequence[Batch]) -> list[Batch]:
@@ -212,6 +220,7 @@ def start_denoiser(
     weights_of: BuiltEngine | None = None,
     keep_layers: bool = False,
     attention: Mapping[str, AttentionRange] | None = None,
+    range_device: str = CPU,
 ) -> StartedEngine:
     """Starts the engine of one precision; of several recipe variants the one with the best SQNR is kept.
 
@@ -231,6 +240,7 @@ def start_denoiser(
             engine's.
         keep_layers: keep the quantized layers, for a `weights_of`; they are as large as the weights.
         attention: see `EngineJob`.
+        range_device: where range calibration runs, "cpu" or "cuda".
 
     Raises:
         BuildError: the graph is not valid.
@@ -239,7 +249,7 @@ def start_denoiser(
     trials: list[_Trial] = []
     for variant in recipe.variants or (None,):
         name = "none" if variant is None else variant.name
-        layers = {} if variant is None else _quantized(module, prefix, precision, variant, range_batches)
+        layers = {} if variant is None else _quantized(module, prefix, precision, variant, range_batches, range_device)
         graph = insert_qdq(base, layers, recipe) if layers else base
         trial = scratch / f"{precision.value}-{name}"
         onnx_file = trial / "onnx" / f"{precision.value}.onnx"
@@ -334,10 +344,11 @@ def _quantized(
     precision: Precision,
     variant: Variant,
     batches: Sequence[Batch],
+    device: str,
 ) -> dict[str, QuantizedLayer]:
     recipe = RECIPES[precision]
     names = quantizable_layers(module, prefix, recipe)
-    ranges = calibrate_ranges(module, names, recipe, variant, batches)
+    ranges = calibrate_ranges(module, names, recipe, variant, batches, device)
     return {name: quantize_layer(found, precision, recipe.block_size) for name, found in ranges.items()}
 
 

@@ -18,7 +18,7 @@ from engines.files import sha256_bytes, sha256_file
 from engines.manifest import GUIDANCE
 from tmpdiff_export.families import FAMILIES, Family, bind_call, family_of, require_supported
 from tmpdiff_export.families.family import Text, max_sequence_length
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.placement import CPU, Batch, placed
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,12 @@ def _texts(pipe: Any, family: Family) -> tuple[SourceText, ...]:
 
 
 def gather_batches(
-    source: SourcePipeline, prompts: Sequence[str], num_steps: int, seed: int, on_step: Callable[[], None]
+    source: SourcePipeline,
+    prompts: Sequence[str],
+    num_steps: int,
+    seed: int,
+    on_step: Callable[[], None],
+    device: str = CPU,
 ) -> list[Batch]:
     """Runs the real pipeline and keeps every input its denoiser is handed.
 
@@ -186,20 +191,21 @@ def gather_batches(
         num_steps: `num_inference_steps` of every run.
         seed: seed of the first run.
         on_step: called after each denoiser call.
+        device: where it runs, "cpu" or "cuda"; noise is drawn on the CPU.
 
     Returns:
-        Inputs in the order of `Family.inputs`, for every prompt and then every loop iteration.
+        Inputs, on the CPU, in the order of `Family.inputs`, for every prompt and then every loop iteration.
     """
     batches: list[Batch] = []
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         picked = source.family.arguments(bind_call(module, args, kwargs))
-        batches.append(tuple(tensor.detach().clone() for tensor in picked))
+        batches.append(tuple(tensor.detach().to(CPU, copy=True) for tensor in picked))
         on_step()
 
     handle = source.denoiser.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), placed(source.pipe, device):
             for index, prompt in enumerate(prompts):
                 source.pipe(
                     prompt,

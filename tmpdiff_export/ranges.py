@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from engines.errors import BuildError
+from tmpdiff_export.placement import CPU, Batch, on, placed
 from tmpdiff_export.recipes import Recipe, Variant, stays_high_precision
 from tmpdiff_export.scales import LayerRange
-
-Batch = tuple[torch.Tensor, ...]
 
 
 def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
@@ -63,7 +62,12 @@ def _fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
 
 
 def calibrate_ranges(
-    module: torch.nn.Module, names: Sequence[str], recipe: Recipe, variant: Variant, batches: Sequence[Batch]
+    module: torch.nn.Module,
+    names: Sequence[str],
+    recipe: Recipe,
+    variant: Variant,
+    batches: Sequence[Batch],
+    device: str = CPU,
 ) -> dict[str, LayerRange]:
     """Runs modelopt's range calibration on a copy of `module`.
 
@@ -73,6 +77,7 @@ def calibrate_ranges(
         recipe: number formats of weights and inputs.
         variant: the algorithm.
         batches: denoiser inputs from real pipeline runs, over all timesteps.
+        device: where it runs, "cpu" or "cuda".
 
     Returns:
         A range per layer name. Layers that read the same activation share `pre_quant_scale` (the
@@ -93,11 +98,12 @@ def calibrate_ranges(
 
     def forward_loop(model: torch.nn.Module) -> None:
         for batch in used:
-            model(*batch)
+            model(*on(batch, device))
 
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    changed = copy.deepcopy(module)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), placed(changed, device):
         warnings.simplefilter("ignore")  # it warns of every layer that the recipe leaves out
-        quantized = mtq.quantize(copy.deepcopy(module), config, forward_loop)
+        quantized = mtq.quantize(changed, config, forward_loop)
     found: dict[str, LayerRange] = {}
     channel_amax: dict[str, np.ndarray] = {}
     for name in names:
@@ -114,7 +120,9 @@ def calibrate_ranges(
             input_amax=None if amax is None else float(amax.max()),
             pre_quant_scale=None if scale is None else scale.reshape(-1),
         )
-    for group in layers_sharing_inputs(module, names, used[0]):
+    with placed(module, device):
+        groups = layers_sharing_inputs(module, names, on(used[0], device))
+    for group in groups:
         _share(found, group, channel_amax)
     return found
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from engines.backends.torch.attention import FP8, FP8_LIMIT, attention_fp8
 from engines.errors import BuildError
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.placement import CPU, Batch, on, placed
 from tmpdiff_export.torch_codes import static_codes
 
 LEAST_TOKENS = 256  # shorter attention is no cost
@@ -72,12 +72,13 @@ def result_of(codes: torch.Tensor, limits: AttentionRange, dtype: torch.dtype) -
     return (codes.float() * limits.scales[2]).to(dtype)
 
 
-def attention_ranges(module: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, AttentionRange]:
+def attention_ranges(module: torch.nn.Module, batches: Sequence[Batch], device: str = CPU) -> dict[str, AttentionRange]:
     """Range calibration of attention: amax of query, key and value over `batches`.
 
     Args:
         module: float32 export wrapper; called as `module(*batch)`.
         batches: denoiser inputs from real pipeline runs.
+        device: where it runs, "cpu" or "cuda".
 
     Returns:
         By name of the attention layer, for those whose attention can be in FP8: head size 64 or 128, no mask, as many keys as
@@ -87,9 +88,9 @@ def attention_ranges(module: torch.nn.Module, batches: Sequence[Batch]) -> dict[
         BuildError: there is none.
     """
     found: dict[str, AttentionRange] = {}
-    with torch.inference_mode(), watch_attention(module, found):
+    with torch.inference_mode(), placed(module, device), watch_attention(module, found):
         for batch in batches:
-            module(*batch)
+            module(*on(batch, device))
     if not found:
         raise BuildError(
             f"{type(module).__name__}: no attention layer can be in FP8; that takes head size "

@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="torch packages: make the fp16 engine of the stored weights of this precision, so that both need one copy",
     )
     parser.add_argument(
+        "--range-device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the pipeline runs in FP32, for the ranges and for what engines are checked against (default cpu)",
+    )
+    parser.add_argument(
         "--fp8-attention",
         type=_quantized_precisions,
         default=(),
@@ -127,7 +133,7 @@ def _precision(text: str) -> Precision:
 
 
 def _quantized_precisions(text: str) -> tuple[Precision, ...]:
-    return tuple(dict.fromkeys(_precision(name.strip()) for name in text.split(",") if name.strip()))
+    return tuple(dict.fromkeys(_precision(name.strip()) for name in text.split(",")))
 
 
 def _shape_range(text: str) -> ShapeRange:
@@ -182,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
         share_weights=args.share_weights,
         workers=args.workers,
         fp8_attention=args.fp8_attention,
+        range_device=args.range_device,
     )
     with progress_bar() as report:
         manifest = build(args.pipeline, args.out, options, report)

@@ -11,7 +11,7 @@ import torch
 
 from engines.manifest import LATENTS, TIMESTEP
 from tmpdiff_export.onnx_export import ExportInput
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.placement import Batch
 
 DENOISER = "denoiser"  # attribute of every export wrapper that holds the diffusers module
 Axes = Mapping[int, str]

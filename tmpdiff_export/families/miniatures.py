@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tmpdiff_export.families import DENOISERS, DenoiserFamily, bind_call
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.placement import Batch
 
 WIDTH = 128
 TEXT_TOKENS = 16

@@ -9,7 +9,7 @@ import torch
 
 from tmpdiff_export.families.components import MaskedTextEncoder
 from tmpdiff_export.families.family import TEXT_AXES, Family, Text, latents_and_timestep
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.placement import Batch
 
 
 class PixArtDenoiser(torch.nn.Module):

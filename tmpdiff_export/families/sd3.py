@@ -17,7 +17,7 @@ from tmpdiff_export.families.family import (
     max_sequence_length,
 )
 from tmpdiff_export.families.shifting import dynamic_shift
-from tmpdiff_export.ranges import Batch
+from tmpdiff_export.placement import Batch
 
 
 class Sd3Denoiser(torch.nn.Module):

@@ -1,0 +1,64 @@
+"""Range calibration and references on a GPU (`build --range-device cuda`): those of the CPU, to FP32's rounding."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+def missing() -> str | None:
+    """Why no such test can run here, or None."""
+    for name in ("torch", "diffusers", "modelopt"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+
+
+def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    from engines.precision import Precision
+    from tmpdiff_export.accuracy import sqnr_db, torch_outputs
+    from tmpdiff_export.demo import pipeline_folder
+    from tmpdiff_export.families import DENOISER
+    from tmpdiff_export.pipelines import gather_batches, load_pipeline
+    from tmpdiff_export.ranges import calibrate_ranges, quantizable_layers
+    from tmpdiff_export.recipes import RECIPES
+    from tmpdiff_export.torch_attention import attention_ranges
+
+    made = importlib.import_module("tools.random_pipeline")  # tests import tools at run time only
+    made.save_random_pipeline(
+        tmp_path / "pipeline", pipeline_folder() / "tokenizer", heads=4, head_size=64, layers=2, latent_side=32
+    )
+    source = load_pipeline(tmp_path / "pipeline")
+    here, there = (gather_batches(source, ["a red circle"], 3, 0, lambda: None, device) for device in ("cpu", "cuda"))
+    assert len(here) == len(there) == 3
+    for one, two in zip(here, there, strict=True):
+        for cpu, gpu in zip(one, two, strict=True):
+            assert gpu.device.type == "cpu"
+            torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-3)
+    module = source.family.wrap(source.pipe, source.height, source.width).eval()
+    expected, found = (torch_outputs(module, here, device) for device in ("cpu", "cuda"))
+    assert sqnr_db(np.concatenate(expected), np.concatenate(found)) > 80.0
+    attention = [attention_ranges(module, here, device) for device in ("cpu", "cuda")]
+    assert attention[0].keys() == attention[1].keys()
+    for name, limits in attention[0].items():
+        assert attention[1][name].scales == pytest.approx(limits.scales, rel=1e-3)
+    for precision in (Precision.FP8, Precision.INT8, Precision.INT4):
+        recipe = RECIPES[precision]
+        names = quantizable_layers(module, DENOISER, recipe)
+        for variant in recipe.variants:
+            one, two = (calibrate_ranges(module, names, recipe, variant, here, device) for device in ("cpu", "cuda"))
+            for name in names:
+                np.testing.assert_allclose(two[name].weight, one[name].weight, rtol=1e-2, atol=1e-4)
+                assert (two[name].input_amax or 0.0) == pytest.approx(one[name].input_amax or 0.0, rel=1e-2)
+    assert {item.device.type for item in module.parameters()} == {"cpu"}

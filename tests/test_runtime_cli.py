@@ -23,7 +23,7 @@ import engines
 from engines.bundle import MANIFEST_NAME, SCHEDULE_NAME
 from engines.cli import INTERRUPTED, PROGRAM, main
 from engines.documents import write_document
-from engines.manifest import manifest_identity
+from engines.manifest import MANIFEST_VERSION, manifest_identity
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.version import VERSION
@@ -450,7 +450,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing engine": (lambda bundle: engine_file(bundle).unlink(), "is missing"),
     "truncated engine": (truncate_engine, "truncated or altered"),
     "altered engine": (alter_engine, "was altered"),
-    "newer format": (edit(lambda data: data.update(version=4)), "upgrade tmpdiff-export"),
+    "newer format": (edit(lambda data: data.update(version=MANIFEST_VERSION + 1)), "upgrade tmpdiff-export"),
     "no version": (edit(lambda data: data.pop("version")), "format version None"),
     "version true": (edit(lambda data: data.update(version=True)), "format version True"),
     "manifest altered": (edit(lambda data: data["sampling"].update(height=8), sign=False), "the manifest was altered"),

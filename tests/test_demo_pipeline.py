@@ -111,7 +111,7 @@ def test_text_encoder_activations_fit_fp16(pipeline: Any) -> None:
     assert max(extremes) < 6000
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900, func_only=True)
 def test_gate_pictures_of_unseen_captions_read_back(tmp_path: Path) -> None:
     """Through the FP16 engine and the runtime: the pipeline as users get it, and twice as fast here as FP32 torch."""
     captions = held_out_captions("plain", 50, seed=0) + held_out_captions("composed", 50, seed=0)

@@ -510,7 +510,7 @@ ONLY_A_RUN_NOTICES = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 @pytest.mark.parametrize("name", HARM)
 def test_a_harmful_bundle_is_refused_in_one_line(
     name: str, bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
@@ -560,7 +560,7 @@ WRONG_SCHEDULES: dict[str, tuple[Callable[[Path, Json], object], str]] = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)
 @pytest.mark.parametrize("name", WRONG_SCHEDULES)
 def test_a_wrong_schedule_is_refused_in_one_line(
     name: str, bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]

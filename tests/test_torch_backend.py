@@ -293,6 +293,7 @@ def test_a_mixed_schedule_draws_the_picture_that_onnx_runtime_draws(bundles: dic
 
 
 @needs_compiler
+@pytest.mark.usefixtures("all_cores")
 def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,7 +260,7 @@ def test_bench_prints_ratios_of_one_run(demo_bundle: Path, demo_pipeline: Path) 
     assert rows["fp16"]["speedup"] == 1.0
     # Far from the measured ratios, so that a busy machine does not fail the suite, but not from the wrong kernel. Without
     # VNNI products are of u8 by u8, and slower: 1.27.
-    assert rows["int8"]["speedup"] > (1.3 if "vnni" in Path("/proc/cpuinfo").read_text() else 1.0)
+    assert rows["int8"]["speedup"] > (1.3 if "vnni" in Path("/proc/cpuinfo").read_text() else 1.15)
     assert rows["fp8"]["remark"].startswith("no gain")
     assert rows["torch fp32"]["speedup"] < 1.3
     loops = {loop["precisions"]: loop for loop in json.loads(result.stdout)["loops"]}

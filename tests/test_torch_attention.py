@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from torch.nn import functional as F
 
-from engines.backends.torch.attention import FP8, attention_fp8
+from engines.backends.torch.attention import attention_fp8
 from engines.errors import BackendError, BuildError
 from engines.manifest import Manifest, manifest_identity
 from engines.precision import Precision
@@ -28,7 +28,7 @@ from tmpdiff_export.torch_attention import (
     attention_ranges,
     use_fp8_attention,
 )
-from tmpdiff_export.torch_codes import static_codes
+from tmpdiff_export.torch_codes import FP8, static_codes
 from tmpdiff_export.torch_flux import RotaryProcessor, use_rotary_kernel
 
 needs_compiler = pytest.mark.skipif(

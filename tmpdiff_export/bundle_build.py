@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 import torch
@@ -58,7 +59,9 @@ from tmpdiff_export.targets import (
     require_shareable,
     resolve_backend,
 )
-from tmpdiff_export.torch_attention import attention_ranges
+
+if TYPE_CHECKING:
+    from tmpdiff_export.torch_attention import AttentionRange
 
 Progress = Callable[[str, int, int], None]
 
@@ -331,7 +334,11 @@ class _Build:
         device = self.options.range_device
         check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches), device)
         shared = self.options.share_weights
-        attention = attention_ranges(module, range_batches, device) if self.options.fp8_attention else {}
+        attention: Mapping[str, AttentionRange] = {}
+        if self.options.fp8_attention:
+            from tmpdiff_export.torch_attention import attention_ranges
+
+            attention = attention_ranges(module, range_batches, device)
 
         def done() -> int:
             return 1 + sum(precision.value in self.built for precision in self.options.precisions)

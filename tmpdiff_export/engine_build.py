@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -25,7 +25,9 @@ from tmpdiff_export.qdq import insert_qdq
 from tmpdiff_export.ranges import calibrate_ranges, quantizable_layers
 from tmpdiff_export.recipes import RECIPES, Variant
 from tmpdiff_export.scales import QuantizedLayer, quantize_layer
-from tmpdiff_export.torch_attention import AttentionRange
+
+if TYPE_CHECKING:  # it registers an operator with torch, which other backends do not need
+    from tmpdiff_export.torch_attention import AttentionRange
 
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
 COMPONENT_FLOOR_DB = 40.0

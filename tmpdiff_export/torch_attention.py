@@ -11,10 +11,12 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from engines.backends.torch.attention import FP8, FP8_LIMIT, attention_fp8
+from engines.backends.torch.attention import attention_fp8
 from engines.errors import BuildError
+from engines.precision import Precision
 from tmpdiff_export.placement import CPU, Batch, on, placed
-from tmpdiff_export.torch_codes import static_codes
+from tmpdiff_export.scales import CODE_MAX
+from tmpdiff_export.torch_codes import FP8, static_codes
 
 LEAST_TOKENS = 256  # shorter attention is no cost
 HEAD_SIZES = (64, 128)  # that cuDNN's FP8 attention was run with
@@ -37,7 +39,9 @@ class AttentionRange:
     @property
     def scales(self) -> tuple[float, float, float]:
         """Static scales of query, key and value: code times scale is what a code stands for."""
-        query, key, value = (max(amax / FP8_LIMIT, _LEAST_SCALE) for amax in (self.query, self.key, self.value))
+        query, key, value = (
+            max(amax / CODE_MAX[Precision.FP8], _LEAST_SCALE) for amax in (self.query, self.key, self.value)
+        )
         return query, key, value
 
 

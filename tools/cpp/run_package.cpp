@@ -7,11 +7,13 @@
 // outputs one after the other, as they lie in memory. docs/torch.md says how to compile this file. Check the hashes in
 // manifest.json before you load a package: it is machine code.
 
+#include <cstdint>
 #include <cstring>
 #include <fstream>
 #include <iostream>
 #include <map>
 #include <regex>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>

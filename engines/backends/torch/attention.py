@@ -13,13 +13,12 @@ from engines.backends.torch.library import torch
 from engines.errors import BackendError
 
 FP8 = torch.float8_e4m3fn
-FP8_LIMIT = 448.0
 # A power of two: attention weights are at most 1, and floating point codes keep their precision over a wide range.
 _WEIGHT_FACTOR = 256.0
 LEAST_COMPUTE_CAPABILITY = (9, 0)  # that cuDNN has FP8 attention for
 
 
-@torch.library.custom_op("tmpdiff::attention_fp8", mutates_args=(), device_types="cuda")  # type: ignore[untyped-decorator]
+@torch.library.custom_op("tmpdiff::attention_fp8", mutates_args=())  # type: ignore[untyped-decorator]
 def attention_fp8(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -38,6 +37,8 @@ def attention_fp8(
         key_scale: of `key`.
         value_scale: of `value`.
 
+    On a CPU the same roundings in FP32 products, all weights of a query at once, where a GPU takes blocks of keys.
+
     Returns:
         Codes of the result, float8_e4m3fn [B, S, H, D]. Their scale is `value_scale`: no result is larger than the
         largest value.
@@ -45,6 +46,8 @@ def attention_fp8(
     Raises:
         BackendError: cuDNN's frontend is not installed.
     """
+    if not query.is_cuda:
+        return _reference(query, key, value, query_scale * key_scale)
     output = torch.empty_like(query)
     device = query.device
     # In the order of the graph's tensors; a result is scaled as the values are.
@@ -54,34 +57,19 @@ def attention_fp8(
     return output
 
 
-@attention_fp8.register_kernel("cpu")  # type: ignore[untyped-decorator]
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_scale: float,
-    key_scale: float,
-    value_scale: float,
-) -> torch.Tensor:
-    """The same roundings in FP32 products; all weights of a query at once, where a GPU takes blocks of keys."""
+@attention_fp8.register_fake  # type: ignore[untyped-decorator]
+def _(query: torch.Tensor, *_others: object) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logit_scale: float) -> torch.Tensor:
     queries, keys, values = (item.transpose(1, 2).float() for item in (query, key, value))
-    logits = queries @ keys.transpose(2, 3) * (query_scale * key_scale * query.shape[3] ** -0.5)
+    logits = queries @ keys.transpose(2, 3) * (logit_scale * query.shape[3] ** -0.5)
     weights = (logits - logits.amax(dim=3, keepdim=True)).exp()
     seen = (weights * _WEIGHT_FACTOR).to(FP8).float() / _WEIGHT_FACTOR
     result = seen @ values / weights.sum(dim=3, keepdim=True)
-    return result.clamp(-FP8_LIMIT, FP8_LIMIT).to(FP8).transpose(1, 2).contiguous()
-
-
-@attention_fp8.register_fake  # type: ignore[untyped-decorator]
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_scale: float,
-    key_scale: float,
-    value_scale: float,
-) -> torch.Tensor:
-    return torch.empty_like(query)
+    limit = torch.finfo(FP8).max
+    return result.clamp(-limit, limit).to(FP8).transpose(1, 2).contiguous()
 
 
 def require_cudnn() -> Any:

@@ -251,7 +251,7 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
             assert np.shape(row["error"]) == np.shape(row["ssim"]) == (len(row["patterns"]), 2)
         first = rows["first K"]
         means = quality["findings"]["int8"]["counts"][count]["means"]["first K"]
-        assert means["error"]["value"] == pytest.approx(np.mean(first["error"]), rel=1e-5)
+        assert means["error"]["value"] == pytest.approx(np.mean(first["error"]), rel=1e-4)
         against = quality["findings"]["int8"]["counts"][count]["against"]["error"]["first K"]["value"]
         assert against == pytest.approx(np.mean(rows["schedule"]["error"]) / np.mean(first["error"]), rel=1e-4)
     assert quality["data"]["uniform"]["fp16"]["error"] == [[0.0, 0.0]]

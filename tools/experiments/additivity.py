@@ -51,7 +51,8 @@ def measure(study: Study, args: argparse.Namespace) -> dict[str, Any]:
             "patterns": patterns,
             "calibration": study.calibration_errors("random schedules", schedules),
             "validation": [
-                [values["error"] for values in rows] for rows in study.validation_errors("random schedules", schedules)
+                [values["error"] for values in rows]
+                for rows in study.validation_errors("random schedules", schedules, pictures=False)
             ],
         }
         study.forget(precision)

@@ -21,7 +21,7 @@ from tmpdiff_export.display import print_table, progress_bar
 from tools.experiments.figures import save
 from tools.experiments.study import Study, add_study_arguments, open_study
 
-DIGITS = 6
+DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def wording(interval: Interval, form: str = ".3f") -> str:
 
 
 def round_numbers(data: Any) -> Any:
-    """JSON data with floats of six significant digits; NaN and infinities become None."""
+    """JSON data with floats of `DIGITS` significant digits; NaN and infinities become None."""
     if isinstance(data, dict):
         return {key: round_numbers(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):

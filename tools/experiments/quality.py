@@ -58,7 +58,7 @@ def measure(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Latencies, and per precision the predictor chosen and every row's values by schedule and unseen sample."""
     data: dict[str, Any] = {"latencies_ms": study.latencies_ms(), "uniform": {}, "precisions": {}}
     for precision in study.runtime.precisions:
-        runs = study.validation_errors("uniform runs", [(precision,) * study.num_steps])
+        runs = study.validation_errors("uniform runs", [(precision,) * study.num_steps], pictures=True)
         data["uniform"][precision] = _columns(runs)
     for precision in study.precisions:
         predictor, patterns = _choose(study, precision, args)
@@ -104,7 +104,7 @@ def _choose(study: Study, precision: str, args: argparse.Namespace) -> tuple[str
 
 def _row(study: Study, precision: str, patterns: list[str]) -> dict[str, Any]:
     schedules = [precisions_of(pattern, study.reference, precision) for pattern in patterns]
-    return {"patterns": patterns, **_columns(study.validation_errors("schedules", schedules))}
+    return {"patterns": patterns, **_columns(study.validation_errors("schedules", schedules, pictures=True))}
 
 
 def _columns(runs: list[list[dict[str, float]]]) -> dict[str, list[list[float]]]:

@@ -114,9 +114,9 @@ class Study:
             for rows in self._errors(self.calibration, self.samples, stage, schedules, pictures=False)
         ]
 
-    def validation_errors(self, stage: str, schedules: Sequence[Schedule]) -> list[list[Values]]:
-        """ "error", "ssim" and "mse" of each schedule on every validation sample."""
-        return self._errors(self.validation, self.validation_samples, stage, schedules, pictures=True)
+    def validation_errors(self, stage: str, schedules: Sequence[Schedule], *, pictures: bool) -> list[list[Values]]:
+        """ "error" of each schedule on every validation sample, with pictures "ssim" and "mse" too."""
+        return self._errors(self.validation, self.validation_samples, stage, schedules, pictures=pictures)
 
     def _errors(
         self, measurements: Measurements, samples: int, stage: str, schedules: Sequence[Schedule], *, pictures: bool

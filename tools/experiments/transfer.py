@@ -141,7 +141,7 @@ def _schedules(study: Study, precision: str, rankings: dict[str, np.ndarray]) ->
         rules = fixed_rules(study.num_steps, count)
         patterns |= {name: rules[name] for name in ("both ends", "evenly spread")}
         schedules = [precisions_of(pattern, study.reference, precision) for pattern in patterns.values()]
-        runs = study.validation_errors("transfer", schedules)
+        runs = study.validation_errors("transfer", schedules, pictures=False)
         errors = {name: np.array([run["error"] for run in of]) for name, of in zip(patterns, runs, strict=True)}
         for name, values in errors.items():
             rows.append({"high_steps": count, "name": name, "pattern": patterns[name], "errors": values.tolist()})

@@ -68,6 +68,7 @@ class Experiment:
         analyse: gets the result file's content, setting and data.
         draw: gets the content, and the findings.
         version: of the data; files of others are not read.
+        same_data: the experiment that measures the same, whose result files this one can analyse; "" for none.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Experiment:
     analyse: Callable[[dict[str, Any]], Analysis]
     draw: Callable[[dict[str, Any], dict[str, Any]], Figure]
     version: int = 1
+    same_data: str = ""
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the command; the exit status: 0 whether goals are met or not, 1 for a failure, 2 for wrong usage."""
@@ -84,7 +86,8 @@ class Experiment:
         add_study_arguments(parser)
         self.add_arguments(parser)
         parser.add_argument("--out", type=Path, metavar="PREFIX", help="writes PREFIX.json and PREFIX.png")
-        parser.add_argument("--redraw", type=Path, metavar="JSON", help="analyse and draw a result file again")
+        also = f", or one of {self.same_data}, which measures the same" if self.same_data else ""
+        parser.add_argument("--redraw", type=Path, metavar="JSON", help=f"analyse and draw a result file again{also}")
         args = parser.parse_args(arguments)
         missing = [name for name in ("bundle", "prompts", "out") if getattr(args, name) is None]
         if not args.redraw and missing:
@@ -92,8 +95,14 @@ class Experiment:
         return guarded(self.name, lambda: self._run(args))
 
     def _run(self, args: argparse.Namespace) -> int:
-        content = self._read(args.redraw) if args.redraw else self._measure(args)
-        self._finish(content, args.redraw.with_suffix("") if args.redraw else args.out)
+        if not args.redraw:
+            self._finish(self._measure(args), args.out)
+            return 0
+        content = self._read(args.redraw)
+        foreign = content["experiment"] != self.name
+        if foreign and not args.out:
+            raise TmpDiffError(f"{args.redraw} is a file of {content['experiment']}; name the one to write with --out")
+        self._finish(content, args.out or args.redraw.with_suffix(""), args.redraw.name if foreign else None)
         return 0
 
     def _measure(self, args: argparse.Namespace) -> dict[str, Any]:
@@ -116,17 +125,25 @@ class Experiment:
 
     def _read(self, path: Path) -> dict[str, Any]:
         content = read_json(path, "result file", TmpDiffError)
-        if (content.get("experiment"), content.get("version")) != (self.name, self.version):
+        found = (content.get("experiment"), content.get("version"))
+        if found not in ((self.name, self.version), (self.same_data, self.version)):
             raise TmpDiffError(
-                f"{path} holds {content.get('experiment')!r} version {content.get('version')!r}, expected "
-                f"{self.name!r} version {self.version}; measure again, or use the command that made it"
+                f"{path} holds {found[0]!r} version {found[1]!r}, expected {self.name!r} version {self.version}; measure "
+                "again, or use the command that made it"
             )
+        if "data" not in content:
+            raise TmpDiffError(f"{path} has no measurements; redraw {content['data_in']}, which holds them")
         return content
 
-    def _finish(self, content: dict[str, Any], prefix: Path) -> None:
+    def _finish(self, content: dict[str, Any], prefix: Path, data_in: str | None = None) -> None:
+        """Writes, draws and prints; measurements that lie in another file, `data_in`, are not written again."""
         found = self.analyse(content)
         findings = round_numbers(found.findings)
         whole = {**content, "findings": findings, "goals": [asdict(goal) for goal in found.goals]}
+        if data_in:
+            command = f"python -m tools.experiments.{self.name} --redraw {data_in} --out {prefix.name}"
+            whole |= {"experiment": self.name, "command": command, "data_in": data_in}
+            del whole["data"]
         atomic_write_text(_beside(prefix, ".json"), compact_json(whole) + "\n")
         save(lambda: self.draw(content, findings), _beside(prefix, ".png"))
         setting = content["setting"]

@@ -2,9 +2,10 @@
 
 At every K the calibration's schedule (what full score curves choose, after the local search that `calibrate` makes on
 the calibration samples), that schedule before the search ("scores alone"), the fixed rules and random schedules have
-K steps at the reference, so that their latency is the same; uniform precisions are baselines where they are no slower. Differences are paired: all
-run on the same samples. Goal, for K from T/5 to 4T/5: E and 1 - SSIM at least 20 % below the best baseline, and
-never above any; also for E in which no sample counts for more than ten medians ("limited E"). Where a 95 % confidence interval does not settle it, the result is "not distinguishable".
+K steps at the reference, so that their latency is the same; uniform precisions are baselines where they are no slower.
+Differences are paired: all run on the same samples. Goal, for K from T/5 to 4T/5: E and 1 - SSIM at least 20 % below the
+best baseline, and never above any; also for E in which no sample counts for more than ten medians ("limited E"). Where a
+95 % confidence interval does not settle it, the result is "not distinguishable".
 
 LPIPS is not measured: its network has to be downloaded.
 """
@@ -117,7 +118,8 @@ def analyse(content: dict[str, Any]) -> Analysis:
     setting, data = content["setting"], content["data"]
     latencies, reference = data["latencies_ms"], setting["reference"]
     findings: dict[str, Any] = {}
-    goals = []
+    goals, notes = [], []
+    samples = len(setting["validation_prompts"])
     for precision, measured in data["precisions"].items():
         ratio = latencies[precision] / latencies[reference]
         findings[precision] = {"faster": ratio < 1, "counts": {}}
@@ -129,8 +131,14 @@ def analyse(content: dict[str, Any]) -> Analysis:
                 # without a speed-up there is no latency to be equal in: then only the precision itself is compared
                 if name == precision or (ratio < 1 and latencies[name] / latencies[reference] <= latency):
                     baselines[f"uniform {name}"] = row
+            departed = {name: _departed(row) for name, row in (rows | baselines).items()}
+            notes.append(
+                f"{label(precision, setting['backend'])}, K = {count}: samples at another picture, of {samples}: "
+                + (", ".join(f"{name} {number:g}" for name, number in departed.items() if number) or "none")
+            )
             entry = {
                 "latency": latency,
+                "departed": departed,
                 "means": {name: _means(row) for name, row in (rows | baselines).items()},
                 "against": {metric: _against(rows[OURS], baselines, metric) for metric in METRICS},
                 "search": {metric: _against(rows[OURS], {BY_SCORES: rows[BY_SCORES]}, metric) for metric in METRICS},
@@ -140,7 +148,13 @@ def analyse(content: dict[str, Any]) -> Analysis:
                 goals += _goals(
                     f"{label(precision, setting['backend'])}, K = {count}, {symbol}", entry["against"][metric]
                 )
-    return Analysis(findings, tuple(goals))
+    return Analysis(findings, tuple(goals), tuple(notes))
+
+
+def _departed(row: dict[str, Any]) -> float:
+    """Samples beyond what a limited mean counts (`calibration.metrics.limited`); the mean over schedules."""
+    error = np.array(row["error"])
+    return float(np.mean([(errors > limited(errors)).sum() for errors in error]))
 
 
 def _values(row: dict[str, Any], metric: str) -> np.ndarray:

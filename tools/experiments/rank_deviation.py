@@ -196,7 +196,15 @@ def _no_arguments(_: argparse.ArgumentParser) -> None:
     """Nothing beyond what every experiment takes."""
 
 
-EXPERIMENT = Experiment("rank_deviation", __doc__.splitlines()[0], _no_arguments, single_steps.measure, analyse, draw)
+EXPERIMENT = Experiment(
+    "rank_deviation",
+    __doc__.splitlines()[0],
+    _no_arguments,
+    single_steps.measure,
+    analyse,
+    draw,
+    same_data="single_steps",
+)
 
 if __name__ == "__main__":
     sys.exit(EXPERIMENT.main())

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from calibration.evaluator import Evaluator, State
-from calibration.measurements import finite_error, picture_errors
+from calibration.measurements import Compare, finite_error, picture_errors
 from calibration.pool import Outcome, Request, Run
 
 DecodeAll = Callable[[np.ndarray], np.ndarray]
@@ -37,10 +37,12 @@ class SampleSet:
     Attributes:
         evaluator: their loop.
         decode: of their final latents; None where no pictures are compared.
+        compare: decoded pictures.
     """
 
     evaluator: BatchEvaluator
     decode: DecodeAll | None = None
+    compare: Compare = picture_errors
     states: dict[tuple[str, int], tuple[State, ...]] = field(default_factory=dict)
     pictures: dict[int, np.ndarray] = field(default_factory=dict)
 
@@ -151,4 +153,4 @@ class SampleBatches:
             own.pictures.update(zip(missing, decode(finals), strict=True))
         pictures = decode(np.stack(latents))
         with ThreadPoolExecutor(self._threads) as threads:
-            return list(threads.map(picture_errors, pictures, [own.pictures[sample] for sample in samples]))
+            return list(threads.map(own.compare, pictures, [own.pictures[sample] for sample in samples]))

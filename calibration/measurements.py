@@ -17,6 +17,14 @@ from engines.errors import TmpDiffError
 Decode = Callable[[np.ndarray], np.ndarray]
 """Final latents float32 [C, H, W] -> picture uint8 [H, W, 3]."""
 
+Compare = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+"""Errors by name of a picture and the reference's, uint8 [H, W, 3]."""
+
+
+def picture_errors(picture: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """ "ssim" and "mse" of two pictures, uint8 [H, W, 3]."""
+    return {"ssim": picture_ssim(picture, reference), "mse": picture_mse(picture, reference)}
+
 
 class Measurements:
     """E of uniform runs, of runs with one step changed, and of any schedule, sample by sample.
@@ -44,6 +52,7 @@ class Measurements:
         decode: Decode | None = None,
         pool: Pool | None = None,
         num_samples: int | None = None,
+        compare: Compare = picture_errors,
     ) -> None:
         """
         Args:
@@ -53,6 +62,7 @@ class Measurements:
             decode: of final latents; None where no pictures are compared.
             pool: takes the measurements; None: this process does.
             num_samples: the first samples of the evaluator that are used; None for all.
+            compare: decoded pictures; a journal holds the errors of one way to compare only.
         """
         self.name = name
         self.evaluator = CountingEvaluator(evaluator)
@@ -62,6 +72,7 @@ class Measurements:
         self.calls: dict[str, dict[str, int]] = {}
         self._journal = journal
         self._decode = decode
+        self._compare = compare
         self._states: dict[tuple[str, int], tuple[State, ...]] = {}
         self._reference_pictures: dict[int, np.ndarray] = {}
         self._used: set[str] = set()
@@ -102,7 +113,7 @@ class Measurements:
         """Errors of the run with every step at `precision`; the first request costs T calls.
 
         Returns:
-            "error": E of the sample; with a decoder also "ssim" and "mse" of its picture.
+            "error": E of the sample; with a decoder also what `compare` says of its picture.
         """
         if precision != self.reference:
             self.uniform_error(self.reference, sample)
@@ -248,7 +259,7 @@ class Measurements:
         if request.pictures and self._decode:
             if sample not in self._reference_pictures:
                 self._reference_pictures[sample] = self._decode(reference)
-            errors |= picture_errors(self._decode(latents), self._reference_pictures[sample])
+            errors |= self._compare(self._decode(latents), self._reference_pictures[sample])
         return errors
 
 
@@ -265,11 +276,6 @@ def finite_error(latents: np.ndarray, reference: np.ndarray, request: Request, s
             "build the bundle without that precision, or check its engine"
         )
     return error
-
-
-def picture_errors(picture: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """ "ssim" and "mse" of two pictures, uint8 [H, W, 3]."""
-    return {"ssim": picture_ssim(picture, reference), "mse": picture_mse(picture, reference)}
 
 
 def mean(values: Sequence[float]) -> float:

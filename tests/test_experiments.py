@@ -276,14 +276,16 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
 def test_samples_measured_together_give_the_same(studied: tuple[Path, Path], tmp_path: Path) -> None:
     script = (
         "import sys; from tools.experiments import quality, study; "
-        "study.samples_per_call = lambda *_: int(sys.argv[1]); sys.exit(quality.EXPERIMENT.main(sys.argv[2:]))"
+        "study.samples_per_call = lambda *_: int(sys.argv[1]); study.read_weights = lambda path: {}; "
+        "study.lpips = lambda weights, picture, reference: float(abs(picture / 255 - reference / 255).mean()); "
+        "sys.exit(quality.EXPERIMENT.main(sys.argv[2:]))"
     )
     found = []
     for at_once in ("1", "2"):
         bundle, out = tmp_path / at_once / "bundle", tmp_path / at_once / "quality"
         shutil.copytree(studied[0], bundle, ignore=shutil.ignore_patterns("experiments"))
         words = [bundle, "--prompts", studied[1], "--samples=3", "--validation-samples=2", "--threads=1", "--every=2"]
-        words = [sys.executable, "-c", script, at_once, *words, "--draws=1", "--out", out]
+        words = [sys.executable, "-c", script, at_once, *words, "--draws=1", "--lpips=x", "--out", out]
         done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(out.with_suffix(".json").read_text()))
@@ -292,7 +294,10 @@ def test_samples_measured_together_give_the_same(studied: tuple[Path, Path], tmp
         if name != "schedule":  # E of a few 1e-5: rounding may turn a choice
             assert np.array(rows[1][name]["error"]) == pytest.approx(np.array(row["error"]), rel=0.05)
             assert np.array(rows[1][name]["ssim"]) == pytest.approx(np.array(row["ssim"]), abs=1e-3)
+            assert np.array(rows[1][name]["lpips"]) == pytest.approx(np.array(row["lpips"]), abs=1e-3)
+            assert np.all(np.array(row["lpips"]) > 0)
     assert [content["setting"]["pictures_per_call"] for content in found] == [1, 2]
+    assert "int8, K = 2, LPIPS" in {goal["subject"] for goal in found[0]["goals"]}
 
 
 @pytest.mark.parametrize(

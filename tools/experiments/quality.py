@@ -7,7 +7,7 @@ Differences are paired: all run on the same samples. Goal, for K from T/5 to 4T/
 best baseline, and never above any; also for E in which no sample counts for more than ten medians ("limited E"). Where a
 95 % confidence interval does not settle it, the result is "not distinguishable".
 
-LPIPS is not measured: its network has to be downloaded.
+With `--lpips FILE` LPIPS is measured like 1 - SSIM; its network comes from `tools.fetch_lpips`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OURS = "schedule"
 BY_SCORES = "scores alone"
 RANDOM_NAME = "random"
 BELOW = 0.2
-METRICS = {"error": "E", "limited": "limited E", "dissimilarity": "1 - SSIM"}
+METRICS = {"error": "E", "limited": "limited E", "dissimilarity": "1 - SSIM", "lpips": "LPIPS"}
 RULE_STYLES = {"first K": ":>", "last K": ":<", "both ends": "--^", "evenly spread": "--v"}
 
 
@@ -109,8 +109,8 @@ def _row(study: Study, precision: str, patterns: list[str]) -> dict[str, Any]:
 
 
 def _columns(runs: list[list[dict[str, float]]]) -> dict[str, list[list[float]]]:
-    """ "error", "ssim" and "mse" by schedule and sample."""
-    return {key: [[values[key] for values in rows] for rows in runs] for key in ("error", "ssim", "mse")}
+    """ "error", "ssim", "mse" and, if measured, "lpips" by schedule and sample."""
+    return {key: [[values[key] for values in rows] for rows in runs] for key in runs[0][0]}
 
 
 def analyse(content: dict[str, Any]) -> Analysis:
@@ -122,6 +122,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
     samples = len(setting["validation_prompts"])
     for precision, measured in data["precisions"].items():
         ratio = latencies[precision] / latencies[reference]
+        metrics = _metrics(measured)
         findings[precision] = {"faster": ratio < 1, "counts": {}}
         for count, rows in measured["rows"].items():
             share = int(count) / setting["num_steps"]
@@ -140,11 +141,11 @@ def analyse(content: dict[str, Any]) -> Analysis:
                 "latency": latency,
                 "departed": departed,
                 "means": {name: _means(row) for name, row in (rows | baselines).items()},
-                "against": {metric: _against(rows[OURS], baselines, metric) for metric in METRICS},
-                "search": {metric: _against(rows[OURS], {BY_SCORES: rows[BY_SCORES]}, metric) for metric in METRICS},
+                "against": {metric: _against(rows[OURS], baselines, metric) for metric in metrics},
+                "search": {metric: _against(rows[OURS], {BY_SCORES: rows[BY_SCORES]}, metric) for metric in metrics},
             }
             findings[precision]["counts"][count] = entry
-            for metric, symbol in METRICS.items():
+            for metric, symbol in metrics.items():
                 goals += _goals(
                     f"{label(precision, setting['backend'])}, K = {count}, {symbol}", entry["against"][metric]
                 )
@@ -157,9 +158,16 @@ def _departed(row: dict[str, Any]) -> float:
     return float(np.mean([(errors > limited(errors)).sum() for errors in error]))
 
 
+def _metrics(measured: dict[str, Any]) -> dict[str, str]:
+    """Those of `METRICS` that were measured."""
+    row = next(iter(measured["rows"].values()))[OURS]
+    return {name: symbol for name, symbol in METRICS.items() if name != "lpips" or name in row}
+
+
 def _values(row: dict[str, Any], metric: str) -> np.ndarray:
     """Of every sample, float64 [S]; the mean over schedules where a row has several."""
-    values = 1 - np.array(row["ssim"]) if metric == "dissimilarity" else np.array(row["error"])
+    key = "lpips" if metric == "lpips" else "error"
+    values = 1 - np.array(row["ssim"]) if metric == "dissimilarity" else np.array(row[key])
     means = np.asarray(values.mean(axis=0))
     return limited(means) if metric == "limited" else means
 
@@ -175,6 +183,7 @@ def _means(row: dict[str, Any]) -> dict[str, Any]:
         "error_spread": spread,
         "ssim": float(np.mean(row["ssim"])),
         "psnr_db": psnr_db([value for values in row["mse"] for value in values]),
+        **({"lpips": float(np.mean(row["lpips"]))} if "lpips" in row else {}),
     }
 
 
@@ -224,11 +233,14 @@ def _excess(ratio: dict[str, float]) -> str:
 
 
 def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
-    """A column per precision; E, 1 - SSIM and PSNR against K, with the latency above where there is a speed-up."""
+    """A column per precision; every metric against K, with the latency above where there is a speed-up."""
     setting, data = content["setting"], content["data"]
-    figure, rows = panels(3, len(findings), width=3.6, height=2.6)
+    shown = {"error": "E", "ssim": "1 - SSIM", "psnr_db": "PSNR, dB"}
+    if all("lpips" in _metrics(measured) for measured in data["precisions"].values()):
+        shown["lpips"] = "LPIPS"
+    figure, rows = panels(len(shown), len(findings), width=3.6, height=2.6)
     for column, (precision, found) in enumerate(findings.items()):
-        for row, key in enumerate(("error", "ssim", "psnr_db")):
+        for row, key in enumerate(shown):
             axes = rows[row][column]
             _lines(axes, found["counts"], key, colour(precision))
             if key != "psnr_db":
@@ -243,7 +255,7 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
                 0.98, 0.97, "no speed-up on this machine", transform=rows[0][column].transAxes, ha="right", va="top",
                 fontsize=8,
             )  # fmt: skip
-    for row, words in enumerate(("E", "1 - SSIM", "PSNR, dB")):
+    for row, words in enumerate(shown.values()):
         rows[row][0].set_ylabel(words)
     figure.legend(
         *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, 3 * len(findings) - 1)

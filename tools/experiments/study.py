@@ -20,13 +20,14 @@ from calibration.batches import SampleBatches, SampleSet
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
 from calibration.journal import Journal
 from calibration.latency import machine, step_latencies
-from calibration.measurements import Measurements
+from calibration.measurements import Compare, Measurements, picture_errors
 from calibration.scores import DIRECTIONS, Direction
 from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
 from engines.version import VERSION
+from tools.experiments.lpips import lpips, read_weights
 
 JOURNAL_FOLDER = "experiments"
 LIBRARIES = ("numpy", "scipy", "scikit-image")
@@ -115,7 +116,7 @@ class Study:
         ]
 
     def validation_errors(self, stage: str, schedules: Sequence[Schedule], *, pictures: bool) -> list[list[Values]]:
-        """ "error" of each schedule on every validation sample, with pictures "ssim" and "mse" too."""
+        """ "error" of each schedule on every validation sample, with pictures "ssim", "mse" and, where asked for, "lpips" too."""
         return self._errors(self.validation, self.validation_samples, stage, schedules, pictures=pictures)
 
     def _errors(
@@ -173,6 +174,9 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first sample (default 0)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="default: the bundle's")
     parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: one per core)")
+    parser.add_argument(
+        "--lpips", type=Path, metavar="FILE", help="weights from tools.fetch_lpips: measures LPIPS of pictures, too"
+    )
 
 
 @contextlib.contextmanager
@@ -202,20 +206,21 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
         held_out = BundleEvaluator(runtime, prompts.validation, args.seed + VALIDATION_SEED_OFFSET, scale)
         folder = runtime.bundle.folder / JOURNAL_FOLDER
         folder.mkdir(exist_ok=True)
-        path = folder / f"{sha256_bytes(f'{evaluator.key()} {held_out.key()}'.encode())[:16]}.journal"
+        compare, compared = _comparison(args.lpips)
+        path = folder / f"{sha256_bytes(f'{evaluator.key()} {held_out.key()}{compared}'.encode())[:16]}.journal"
         with _alone(path):
             journal = open_journal(path, evaluator, held_out)
             at_once = samples_per_call(runtime, scale)
             pool = None
             if at_once > 1:
-                sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}
+                sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode, compare)}
                 pool = SampleBatches(sets, at_once, args.threads)
             yield Study(
                 runtime=runtime,
                 journal=journal,
                 calibration=Measurements("calibration", evaluator, journal, None, pool, args.samples),
                 validation=Measurements(
-                    "validation", held_out, journal, partial(_decode, runtime), pool, args.validation_samples
+                    "validation", held_out, journal, partial(_decode, runtime), pool, args.validation_samples, compare
                 ),
                 precisions=precisions,
                 samples=args.samples,
@@ -255,6 +260,18 @@ def _alone(path: Path) -> Iterator[None]:
                 f"journal {path} is in use by another experiment; wait for it, as what it measures is reused"
             ) from None
         yield
+
+
+def _comparison(weights: Path | None) -> tuple[Compare, str]:
+    """How pictures are compared, and a name for it where it is not the usual way."""
+    if weights is None:
+        return picture_errors, ""
+    tensors = read_weights(weights)
+
+    def compare(picture: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+        return picture_errors(picture, reference) | {"lpips": lpips(tensors, picture, reference)}
+
+    return compare, " with LPIPS"
 
 
 def _low_precisions(asked: str | None, built: tuple[str, ...]) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace, bundle: Path, guidance_scale: float | None, report: Report) -> Any:
-    options = {"bundle": bundle, "guidance_scale": guidance_scale, "seed": 0}
+    options = {"bundle": bundle, "guidance_scale": guidance_scale, "seed": 0, "lpips": None}
     return open_study(argparse.Namespace(**vars(args) | options), report)
 
 

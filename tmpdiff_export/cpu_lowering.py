@@ -49,7 +49,7 @@ def lower_for_cpu(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, in
     result.CopyFrom(model)
     graph = result.graph
     counts: Counter[str] = Counter()
-    _to_fp32(graph, counts)
+    to_fp32(graph, counts)
     lowering = _Lowering(graph, counts)
     nodes = [lowered for node in graph.node for lowered in lowering.lower(node)]
     del graph.node[:]
@@ -242,7 +242,7 @@ class _Lowering:
         return [cpu_nvfp4.dequantize_node(codes, block_scale.input[0], tensor_scale, output)]
 
 
-def _to_fp32(graph: onnx.GraphProto, counts: Counter[str]) -> None:
+def to_fp32(graph: onnx.GraphProto, counts: Counter[str]) -> None:
     """FP16 tensors to FP32, in place; large weights are FP16 in the file, behind a Cast."""
     casts = []
     for item in list(graph.initializer):

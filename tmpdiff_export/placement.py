@@ -39,12 +39,18 @@ def placed(module: Any, device: str) -> Iterator[None]:
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        module.to(device)
+        _move(module, device)
         yield
     finally:
-        module.to(CPU)
+        _move(module, CPU)
         torch.cuda.empty_cache()
         torch.backends.cudnn.allow_tf32 = before
+
+
+def _move(module: Any, device: str) -> None:
+    """Moves weights so that they stay ordinary tensors: in inference mode, `to` makes some that no export takes."""
+    with torch.inference_mode(False):
+        module.to(device)
 
 
 def on(batch: Batch, device: str) -> Batch:

@@ -8,6 +8,7 @@ equal is a constant, and the target of a reshape copies (0) or infers (-1) the e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,13 +16,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from tmpdiff_export.cpu_lowering import to_fp32
 from tmpdiff_export.onnx_export import drop_unused, save_graph
 
 # Larger "constants" are tables that were computed on purpose; storing them would grow the file.
 LARGEST_CONSTANT = 64
 _NUMPY = {
     onnx.TensorProto.FLOAT: np.float32,
-    onnx.TensorProto.FLOAT16: np.float16,
     onnx.TensorProto.INT64: np.int64,
 }
 
@@ -87,32 +88,59 @@ def _shape_only(graph: onnx.GraphProto) -> list[str]:
 def _values(
     model: onnx.ModelProto, names: Sequence[str], ends: Sequence[str], sizes: Mapping[str, int], scratch: Path
 ) -> dict[str, np.ndarray]:
-    """The tensors called `names`, and the shape of each of `ends` as `<name>_size`, at `sizes` of the symbolic axes."""
+    """The tensors called `names`, and the shape of each of `ends` as `<name>_size`, at `sizes` of the symbolic axes.
+
+    Shapes are read off a float32 copy of the graph: ONNX Runtime 1.30 refuses SD3's in FP16, where its own casts do not fit
+    together. What is computed from them keeps its types, in a graph of its own.
+    """
+    shapes = [name for node in model.graph.node if node.op_type == "Shape" for name in node.output]
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    to_fp32(probe.graph, Counter())
+    del probe.graph.value_info[:]
+    probe.graph.node.extend(helper.make_node("Shape", [name], [f"{name}_size"]) for name in ends)
+    feeds = {
+        value.name: np.ones(
+            [sizes[axis.dim_param] if axis.dim_param else axis.dim_value for axis in value.type.tensor_type.shape.dim],
+            _NUMPY[value.type.tensor_type.elem_type],
+        )
+        for value in probe.graph.input
+    }
+    found = _run(probe, [*shapes, *(f"{name}_size" for name in ends)], feeds, scratch)
+
+    rest = onnx.ModelProto()
+    rest.CopyFrom(model)
+    del rest.graph.input[:], rest.graph.value_info[:]
+    nodes = [node for node in rest.graph.node if node.op_type == "Constant" or set(node.output) & {*names} - {*shapes}]
+    del rest.graph.node[:]
+    rest.graph.node.extend(nodes)
+    given = {name: found[name] for name in shapes}
+    rest.graph.input.extend(
+        helper.make_tensor_value_info(name, onnx.TensorProto.INT64, value.shape) for name, value in given.items()
+    )
+    computed = [name for name in names if name not in given]
+    return found | (_run(rest, computed, given, scratch) if computed else {})
+
+
+def _run(
+    model: onnx.ModelProto, wanted: Sequence[str], feeds: Mapping[str, np.ndarray], scratch: Path
+) -> dict[str, np.ndarray]:
+    """Tensors of a graph by name; changes its outputs."""
     import onnxruntime
 
     from engines.backends.onnxruntime import PROVIDER
 
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    del probe.graph.output[:]
-    probe.graph.node.extend(helper.make_node("Shape", [name], [f"{name}_size"]) for name in ends)
-    wanted = [*names, *(f"{name}_size" for name in ends)]
-    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
-    drop_unused(probe.graph)
-    weights = save_graph(probe, scratch)
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
+    drop_unused(model.graph)
+    weights = save_graph(model, scratch)
     try:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(str(scratch), options, providers=[PROVIDER])
-        kinds = {value.name: value.type.tensor_type.elem_type for value in probe.graph.input}
-        feeds = {
-            item.name: np.ones(
-                [sizes[axis] if isinstance(axis, str) else axis for axis in item.shape], _NUMPY[kinds[item.name]]
-            )
-            for item in session.get_inputs()
-        }
-        return dict(zip(wanted, session.run(wanted, feeds), strict=True))
+        taken = {item.name: feeds[item.name] for item in session.get_inputs()}
+        return dict(zip(wanted, session.run(wanted, taken), strict=True))
     finally:
         scratch.unlink()
         if weights is not None:

@@ -62,3 +62,4 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
                 np.testing.assert_allclose(two[name].weight, one[name].weight, rtol=1e-2, atol=1e-4)
                 assert (two[name].input_amax or 0.0) == pytest.approx(one[name].input_amax or 0.0, rel=1e-2)
     assert {item.device.type for item in module.parameters()} == {"cpu"}
+    assert not any(item.is_inference() for item in module.parameters()), "an export takes no inference tensors"

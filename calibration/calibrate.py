@@ -32,6 +32,7 @@ from calibration.metrics import psnr_db
 from calibration.pool import Pool
 from calibration.quality import QualityBudget, fastest_meeting
 from calibration.refine import STAGE, refine_schedule
+from calibration.risk import affordable, measured_risk, with_risk
 from calibration.scores import (
     DIRECTIONS,
     METHODS,
@@ -131,7 +132,7 @@ def calibrate(
 
     Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
     downcast and upcast scores; the predictor that fits random schedules best (on the validation samples);
-    allocation; a local search around its choice, measured on the calibration samples; the schedule that comes out and
+    allocation, by its predictions and the risk of another picture (`calibration.risk`); a local search around its choice, measured on the calibration samples; the schedule that comes out and
     the baselines on the validation samples.
 
     Args:
@@ -196,21 +197,29 @@ def calibrate(
             for precision in kept[1:]
             for direction in DIRECTIONS
         ]
-    records = tuple(_score_record(curve, calibration) for curve in curves)
-    search_calls = sum(sum(record.calls.values()) for record in records)
+    risks = {
+        curve.precision: measured_risk(calibration, curve.precision, curve.search)
+        for curve in curves
+        if curve.direction == "downcast"
+    }
+    search_calls = sum(sum(_score_calls(curve, calibration).values()) for curve in curves)
     values = _contributions(kept, curves, uniform, evaluator.num_steps)
 
     if held_out:
         _uniform_errors(held_out, evaluator.precisions, partial(report, "validation runs"))
     fits, points = fit_predictors(held_out or calibration, kept, values, partial(report, "fit"))
     predictor = best_fit(fits)
-    front = pareto_front(kept, latencies_ms, values[predictor].values, values[predictor].power, costs)
+    # what schedules are chosen by: fits are those of limited means, to which the risk of another picture is added
+    risks = affordable(values[predictor], kept, risks)
+    weighed = {name: with_risk(found, kept, risks) for name, found in values.items()}
+    records = tuple(_score_record(curve, calibration, risks) for curve in curves)
+    front = pareto_front(kept, latencies_ms, weighed[predictor].values, weighed[predictor].power, costs)
     if isinstance(budget, QualityBudget):
         assert held_out is not None  # checked above
         chosen, wording = _meet_quality(front, budget, held_out, partial(report, "quality"))
         refinement = None
     else:
-        chosen, wording = _choose(kept, latencies_ms, values[predictor], budget, front, costs)
+        chosen, wording = _choose(kept, latencies_ms, weighed[predictor], budget, front, costs)
         chosen, refinement = refine_schedule(
             calibration,
             chosen,
@@ -218,7 +227,8 @@ def calibrate(
             kept,
             latencies_ms,
             costs,
-            values,
+            weighed,
+            values[predictor],
             predictor,
             front,
             search_calls if refine_calls is None else refine_calls,
@@ -350,17 +360,23 @@ def _thinned(front: tuple[Allocation, ...]) -> tuple[Allocation, ...]:
     return tuple(front[round(k)] for k in np.linspace(0, len(front) - 1, PARETO_POINTS))
 
 
-def _score_record(curve: ScoreCurve, calibration: Measurements) -> ScoreRecord:
+def _score_calls(curve: ScoreCurve, calibration: Measurements) -> dict[str, int]:
+    """Denoiser calls by precision; a carried curve may have cost none."""
+    return calibration.calls.get(f"calibration: {curve.direction} {curve.precision}", {})
+
+
+def _score_record(curve: ScoreCurve, calibration: Measurements, risks: Mapping[str, np.ndarray]) -> ScoreRecord:
     search = curve.search
+    risk = risks[curve.precision] if curve.direction == "downcast" else np.zeros(0)
     return ScoreRecord(
         precision=curve.precision,
         direction=curve.direction,
         scores=tuple(search.scores.tolist()),
+        risk=tuple(risk.tolist()),
         measured=tuple(search.measured.tolist()),
         order=search.order,
         settled=search.settled,
-        # a carried curve may have cost none
-        calls=calibration.calls.get(f"calibration: {curve.direction} {curve.precision}", {}),
+        calls=_score_calls(curve, calibration),
         sweep_calls=sweep_calls(calibration.num_steps, calibration.num_samples),
     )
 

@@ -8,6 +8,7 @@ from itertools import permutations
 import numpy as np
 
 from calibration.costs import AllocationCosts, relative_latency
+from calibration.risk import with_risk
 from calibration.scores import contributions, predict
 from calibration.sensitivity import Sensitivity
 
@@ -34,9 +35,11 @@ class Prediction:
         curves: dict[tuple[str, str], np.ndarray] = {
             (record.direction, record.precision): np.array(record.scores) for record in found.scores
         }
-        self._contributions = (
-            contributions(found.predictor, self.precisions, curves, found.uniform_errors) if curves else None
-        )
+        risks = {record.precision: record.risk for record in found.scores if record.direction == "downcast"}
+        self._contributions = None
+        if curves:
+            fitted = contributions(found.predictor, self.precisions, curves, found.uniform_errors)
+            self._contributions = with_risk(fitted, self.precisions, risks)
 
     def error(self, schedule: Sequence[str]) -> float | None:
         """Predicted E of a schedule; None where a step is at a precision without scores."""

@@ -14,7 +14,9 @@ can beat it. So the schedule that allocation chose has to win against its rivals
 Schedules are compared by the logarithm of their E, sample by sample: E varies by an order of magnitude between
 samples, and a mean of E would be decided by the one or two with the largest. The schedule to beat gives way only if
 chance alone would give such a mean of the differences with a probability below `CONVINCING`: the least mean of few
-samples would choose the luckiest rival, which does worse on others. That the winner is the best of several rivals is not
+samples would choose the luckiest rival, which does worse on others. Samples that go to another picture are too few to be
+counted in a race: their share is predicted (`calibration.risk`), and E of every sample counts by the factor that it adds to
+the schedule's prediction. That the winner is the best of several rivals is not
 allowed for, so that two or three samples are too few to rely on.
 """
 
@@ -71,12 +73,18 @@ class Trial:
     Attributes:
         precisions: one name per step index.
         origin: "scores" for the schedule the search started from, otherwise why this one was tried.
+        weight: what its errors count for.
         errors: measured E of the leading samples, of as many as it ran on.
     """
 
     precisions: Schedule
     origin: str
+    weight: float
     errors: list[float] = field(default_factory=list)
+
+    def weighed(self) -> list[float]:
+        """Errors as they are compared."""
+        return [self.weight * error for error in self.errors]
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ def refine(
     num_samples: int,
     max_calls: int,
     expect: Callable[[Sequence[Schedule], range], None] = lambda schedules, samples: None,
+    weight: Callable[[Schedule], float] = lambda schedule: 1.0,
 ) -> Refinement:
     """Races a schedule against its rivals, and the winner against its own, until nobody wins.
 
@@ -115,8 +124,9 @@ def refine(
             would be known to be more than chance.
         max_calls: never exceeded. Where a race against one rival might, none is held.
         expect: told which schedules will be measured on which samples, before they are.
+        weight: factor, at least 1, that a schedule's errors count by.
     """
-    incumbent = Trial(start, "scores")
+    incumbent = Trial(start, "scores", weight(start))
     trials: dict[Schedule, Trial] = {start: incumbent}
     heats = _heats(num_samples)
     left = max_calls if num_samples > 1 else 0
@@ -129,7 +139,7 @@ def refine(
             trial.errors.append(measure(trial.precisions, len(trial.errors)))
 
     while True:
-        racing = _fresh(rivals(incumbent.precisions), trials)
+        racing = _fresh(rivals(incumbent.precisions), trials, weight)
         known = 0 if incumbent.errors else num_samples * cost(start)
         racing = racing[: _affordable([cost(trial.precisions) for trial in racing], heats, left - known)]
         if not racing:
@@ -142,10 +152,10 @@ def refine(
             expect([trial.precisions for trial in racing], range(len(racing[0].errors), samples))
             for trial in racing:
                 run(trial, samples)
-            racing.sort(key=lambda trial: _level(trial.errors))  # stable: of equal ones the more promising
+            racing.sort(key=lambda trial: _level(trial.weighed()))  # stable: of equal ones the more promising
             if samples < num_samples:
                 racing = racing[: _survivors(len(racing))]
-        if not beats(racing[0].errors, incumbent.errors):
+        if not beats(racing[0].weighed(), incumbent.weighed()):
             break
         incumbent = racing[0]
     return Refinement(incumbent, tuple(trial for trial in trials.values() if trial.errors), rounds)
@@ -166,6 +176,7 @@ def refine_schedule(
     latencies_ms: Mapping[str, float],
     costs: AllocationCosts,
     values: Mapping[str, Contributions],
+    fitted: Contributions,
     predictor: str,
     front: Sequence[Allocation],
     max_calls: int,
@@ -181,7 +192,8 @@ def refine_schedule(
         kept: the precisions that schedules may use, the reference first.
         latencies_ms: step latency by precision.
         costs: of changes of precision, and the limit on precisions.
-        values: contributions by predictor.
+        values: contributions by predictor, with risk (`calibration.risk`).
+        fitted: those of `predictor` without it.
         predictor: the one that `chosen` and `front` come from.
         front: the Pareto front.
         max_calls: denoiser calls to spend at most; 0 measures nothing.
@@ -227,8 +239,19 @@ def refine_schedule(
     def expect(schedules: Sequence[Schedule], samples: range) -> None:
         measurements.expect(schedules, pictures=False, samples=samples)
 
+    def weight(schedule: Schedule) -> float:
+        level = predict(fitted, kept, schedule)
+        return predict(found, kept, schedule) / level if level > 0 else 1.0
+
     result = refine(
-        chosen.precisions, rivals, measure, measurements.schedule_calls, measurements.num_samples, max_calls, expect
+        chosen.precisions,
+        rivals,
+        measure,
+        measurements.schedule_calls,
+        measurements.num_samples,
+        max_calls,
+        expect,
+        weight,
     )
     record = RefinementRecord(
         trials=tuple(
@@ -259,14 +282,16 @@ def _exchanges(schedule: Schedule) -> Iterator[Schedule]:
             yield tuple(traded)
 
 
-def _fresh(rivals: Iterable[tuple[str, Schedule]], tried: Mapping[Schedule, Trial]) -> list[Trial]:
+def _fresh(
+    rivals: Iterable[tuple[str, Schedule]], tried: Mapping[Schedule, Trial], weight: Callable[[Schedule], float]
+) -> list[Trial]:
     """The first `MOST_RIVALS` that have not been tried."""
     fresh: dict[Schedule, Trial] = {}
     for origin, schedule in rivals:
         if len(fresh) == MOST_RIVALS:
             break
         if schedule not in tried and schedule not in fresh:
-            fresh[schedule] = Trial(schedule, origin)
+            fresh[schedule] = Trial(schedule, origin, weight(schedule))
     return list(fresh.values())
 
 

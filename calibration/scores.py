@@ -25,6 +25,8 @@ one describes the model best:
   and the u (each the slope of E at its upper end) add up to twice E(all p); uncorrelated errors give power
   1 and the predictor above. Still exact at every uniform schedule, and its slope there is right too.
 
+What E of samples at another picture adds, `calibration.risk` predicts; allocation gets both.
+
 Negative scores (noise; an error that cancels another) count as 0: no step is paid for being worse.
 """
 

@@ -22,6 +22,8 @@ class ScoreRecord(_Record):
 
     Attributes:
         scores: length T, a mean over the calibration samples; interpolated where not `measured`.
+        risk: of another picture, in units of E, length T (`calibration.risk`); empty for upcast scores and in documents that
+            lack it.
         measured: length T.
         order: the step indices measured, in order.
         settled: the search stopped because the ranking was settled, not because its budget ran out.
@@ -32,6 +34,7 @@ class ScoreRecord(_Record):
     precision: str
     direction: Literal["downcast", "upcast"]
     scores: tuple[float, ...]
+    risk: tuple[float, ...] = ()
     measured: tuple[bool, ...]
     order: tuple[int, ...]
     settled: bool

@@ -17,7 +17,14 @@ from matplotlib.figure import Figure
 from calibration.metrics import limited
 from tools.experiments.command import Analysis, Experiment, Goal, verdict, wording
 from tools.experiments.figures import INK, headline, label, panels
-from tools.experiments.prediction import SampleScores, attainable, better, fit_predictors, plain_r_squared
+from tools.experiments.prediction import (
+    SampleScores,
+    attainable,
+    better,
+    fit_predictors,
+    plain_agreement,
+    plain_r_squared,
+)
 from tools.experiments.schedules import HIGH, counts_between, high_steps, precisions_of, random_patterns
 from tools.experiments.study import Study
 
@@ -73,6 +80,12 @@ def analyse(content: dict[str, Any]) -> Analysis:
             findings[precision][name] = {
                 "better": best.predictor,
                 "plain_r2": plain_r_squared(scores, measured["patterns"], np.array(measured[name])),
+                "plain_spearman": {
+                    words: asdict(found)
+                    for words, found in plain_agreement(
+                        scores, best.predictor, measured["patterns"], np.array(measured[name])
+                    ).items()
+                },
                 "fits": {
                     fit.predictor: {key: asdict(getattr(fit, key)) for key in ("r2", "r2_within", "spearman", "ratio")}
                     for fit in fits
@@ -92,6 +105,12 @@ def analyse(content: dict[str, Any]) -> Analysis:
         findings[precision]["attainable"] = {str(count): list(entry) for count, entry in room.items()}
         plain = ", ".join(f"{findings[precision][name]['plain_r2']:.3f} on {words}" for name, words in SETS.items())
         notes.append(f"{label(precision, backend)}: with plain means, R^2 would be {plain}")
+        ranked = ", ".join(
+            f"{found['with risk']['value']:.2f} on {SETS[name]} (limited scores alone {found['limited']['value']:.2f})"
+            for name in SETS
+            for found in [findings[precision][name]["plain_spearman"]]
+        )
+        notes.append(f"{label(precision, backend)}: Spearman of scores with risk and plain means: {ranked}")
         notes.append(
             f"{label(precision, backend)}: by these scores ({predictor}), the best schedule is "
             + ", ".join(f"{share:.0%} below {rule} at K = {count}" for count, (share, rule) in room.items())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from calibration.metrics import limited
+from calibration.risk import affordable, risk_curve, with_risk
 from calibration.scores import DIRECTIONS, PREDICTORS, Contributions, contributions
 from calibration.statistics import Interval, bootstrap_interval, r_squared, spearman
 from tools.experiments.schedules import fixed_rules, high_steps
@@ -67,6 +68,16 @@ class SampleScores:
         rows = np.arange(len(self.uniform)) if rows is None else rows
         curves = {(name, _NAMES[1]): curve for name, curve in self.curves(rows).items()}
         return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(self.uniform[rows]).mean())})
+
+    def risks(self, predictor: str) -> dict[str, np.ndarray]:
+        """The risk of another picture (`calibration.risk`), as much of it as the predictor's schedules afford."""
+        errors = self.scores["downcast"]
+        risk = risk_curve(dict(enumerate(errors.T)), errors.shape[1])
+        return affordable(self.contributions(predictor), _NAMES, {_NAMES[1]: risk})
+
+    def weighed(self, predictor: str, risks: Mapping[str, np.ndarray]) -> Contributions:
+        """Contributions with risk: what schedules are chosen by."""
+        return with_risk(self.contributions(predictor), _NAMES, risks)
 
 
 def attainable(scores: SampleScores, predictor: str, counts: Sequence[int]) -> dict[int, tuple[float, str]]:
@@ -146,6 +157,26 @@ def plain_r_squared(scores: SampleScores, patterns: list[str], measured: np.ndar
     low = ~high_steps(patterns)
     found = [contributions(name, _NAMES, curves, {_NAMES[1]: float(scores.uniform.mean())}) for name in PREDICTORS]
     return max(r_squared((low @ item.values[:, 1]) ** item.power, measured.mean(axis=1)) for item in found)
+
+
+def plain_agreement(
+    scores: SampleScores, predictor: str, patterns: list[str], measured: np.ndarray
+) -> dict[str, Interval]:
+    """Spearman of predictions with plain means of E, `measured` [N, samples]: without risk and with it.
+
+    Samples that went to another picture decide these means; intervals are over the samples of `measured`.
+    """
+    low = ~high_steps(patterns)
+    return {
+        name: bootstrap_interval(
+            lambda rows, predicted=low @ found.values[:, 1]: spearman(predicted, measured[:, rows].mean(axis=1)),
+            measured.shape[1],
+        )
+        for name, found in (
+            ("limited", scores.contributions(predictor)),
+            ("with risk", scores.weighed(predictor, scores.risks(predictor))),
+        )
+    }
 
 
 def better(fits: list[Fit]) -> Fit:

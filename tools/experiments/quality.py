@@ -1,7 +1,7 @@
 """Quality against latency on prompts never seen: our schedule beside the baselines (figure 4 of the paper).
 
-At every K the calibration's schedule (what full score curves choose, after the local search that `calibrate` makes on
-the calibration samples), that schedule before the search ("scores alone"), the fixed rules and random schedules have
+At every K the calibration's schedule (what full score curves and the risk of another picture choose, after the local search
+that `calibrate` makes on the calibration samples), that schedule before the search ("scores alone"), the fixed rules and random schedules have
 K steps at the reference, so that their latency is the same; uniform precisions are baselines where they are no slower.
 Differences are paired: all run on the same samples. Goal, for K from T/5 to 4T/5: E and 1 - SSIM at least 20 % below the
 best baseline, and never above any; also for E in which no sample counts for more than ten medians ("limited E"). Where a
@@ -86,8 +86,9 @@ def _choose(study: Study, precision: str, args: argparse.Namespace) -> tuple[str
     schedules = [precisions_of(pattern, study.reference, precision) for pattern in drawn]
     measured = np.array(study.calibration_errors("random schedules", schedules))
     predictor = better(fit_predictors(scores, drawn, measured, held_out=False)).predictor
-    values = {name: scores.contributions(name) for name in PREDICTORS}
-    found = values[predictor]
+    risks = scores.risks(predictor)
+    values = {name: scores.weighed(name, risks) for name in PREDICTORS}
+    found, fitted = values[predictor], scores.contributions(predictor)
     pair = (study.reference, precision)
     equal = dict.fromkeys(pair, 1.0)  # K says it all: latency has no part in it
     chosen: dict[str, dict[int, str]] = {OURS: {}, BY_SCORES: {}}
@@ -96,7 +97,18 @@ def _choose(study: Study, precision: str, args: argparse.Namespace) -> tuple[str
         start = allocate(pair, equal, found.values, HighSteps(count), found.power)
         on_run = partial(study.report, f"local search {precision}, K = {count}")
         best, _ = refine_schedule(
-            study.calibration, start, HighSteps(count), pair, equal, NO_COSTS, values, predictor, (), limit, on_run
+            study.calibration,
+            start,
+            HighSteps(count),
+            pair,
+            equal,
+            NO_COSTS,
+            values,
+            fitted,
+            predictor,
+            (),
+            limit,
+            on_run,
         )
         chosen[OURS][count] = pattern_of(best.precisions, study.reference)
         chosen[BY_SCORES][count] = pattern_of(start.precisions, study.reference)

@@ -76,11 +76,13 @@ def places(precisions: Sequence[str]) -> dict[str, int]:
 def score_curves(found: Sensitivity, direction: str) -> str:
     """Scores over step indices, a curve per precision; filled where measured, hollow where interpolated.
 
-    The axis is logarithmic; scores of 0 or less lie on its lower edge, as crosses.
+    The axis is logarithmic; scores of 0 or less lie on its lower edge, as crosses. Dotted: risks, where they are large
+    enough to show.
     """
     records = [record for record in found.scores if record.direction == direction]
     place = places(found.precisions)
     floor = floor_of([score for record in records for score in record.scores])
+    risky = False
     with svg_figure(f"scores-{direction}") as (figure, axes, svg):
         for record in records:
             colour, marker = SHADES[place[record.precision]][0], MARKERS[place[record.precision]]
@@ -95,6 +97,10 @@ def score_curves(found: Sensitivity, direction: str) -> str:
                 )
             if below.any():
                 axes.plot(steps[below], heights[below], "x", color=colour, markersize=7, zorder=3, clip_on=False)
+            risk = np.array(record.risk)
+            if (risk > floor).any():
+                axes.plot(steps, np.where(risk > floor, risk, np.nan), ":", color=colour, linewidth=1.6)
+                risky = True
         if floor:
             log_axis(axes, floor)
         axes.set_xlabel("step index")
@@ -108,6 +114,8 @@ def score_curves(found: Sensitivity, direction: str) -> str:
             Line2D([], [], color=INK, marker="o", linestyle="none", label="measured"),
             Line2D([], [], color=INK, marker="o", linestyle="none", markerfacecolor=PAPER, label="interpolated"),
         ]
+        if risky:
+            handles.append(Line2D([], [], color=INK, linestyle=":", label="risk of another picture"))
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return svg[0]
 

@@ -94,6 +94,13 @@ def precisions(manifest: Manifest, found: Sensitivity) -> str:
     )
 
 
+RISK = (
+    " Dotted: the risk that the step, at the low precision, sends a prompt to another picture altogether, as the spread of "
+    "scores over prompts foretells it. It counts beside the score when steps are chosen, as far as it costs the other prompts "
+    "at most a tenth more error, and is part of every predicted E below except in the fit."
+)
+
+
 def scores(found: Sensitivity) -> str:
     text = (
         '<p class="lead">The score of a step says how much the final latents change when only that step changes its '
@@ -113,7 +120,8 @@ def scores(found: Sensitivity) -> str:
     )
     return (
         f'{text}<div class="figures">{figures}</div><p class="note">Filled points were measured, hollow ones '
-        "interpolated. Crosses on the lower edge are scores of 0 or less.</p>"
+        "interpolated. Crosses on the lower edge are scores of 0 or less."
+        f"{RISK if any(any(record.risk) for record in found.scores) else ''}</p>"
         f"{carried(found, found.transfer) if found.transfer else ''}<h3>Rank deviation</h3>{_rank_deviation(found)}"
     )
 

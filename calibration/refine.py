@@ -127,9 +127,11 @@ def refine(
         weight: factor, at least 1, that a schedule's errors count by.
     """
     incumbent = Trial(start, "scores", weight(start))
+    if num_samples < 2:
+        return Refinement(incumbent, (), 0)
     trials: dict[Schedule, Trial] = {start: incumbent}
     heats = _heats(num_samples)
-    left = max_calls if num_samples > 1 else 0
+    left = max_calls
     rounds = 0
 
     def run(trial: Trial, samples: int) -> None:

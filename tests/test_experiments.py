@@ -272,6 +272,19 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
     assert {goal["verdict"] for goal in quality["goals"]} <= {"met", "missed", "not distinguishable"}
     assert len(quality["goals"]) == 3 * 3 * 2  # K, metrics, two goals each
 
+    done = command("risk", tmp_path / "additivity.json", tmp_path / "quality.json")
+    assert done.returncode == 0, done.stderr
+    ran = {*data["patterns"]} | {
+        pattern
+        for rows in quality["data"]["precisions"]["int8"]["rows"].values()
+        for row in rows.values()
+        for pattern in row["patterns"]
+    }
+    assert f"int8: {len(ran)} schedules" in done.stdout
+    done = command("risk", tmp_path / "quality.json")
+    assert done.returncode == 1
+    assert "holds 'quality', expected a file of 'additivity'" in done.stderr
+
 
 def test_samples_measured_together_give_the_same(studied: tuple[Path, Path], tmp_path: Path) -> None:
     script = (

@@ -135,7 +135,7 @@ def make_clip_text_encoder(
 
 
 def make_unet(sample_size: int, text_width: int) -> UNet2DConditionModel:
-    """Returns an untrained UNet for square latents: 4 M parameters for a side of 16, 28 M for one of 32.
+    """Returns an untrained UNet for square latents: 4 M parameters for a side of 16, 39 M for one of 32.
 
     Widths are multiples of 128 where most weights are, so that INT4's blocks fit.
     """
@@ -161,7 +161,7 @@ def make_unet(sample_size: int, text_width: int) -> UNet2DConditionModel:
 
 
 def make_mmdit(sample_size: int, text_width: int, pooled_width: int) -> SD3Transformer2DModel:
-    """Returns an untrained MMDiT for square latents: 7 M parameters for a side of 16, 39 M for one of 32.
+    """Returns an untrained MMDiT for square latents: 7 M parameters for a side of 16, 42 M for one of 32.
 
     As in the DiT paper, modulation and output start at zero: every block begins as the identity.
     """

@@ -69,11 +69,11 @@ class SampleScores:
         curves = {(name, _NAMES[1]): curve for name, curve in self.curves(rows).items()}
         return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(self.uniform[rows]).mean())})
 
-    def risks(self, predictor: str) -> dict[str, np.ndarray]:
-        """The risk of another picture (`calibration.risk`), as much of it as the predictor's schedules afford."""
+    def risks(self, predictor: str, *, afford: bool = True) -> dict[str, np.ndarray]:
+        """The risk of another picture (`calibration.risk`), all or as much of it as the predictor's schedules afford."""
         errors = self.scores["downcast"]
-        risk = risk_curve(dict(enumerate(errors.T)), errors.shape[1])
-        return affordable(self.contributions(predictor), _NAMES, {_NAMES[1]: risk})
+        risks = {_NAMES[1]: risk_curve(dict(enumerate(errors.T)), errors.shape[1])}
+        return affordable(self.contributions(predictor), _NAMES, risks) if afford else risks
 
     def weighed(self, predictor: str, risks: Mapping[str, np.ndarray]) -> Contributions:
         """Contributions with risk: what schedules are chosen by."""

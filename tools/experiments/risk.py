@@ -5,7 +5,8 @@
 Takes the scores of the first file, and every schedule that either file ran on unseen prompts: random ones, fixed rules,
 calibrated ones. Prints Spearman's correlation of their plain mean of E, which the samples at another picture decide, with what
 is predicted: by limited scores alone, with all of the risk, and with as much as calibration affords. Repeated with fewer
-calibration samples, drawn at random.
+calibration samples, drawn at random. Then the schedules that scores choose with risk and without, before any local search, and
+by how much the former have more limited E, as predicted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from calibration.allocation import HighSteps, allocate
 from calibration.metrics import limited
+from calibration.scores import predict
 from calibration.statistics import spearman
 from engines.cli import guarded
 from engines.documents import read_json
@@ -27,7 +30,7 @@ from engines.errors import TmpDiffError
 from tmpdiff_export.display import print_table
 from tools.experiments.figures import label
 from tools.experiments.prediction import SampleScores
-from tools.experiments.schedules import high_steps
+from tools.experiments.schedules import high_steps, pattern_of
 
 SAMPLES = (12, 24, 48)
 DRAWS = 50
@@ -79,6 +82,26 @@ def table(fits: dict[str, Any], quality: dict[str, Any] | None) -> list[list[str
     return rows
 
 
+def choices(fits: dict[str, Any]) -> list[list[str]]:
+    """A row of words per precision and K = T/5, 2T/5, 3T/5, 4T/5: schedules without risk and with it, and what that costs."""
+    rows = []
+    num_steps, reference = fits["setting"]["num_steps"], fits["setting"]["reference"]
+    for precision, measured in fits["data"].items():
+        scores, predictor = SampleScores.of(measured), fits["findings"][precision]["validation"]["better"]
+        plain = scores.contributions(predictor)
+        weighed = scores.weighed(predictor, scores.risks(predictor))
+        pair = (reference, precision)
+        for count in (round(num_steps * part / 5) for part in range(1, 5)):
+            chosen = [
+                allocate(pair, dict.fromkeys(pair, 1.0), found.values, HighSteps(count), found.power).precisions
+                for found in (plain, weighed)
+            ]
+            cost = predict(plain, pair, chosen[1]) / predict(plain, pair, chosen[0]) - 1
+            patterns = [pattern_of(schedule, reference) for schedule in chosen]
+            rows.append([precision, str(count), *patterns, f"{cost:+.0%}"])
+    return rows
+
+
 def _read(path: Path, experiment: str) -> dict[str, Any]:
     content = read_json(path, "result file", TmpDiffError)
     if content.get("experiment") != experiment:
@@ -100,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise TmpDiffError(f"{args.quality} was measured on other unseen prompts than {args.additivity}")
         head = ["", "calibration samples", "limited scores", "with risk", "as afforded"]
         print_table("Spearman with plain means of E on unseen prompts", head, table(fits, quality))
+        print_table("Chosen by scores", ["", "K", "without risk", "with risk", "limited E"], choices(fits))
         return 0
 
     return guarded("risk", run)

@@ -5,7 +5,7 @@
 Takes the scores of the first file, and every schedule that either file ran on unseen prompts: random ones, fixed rules,
 calibrated ones. Prints Spearman's correlation of their plain mean of E, which the samples at another picture decide, with what
 is predicted: by limited scores alone, with all of the risk, and with as much as calibration affords. Repeated with fewer
-calibration samples, drawn at random. Then the schedules that scores choose with risk and without, before any local search, and
+calibration samples, drawn at random. Then the tails that risk is read off, and the schedules that scores choose with risk and without, before any local search, and
 by how much the former have more limited E, as predicted.
 """
 
@@ -33,6 +33,7 @@ from tools.experiments.prediction import SampleScores
 from tools.experiments.schedules import high_steps, pattern_of
 
 SAMPLES = (12, 24, 48)
+TAILS = (5, 10, 40, 100)
 DRAWS = 50
 
 
@@ -82,6 +83,17 @@ def table(fits: dict[str, Any], quality: dict[str, Any] | None) -> list[list[str
     return rows
 
 
+def tails(fits: dict[str, Any]) -> list[list[str]]:
+    """A row of words per precision and tail: calibration samples whose downcast score is above so many medians, by step."""
+    rows = []
+    for precision, measured in fits["data"].items():
+        scores = np.array(measured["downcast"])
+        for medians in TAILS:
+            counts = (scores > medians * np.median(scores, axis=0)).sum(axis=0)
+            rows.append([precision, str(medians), " ".join(map(str, counts))])
+    return rows
+
+
 def choices(fits: dict[str, Any]) -> list[list[str]]:
     """A row of words per precision and K = T/5, 2T/5, 3T/5, 4T/5: schedules without risk and with it, and what that costs."""
     rows = []
@@ -123,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise TmpDiffError(f"{args.quality} was measured on other unseen prompts than {args.additivity}")
         head = ["", "calibration samples", "limited scores", "with risk", "as afforded"]
         print_table("Spearman with plain means of E on unseen prompts", head, table(fits, quality))
+        samples = len(fits["setting"]["calibration_prompts"])
+        print_table(f"Scores above so many medians, of {samples}", ["", "medians", "samples by step"], tails(fits))
         print_table("Chosen by scores", ["", "K", "without risk", "with risk", "limited E"], choices(fits))
         return 0
 

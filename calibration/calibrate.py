@@ -132,8 +132,8 @@ def calibrate(
 
     Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
     downcast and upcast scores; the predictor that fits random schedules best (on the validation samples);
-    allocation, by its predictions and the risk of another picture (`calibration.risk`); a local search around its choice, measured on the calibration samples; the schedule that comes out and
-    the baselines on the validation samples.
+    allocation, by its predictions and the risk of another picture (`calibration.risk`); a local search around its choice,
+    measured on the calibration samples; the schedule that comes out and the baselines on the validation samples.
 
     Args:
         evaluator: the loop over the calibration samples.

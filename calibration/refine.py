@@ -16,8 +16,8 @@ samples, and a mean of E would be decided by the one or two with the largest. Th
 chance alone would give such a mean of the differences with a probability below `CONVINCING`: the least mean of few
 samples would choose the luckiest rival, which does worse on others. Samples that go to another picture are too few to be
 counted in a race: their share is predicted (`calibration.risk`), and E of every sample counts by the factor that it adds to
-the schedule's prediction. That the winner is the best of several rivals is not
-allowed for, so that two or three samples are too few to rely on.
+the schedule's prediction. That the winner is the best of several rivals is not allowed for, so that two or three samples
+are too few to rely on.
 """
 
 from __future__ import annotations

@@ -37,11 +37,11 @@ OTHER_PICTURE = 0.3
 TAILLESS_SAMPLES = 40
 """As if so many samples without a tail had been seen too: one outlier of few samples says little."""
 
-
 PRICE = 0.1
-"""Share of E that all samples may pay for fewer that go to another picture."""
+"""Share of limited E that may be paid for fewer samples at another picture."""
 
 HALVINGS = 8
+"""Risks are tried at 1, 1/2, ..., 1/128 of their size, and then left out."""
 
 
 def risk_curve(errors: Mapping[int, Sequence[float]], num_steps: int) -> np.ndarray:

@@ -411,6 +411,29 @@ def test_prompts_that_end_at_another_picture_are_counted(bundle: Bundle) -> None
     assert f"{words}, at another picture, and weigh in the mean: {row.name} (1)." in text
 
 
+def test_risk_is_drawn_said_and_part_of_predictions(bundle: Bundle) -> None:
+    found = planted(budget=HighSteps(4))
+    words = "sends a prompt to another picture"
+    assert words not in Parsed(page(bundle.manifest, found)).text["scores"]
+    records = tuple(
+        record.model_copy(update={"risk": tuple(max(score, 0.0) / 2 for score in record.scores)})
+        if record.direction == "downcast"
+        else record
+        for record in found.scores
+    )
+    risky = found.model_copy(update={"scores": records})
+    text = page(bundle.manifest, risky)
+    assert words in Parsed(text).text["scores"]
+    before, after = (figures(page(bundle.manifest, one))["scores-downcast"] for one in (found, risky))
+    drawn = [
+        len([path for path in svg.iter() if "stroke-dasharray" in path.get("style", "")]) for svg in (before, after)
+    ]
+    assert drawn[1] > drawn[0], "dotted"
+    low = next(record for record in records if record.risk)
+    schedule = (found.precisions[0],) * (found.num_steps - 1) + (low.precision,)
+    assert (Prediction(risky).error(schedule) or 0) > (Prediction(found).error(schedule) or 0) > 0
+
+
 def test_rules_are_drawn_at_every_count(bundle: Bundle) -> None:
     found = planted(method="sweep", budget=HighSteps(4))
     precision = ruled_precision(found)

@@ -89,7 +89,8 @@ def _build_demo(pipeline: Path, folder: Path) -> None:
     from calibration import HighSteps
     from engines.precision import DEFAULT_PRECISIONS
     from engines.text import PromptFile
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
     from tmpdiff_export.calibration_run import calibrate_bundle
 
     prompts = PromptFile(

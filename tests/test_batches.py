@@ -99,7 +99,8 @@ def test_no_sample_at_once_is_refused():
 
 def test_a_bundle_steps_several_samples_as_it_steps_each(tiny_pipeline: Path, tmp_path: Path):
     from engines.precision import Precision
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     options = BuildOptions(precisions=(Precision.FP16,), prompts=PROMPTS, num_steps=4, backend="onnxruntime")
     build(tiny_pipeline, tmp_path / "bundle", options)

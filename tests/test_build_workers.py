@@ -20,8 +20,9 @@ from tiny_pipeline import PROMPTS
 
 from engines.errors import BackendError, BuildError
 from engines.precision import Precision
+from tmpdiff_export.build_options import BuildOptions
 from tmpdiff_export.build_workers import COMPILE_THREADS, open_build_workers
-from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.bundle_build import build
 from tmpdiff_export.cli import main
 from tmpdiff_export.engine_build import at_once
 from tmpdiff_export.targets import open_start

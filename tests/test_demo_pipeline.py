@@ -14,7 +14,8 @@ import torch
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
-from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.build_options import BuildOptions
+from tmpdiff_export.bundle_build import build
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.readback import judge, read_picture, score
 from tmpdiff_export.demo.scenes import has_held_out_pair, held_out_captions, is_held_out, parse_caption

@@ -116,7 +116,8 @@ def test_regret_is_what_the_wrong_steps_cost():
 def studied(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> tuple[Path, Path]:
     """A bundle of two precisions and a prompt file."""
     from engines.precision import Precision
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     folder = tmp_path_factory.mktemp("experiments")
     options = BuildOptions(

@@ -20,7 +20,8 @@ from engines.precision import DEFAULT_PRECISIONS, Precision
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export import bundle_build, cpu_lowering, cpu_target, engine_build, onnx_export
 from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
-from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.build_options import BuildOptions
+from tmpdiff_export.bundle_build import build
 from tmpdiff_export.pipelines import gather_batches, load_pipeline
 from tmpdiff_export.recipes import RECIPES, Variant
 

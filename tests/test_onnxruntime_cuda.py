@@ -335,7 +335,8 @@ def test_inputs_that_do_not_fit_are_refused(opened: Opened, changed: Mapping[str
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
     """The tiny pipeline, built for (what is told to be) the GPU, at all precisions; do not write into it."""
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     folder = tmp_path_factory.mktemp("cuda")
     options = BuildOptions(
@@ -393,7 +394,8 @@ def test_a_bundle_runs_in_the_device_loop(bundle: Path, limit: int | None, fakes
 def test_engines_agree_with_the_bundle_for_the_cpu(
     bundle: Path, tiny_pipeline: Path, tmp_path: Path, fakes: Fakes, ort: FakeOrtCuda
 ) -> None:
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     build(
         tiny_pipeline,
@@ -464,7 +466,8 @@ def test_a_miscomputed_engine_fails_the_build(
     from fakes import fake_ort_cuda
 
     from engines.errors import BuildError
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     bind = fake_ort_cuda.Binding.bind_input
 
@@ -482,7 +485,8 @@ def test_a_miscomputed_engine_fails_the_build(
 
 
 def test_builds_that_cannot_be_are_refused_before_any_work(tmp_path: Path, fakes: Fakes) -> None:
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     for precisions, says in (
         ((Precision.FP16, Precision.NVFP4), "'onnxruntime' on a GPU has no nvfp4; choose from fp16, fp8, int8, int4"),

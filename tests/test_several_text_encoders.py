@@ -20,7 +20,8 @@ from engines.errors import BuildError, BundleError, PromptError, SamplerError
 from engines.manifest import manifest_identity
 from engines.precision import Precision
 from tmpdiff_export import attach
-from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.build_options import BuildOptions
+from tmpdiff_export.bundle_build import build
 from tmpdiff_export.families import family_of
 from tmpdiff_export.families.flux import pack, unpack
 from tmpdiff_export.pipelines import SourcePipeline, load_pipeline

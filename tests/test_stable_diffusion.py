@@ -16,7 +16,8 @@ from engines.manifest import FileEntry, TextEntry
 from engines.precision import Precision
 from engines.text import encode_prompts, load_tokenizer
 from tmpdiff_export import attach
-from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.build_options import BuildOptions
+from tmpdiff_export.bundle_build import build
 from tmpdiff_export.families import family_of
 from tmpdiff_export.pipelines import SourcePipeline, load_pipeline
 

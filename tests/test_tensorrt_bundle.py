@@ -42,7 +42,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path, cache:
 
 def build_bundle(tiny_pipeline: Path, out: Path, cache: Path, **options: Any) -> Any:
     from engines.backends.tensorrt.options import PlanOptions
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
     from tmpdiff_export.plan_settings import PlanSettings
 
     precisions = options.pop("precisions", PRECISIONS)
@@ -112,7 +113,8 @@ def test_the_device_loop_equals_the_host_loop_over_the_same_engines(
 def test_it_is_near_the_same_bundle_on_the_cpu(
     bundle: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     options = BuildOptions(PRECISIONS[:1], PROMPTS, NUM_STEPS, backend="onnxruntime")
     build(tiny_pipeline, tmp_path / "cpu", options)
@@ -223,7 +225,8 @@ def test_an_interrupted_build_goes_on_with_the_plans_it_has(
         if stage.startswith("int8: "):
             raise KeyboardInterrupt
 
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
     from tmpdiff_export.plan_settings import PlanSettings
 
     options = BuildOptions(PRECISIONS[:2], PROMPTS, NUM_STEPS, backend="tensorrt", plans=PlanSettings(cache=cache))
@@ -288,7 +291,8 @@ def test_a_quantized_plan_that_is_not_faster_is_built_with_a_warning(
 
 def test_settings_of_plans_are_refused_by_other_backends(tiny_pipeline: Path, tmp_path: Path) -> None:
     from engines.backends.tensorrt.options import PlanOptions
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
     from tmpdiff_export.plan_settings import PlanSettings
 
     plans = PlanSettings(options=PlanOptions(version_compatible=True))

@@ -151,7 +151,8 @@ def test_flux_has_the_same_codes_with_the_kernel_that_makes_them() -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
     """The tiny pipeline with attention in FP8 at one of two quantized precisions."""
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     folder = tmp_path_factory.mktemp("attention") / "bundle"
     options = BuildOptions(

@@ -164,7 +164,8 @@ def test_weights_of_a_text_encoder_that_has_run_can_travel_to_a_worker(tmp_path:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> dict[str, Path]:
     """The tiny pipeline, built for the torch backend on the CPU, by two workers, and for ONNX Runtime."""
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     folder = tmp_path_factory.mktemp("torch")
     folders = {}
@@ -362,7 +363,8 @@ def test_damage_is_found_before_anything_is_loaded(bundles: dict[str, Path], tmp
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
     """A bundle whose FP16 engine is made of the FP8 engine's weights, with an emulated NVFP4 engine."""
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     folder = tmp_path_factory.mktemp("sharing") / "bundle"
     precisions = (Precision.FP16, Precision.FP8, Precision.NVFP4)

@@ -101,7 +101,8 @@ def test_it_reports_what_reads_back_and_saves_on_the_way(trained: tuple[str, Pat
 def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path: Path) -> None:
     from engines.precision import Precision
     from engines.runtime import DenoiseRuntime
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     captions = held_out_captions("composed", 4, seed=0)
     precisions = (Precision.FP16, Precision.INT8)

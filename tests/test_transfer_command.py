@@ -33,7 +33,8 @@ class Bundles:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path, planted_latencies: None) -> Bundles:
     from engines.precision import Precision
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
 
     folder = tmp_path_factory.mktemp("transfer")
     prompts = folder / "prompts.txt"

@@ -23,7 +23,8 @@ from engines.errors import BackendError, BundleError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
 from tmpdiff_export import bundle_workers
-from tmpdiff_export.bundle_build import BuildOptions, build
+from tmpdiff_export.build_options import BuildOptions
+from tmpdiff_export.bundle_build import build
 from tmpdiff_export.calibration_run import calibrate_bundle
 from tmpdiff_export.cli import main
 from tmpdiff_export.sample_workers import SampleWorkers

@@ -13,10 +13,14 @@ __all__ = ["BuildOptions", "__version__", "attach", "build", "detach"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("build", "BuildOptions"):
-        from tmpdiff_export import bundle_build as module
+    if name == "build":
+        from tmpdiff_export.bundle_build import build
 
-        return getattr(module, name)
+        return build
+    if name == "BuildOptions":
+        from tmpdiff_export.build_options import BuildOptions
+
+        return BuildOptions
     if name in ("attach", "detach"):
         from tmpdiff_export import diffusers_attach
 

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ import torch
 
 from engines.bundle import MANIFEST_NAME
 from engines.documents import canonical_json
-from engines.errors import BuildError, TmpDiffError
+from engines.errors import BuildError
 from engines.files import atomic_write_text, sha256_bytes, staged_folder
 from engines.manifest import (
     LATENTS,
@@ -33,6 +32,7 @@ from engines.precision import REFERENCE, Precision
 from engines.sampler import SamplerTable
 from engines.text import text_inputs
 from engines.version import VERSION
+from tmpdiff_export.build_options import BuildOptions, require_buildable
 from tmpdiff_export.engine_build import (
     AccuracyCheck,
     BuiltEngine,
@@ -46,19 +46,11 @@ from tmpdiff_export.engine_build import (
 from tmpdiff_export.families import DENOISER, VaeDecoder
 from tmpdiff_export.onnx_export import ExportInput, export_graph
 from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
-from tmpdiff_export.placement import CPU, Batch, require_device
-from tmpdiff_export.plan_settings import PlanSettings
+from tmpdiff_export.placement import Batch
 from tmpdiff_export.ranges import spread
 from tmpdiff_export.scheduler_table import sampler_table
 from tmpdiff_export.shape_folding import fold_shapes
-from tmpdiff_export.targets import (
-    open_start,
-    open_target,
-    require_buildable_by,
-    require_fp8_attention,
-    require_shareable,
-    resolve_backend,
-)
+from tmpdiff_export.targets import open_start, open_target, resolve_backend
 
 if TYPE_CHECKING:
     from tmpdiff_export.torch_attention import AttentionRange
@@ -69,57 +61,8 @@ Progress = Callable[[str, int, int], None]
 RANGE_PROMPTS = 3
 RANGE_BATCHES = 24
 CHECK_BATCHES = 6
-# As many as schedulers are trained on; a table of more would only be slow to make.
-MAX_STEPS = 1000
 _TEXT_ENCODER = "text_encoder"
 _VAE_DECODER = "vae_decoder"
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What a build is asked for.
-
-    Attributes:
-        precisions: engines to build, the reference among them.
-        prompts: prompts for range calibration and the accuracy check; two at least.
-        num_steps: `num_inference_steps` of the loop.
-        seed: seed of the first calibration run.
-        backend: "auto" or a backend name.
-        guidance_scale: None for the pipeline's default.
-        height: picture height in pixels, None for the pipeline's own.
-        width: picture width in pixels, None for the pipeline's own.
-        onnx_dir: keep the strongly typed `<precision>.onnx` files here, None to drop them.
-        force: replace an existing bundle.
-        plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
-            packages have too.
-        share_weights: for torch packages: the quantized precision whose stored weights the reference is made of as well, so
-            that both need one copy; None for weights of its own.
-        device: "cuda" or "cpu", what engines of the torch and onnxruntime backends are for; None for the GPU with torch, for
-            the CPU with ONNX Runtime, and for other backends.
-        workers: processes that compile torch packages side by side; with 1, and for other backends, it is done in this
-            process. The script that asks for more has to start its work under `if __name__ == "__main__"`: workers
-            import it.
-        fp8_attention: for torch packages: the quantized precisions whose attention is in FP8 as well.
-        range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are checked
-            against, whatever the backend.
-    """
-
-    precisions: tuple[Precision, ...]
-    prompts: tuple[str, ...]
-    num_steps: int = 20
-    seed: int = 0
-    backend: str = "auto"
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    onnx_dir: Path | None = None
-    force: bool = False
-    plans: PlanSettings = field(default_factory=PlanSettings)
-    device: str | None = None
-    share_weights: Precision | None = None
-    workers: int = 1
-    fp8_attention: tuple[Precision, ...] = ()
-    range_device: str = CPU
 
 
 def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
@@ -144,18 +87,8 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
     """
     report = progress or (lambda stage, done, total: None)
     backend = resolve_backend(options.backend)
-    if len(options.prompts) < 2:
-        raise BuildError(
-            f"a build needs at least 2 calibration prompts (one checks what the others calibrate), got {len(options.prompts)}"
-        )
-    if not 1 <= options.num_steps <= MAX_STEPS:
-        raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
-    require_shareable(backend, options.share_weights, options.precisions)
-    require_buildable_by(backend, options.workers)
-    require_fp8_attention(backend, options.fp8_attention, options.precisions)
-    require_device(options.range_device)
     out = Path(out)
-    _check_folders(out, options)
+    require_buildable(options, out, backend)
     stage = "load pipeline"
 
     def note(what: str, done: int, total: int) -> None:
@@ -189,21 +122,6 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
             if options.onnx_dir is not None:
                 _keep_onnx(Path(scratch) / "onnx", options.onnx_dir)
     return manifest
-
-
-def _check_folders(out: Path, options: BuildOptions) -> None:
-    """Refuses before the work what could not be written, or should not be replaced, after it."""
-    if options.force and out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).exists():
-        raise TmpDiffError(
-            f"output folder {out} is no bundle (it holds no {MANIFEST_NAME}); --force replaces bundles only"
-        )
-    kept = options.onnx_dir
-    if kept is None:
-        return
-    if kept.exists() and not kept.is_dir():
-        raise TmpDiffError(f"--onnx-dir {kept} is a file; name a folder")
-    if Path(os.path.abspath(kept)).is_relative_to(os.path.abspath(out)):
-        raise TmpDiffError(f"--onnx-dir {kept} is inside the bundle {out}; name a folder beside it")
 
 
 class _Build:

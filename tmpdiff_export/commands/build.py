@@ -152,7 +152,8 @@ def _named_shape_range(text: str) -> tuple[str, ShapeRange]:
 
 def run(args: argparse.Namespace) -> int:
     """Builds and prints what was built."""
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
     from tmpdiff_export.display import print_json, progress_bar
     from tmpdiff_export.plan_settings import PlanSettings
     from tmpdiff_export.targets import resolve_backend

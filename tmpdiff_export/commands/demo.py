@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Builds, calibrates, draws and writes `summary.json`."""
-    from tmpdiff_export.bundle_build import BuildOptions, build
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
     from tmpdiff_export.calibration_run import calibrate_bundle
     from tmpdiff_export.commands.build import print_engines
     from tmpdiff_export.commands.calibrate import print_sensitivity

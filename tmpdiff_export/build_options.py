@@ -1,0 +1,105 @@
+"""What a build is asked for, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engines.bundle import MANIFEST_NAME
+from engines.errors import BuildError, TmpDiffError
+from engines.precision import Precision
+from tmpdiff_export.placement import CPU, require_device
+from tmpdiff_export.plan_settings import PlanSettings
+from tmpdiff_export.targets import require_buildable_by, require_fp8_attention, require_shareable
+
+# As many as schedulers are trained on; a table of more would only be slow to make.
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build is asked for.
+
+    Attributes:
+        precisions: engines to build, the reference among them.
+        prompts: prompts for range calibration and the accuracy check; two at least.
+        num_steps: `num_inference_steps` of the loop.
+        seed: seed of the first calibration run.
+        backend: "auto" or a backend name.
+        guidance_scale: None for the pipeline's default.
+        height: picture height in pixels, None for the pipeline's own.
+        width: picture width in pixels, None for the pipeline's own.
+        onnx_dir: keep the strongly typed `<precision>.onnx` files here, None to drop them.
+        force: replace an existing bundle.
+        plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
+            packages have too.
+        share_weights: for torch packages: the quantized precision whose stored weights the reference is made of as well, so
+            that both need one copy; None for weights of its own.
+        device: "cuda" or "cpu", what engines of the torch and onnxruntime backends are for; None for the GPU with torch, for
+            the CPU with ONNX Runtime, and for other backends.
+        workers: processes that compile torch packages side by side; with 1, and for other backends, it is done in this
+            process. The script that asks for more has to start its work under `if __name__ == "__main__"`: workers
+            import it.
+        fp8_attention: for torch packages: the quantized precisions whose attention is in FP8 as well.
+        range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are checked
+            against, whatever the backend.
+    """
+
+    precisions: tuple[Precision, ...]
+    prompts: tuple[str, ...]
+    num_steps: int = 20
+    seed: int = 0
+    backend: str = "auto"
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    onnx_dir: Path | None = None
+    force: bool = False
+    plans: PlanSettings = field(default_factory=PlanSettings)
+    device: str | None = None
+    share_weights: Precision | None = None
+    workers: int = 1
+    fp8_attention: tuple[Precision, ...] = ()
+    range_device: str = CPU
+
+
+def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
+    """Refuses before the work what could not be built, or not be written after it.
+
+    Args:
+        options: of the build.
+        out: bundle folder to make.
+        backend: its name, resolved.
+
+    Raises:
+        BuildError: too few prompts, or a number of steps out of range.
+        BackendError: the backend cannot share weights, use workers, or have FP8 attention as asked, or there is no such device.
+        TmpDiffError: a folder stands where none should be replaced.
+    """
+    if len(options.prompts) < 2:
+        raise BuildError(
+            f"a build needs at least 2 calibration prompts (one checks what the others calibrate), got {len(options.prompts)}"
+        )
+    if not 1 <= options.num_steps <= MAX_STEPS:
+        raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
+    require_shareable(backend, options.share_weights, options.precisions)
+    require_buildable_by(backend, options.workers)
+    require_fp8_attention(backend, options.fp8_attention, options.precisions)
+    require_device(options.range_device)
+    _check_folders(out, options)
+
+
+def _check_folders(out: Path, options: BuildOptions) -> None:
+    """Refuses before the work what could not be written, or should not be replaced, after it."""
+    if options.force and out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).exists():
+        raise TmpDiffError(
+            f"output folder {out} is no bundle (it holds no {MANIFEST_NAME}); --force replaces bundles only"
+        )
+    kept = options.onnx_dir
+    if kept is None:
+        return
+    if kept.exists() and not kept.is_dir():
+        raise TmpDiffError(f"--onnx-dir {kept} is a file; name a folder")
+    if Path(os.path.abspath(kept)).is_relative_to(os.path.abspath(out)):
+        raise TmpDiffError(f"--onnx-dir {kept} is inside the bundle {out}; name a folder beside it")

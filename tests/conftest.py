@@ -125,6 +125,19 @@ def demo_bundle(demo_build: DemoBuild) -> Path:
     return demo_build.bundle
 
 
+def linked_copy(bundle: Path, target: Path) -> Path:
+    """A copy of hard links: documents may be replaced in it, nothing may be written into."""
+
+    def link(source: str, copy: str) -> None:
+        try:
+            os.link(source, copy)
+        except OSError:
+            shutil.copyfile(source, copy)
+
+    shutil.copytree(bundle, target, copy_function=link)
+    return target
+
+
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """Makes a private copy of a bundle, for tests that damage it."""
@@ -143,3 +156,11 @@ def planted_latencies():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tmpdiff_export.calibration_run._latencies", lambda *arguments: {"fp16": 2.0, "int8": 1.0})
         yield
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A picture in an empty folder."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder / "picture.png"

@@ -1,0 +1,37 @@
+"""How tests call `tmpdiff-runtime run`, and what they expect of its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engines.bundle import MANIFEST_NAME
+from engines.cli import PROGRAM
+
+PROMPT = "a large red circle on the left"
+
+
+def arguments(bundle: Path, out: Path, *more: str, schedule: str = "uniform:int8") -> list[str]:
+    return ["run", str(bundle), "--prompt", PROMPT, "--seed", "7", "--out", str(out), "--schedule", schedule, *more]
+
+
+def assert_one_error_line(err: str, expected: str) -> None:
+    assert err.startswith(f"{PROGRAM}: error: "), err
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n"), err
+    assert err.rstrip("\n").isprintable(), err
+    assert expected in err
+
+
+def manifest_data(bundle: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((bundle / MANIFEST_NAME).read_text())
+    return data
+
+
+def entries_of(data: Any) -> list[dict[str, Any]]:
+    """Every file that a manifest vouches for, wherever in it."""
+    if not isinstance(data, dict):
+        return []
+    found = [data] if {"path", "sha256", "bytes"} <= set(data) else []
+    return found + [entry for value in data.values() for entry in entries_of(value)]

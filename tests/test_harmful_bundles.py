@@ -1,0 +1,310 @@
+"""`tmpdiff-runtime` given bundles and schedules that are damaged, or made to do harm: each is refused in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import linked_copy
+from runtime_command import PROMPT, arguments, assert_one_error_line, manifest_data
+
+from engines.bundle import MANIFEST_NAME, SCHEDULE_NAME
+from engines.cli import main
+from engines.documents import write_document
+from engines.manifest import MANIFEST_VERSION, manifest_identity
+
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle to damage. Its files are hard links: replace them, never write into them."""
+    return linked_copy(demo_bundle, tmp_path / "bundle")
+
+
+# Each function changes a bundle; the text must be in the one line.
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Puts a new file in place of one that may be a hard link."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def edit(change: Callable[[Json], None], *, sign: bool = True) -> Callable[[Path], None]:
+    """Changes the manifest; with `sign` its identity is made to fit, as a forger would."""
+
+    def apply(bundle: Path) -> None:
+        data = manifest_data(bundle)
+        change(data)
+        if sign:
+            data["bundle_id"] = manifest_identity(data)
+        replace(bundle / MANIFEST_NAME, json.dumps(data).encode())
+
+    return apply
+
+
+def engine_path(name: str) -> Callable[[Path], None]:
+    return edit(lambda data: data["denoisers"]["int8"]["file"].update(path=name))
+
+
+def manifest_text(content: bytes) -> Callable[[Path], None]:
+    return lambda bundle: replace(bundle / MANIFEST_NAME, content)
+
+
+def engine_file(bundle: Path) -> Path:
+    return bundle / str(manifest_data(bundle)["denoisers"]["int8"]["file"]["path"])
+
+
+def forged_file(section: str, content: bytes) -> Callable[[Path], None]:
+    """Replaces a file and lets the manifest vouch for the new content."""
+
+    def apply(bundle: Path) -> None:
+        data = manifest_data(bundle)
+        entry = {
+            "sampler": data["sampler"],
+            "tokenizer": data["text"]["tokenizer"],
+            "engine": data["denoisers"]["int8"]["file"],
+        }[section]
+        replace(bundle / entry["path"], content)
+        entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+        data["bundle_id"] = manifest_identity(data)
+        replace(bundle / MANIFEST_NAME, json.dumps(data).encode())
+
+    return apply
+
+
+def engine_outside(bundle: Path) -> None:
+    engine = engine_file(bundle)
+    outside = bundle.parent / "outside.onnx"
+    engine.rename(outside)
+    engine.symlink_to(outside)
+
+
+def engines_folder_outside(bundle: Path) -> None:
+    folder = engine_file(bundle).parent
+    folder.rename(bundle.parent / "outside")
+    folder.symlink_to(bundle.parent / "outside")
+
+
+def engine_links_to_itself(bundle: Path) -> None:
+    engine = engine_file(bundle)
+    engine.unlink()
+    engine.symlink_to(engine.name)
+
+
+def engine_is_device(bundle: Path) -> None:
+    engine = engine_file(bundle)
+    engine.unlink()
+    engine.symlink_to("/dev/zero")
+
+
+def engine_is_folder(bundle: Path) -> None:
+    engine = engine_file(bundle)
+    engine.unlink()
+    engine.mkdir()
+
+
+def engine_is_fifo(bundle: Path) -> None:
+    engine = engine_file(bundle)
+    engine.unlink()
+    os.mkfifo(engine)
+
+
+def truncate_engine(bundle: Path) -> None:
+    engine = engine_file(bundle)
+    replace(engine, engine.read_bytes()[:-1])
+
+
+def alter_engine(bundle: Path) -> None:
+    engine = engine_file(bundle)
+    content = bytearray(engine.read_bytes())
+    content[len(content) // 2] ^= 1
+    replace(engine, bytes(content))
+
+
+def sparse(path: Path) -> None:
+    """A document of 65 MiB that takes no room on the disk."""
+    replace(path, b"{")
+    os.truncate(path, 65 << 20)
+
+
+def manifest_is(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def apply(bundle: Path) -> None:
+        (bundle / MANIFEST_NAME).unlink()
+        make(bundle / MANIFEST_NAME)
+
+    return apply
+
+
+HARM: dict[str, tuple[Callable[[Path], object], str]] = {
+    "path with ..": (engine_path("../outside.onnx"), "leaves the bundle folder"),
+    "path with .. inside": (engine_path("engines/../../outside.onnx"), "leaves the bundle folder"),
+    "absolute path": (engine_path("/etc/passwd"), "leaves the bundle folder"),
+    "path with backslashes": (engine_path("..\\outside.onnx"), "leaves the bundle folder"),
+    "empty path": (engine_path(""), "leaves the bundle folder"),
+    "path with a NUL": (engine_path("engines/a\0b"), "leaves the bundle folder"),
+    "path of the folder itself": (engine_path("."), "not a regular file"),
+    "long path": (engine_path("a" * 5000), "cannot be read"),
+    "path with a new line and a direction mark": (engine_path("engines/\u202e\nx\x1b[31m.onnx"), "\\u202e x\\x1b"),
+    "path with a lone surrogate": (engine_path("engines/\ud800.onnx"), "use plain files"),
+    "link that leads out": (engine_outside, "through a link"),
+    "folder that leads out": (engines_folder_outside, "through a link"),
+    "link to itself": (engine_links_to_itself, "use plain files"),
+    "device": (engine_is_device, "through a link"),
+    "folder for an engine": (engine_is_folder, "not a regular file"),
+    "FIFO for an engine": (engine_is_fifo, "not a regular file"),
+    "missing engine": (lambda bundle: engine_file(bundle).unlink(), "is missing"),
+    "truncated engine": (truncate_engine, "truncated or altered"),
+    "altered engine": (alter_engine, "was altered"),
+    "newer format": (edit(lambda data: data.update(version=MANIFEST_VERSION + 1)), "upgrade tmpdiff-export"),
+    "no version": (edit(lambda data: data.pop("version")), "format version None"),
+    "version true": (edit(lambda data: data.update(version=True)), "format version True"),
+    "manifest altered": (edit(lambda data: data["sampling"].update(height=8), sign=False), "the manifest was altered"),
+    "manifest with an unknown field": (edit(lambda data: data.update(extra=1)), "extra"),
+    "negative size": (edit(lambda data: data["sampling"].update(latents_shape=[4, -1, 8])), "latents_shape"),
+    "endless size": (edit(lambda data: data["sampling"].update(latents_shape=[4, 1 << 20, 1 << 20])), "out of memory"),
+    "more steps than the table": (edit(lambda data: data["sampling"].update(num_steps=10**12)), "sampler table has"),
+    "pad token out of range": (edit(lambda data: data["text"].update(pad_token_id=10**30)), "pad_token_id"),
+    "no reference": (edit(lambda data: data["denoisers"].pop("fp16")), "reference precision"),
+    "unknown backend": (
+        edit(lambda data: [entry.update(backend="tpu") for entry in data["denoisers"].values()]),
+        "unknown backend 'tpu'",
+    ),
+    "two backends": (edit(lambda data: data["denoisers"]["int8"].update(backend="tpu")), "of several backends"),
+    "sampler that is none": (forged_file("sampler", b"[]"), "sampler table is malformed"),
+    "sampler nested deeply": (forged_file("sampler", b"[" * 100_000), "sampler table is malformed"),
+    "tokenizer that is none": (forged_file("tokenizer", b"\xff\xfe"), "tokenizer file is not readable"),
+    "decoder for a denoiser": (
+        edit(lambda data: data["denoisers"]["int8"].update(file=data["vae_decoder"]["file"])),
+        "takes inputs",
+    ),
+    "denoiser for a text encoder": (
+        edit(lambda data: data["text_encoder"].update(file=data["denoisers"]["int8"]["file"])),
+        "takes inputs",
+    ),
+    "unknown input": (
+        edit(lambda data: data["text_encoder"]["inputs"][0].update(name="nonsense")),
+        "the text encoder takes nonsense; the manifest has",
+    ),
+    "engine that is none": (forged_file("engine", b"not an ONNX file"), "cannot load"),
+    "empty engine": (forged_file("engine", b""), "cannot load"),
+    "empty manifest": (manifest_text(b""), "not valid JSON"),
+    "manifest that is no JSON": (manifest_text(b"\x00\xff\xfe"), "not valid JSON"),
+    "manifest that is a list": (manifest_text(b"[1]"), "expected an object"),
+    "manifest with NaN": (manifest_text(b'{"version": NaN}'), "not valid JSON"),
+    "manifest with a number of 5000 digits": (manifest_text(b'{"version": ' + b"9" * 5000 + b"}"), "not valid JSON"),
+    "manifest nested deeply": (manifest_text(b"[" * 100_000), "not valid JSON"),
+    "giant manifest": (lambda bundle: sparse(bundle / MANIFEST_NAME), "larger than"),
+    "folder for a manifest": (manifest_is(Path.mkdir), "not a regular file"),
+    "FIFO for a manifest": (manifest_is(os.mkfifo), "not a regular file"),
+    "device for a manifest": (manifest_is(lambda path: path.symlink_to("/dev/zero")), "not a regular file"),
+    "no manifest": (manifest_is(lambda path: None), "is not a bundle"),
+    "no folder": (shutil.rmtree, "is not a folder"),
+}
+ONLY_A_RUN_NOTICES = {
+    "endless size",
+    "more steps than the table",
+    "unknown backend",
+    "sampler that is none",
+    "sampler nested deeply",
+    "tokenizer that is none",
+    "decoder for a denoiser",
+    "denoiser for a text encoder",
+    "unknown input",
+    "engine that is none",
+    "empty engine",
+}
+
+
+@pytest.mark.timeout(60, func_only=True)
+@pytest.mark.parametrize("name", HARM)
+def test_a_harmful_bundle_is_refused_in_one_line(
+    name: str, bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bundle.parent / "outside.onnx").write_bytes(engine_file(bundle).read_bytes())
+    change, expected = HARM[name]
+    change(bundle)
+    commands = [arguments(bundle, out)]
+    if name not in ONLY_A_RUN_NOTICES:
+        commands.append(["verify", str(bundle)])
+    for command in commands:
+        assert main(command) == 1
+        captured = capsys.readouterr()
+        assert_one_error_line(captured.err, expected)
+        assert captured.out == ""
+        assert list(out.parent.iterdir()) == []
+
+
+def signed(change: Callable[[Json], None]) -> Callable[[Path, Json], None]:
+    def apply(path: Path, data: Json) -> None:
+        change(data)
+        write_document(path, data)
+
+    return apply
+
+
+def text(content: bytes) -> Callable[[Path, Json], object]:
+    return lambda path, data: path.write_bytes(content)
+
+
+WRONG_SCHEDULES: dict[str, tuple[Callable[[Path, Json], object], str]] = {
+    "another T": (signed(lambda data: data["precisions"].append("int8")), "the bundle's loop has"),
+    "another bundle": (signed(lambda data: data.update(bundle_id="f" * 64)), "was made for bundle ffffffffffff"),
+    "a precision that is not there": (signed(lambda data: data["precisions"].__setitem__(0, "fp2")), "'fp2'"),
+    "a precision with a new line": (signed(lambda data: data["precisions"].__setitem__(0, "fp\n16")), "malformed"),
+    "newer format": (signed(lambda data: data.update(version=9)), "upgrade tmpdiff-export"),
+    "altered": (lambda path, data: path.write_text(json.dumps({**data, "sha256": "0" * 64})), "was altered"),
+    "infinity": (text(b'{"version": 1, "predicted_error": 1e999}'), "malformed"),
+    "giant": (lambda path, data: sparse(path), "larger than"),
+    "missing": (lambda path, data: None, "does not exist"),
+    "folder": (lambda path, data: path.mkdir(), "not a regular file"),
+    "FIFO": (lambda path, data: os.mkfifo(path), "not a regular file"),
+    **{
+        f"nested {depth} deep": (text(b'{"version": 1, "a": ' + b"[" * depth + b"]" * depth + b"}"), "schedule")
+        for depth in (300, 900, 990, 1000, 5000)
+    },
+}
+
+
+@pytest.mark.timeout(60, func_only=True)
+@pytest.mark.parametrize("name", WRONG_SCHEDULES)
+def test_a_wrong_schedule_is_refused_in_one_line(
+    name: str, bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bundle / SCHEDULE_NAME).unlink()
+    manifest = manifest_data(bundle)
+    data = {
+        "version": 1,
+        "bundle_id": manifest["bundle_id"],
+        "precisions": ["int8"] * manifest["sampling"]["num_steps"],
+        "origin": "by hand",
+    }
+    change, expected = WRONG_SCHEDULES[name]
+    change(bundle.parent / "mine.json", data)
+    assert main(arguments(bundle, out, schedule=str(bundle.parent / "mine.json"))) == 1
+    assert_one_error_line(capsys.readouterr().err, expected)
+    if (bundle.parent / "mine.json").exists():
+        (bundle.parent / "mine.json").rename(bundle / SCHEDULE_NAME)
+        assert main(["verify", str(bundle)]) == 1
+        assert_one_error_line(capsys.readouterr().err, expected)
+
+
+@pytest.mark.parametrize("choice", ["uniform:", "uniform:fp2", "uniform:FP16", "uniform:a b\n"])
+def test_an_unknown_uniform_precision_lists_those_there_are(
+    choice: str, demo_bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(demo_bundle, out, schedule=choice)) == 1
+    assert_one_error_line(capsys.readouterr().err, "the bundle holds fp16, fp8, int8, int4")
+
+
+def test_an_uncalibrated_bundle_says_what_to_do(bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / SCHEDULE_NAME).unlink()
+    assert main(["run", str(bundle), "--prompt", PROMPT, "--seed", "1", "--out", str(out)]) == 1
+    assert_one_error_line(capsys.readouterr().err, "tmpdiff-export calibrate")

@@ -30,7 +30,7 @@ from calibration.journal import Journal
 from calibration.measurements import Decode, Measurements, level, mean
 from calibration.metrics import psnr_db
 from calibration.pool import Pool
-from calibration.quality import QualityBudget, fastest_meeting
+from calibration.quality import QualityBudget, fastest_meeting, rule_schedules
 from calibration.refine import STAGE, refine_schedule
 from calibration.risk import affordable, measured_risk, with_risk
 from calibration.scores import (
@@ -216,7 +216,8 @@ def calibrate(
     front = pareto_front(kept, latencies_ms, weighed[predictor].values, weighed[predictor].power, costs)
     if isinstance(budget, QualityBudget):
         assert held_out is not None  # checked above
-        chosen, wording = _meet_quality(front, budget, held_out, partial(report, "quality"))
+        rules = rule_schedules(kept, latencies_ms, weighed[predictor], costs)
+        chosen, wording = _meet_quality(front, rules, budget, held_out, partial(report, "quality"))
         refinement = None
     else:
         chosen, wording = _choose(kept, latencies_ms, weighed[predictor], budget, front, costs)
@@ -326,15 +327,20 @@ def _choose(
     elif isinstance(budget, ErrorBudget):
         wording = f"predicted error at most {budget.error:g}"
     elif isinstance(budget, HighSteps):
-        wording = f"{budget.count} steps at {kept[0]}"
+        wording = f"{budget.count} step{'s' * (budget.count != 1)} at {kept[0]}"
     return allocate(kept, latencies_ms, found.values, budget, found.power, front, costs), wording
 
 
 def _meet_quality(
-    front: tuple[Allocation, ...], budget: QualityBudget, held_out: Measurements, report: Callable[[int, int], None]
+    front: tuple[Allocation, ...],
+    rules: Mapping[str, list[Allocation]],
+    budget: QualityBudget,
+    held_out: Measurements,
+    report: Callable[[int, int], None],
 ) -> tuple[Allocation, str]:
-    """The fastest schedule of the front that meets a quality budget on the validation samples, and the budget in words."""
-    done, total = 0, (len(front).bit_length() + 1) * held_out.num_samples
+    """The fastest schedule that meets a quality budget on the validation samples, and the budget in words."""
+    tried = [front, *rules.values()]
+    done, total = 0, (sum(len(schedules).bit_length() for schedules in tried) + 1) * held_out.num_samples
 
     def measure(allocation: Allocation) -> float:
         nonlocal done
@@ -349,8 +355,12 @@ def _meet_quality(
         found = psnr_db([result["mse"] for result in results])
         return math.inf if found is None else found
 
-    chosen, quality = fastest_meeting(front, budget, measure)
-    return chosen, f"{budget} on the validation samples (measured: {quality:.4g})"
+    chosen, quality = fastest_meeting(front, rules.values(), budget, measure)
+    name = next((name for name, rule in rules.items() if chosen in rule and chosen not in front), None)
+    return (
+        chosen,
+        f"{budget} on the validation samples (measured: {quality:.4g}{f', by the rule {name!r}' if name else ''})",
+    )
 
 
 def _thinned(front: tuple[Allocation, ...]) -> tuple[Allocation, ...]:

@@ -25,7 +25,7 @@ def test_it_is_the_fastest_that_meets_the_target(target: float) -> None:
         asked.append(allocation)
         return ssim(allocation)
 
-    found, quality = fastest_meeting(FRONT, QualityBudget("ssim", target), measure)
+    found, quality = fastest_meeting(FRONT, (), QualityBudget("ssim", target), measure)
     meeting = [allocation for allocation in FRONT if ssim(allocation) >= target]
     assert found == meeting[0]
     assert quality == ssim(found)
@@ -36,20 +36,36 @@ def test_noise_never_gives_a_schedule_that_falls_short() -> None:
     def measure(allocation: Allocation) -> float:
         return ssim(allocation) + 0.05 * math.sin(1000 * allocation.latency)
 
-    found, quality = fastest_meeting(FRONT, QualityBudget("ssim", 0.8), measure)
+    found, quality = fastest_meeting(FRONT, (), QualityBudget("ssim", 0.8), measure)
     assert quality == measure(found) >= 0.8
+
+
+def test_a_fixed_rule_that_does_with_less_is_taken() -> None:
+    rule = [Allocation(("int8",) * (20 - k) + ("fp16",) * k, 0.5, 0.5 + k / 40) for k in range(1, 20)]
+    asked: list[Allocation] = []
+
+    def measure(allocation: Allocation) -> float:  # twelve steps of the front do, seven of the rule
+        asked.append(allocation)
+        return 0.95 if allocation.latency >= (0.675 if allocation in rule else 0.8) - 1e-9 else 0.85
+
+    found, quality = fastest_meeting(FRONT, (rule,), QualityBudget("ssim", 0.9), measure)
+    assert found == rule[6]
+    assert quality == 0.95
+    assert len(asked) == len(set(asked)) <= 11
+    worse = [Allocation(item.precisions, item.error, item.latency + 0.4) for item in rule]
+    assert fastest_meeting(FRONT, (worse,), QualityBudget("ssim", 0.9), measure)[0] == FRONT[12]
 
 
 def test_identical_pictures_meet_every_psnr() -> None:
     only = FRONT[-1:]
-    assert fastest_meeting(only, QualityBudget("psnr", 200.0), lambda _: math.inf) == (only[0], math.inf)
+    assert fastest_meeting(only, (), QualityBudget("psnr", 200.0), lambda _: math.inf) == (only[0], math.inf)
 
 
 def test_what_cannot_be_reached_names_what_can() -> None:
     with pytest.raises(
         BudgetError, match=r"no schedule reaches psnr at least 50 dB; the most accurate has 41.25, so ask"
     ):
-        fastest_meeting(FRONT, QualityBudget("psnr", 50.0), lambda allocation: 41.25 - allocation.error)
+        fastest_meeting(FRONT, (), QualityBudget("psnr", 50.0), lambda allocation: 41.25 - allocation.error)
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,11 @@ class PromptFile:
 def read_prompts(path: Path) -> PromptFile:
     """Reads a prompt file: UTF-8, one prompt a line, `#` starts a comment line.
 
-    Lines `[calibration]` and `[validation]` head the two sections. Without sections every third prompt
-    is kept for validation.
+    Lines `[calibration]` and `[validation]` head the two sections.
 
     Raises:
-        PromptError: the file is missing, empty, not text, has an unknown section, repeats a prompt, or
-            leaves a section without prompts.
+        PromptError: the file is missing, empty, not text, has an unknown section, a prompt outside its sections or twice,
+            or leaves a section without prompts.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -129,13 +128,11 @@ def read_prompts(path: Path) -> PromptFile:
     repeated = next((prompt for prompt in prompts if prompts.count(prompt) > 1), None)
     if repeated is not None:
         raise PromptError(f"prompt file {path} repeats {_shorten(repeated)!r}; validation needs prompts of its own")
-    if sections and loose:
-        raise PromptError(f"prompt file {path} has prompts before its first section; move them below [calibration]")
-    if not sections:
-        if len(loose) < 2:
-            raise PromptError(f"prompt file {path} holds one prompt; calibration and validation need one each at least")
-        validation = loose[1::3]
-        sections = {"calibration": [item for item in loose if item not in validation], "validation": validation}
+    if loose:
+        raise PromptError(
+            f"prompt file {path} has {_shorten(loose[0])!r} before its first section; head the prompts to calibrate with by a "
+            "line [calibration], and others to judge schedules by with a line [validation]"
+        )
     for name in SECTIONS:
         if not sections.get(name):
             raise PromptError(f"prompt file {path} has no prompts under [{name}]")

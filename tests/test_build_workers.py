@@ -271,7 +271,7 @@ def test_workers_that_a_build_cannot_have_are_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str, workers: int, says: str
 ) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
+    prompts.write_text("\n".join(["[calibration]", *PROMPTS, "[validation]", "a yellow ring"]))
     out = tmp_path / "bundle"
     options = BuildOptions((Precision.FP16,), PROMPTS, backend=backend, workers=workers)
     with pytest.raises(BackendError, match=says):

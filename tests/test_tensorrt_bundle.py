@@ -312,7 +312,7 @@ def test_the_command_line_builds_inspects_and_runs(
 
     fakes: Fakes = install(monkeypatch)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    prompts.write_text("\n".join(["[calibration]", *PROMPTS, "[validation]", "a yellow ring"]))
     out = tmp_path / "bundle"
     arguments = ["--precisions", "fp16,int8", "--steps", "4", "--backend", "auto", "--plan-cache", str(cache)]
     arguments += ["--batch", "1:1:2", "--workspace-mib", "256", "--builder-optimization-level", "2"]

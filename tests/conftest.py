@@ -120,6 +120,37 @@ def _build_demo(pipeline: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def torch_variants(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
+    """A bundle of torch packages for the CPU: FP16 made of the FP8 engine's weights, NVFP4 emulated and with attention in
+    FP8; do not write into it.
+    """
+    return made_once(tmp_path_factory, "variants", partial(_build_variants, tiny_pipeline)) / "bundle"
+
+
+def _build_variants(pipeline: Path, folder: Path) -> None:
+    from tiny_pipeline import PROMPTS
+
+    from engines.precision import Precision
+    from tmpdiff_export import torch_attention
+    from tmpdiff_export.build_options import BuildOptions
+    from tmpdiff_export.bundle_build import build
+
+    options = BuildOptions(
+        (Precision.FP16, Precision.FP8, Precision.NVFP4),
+        PROMPTS,
+        num_steps=4,
+        backend="torch",
+        device="cpu",
+        share_weights=Precision.FP8,
+        fp8_attention=(Precision.NVFP4,),
+    )
+    with pytest.MonkeyPatch.context() as patch:  # its attention is short and narrow
+        patch.setattr(torch_attention, "LEAST_TOKENS", 1)
+        patch.setattr(torch_attention, "HEAD_SIZES", (8, 16, 24, 32, 64))
+        build(pipeline, folder / "bundle", options)
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(demo_build: DemoBuild) -> Path:
     """The calibrated bundle of the embedded pipeline; do not write into it."""
     return demo_build.bundle

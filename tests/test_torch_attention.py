@@ -148,67 +148,45 @@ def test_flux_has_the_same_codes_with_the_kernel_that_makes_them() -> None:
     assert sqnr_db(together, apart) > sqnr_db(apart, expected) + 6.0  # rounded at the same places
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
-    """The tiny pipeline with attention in FP8 at one of two quantized precisions."""
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
-
-    folder = tmp_path_factory.mktemp("attention") / "bundle"
-    options = BuildOptions(
-        (Precision.FP16, Precision.FP8, Precision.INT8),
-        PROMPTS,
-        num_steps=4,
-        backend="torch",
-        device="cpu",
-        fp8_attention=(Precision.FP8,),
-    )
-    with pytest.MonkeyPatch.context() as patch:  # its attention is short and narrow
-        patch.setattr(torch_attention, "LEAST_TOKENS", 1)
-        patch.setattr(torch_attention, "HEAD_SIZES", (8, 16, 24, 32, 64))
-        build(tiny_pipeline, folder, options)
-    return folder
-
-
 @needs_compiler
-def test_a_bundle_has_it_where_it_was_asked_for(bundle: Path) -> None:
-    manifest = Manifest.model_validate_json((bundle / "manifest.json").read_text())
-    fp8, int8, fp16 = (manifest.denoisers[name] for name in ("fp8", "int8", "fp16"))
-    assert fp8.lowering["fp8 attention"] >= 1
-    assert fp8.package is not None
-    assert fp8.package.operators == ("attention_fp8",)
-    for other in (int8, fp16, manifest.text_encoder, manifest.vae_decoder):
+def test_a_bundle_has_it_where_it_was_asked_for(torch_variants: Path) -> None:
+    manifest = Manifest.model_validate_json((torch_variants / "manifest.json").read_text())
+    nvfp4, fp8, fp16 = (manifest.denoisers[name] for name in ("nvfp4", "fp8", "fp16"))
+    assert nvfp4.lowering["fp8 attention"] >= 1
+    assert nvfp4.package is not None
+    assert nvfp4.package.operators == ("attention_fp8",)
+    for other in (fp8, fp16, manifest.text_encoder, manifest.vae_decoder):
         assert "fp8 attention" not in other.lowering
         assert other.package is not None
         assert other.package.operators == ()
-    assert fp8.sqnr_db > fp8.sqnr_floor_db
-    with DenoiseRuntime.load(bundle) as loaded:
-        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:fp8"))
+    assert nvfp4.sqnr_db > nvfp4.sqnr_floor_db
+    with DenoiseRuntime.load(torch_variants) as loaded:
+        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:nvfp4"))
     assert picture.shape == (1, 64, 64, 3)
     assert np.ptp(picture.astype(int)) > 10
 
 
 @needs_compiler
 def test_a_gpu_package_with_the_operator_needs_cudnn(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    torch_variants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from engines.backends.torch.library import package_of
 
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    entry = Manifest.model_validate_json((bundle / "manifest.json").read_text()).denoisers["fp8"]
-    package_of("fp8", entry)  # on a CPU it does not
+    entry = Manifest.model_validate_json((torch_variants / "manifest.json").read_text()).denoisers["nvfp4"]
+    package_of("nvfp4", entry)  # on a CPU it does not
     with pytest.raises(BackendError, match="needs the module cudnn, which is not installed; pip install nvidia-cudnn"):
-        package_of("fp8", entry.model_copy(update={"device": "sm90 NVIDIA H100"}))
+        package_of("nvfp4", entry.model_copy(update={"device": "sm90 NVIDIA H100"}))
 
 
 @needs_compiler
-def test_an_operator_that_this_release_does_not_know_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_an_operator_that_this_release_does_not_know_is_refused(torch_variants: Path, tmp_path: Path) -> None:
     from engines.errors import BundleError
 
     copied = tmp_path / "bundle"
-    shutil.copytree(bundle, copied)
+    shutil.copytree(torch_variants, copied)
     data = json.loads((copied / "manifest.json").read_text())
-    data["denoisers"]["fp8"]["package"]["operators"] = ["attention_fp4"]
+    data["denoisers"]["nvfp4"]["package"]["operators"] = ["attention_fp4"]
     data["bundle_id"] = manifest_identity(data)
     (copied / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(BundleError, match="operators"):

@@ -360,25 +360,16 @@ def test_damage_is_found_before_anything_is_loaded(bundles: dict[str, Path], tmp
             loaded.denoiser("int8")
 
 
-@pytest.fixture(scope="module")
-def sharing(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
-    """A bundle whose FP16 engine is made of the FP8 engine's weights, with an emulated NVFP4 engine."""
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
-
-    folder = tmp_path_factory.mktemp("sharing") / "bundle"
-    precisions = (Precision.FP16, Precision.FP8, Precision.NVFP4)
-    options = BuildOptions(
-        precisions, PROMPTS, num_steps=4, backend="torch", device="cpu", share_weights=Precision.FP8
-    )  # fmt: skip
-    build(tiny_pipeline, folder, options)
-    return folder
-
-
 @needs_compiler
-def test_the_reference_may_be_made_of_the_weights_of_another_engine(sharing: Path, bundles: dict[str, Path]) -> None:
-    assert {path.name for path in (sharing / "engines").glob("fp*")} == {"fp16.pt2", "fp8.pt2", "fp8.safetensors"}
-    with DenoiseRuntime.load(sharing) as loaded, DenoiseRuntime.load(bundles["torch"]) as separate:
+def test_the_reference_may_be_made_of_the_weights_of_another_engine(
+    torch_variants: Path, bundles: dict[str, Path]
+) -> None:
+    assert {path.name for path in (torch_variants / "engines").glob("fp*")} == {
+        "fp16.pt2",
+        "fp8.pt2",
+        "fp8.safetensors",
+    }
+    with DenoiseRuntime.load(torch_variants) as loaded, DenoiseRuntime.load(bundles["torch"]) as separate:
         fp16, fp8 = (loaded.manifest.denoisers[name] for name in ("fp16", "fp8"))
         assert list(loaded.manifest.denoisers) == ["fp16", "fp8", "nvfp4"]
         assert fp16.weights == fp8.weights
@@ -394,12 +385,11 @@ def test_the_reference_may_be_made_of_the_weights_of_another_engine(sharing: Pat
 
 
 @needs_compiler
-def test_nvfp4_is_emulated_with_its_own_error_and_says_so(sharing: Path) -> None:
-    with DenoiseRuntime.load(sharing) as loaded:
+def test_nvfp4_is_emulated_with_its_own_error_and_says_so(torch_variants: Path) -> None:
+    with DenoiseRuntime.load(torch_variants) as loaded:
         entry = loaded.manifest.denoisers["nvfp4"]
-        assert entry.lowering == {
-            "nvfp4 linear emulated in a 16-bit product": loaded.manifest.denoisers["fp8"].lowering["fp8 linear"]
-        }
+        layers = loaded.manifest.denoisers["fp8"].lowering["fp8 linear"]
+        assert entry.lowering["nvfp4 linear emulated in a 16-bit product"] == layers
         inputs = inputs_of(loaded, 2)
         found, fp8 = (loaded.denoiser(name).run(inputs)[MODEL_OUTPUT] for name in ("nvfp4", "fp8"))
     error = np.square(found - fp8).sum() / np.square(fp8).sum()
@@ -407,9 +397,10 @@ def test_nvfp4_is_emulated_with_its_own_error_and_says_so(sharing: Path) -> None
 
 
 @needs_compiler
-def test_two_workers_make_what_one_process_makes(sharing: Path, bundles: dict[str, Path]) -> None:
+def test_two_workers_make_what_one_process_makes(torch_variants: Path, bundles: dict[str, Path]) -> None:
     alone, spread = (
-        Manifest.model_validate_json((folder / "manifest.json").read_text()) for folder in (sharing, bundles["torch"])
+        Manifest.model_validate_json((folder / "manifest.json").read_text())
+        for folder in (torch_variants, bundles["torch"])
     )
     assert spread.range_calibration == alone.range_calibration
     for one, two in (
@@ -422,9 +413,9 @@ def test_two_workers_make_what_one_process_makes(sharing: Path, bundles: dict[st
 
 
 @needs_compiler
-def test_weights_in_another_folder_than_their_package_are_refused(sharing: Path, tmp_path: Path) -> None:
+def test_weights_in_another_folder_than_their_package_are_refused(torch_variants: Path, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
-    shutil.copytree(sharing, copy)
+    shutil.copytree(torch_variants, copy)
     (copy / "elsewhere").mkdir()
     shutil.copyfile(copy / "engines" / "fp8.safetensors", copy / "elsewhere" / "fp8.safetensors")
     data = json.loads((copy / "manifest.json").read_text())

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+# Imported before anything is taken out, as it keeps classes of modules that are: one first imported beside the fakes would
+# keep classes that nobody else has afterwards.
+import tmpdiff_export.plan_settings  # noqa: F401
 from fakes import fake_trt_base
 from fakes.fake_cuda import FakeCuda, make_module, set_current
 from fakes.fake_driver_api import DRIVER_API

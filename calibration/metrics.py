@@ -49,6 +49,11 @@ def limited(errors: np.ndarray) -> np.ndarray:
     return np.minimum(errors, np.where(medians > 0, LIMIT_MEDIANS * medians, np.inf))
 
 
+def departed(errors: np.ndarray) -> int:
+    """How many samples have left for another picture: those that `limited` limits. `errors`: float64 [S]."""
+    return int((errors > limited(errors)).sum())
+
+
 def picture_ssim(picture: np.ndarray, reference: np.ndarray) -> float:
     """Structural similarity (scikit-image's defaults) of two pictures, uint8 [H, W, 3], at least 7x7."""
     _check_pictures(picture, reference)

@@ -172,9 +172,9 @@ def run(args: argparse.Namespace) -> int:
     print(_one_line(f"wrote {', '.join(map(str, outputs))}"))
     print(
         _one_line(
-            f"schedule {schedule.origin}: "
-            + ", ".join(f"{count} {name} steps of {step_ms[name]:.1f} ms" for name, count in steps.items())
-            + "; "
+            "schedule: "
+            + " + ".join(f"{count} {name} at {step_ms[name]:.1f} ms a step" for name, count in steps.items())
+            + f" (origin: {schedule.origin}); "
             + ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())
         )
     )
@@ -249,17 +249,21 @@ def guarded(program: str, command: Callable[[], int]) -> int:
         status = command()
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # its argument is what a command says of what it leaves
         # A terminal signals a frozen program twice: by itself and through its boot loader.
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print(f"{program}: interrupted; nothing half-written is left", file=sys.stderr)
+        left = stop.args[0] if stop.args else "nothing half-written is left"
+        print(f"{program}: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     except MemoryError:
         message = "out of memory; fewer prompts at once need less"
     except ImportError as error:
         what = error.name or str(error).strip().partition("\n")[0]
-        message = f"module {what} cannot be imported; install the package with its dependencies"
+        message = (
+            f"module {what} cannot be imported; install the package with its dependencies, for building and calibrating those "
+            "of its extra: pip install '.[export]'"
+        )
     except (TmpDiffError, ValueError) as error:
         message = str(error)
     except OSError as error:

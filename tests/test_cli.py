@@ -118,7 +118,12 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
     refused("build", demo_pipeline, *build, "--precisions", "int8", says="lacks fp16")
     refused("build", demo_pipeline, *build, "--precisions", "fp16,fp16", says="repeats a name")
     refused(
-        "build", demo_pipeline, *build, "--backend", "cuda", says="unknown backend 'cuda'; this release has onnxruntime"
+        "build",
+        demo_pipeline,
+        *build,
+        "--backend",
+        "cuda",
+        says="backend is 'cuda', expected one of auto, onnxruntime, ",
     )
     refused("build", demo_pipeline, *build, "--backend", "tensorrt", says="needs the module tensorrt or tensorrt_lean")
     refused("build", demo_pipeline, *build, "--backend", "torch", says="--device cpu compiles torch packages for this")
@@ -258,11 +263,12 @@ def test_bench_prints_ratios_of_one_run(demo_bundle: Path, demo_pipeline: Path) 
     rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
     assert set(rows) == {"fp16", "fp8", "int8", "int4", "torch fp32"}
     assert rows["fp16"]["speedup"] == 1.0
-    # Far from the measured ratios, so that a busy machine does not fail the suite, but not from the wrong kernel. Without
-    # VNNI products are of u8 by u8, and slower: 1.27.
-    assert rows["int8"]["speedup"] > (1.3 if "vnni" in Path("/proc/cpuinfo").read_text() else 1.15)
+    # Least times, and far from the measured ratios, so that a busy machine does not fail the suite, but not from the wrong
+    # kernel. Without VNNI products are of u8 by u8, and slower: 1.27.
+    least = {name: row["min_ms"] for name, row in rows.items()}
+    assert least["fp16"] / least["int8"] > (1.3 if "vnni" in Path("/proc/cpuinfo").read_text() else 1.05)
     assert rows["fp8"]["remark"].startswith("no gain")
-    assert rows["torch fp32"]["speedup"] < 1.3
+    assert least["fp16"] / least["torch fp32"] < 1.3
     loops = {loop["precisions"]: loop for loop in json.loads(result.stdout)["loops"]}
     assert set(loops) == {"fp16/fp8", "fp16/int8", "fp16/int4"}
     # 2 % where nothing else runs; what would show here is a copy or a reload at every swap.
@@ -342,7 +348,12 @@ def test_calibrate_refuses_bad_input(demo_bundle: Path, copy_of, prompts: Path, 
     refused(*calibrate, "--samples", "0", says="--samples is 0")
     prompts.write_text("one\none\n")
     refused(*calibrate, says="repeats 'one'")
-    prompts.write_text("word " * 400 + "\nb\nc\n")
+    prompts.write_text("a red circle\na blue square\n")
+    refused(
+        *calibrate,
+        says="has 'a red circle' before its first section; head the prompts to calibrate with by a line [cal",
+    )
+    prompts.write_text("[calibration]\n" + "word " * 400 + "\n[validation]\nc\n")
     refused(*calibrate, says="tokens, this bundle takes at most")
     refused("calibrate", tmp_path, "--prompts", prompts, says="it holds no manifest.json")
     assert (bundle / "schedule.json").read_bytes() == before
@@ -356,24 +367,32 @@ def test_a_killed_calibration_goes_on_and_ends_the_same(demo_bundle: Path, tmp_p
         shutil.rmtree(bundle / "calibration")
         (bundle / "schedule.json").unlink()
         (bundle / "sensitivity.json").unlink()
-    arguments = ("--prompts", prompts, "--samples", "1", "--validation-samples", "1", "--high-steps", "4")
-    process = subprocess.Popen(
-        command("calibrate", interrupted, *arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    lines = 0
-    while lines < 8:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        journals = list(interrupted.glob("calibration/*.journal"))
-        lines = len(journals[0].read_bytes().splitlines()) if journals else 0
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (interrupted / "schedule.json").exists()
+    few = ("--samples", "1", "--validation-samples", "1", "--refine-calls", "0")
+    arguments = ("--prompts", prompts, *few, "--high-steps", "4")
+    for measured, how in ((4, signal.SIGINT), (8, signal.SIGKILL)):
+        process = subprocess.Popen(
+            command("calibrate", interrupted, *arguments),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
+        deadline = time.monotonic() + TIMEOUT_S
+        lines = 0
+        while lines < measured:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            journals = list(interrupted.glob("calibration/*.journal"))
+            lines = len(journals[0].read_bytes().splitlines()) if journals else 0
+            time.sleep(0.02)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+        if how == signal.SIGINT:
+            assert process.returncode == 130
+            assert errors.endswith(
+                "interrupted; finished measurements are kept, and the same command goes on from them\n"
+            )
+        assert not (interrupted / "schedule.json").exists()
     # The other starts from the same measured latencies: its header and first line.
     journal = next(interrupted.glob("calibration/*.journal"))
     (straight / "calibration").mkdir()

@@ -272,9 +272,7 @@ def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle
     with pytest.raises(TmpDiffError, match=r"can be seen here \(CUDA_VISIBLE_DEVICES is 'GPU-a, 5'\)"):
         calibrate_bundle(bundle, prompts, workers=3)
     monkeypatch.setattr(bundle_workers, "MODULES", ("no_such_engine",))
-    with pytest.raises(
-        BackendError, match=r"needs the module no_such_engine, .*pip install 'tmpdiff-export\[distributed\]'"
-    ):
+    with pytest.raises(BackendError, match=r"needs the module no_such_engine, .*pip install '\.\[distributed\]'"):
         calibrate_bundle(bundle, prompts, workers=2)
     file = tmp_path / "prompts.txt"
     file.write_text("[calibration]\na\nb\n[validation]\nc\n")

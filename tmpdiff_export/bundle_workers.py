@@ -33,7 +33,7 @@ def require_engine() -> None:
         if importlib.util.find_spec(module) is None:
             raise BackendError(
                 f"more than one worker needs the module {module}, which is not installed; "
-                "pip install 'tmpdiff-export[distributed]', or leave --workers out"
+                "pip install '.[distributed]', or leave --workers out"
             )
 
 

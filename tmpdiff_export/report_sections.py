@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 from calibration import Sensitivity
-from calibration.metrics import limited
+from calibration.metrics import departed
 from calibration.sensitivity import ValidationRow
 from calibration.statistics import bootstrap_interval
 from engines.manifest import Manifest
@@ -228,10 +228,7 @@ def validation(found: Sensitivity) -> str:
 
 def _departed(found: Sensitivity) -> str:
     """Rows in which a prompt came out as another picture, which their plain means of E do not show."""
-    counts = {}
-    for row in found.validation:
-        errors = np.array(row.sample_errors)
-        counts[row.name] = int((errors > limited(errors)).sum()) if len(errors) else 0
+    counts = {row.name: departed(np.array(row.sample_errors)) for row in found.validation if row.sample_errors}
     rows = ", ".join(f"{escape(name)} ({count})" for name, count in counts.items() if count)
     return (
         f" Prompts that ended more than ten medians away, at another picture, and weigh in the mean: {rows}."

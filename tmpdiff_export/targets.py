@@ -27,6 +27,8 @@ def resolve_backend(backend: str) -> str:
     """
     if backend == AUTO:
         return "tensorrt" if _tensorrt_can_build() else "torch" if torch.cuda.is_available() else "onnxruntime"
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}, expected one of {', '.join(BACKEND_CHOICES)}")
     require_backend(backend)
     if backend == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
         raise BackendError(

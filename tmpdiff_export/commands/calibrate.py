@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
 from calibration.allocation import Budget
 from calibration.costs import AllocationCosts
+from calibration.metrics import departed
 from calibration.quality import METRICS, QualityBudget
 from calibration.sensitivity import TransferRecord
 from engines.cli import parse_guidance_scale, parse_resident_engines, parse_seed, parse_threads
@@ -118,22 +122,25 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} is {count}, expected 1 or more")
     chosen = PromptFile(prompts.calibration[: args.samples], prompts.validation[: args.validation_samples])
     begin = time.perf_counter()
-    with progress_bar() as report:
-        found = calibrate_bundle(
-            args.bundle,
-            chosen,
-            budget=budget,
-            method=args.method,
-            seed=args.seed,
-            guidance_scale=args.guidance_scale,
-            threads=args.threads,
-            costs=AllocationCosts(args.swap_ms, args.resident_engines),
-            workers=args.workers,
-            refine_calls=args.refine_calls,
-            batch=args.batch,
-            source=args.source,
-            progress=report,
-        )
+    try:
+        with progress_bar() as report:
+            found = calibrate_bundle(
+                args.bundle,
+                chosen,
+                budget=budget,
+                method=args.method,
+                seed=args.seed,
+                guidance_scale=args.guidance_scale,
+                threads=args.threads,
+                costs=AllocationCosts(args.swap_ms, args.resident_engines),
+                workers=args.workers,
+                refine_calls=args.refine_calls,
+                batch=args.batch,
+                source=args.source,
+                progress=report,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished measurements are kept, and the same command goes on from them") from None
     if args.json:
         seconds = round(time.perf_counter() - begin, 3)
         print_json(
@@ -216,11 +223,33 @@ def print_sensitivity(found: Sensitivity) -> None:
             f"denoiser calls; the predicted best {outcome}"
         )
     print(f"schedule: {schedule_strip(found.schedule)}")
+    held_out = len(found.validation[0].sample_errors) if found.validation else 0
     print(
-        f"predicted E {found.predicted_error:.3e}, measured on validation prompts {number(found.measured_error, '.3e')}"
+        f"predicted E {found.predicted_error:.3e} from {found.num_samples} calibration prompts, measured "
+        f"{number(found.measured_error, '.3e')} on {held_out} validation prompts"
     )
+    for line in _cautions(found):
+        print(line)
+
+
+def _cautions(found: Sensitivity) -> Iterator[str]:
+    """What speaks against trusting the schedule, and what to do about it."""
+    errors = np.array(found.validation[0].sample_errors if found.validation else ())
+    if len(errors) and (count := departed(errors)):
+        yield (
+            f"{count} of {len(errors)} validation prompts ended at another picture, more than ten times as far off as half of "
+            "them, and the measured E is mostly theirs"
+        )
+    ratio = next((fit.ratio for fit in found.fit if fit.predictor == found.predictor), None)
+    if ratio is not None and not 0.5 <= ratio <= 2:
+        yield (
+            f"predicted E is {ratio:.2f} times the measured one on random schedules: read predictions as a ranking, not as a level"
+        )
     if found.loses_to:
-        print(f"the schedule LOSES on validation to: {', '.join(found.loses_to)} (no slower, smaller E)")
+        yield (
+            f"the schedule LOSES on validation to: {', '.join(found.loses_to)} (no slower, smaller E); more calibration prompts "
+            f"than {found.num_samples} rank steps better (--samples), and `report` says which differences may be chance"
+        )
 
 
 def print_transfer(transfer: TransferRecord) -> None:

@@ -53,22 +53,27 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(Path(str(files("calibration") / "prompts" / f"{args.prompt_set}.txt")))
     used = PromptFile(prompts.calibration[: args.samples], prompts.validation[: args.samples])
     bundle = args.out / "bundle"
-    with progress_bar() as report:
-        manifest = build(
-            pipeline_folder(),
-            bundle,
-            BuildOptions(
-                precisions=DEFAULT_PRECISIONS,
-                prompts=prompts.calibration,
-                num_steps=NUM_STEPS,
-                seed=args.seed,
-                onnx_dir=args.out / "onnx",
-                force=True,
-            ),
-            report,
-        )
-        found = calibrate_bundle(bundle, used, seed=args.seed, progress=report)
-        pictures = draw(args.out, bundle, used.validation[: args.pictures], args.seed, report)
+    try:
+        with progress_bar() as report:
+            manifest = build(
+                pipeline_folder(),
+                bundle,
+                BuildOptions(
+                    precisions=DEFAULT_PRECISIONS,
+                    prompts=prompts.calibration,
+                    num_steps=NUM_STEPS,
+                    seed=args.seed,
+                    onnx_dir=args.out / "onnx",
+                    force=True,
+                ),
+                report,
+            )
+            found = calibrate_bundle(bundle, used, seed=args.seed, progress=report)
+            pictures = draw(args.out, bundle, used.validation[: args.pictures], args.seed, report)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"what was finished is in {args.out}; the demo starts over when it is run again"
+        ) from None
     summary = summarise(args.prompt_set, used, manifest, found, pictures, time.perf_counter() - begin)
     atomic_write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     if args.json:

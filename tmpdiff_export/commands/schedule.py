@@ -136,7 +136,7 @@ def _export(args: argparse.Namespace, bundle: Bundle, schedule: Schedule, predic
 def _print(args: argparse.Namespace, schedule: Schedule, exported: dict[str, Any] | None) -> None:
     from tmpdiff_export.display import number, schedule_strip
 
-    print(f"schedule: {schedule_strip(schedule.precisions)} ({schedule.origin})")
+    print(f"schedule: {schedule_strip(schedule.precisions)} (origin: {schedule.origin})")
     print(
         f"predicted E {number(schedule.predicted_error, '.3e')}, "
         f"latency {number(schedule.predicted_latency, '.3f')} of the reference"

@@ -150,6 +150,7 @@ class Experiment:
         print_goals(f"{self.name}, {setting['denoiser']}, T = {setting['num_steps']}", found.goals)
         for note in found.notes:
             print(note)
+        print(f"wrote {_beside(prefix, '.json')} and {_beside(prefix, '.png')}")
 
     def _wording(self, args: argparse.Namespace) -> str:
         """The command as it was given; paths by their name only."""

@@ -389,7 +389,7 @@ def test_nvfp4_is_emulated_with_its_own_error_and_says_so(torch_variants: Path) 
     with DenoiseRuntime.load(torch_variants) as loaded:
         entry = loaded.manifest.denoisers["nvfp4"]
         layers = loaded.manifest.denoisers["fp8"].lowering["fp8 linear"]
-        assert entry.lowering["nvfp4 linear emulated in a 16-bit product"] == layers
+        assert entry.lowering == {"nvfp4 linear emulated in a 16-bit product": layers, "fp8 attention": 2}
         inputs = inputs_of(loaded, 2)
         found, fp8 = (loaded.denoiser(name).run(inputs)[MODEL_OUTPUT] for name in ("nvfp4", "fp8"))
     error = np.square(found - fp8).sum() / np.square(fp8).sum()

@@ -238,7 +238,7 @@ def _cautions(found: Sensitivity) -> Iterator[str]:
     if len(errors) and (count := departed(errors)):
         yield (
             f"{count} of {len(errors)} validation prompts ended at another picture, more than ten times as far off as half of "
-            "them, and the measured E is mostly theirs"
+            "them, and weigh in the measured E"
         )
     ratio = next((fit.ratio for fit in found.fit if fit.predictor == found.predictor), None)
     if ratio is not None and not 0.5 <= ratio <= 2:

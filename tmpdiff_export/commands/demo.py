@@ -71,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
             found = calibrate_bundle(bundle, used, seed=args.seed, progress=report)
             pictures = draw(args.out, bundle, used.validation[: args.pictures], args.seed, report)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"what was finished is in {args.out}; the demo starts over when it is run again"
-        ) from None
+        raise KeyboardInterrupt("the demo starts over when it is run again") from None
     summary = summarise(args.prompt_set, used, manifest, found, pictures, time.perf_counter() - begin)
     atomic_write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     if args.json:

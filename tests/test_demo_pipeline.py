@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
+from tmpdiff_export.build_options import BuildOptions
+from tmpdiff_export.bundle_build import build
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.readback import judge, read_picture, score
 from tmpdiff_export.demo.scenes import has_held_out_pair, held_out_captions, is_held_out, parse_caption
@@ -110,10 +113,13 @@ def test_text_encoder_activations_fit_fp16(pipeline: Any) -> None:
 
 
 @pytest.mark.timeout(900, func_only=True)
-def test_gate_pictures_of_unseen_captions_read_back(demo_bundle: Path) -> None:
+def test_gate_pictures_of_unseen_captions_read_back(tmp_path: Path) -> None:
     """Through the FP16 engine and the runtime: the pipeline as users get it, and twice as fast here as FP32 torch."""
     captions = held_out_captions("plain", 50, seed=0) + held_out_captions("composed", 50, seed=0)
-    runtime = DenoiseRuntime.load(demo_bundle)
+    prompts = ("a small red circle in the center", "a large blue square at the left")
+    options = BuildOptions(precisions=(Precision.FP16,), prompts=prompts, num_steps=STEPS)
+    build(pipeline_folder(), tmp_path / "bundle", options)
+    runtime = DenoiseRuntime.load(tmp_path / "bundle")
     schedule = runtime.bundle.schedule("uniform:fp16")
     pictures = [runtime.generate([caption], [seed], schedule)[0] for seed, caption in enumerate(captions)]
     accuracies = score(pictures, captions)

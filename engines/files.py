@@ -64,6 +64,20 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def require_replaceable(target: Path, *, replace: bool) -> None:
+    """Refuses a folder that could not be made: cheap, so that commands ask before their long work as well.
+
+    Raises:
+        TmpDiffError: `target` exists and `replace` is false, or it is no folder.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not replace:
+        what = "folder" if target.is_dir() else "file"
+        raise TmpDiffError(f"output {what} {target} already exists; name a new one or pass --force to replace a bundle")
+    if target.exists() and not target.is_dir():
+        raise TmpDiffError(f"output {target} is a file; name a folder")
+
+
 @contextlib.contextmanager
 def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A scratch folder beside `target` that becomes `target` when the block succeeds.
@@ -79,11 +93,7 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         TmpDiffError: `target` exists and `replace` is false, or its parent is not a folder.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not replace:
-        what = "folder" if target.is_dir() else "file"
-        raise TmpDiffError(f"output {what} {target} already exists; name a new one or pass --force to replace a bundle")
-    if target.exists() and not target.is_dir():
-        raise TmpDiffError(f"output {target} is a file; name a folder")
+    require_replaceable(target, replace=replace)
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))

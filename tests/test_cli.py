@@ -190,13 +190,36 @@ def test_build_refuses_to_overwrite(demo_bundle: Path, copy_of, prompts: Path, d
     assert cli("verify", bundle).returncode == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_build_refuses_to_overwrite_before_its_slow_imports(tmp_path: Path, prompts: Path, demo_pipeline: Path) -> None:
+    script = (
+        "import sys; from tmpdiff_export.cli import main; "
+        "assert main(sys.argv[1:]) == 1; assert 'torch' not in sys.modules"
+    )
+    words = ["build", demo_pipeline, "--out", tmp_path, "--prompts", prompts]
+    result = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "already exists" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "says"),
+    [
+        ("build", signal.SIGINT, "nothing half-written is left"),
+        ("build", signal.SIGTERM, "nothing half-written is left"),
+        ("demo", signal.SIGINT, "the demo starts over when it is run again"),
+    ],
+)
 def test_an_interrupted_build_leaves_nothing(
-    how: signal.Signals, tmp_path: Path, prompts: Path, demo_pipeline: Path
+    name: str, how: signal.Signals, says: str, tmp_path: Path, prompts: Path, demo_pipeline: Path
 ) -> None:
     out = tmp_path / "out"
+    words = {
+        "build": (demo_pipeline, "--out", out / "bundle", "--prompts", prompts, "--onnx-dir", out / "onnx"),
+        "demo": ("--out", out),
+    }
     process = subprocess.Popen(
-        command("build", demo_pipeline, "--out", out / "bundle", "--prompts", prompts, "--onnx-dir", out / "onnx"),
+        command(name, *words[name]),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -210,7 +233,7 @@ def test_an_interrupted_build_leaves_nothing(
     process.send_signal(how)
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
-    assert "interrupted" in errors
+    assert f"tmpdiff-export: interrupted; {says}" in errors
     assert "Traceback" not in errors
     assert not out.exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,20 +14,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 PIPED_WIDTH = 120
+LINE_SECONDS = 30.0
+"""Without a terminal: at most one line of progress in this time, so that short commands print none and logs stay short."""
 Report = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Report]:
-    """A progress display on stderr that takes (stage, done, total); one line per stage, none unless it is a terminal."""
+    """A progress display on stderr that takes (stage, done, total).
+
+    A bar per stage on a terminal; elsewhere a plain line every `LINE_SECONDS`, as for the log of a build host.
+    """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _progress_lines()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console) as progress:
         current: tuple[str, Any] | None = None
 
         def report(stage: str, done: int, total: int) -> None:
@@ -38,6 +47,19 @@ def progress_bar() -> Iterator[Report]:
             progress.update(current[1], completed=done, total=total)
 
         yield report
+
+
+def _progress_lines() -> Report:
+    begun = last = time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS:
+            last = now
+            print(f"{now - begun:.0f} s: {stage}, {done} of {total}", file=sys.stderr, flush=True)
+
+    return report
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:

@@ -10,6 +10,7 @@ from engines.backends.tensorrt.options import HARDWARE_COMPATIBILITY, PlanOption
 from engines.backends.tensorrt.profiles import ShapeRange
 from engines.cli import parse_guidance_scale, parse_seed
 from engines.errors import BuildError
+from engines.files import require_replaceable
 from engines.manifest import EngineEntry, Manifest
 from engines.precision import DEFAULT_PRECISIONS, Precision, parse_precisions
 from engines.text import read_prompts
@@ -152,6 +153,10 @@ def _named_shape_range(text: str) -> tuple[str, ShapeRange]:
 
 def run(args: argparse.Namespace) -> int:
     """Builds and prints what was built."""
+    # before the imports, which take seconds
+    require_replaceable(args.out, replace=args.force)
+    prompts = read_prompts(args.prompts).calibration
+
     from tmpdiff_export.build_options import BuildOptions
     from tmpdiff_export.bundle_build import build
     from tmpdiff_export.display import print_json, progress_bar
@@ -175,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     )
     options = BuildOptions(
         precisions=precisions,
-        prompts=read_prompts(args.prompts).calibration,
+        prompts=prompts,
         num_steps=args.steps,
         seed=args.seed,
         backend=backend,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -62,10 +64,9 @@ class SdxlTextEncoder(torch.nn.Module):
         ends = (input_ids == self.end_token_id).long()
         padding = (ends.cumsum(dim=1) - ends) > 0
         second_ids = torch.where(padding, torch.full_like(input_ids, self.second_pad_token_id), input_ids)
-        first = self.first(input_ids, output_hidden_states=True)
-        second = self.second(second_ids, output_hidden_states=True)
-        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        pooled = second.text_embeds
+        (first, _), (second, output) = clip_states(self.first, input_ids), clip_states(self.second, second_ids)
+        hidden = torch.cat([first, second], dim=-1)
+        pooled = output.text_embeds
         if self.zero_empty:
             words = (1 - ends[:, 1:2]).to(hidden.dtype)  # 0 where the end comes right after the start
             hidden, pooled = hidden * words[:, :, None], pooled * words
@@ -100,10 +101,9 @@ class ClipT5TextEncoder(torch.nn.Module):
         self, input_ids: torch.Tensor, input_ids_2: torch.Tensor, input_ids_3: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [B, L], [B, L] and, with T5, [B, L3] -> [B, L + L3, `width`] and [B, P1 + P2]."""
-        first = self.first(input_ids, output_hidden_states=True)
-        second = self.second(input_ids_2, output_hidden_states=True)
-        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+        states, outputs = zip(clip_states(self.first, input_ids), clip_states(self.second, input_ids_2), strict=True)
+        clip = torch.cat(states, dim=-1)
+        pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
         channels = self.width - clip.shape[-1]
         if self.third is None:
             return torch.nn.functional.pad(clip, (0, channels, 0, self.max_sequence_length)), pooled
@@ -122,6 +122,26 @@ class PooledT5TextEncoder(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [B, L] and [B, L2] -> [B, L2, D] and [B, P]."""
         return t5_states(self.second, input_ids_2), self.first(input_ids).pooler_output
+
+
+def clip_states(encoder: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """int64 [B, L] -> hidden states before the last layer, [B, L, D], and all that the encoder returns.
+
+    They are not asked of transformers: it records them by hooks, which some versions (5.17 is one) look up in a table that
+    only the process has that made the model, and no worker of a build.
+    """
+    last = [part for part in encoder.modules() if type(part).__name__ == "CLIPEncoderLayer"][-1]
+    seen: list[torch.Tensor] = []
+
+    def see(_: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(positional[0] if positional else named["hidden_states"])
+
+    hook = last.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        output = encoder(input_ids)
+    finally:
+        hook.remove()
+    return seen[0], output
 
 
 def t5_states(encoder: torch.nn.Module, input_ids: torch.Tensor | None) -> torch.Tensor:

@@ -4,19 +4,21 @@ Scores predict what a schedule does by adding up what single steps do. Where the
 where few samples leave the scores noisy, the best of the predictions need not be the best schedule, and a fixed rule
 can beat it. So the schedule that allocation chose has to win against its rivals on the calibration samples:
 
-1. Rivals: the fixed rules at the same step counts, the choices of the other predictors, and what the predictor holds
+1. Where samples go to another picture under it, it is replaced by one that spares the first steps
+   (`calibration.departures`), if that has a smaller mean of E; rivals then have to spare them, too.
+2. Rivals: the fixed rules at the same step counts, the choices of the other predictors, and what the predictor holds
    to be nearly as good: points of the Pareto front, and two steps trading their precisions.
-2. A race (successive halving: Jamieson and Talwalkar, AISTATS 2016): all run on the first samples, the better half
+3. A race (successive halving: Jamieson and Talwalkar, AISTATS 2016): all run on the first samples, the better half
    goes on to twice as many, until those left have run on all.
-3. The winner is the one to beat in the next round, among the rivals nearest to it. It ends when nobody wins or the
+4. The winner is the one to beat in the next round, among the rivals nearest to it. It ends when nobody wins or the
    calls are used up.
 
 Schedules are compared by the logarithm of their E, sample by sample: E varies by an order of magnitude between
 samples, and a mean of E would be decided by the one or two with the largest. The schedule to beat gives way only if
 chance alone would give such a mean of the differences with a probability below `CONVINCING`: the least mean of few
 samples would choose the luckiest rival, which does worse on others. Samples that go to another picture are too few to be
-counted in a race: their share is predicted (`calibration.risk`), and E of every sample counts by the factor that it adds to
-the schedule's prediction. That the winner is the best of several rivals is not allowed for, so that two or three samples
+compared so: no rival wins that sends more of them there, their share is predicted as well (`calibration.risk`), and E of
+every sample counts by the factor that it adds to the schedule's prediction. That the winner is the best of several rivals is not allowed for, so that two or three samples
 are too few to rely on.
 """
 
@@ -41,6 +43,7 @@ from calibration.allocation import (
     relative_latency,
 )
 from calibration.baselines import fixed_rules
+from calibration.departures import gone, sparing
 from calibration.measurements import Measurements, mean
 from calibration.scores import Contributions, predict
 from calibration.sensitivity import RefinementRecord, TrialRecord
@@ -94,7 +97,7 @@ class Refinement:
     Attributes:
         best: the schedule that no rival beat.
         trials: every schedule that ran, in the order they were entered; the first is where the search started.
-            None where no race was held.
+            None where it was not compared with any.
         rounds: races held.
     """
 
@@ -112,6 +115,7 @@ def refine(
     max_calls: int,
     expect: Callable[[Sequence[Schedule], range], None] = lambda schedules, samples: None,
     weight: Callable[[Schedule], float] = lambda schedule: 1.0,
+    spares: Iterable[tuple[int, Schedule]] = (),
 ) -> Refinement:
     """Races a schedule against its rivals, and the winner against its own, until nobody wins.
 
@@ -125,6 +129,9 @@ def refine(
         max_calls: never exceeded. Where a race against one rival might, none is held.
         expect: told which schedules will be measured on which samples, before they are.
         weight: factor, at least 1, that a schedule's errors count by.
+        spares: schedules to try, in this order, where a sample goes to another picture under the one before, each with
+            the number of first steps that it holds at the reference. Of those that ran, and `start`, the one with the
+            least mean of E is the one to beat, and its rivals leave those steps alone.
     """
     incumbent = Trial(start, "scores", weight(start))
     if num_samples < 2:
@@ -140,24 +147,53 @@ def refine(
             left -= cost(trial.precisions)
             trial.errors.append(measure(trial.precisions, len(trial.errors)))
 
+    def run_all(trial: Trial) -> None:
+        expect([trial.precisions], range(len(trial.errors), num_samples))
+        run(trial, num_samples)
+
+    spared = 0
+    tried = [(spared, incumbent)]
+    for first, schedule in spares:
+        if schedule in trials:
+            continue
+        known = 0 if incumbent.errors else num_samples * cost(start)
+        if num_samples * cost(schedule) > left - known:
+            break
+        if not incumbent.errors:
+            run_all(incumbent)
+        _, last = tried[-1]
+        if not gone(last.errors, last.errors):
+            break
+        trials[schedule] = Trial(schedule, f"spares the first {first}", weight(schedule))
+        run_all(trials[schedule])
+        tried.append((first, trials[schedule]))
+    spared, incumbent = min(tried, key=lambda found: mean(found[1].errors)) if incumbent.errors else tried[0]
+
+    def leaves_spared(rival: tuple[str, Schedule]) -> bool:
+        return rival[1][:spared] == incumbent.precisions[:spared]
+
+    def lost(trial: Trial) -> int:
+        beside = incumbent.errors[: len(trial.errors)]
+        return max(0, gone(trial.errors, beside) - gone(beside, beside))
+
     while True:
-        racing = _fresh(rivals(incumbent.precisions), trials, weight)
+        racing = _fresh(filter(leaves_spared, rivals(incumbent.precisions)), trials, weight)
         known = 0 if incumbent.errors else num_samples * cost(start)
         racing = racing[: _affordable([cost(trial.precisions) for trial in racing], heats, left - known)]
         if not racing:
             break
         rounds += 1
         trials |= {trial.precisions: trial for trial in racing}
-        expect([incumbent.precisions], range(len(incumbent.errors), num_samples))
-        run(incumbent, num_samples)
+        run_all(incumbent)
         for samples in heats:
             expect([trial.precisions for trial in racing], range(len(racing[0].errors), samples))
             for trial in racing:
                 run(trial, samples)
-            racing.sort(key=lambda trial: _level(trial.weighed()))  # stable: of equal ones the more promising
+            # stable: of equal ones the more promising
+            racing.sort(key=lambda trial: (lost(trial), _level(trial.weighed())))
             if samples < num_samples:
                 racing = racing[: _survivors(len(racing))]
-        if not beats(racing[0].weighed(), incumbent.weighed()):
+        if lost(racing[0]) or not beats(racing[0].weighed(), incumbent.weighed()):
             break
         incumbent = racing[0]
     return Refinement(incumbent, tuple(trial for trial in trials.values() if trial.errors), rounds)
@@ -254,6 +290,7 @@ def refine_schedule(
         max_calls,
         expect,
         weight,
+        sparing(kept, latencies_ms, found, same, costs),
     )
     record = RefinementRecord(
         trials=tuple(

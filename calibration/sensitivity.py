@@ -116,8 +116,8 @@ class TrialRecord(_Record):
     """A schedule that took part in the refinement.
 
     Attributes:
-        origin: "scores" for the one it started from, a fixed rule's name, "<predictor> scores", "front" or
-            "exchange".
+        origin: "scores" for the one it started from, a fixed rule's name, "<predictor> scores", "front",
+            "exchange", or "spares the first N" (`calibration.departures`).
         latency: mean step latency relative to the reference.
         predicted_error: by the predictor that allocation used.
         errors: measured E by calibration sample, of the leading ones it ran on.
@@ -134,7 +134,7 @@ class RefinementRecord(_Record):
     """The local search that measures the schedules nearest to allocation's choice, see `calibration.refine`.
 
     Attributes:
-        trials: every schedule that ran; the first is allocation's choice. None where `max_calls` allow no race.
+        trials: every schedule that ran; the first is allocation's choice. None where `max_calls` allow no other.
         rounds: races held.
         max_calls: denoiser calls it was allowed; `calls` is what it took, per precision.
         origin: of the schedule that was not beaten; "scores" where it is allocation's choice.

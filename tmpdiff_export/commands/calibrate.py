@@ -216,7 +216,7 @@ def print_sensitivity(found: Sensitivity) -> None:
     if found.settings:
         print(f"latencies are sums of step latencies measured on {found.settings.machine}")
     print(f"budget: {found.budget}")
-    if found.refinement and found.refinement.rounds:
+    if found.refinement and found.refinement.trials:
         outcome = "stood" if found.refinement.origin == "scores" else f"gave way to a rival ({found.refinement.origin})"
         print(
             f"local search: {len(found.refinement.trials)} schedules run in {sum(found.refinement.calls.values())} "

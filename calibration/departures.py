@@ -1,0 +1,57 @@
+"""Schedules that spare the first steps, for where samples go to another picture.
+
+Which picture a run draws is decided in its first steps: an error there can send it to another one, whatever the steps
+after it do. `calibration.risk` predicts how many samples that happens to, from the spread of single-step scores; a sample
+that has gone shows beyond doubt. Where one has, the same budget is allocated again with the first steps held at the
+reference, as few of them as it takes (`calibration.refine` measures it). Other steps pay: all other samples have somewhat
+more E, which is little beside an E near 1 of the one that is lost. The search is this project's own; docs/experiments.md
+has the evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from calibration.allocation import AllocationCosts, HighSteps, LatencyBudget, allocate
+from calibration.metrics import LIMIT_MEDIANS
+from calibration.scores import Contributions
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+"""Shares of the loop that are spared, one after the other: steps 0 to 7 of 20 at most."""
+
+
+def sparing(
+    kept: tuple[str, ...],
+    latencies_ms: Mapping[str, float],
+    found: Contributions,
+    budget: HighSteps | LatencyBudget,
+    costs: AllocationCosts,
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The best schedules whose first steps are at the reference, more and more of them while the budget allows it.
+
+    Args:
+        kept: the precisions that schedules may use, the reference first.
+        latencies_ms: step latency by precision.
+        found: what schedules are chosen by.
+        budget: which all of them meet.
+        costs: of changes of precision, and the limit on precisions.
+
+    Yields:
+        How many first steps are held, and the schedule.
+    """
+    num_steps = len(found.values)
+    for first in sorted({math.ceil(share * num_steps) for share in SHARES}):
+        values = found.values.copy()
+        values[:first, 1:] += 1 + 10 * values.sum()  # so that no saving elsewhere makes up for one of these steps
+        schedule = allocate(kept, latencies_ms, values, budget, found.power, costs=costs).precisions
+        if set(schedule[:first]) != {kept[0]}:
+            return
+        yield first, schedule
+
+
+def gone(errors: Sequence[float], beside: Sequence[float]) -> int:
+    """How many samples have gone to another picture: E beyond `LIMIT_MEDIANS` medians of `beside`, of the same samples."""
+    return int((np.asarray(errors) > LIMIT_MEDIANS * np.median(beside)).sum())

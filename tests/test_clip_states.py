@@ -1,0 +1,70 @@
+"""CLIP's hidden states before its last layer: those of transformers, and in a process that did not make the model."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from tmpdiff_export.families.components import ClipT5TextEncoder, SdxlTextEncoder, clip_states
+from tmpdiff_export.torch_compile import EngineModule, compile_package, store_weights
+
+WIDTH, TOKENS, LAYERS = 16, 9, 3
+
+
+def clip(kind: type[torch.nn.Module], seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=50, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=2, num_hidden_layers=LAYERS,
+        projection_dim=WIDTH, max_position_embeddings=TOKENS, eos_token_id=2,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 50, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
+def test_they_are_those_that_transformers_records(kind: type[torch.nn.Module], tokens: torch.Tensor) -> None:
+    encoder = clip(kind, 0)
+    with torch.no_grad():
+        states, output = clip_states(encoder, tokens)
+        recorded = encoder(tokens, output_hidden_states=True)
+    assert len(recorded.hidden_states) == LAYERS + 1
+    assert torch.equal(states, recorded.hidden_states[-2])
+    assert not torch.equal(states, recorded.hidden_states[-1])
+    assert torch.equal(output[0], recorded[0])
+    assert not [hook for part in encoder.modules() for hook in part._forward_pre_hooks], "no hook is left"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling packages needs g++")
+def test_a_worker_compiles_both_text_encoders(tmp_path: Path, tokens: torch.Tensor) -> None:
+    first = clip(CLIPTextModelWithProjection, 1)
+    with torch.no_grad():  # as the runs of a pipeline before it is built
+        first(tokens, output_hidden_states=True)
+    encoders = {
+        "sd3": ClipT5TextEncoder(
+            first, clip(CLIPTextModelWithProjection, 2), None, width=3 * WIDTH, max_sequence_length=TOKENS
+        ),
+        "sdxl": SdxlTextEncoder(
+            clip(CLIPTextModel, 3), clip(CLIPTextModelWithProjection, 4), end_token_id=2, second_pad_token_id=0,
+            zero_empty=True, size=(64, 64),
+        ),
+    }  # fmt: skip
+    inputs = {"sd3": (tokens, tokens.flip(0)), "sdxl": (tokens,)}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
+        made = {}
+        for name, encoder in encoders.items():
+            weights = tmp_path / f"{name}.safetensors"
+            module = store_weights(EngineModule(encoder, torch.float32, [True] * len(inputs[name])), weights)
+            made[name] = workers.submit(compile_package, module, weights, "cpu", inputs[name], tmp_path / f"{name}.pt2")
+        shapes = {name: one.result() for name, one in made.items()}
+    assert shapes["sd3"] == ((2, 2 * TOKENS, 3 * WIDTH), (2, 2 * WIDTH))
+    assert shapes["sdxl"] == ((2, TOKENS, 2 * WIDTH), (2, WIDTH), (2, 6))

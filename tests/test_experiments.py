@@ -355,3 +355,36 @@ def test_prompts_are_drawn_in_turns_from_scenes_that_training_never_sees(tmp_pat
         assert done.returncode == 1
         assert message in done.stderr
     assert path.read_bytes() == before
+
+
+def test_a_search_on_chosen_samples(studied: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, prompts = studied
+    run("single_steps", studied, tmp_path / "scores")
+    given = (
+        bundle, "--scores", tmp_path / "scores.json", "--prompts", prompts, "--high-steps", 3, "--threads", 1,
+    )  # fmt: skip
+    found = []
+    for samples in ("0,2", "2,0"):
+        out = tmp_path / f"{samples}.json"
+        done = command(
+            "sparing", *given, "--precision", "int8", "--samples", samples,
+            "--validation-samples", samples.replace("2", "1"), "--out", out,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(out.read_text())["counts"]["3"])
+    for row, other in zip(found[0]["unseen"], found[1]["unseen"], strict=True):
+        assert row["pattern"].count("H") == 3
+        if row["origin"] != "found":
+            assert row["errors"] == other["errors"][::-1], "samples keep their prompt and noise"
+            assert len(set(row["errors"])) == 2
+    first = found[0]["trials"][0]
+    assert (first["origin"], first["pattern"]) == ("scores", found[0]["start"])
+    assert found[0]["best"] in [trial["pattern"] for trial in found[0]["trials"]]
+    for args, words in (
+        (("--precision", "int4", "--samples", "0,1", "--validation-samples", "0,1"), "holds no scores of int4"),
+        (("--precision", "int8", "--samples", "0,9", "--validation-samples", "0,1"), "calibration sample 9 is not in"),
+    ):
+        done = command("sparing", *given, *args, "--out", tmp_path / "refused.json")
+        assert done.returncode == 1
+        assert words in done.stderr
+    assert not (tmp_path / "refused.json").exists()

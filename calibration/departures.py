@@ -4,19 +4,16 @@ Which picture a run draws is decided in its first steps: an error there can send
 after it do. `calibration.risk` predicts how many samples that happens to, from the spread of single-step scores; a sample
 that has gone shows beyond doubt. Where one has, the same budget is allocated again with the first steps held at the
 reference, as few of them as it takes (`calibration.refine` measures it). Other steps pay: all other samples have somewhat
-more E, which is little beside an E near 1 of the one that is lost. The search is this project's own; docs/experiments.md
+more E, which is little beside the E near 1 of the one that departs. The search is this project's own; docs/experiments.md
 has the evidence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Iterator, Mapping
 
 from calibration.allocation import AllocationCosts, HighSteps, LatencyBudget, allocate
-from calibration.metrics import LIMIT_MEDIANS
 from calibration.scores import Contributions
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
@@ -50,8 +47,3 @@ def sparing(
         if set(schedule[:first]) != {kept[0]}:
             return
         yield first, schedule
-
-
-def gone(errors: Sequence[float], beside: Sequence[float]) -> int:
-    """How many samples have gone to another picture: E beyond `LIMIT_MEDIANS` medians of `beside`, of the same samples."""
-    return int((np.asarray(errors) > LIMIT_MEDIANS * np.median(beside)).sum())

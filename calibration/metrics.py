@@ -49,9 +49,16 @@ def limited(errors: np.ndarray) -> np.ndarray:
     return np.minimum(errors, np.where(medians > 0, LIMIT_MEDIANS * medians, np.inf))
 
 
-def departed(errors: np.ndarray) -> int:
-    """How many samples have left for another picture: those that `limited` limits. `errors`: float64 [S]."""
-    return int((errors > limited(errors)).sum())
+def departed(errors: np.ndarray, beside: np.ndarray | None = None) -> int:
+    """How many samples have left for another picture: those that `limited` limits.
+
+    Args:
+        errors: float64 [S].
+        beside: E of the same samples under another schedule, whose median is the measure; None for `errors` itself. A
+            schedule with more error has a larger median, beside which fewer would count.
+    """
+    median = np.median(errors if beside is None else beside)
+    return int((errors > LIMIT_MEDIANS * median).sum()) if median > 0 else 0
 
 
 def picture_ssim(picture: np.ndarray, reference: np.ndarray) -> float:

@@ -18,8 +18,8 @@ samples, and a mean of E would be decided by the one or two with the largest. Th
 chance alone would give such a mean of the differences with a probability below `CONVINCING`: the least mean of few
 samples would choose the luckiest rival, which does worse on others. Samples that go to another picture are too few to be
 compared so: no rival wins that sends more of them there, their share is predicted as well (`calibration.risk`), and E of
-every sample counts by the factor that it adds to the schedule's prediction. That the winner is the best of several rivals is not allowed for, so that two or three samples
-are too few to rely on.
+every sample counts by the factor that it adds to the schedule's prediction. That the winner is the best of several
+rivals is not allowed for, so that two or three samples are too few to rely on.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from calibration.allocation import (
     relative_latency,
 )
 from calibration.baselines import fixed_rules
-from calibration.departures import gone, sparing
+from calibration.departures import sparing
 from calibration.measurements import Measurements, mean
+from calibration.metrics import departed
 from calibration.scores import Contributions, predict
 from calibration.sensitivity import RefinementRecord, TrialRecord
 
@@ -162,7 +163,7 @@ def refine(
         if not incumbent.errors:
             run_all(incumbent)
         _, last = tried[-1]
-        if not gone(last.errors, last.errors):
+        if not departed(np.array(last.errors)):
             break
         trials[schedule] = Trial(schedule, f"spares the first {first}", weight(schedule))
         run_all(trials[schedule])
@@ -173,8 +174,8 @@ def refine(
         return rival[1][:spared] == incumbent.precisions[:spared]
 
     def lost(trial: Trial) -> int:
-        beside = incumbent.errors[: len(trial.errors)]
-        return max(0, gone(trial.errors, beside) - gone(beside, beside))
+        beside = np.array(incumbent.errors[: len(trial.errors)])
+        return max(0, departed(np.array(trial.errors), beside) - departed(beside))
 
     while True:
         racing = _fresh(filter(leaves_spared, rivals(incumbent.precisions)), trials, weight)

@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 from calibration.journal import Journal
 from calibration.measurements import Measurements
 from calibration.pool import Outcome, Request
+from calibration.risk import OTHER_PICTURE
 
 DECADE = float(np.log(10))
 Curve = Callable[[np.random.Generator, int], np.ndarray]
@@ -220,3 +221,42 @@ class PoolHere:
 
     def forget(self, samples: str, precision: str) -> None:
         self._sets[samples].forget(precision)
+
+
+FragileState = tuple[int, int, float, float]
+
+
+@dataclass(frozen=True)
+class FragileLoop:
+    """Samples at evenly spread distances from where two pictures part, which low steps 0 and 1 push them towards.
+
+    The state is (sample, step index, push squared, error squared); the others add an error and no more.
+    """
+
+    num_samples: int = 60
+    offset: float = 0.5
+    num_steps: int = 8
+    push: float = 2.5e-6
+    other: float = 3.1e-5
+    precisions: tuple[str, ...] = ("fp16", "int8")
+
+    def start(self, sample: int) -> FragileState:
+        return sample, 0, 0.0, 0.0
+
+    def step(self, sample: int, state: FragileState, precision: str) -> FragileState:
+        _, index, push, error = state
+        if precision == "int8":
+            push, error = (push + self.push, error) if index < 2 else (push, error + self.other)
+        return sample, index + 1, push, error
+
+    def pushed(self, push: float, distance: float) -> float:
+        """What a push does to a sample at this distance, in units of E."""
+        return min(push / distance**2, OTHER_PICTURE)
+
+    def latents(self, state: FragileState) -> np.ndarray:
+        sample, _, push, error = state
+        distance = (sample + self.offset) / self.num_samples
+        return np.array([1.0, np.sqrt(self.pushed(push, distance) + error)]).reshape(2, 1, 1)
+
+    def key(self) -> str:
+        return repr(self)

@@ -7,51 +7,33 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from planted import FragileLoop, FragileState
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity, calibrate
 from calibration.allocation import AllocationCosts, relative_latency
-from calibration.departures import gone, sparing
+from calibration.departures import sparing
 from calibration.metrics import departed
 from calibration.refine import Refinement, refine
 from calibration.scores import Contributions
 
-NAMES = ("fp16", "int8")
 LATENCIES_MS = {"fp16": 2.0, "int8": 1.0}
 OTHER = 0.4
-State = tuple[int, int, float, float]
 
 
 @dataclass(frozen=True)
-class Parting:
-    """Samples at evenly spread distances from where two pictures part.
+class Parting(FragileLoop):
+    """Either a push sends a sample to another picture, or it does next to nothing.
 
-    Low steps 0 and 1 push them towards it, and do little else; every other low step costs all samples many times more
-    than these do, so that scores spare it first, and the risk of another picture is more than they afford.
+    Every low step but the first two costs all samples many times more than these do, so that scores spare it first, and the
+    risk of another picture is more than they afford.
     """
 
-    num_samples: int = 60
-    offset: float = 0.5
-    push: float = 4e-6
     num_steps: int = 10
-    precisions: tuple[str, ...] = NAMES
+    push: float = 4e-6
+    other: float = 3e-4
 
-    def start(self, sample: int) -> State:
-        return sample, 0, 0.0, 0.0
-
-    def step(self, sample: int, state: State, precision: str) -> State:
-        _, index, push, error = state
-        if precision == "int8":
-            push, error = (push + self.push, error) if index < 2 else (push, error + 3e-4)
-        return sample, index + 1, push, error
-
-    def latents(self, state: State) -> np.ndarray:
-        sample, _, push, error = state
-        distance = (sample + self.offset) / self.num_samples
-        lost = OTHER if push > distance**2 else push
-        return np.array([1.0, np.sqrt(lost + error)]).reshape(2, 1, 1)
-
-    def key(self) -> str:
-        return f"parting {self.offset} {self.push} {self.num_samples}"
+    def pushed(self, push: float, distance: float) -> float:
+        return OTHER if push > distance**2 else push
 
 
 def found(kind: Parting, *, validation: Parting | None = None, **options) -> Sensitivity:
@@ -102,7 +84,7 @@ def test_a_loss_that_the_first_steps_do_not_cause_is_not_paid_for() -> None:
 
     @dataclass(frozen=True)
     class Doomed(Parting):
-        def latents(self, state: State) -> np.ndarray:
+        def latents(self, state: FragileState) -> np.ndarray:
             if state[0] == 7 and state[3] > 0:
                 return np.array([1.0, np.sqrt(OTHER)]).reshape(2, 1, 1)
             return super().latents(state)
@@ -132,9 +114,10 @@ def test_all_that_spare_meet_the_budget(budget: HighSteps | LatencyBudget, max_e
 
 
 def test_a_higher_median_hides_nobody() -> None:
-    assert gone([1.0, 1.0, 1.0, 40.0], [1.0, 1.0, 1.0, 40.0]) == 1
-    assert gone([5.0, 5.0, 5.0, 40.0], [5.0, 5.0, 5.0, 40.0]) == 0
-    assert gone([5.0, 5.0, 5.0, 40.0], [1.0, 1.0, 1.0, 40.0]) == 1
+    one, five = np.array([1.0, 1.0, 1.0, 40.0]), np.array([5.0, 5.0, 5.0, 40.0])
+    assert departed(one) == departed(five, one) == 1
+    assert departed(five) == 0
+    assert departed(one, np.zeros(4)) == departed(np.array([0.0, 0.0, 0.0, 1.0])) == 0, "no error, no measure"
 
 
 # among named schedules

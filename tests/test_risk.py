@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from planted import FragileLoop
 
 from calibration import HighSteps, calibrate
 from calibration.metrics import limited
@@ -14,7 +14,6 @@ from calibration.risk import OTHER_PICTURE, PRICE, affordable, risk_curve, with_
 from calibration.scores import Contributions
 
 NAMES = ("fp16", "int8")
-State = tuple[int, int, float, float]
 
 
 def fragile(median: float, samples: int, seed: int | None = None) -> np.ndarray:
@@ -81,36 +80,6 @@ def test_no_schedule_pays_more_than_the_price() -> None:
     level = Contributions(np.stack([np.zeros(15), np.ones(15)], axis=1))
     risk = np.linspace(1, 0, 15)
     assert np.array_equal(affordable(level, NAMES, {"int8": risk})["int8"], risk), "level steps: it costs nothing"
-
-
-@dataclass(frozen=True)
-class FragileLoop:
-    """Samples at evenly spread distances from where two pictures part, which low steps 0 and 1 push them towards.
-
-    The state is (sample, step index, push squared, error squared); the others add an error and no more.
-    """
-
-    num_samples: int = 60
-    offset: float = 0.5
-    num_steps: int = 8
-    precisions: tuple[str, ...] = NAMES
-
-    def start(self, sample: int) -> State:
-        return sample, 0, 0.0, 0.0
-
-    def step(self, sample: int, state: State, precision: str) -> State:
-        _, index, push, error = state
-        if precision == "int8":
-            push, error = (push + 2.5e-6, error) if index < 2 else (push, error + 3.1e-5)
-        return sample, index + 1, push, error
-
-    def latents(self, state: State) -> np.ndarray:
-        sample, _, push, error = state
-        distance = (sample + self.offset) / self.num_samples
-        return np.array([1.0, np.sqrt(min(push / distance**2, OTHER_PICTURE) + error)]).reshape(2, 1, 1)
-
-    def key(self) -> str:
-        return f"fragile {self.offset}"
 
 
 def test_calibration_spares_the_steps_that_lead_to_another_picture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calibration.allocation import HighSteps, allocate
-from calibration.costs import NO_COSTS
 from calibration.metrics import limited, psnr_db
-from calibration.refine import refine_schedule
-from calibration.scores import PREDICTORS, sweep_calls
 from calibration.statistics import bootstrap_interval
 from tools.experiments.additivity import random_schedules
 from tools.experiments.command import Analysis, Experiment, Goal
@@ -39,6 +35,7 @@ from tools.experiments.schedules import (
     precisions_of,
     random_patterns,
 )
+from tools.experiments.search import search
 from tools.experiments.study import Study
 
 OURS = "schedule"
@@ -86,30 +83,10 @@ def _choose(study: Study, precision: str, args: argparse.Namespace) -> tuple[str
     schedules = [precisions_of(pattern, study.reference, precision) for pattern in drawn]
     measured = np.array(study.calibration_errors("random schedules", schedules))
     predictor = better(fit_predictors(scores, drawn, measured, held_out=False)).predictor
-    risks = scores.risks(predictor)
-    values = {name: scores.weighed(name, risks) for name in PREDICTORS}
-    found, fitted = values[predictor], scores.contributions(predictor)
-    pair = (study.reference, precision)
-    equal = dict.fromkeys(pair, 1.0)  # K says it all: latency has no part in it
     chosen: dict[str, dict[int, str]] = {OURS: {}, BY_SCORES: {}}
-    limit = sweep_calls(study.num_steps, study.samples)
     for count in counts_between(study.num_steps, args.every):
-        start = allocate(pair, equal, found.values, HighSteps(count), found.power)
         on_run = partial(study.report, f"local search {precision}, K = {count}")
-        best, _ = refine_schedule(
-            study.calibration,
-            start,
-            HighSteps(count),
-            pair,
-            equal,
-            NO_COSTS,
-            values,
-            fitted,
-            predictor,
-            (),
-            limit,
-            on_run,
-        )
+        start, best, _ = search(study.calibration, scores, predictor, precision, count, on_run)
         chosen[OURS][count] = pattern_of(best.precisions, study.reference)
         chosen[BY_SCORES][count] = pattern_of(start.precisions, study.reference)
     return predictor, chosen

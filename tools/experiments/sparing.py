@@ -3,11 +3,11 @@
     python -m tools.experiments.sparing BUNDLE --scores single_steps.json --precision int4 --high-steps 8,16 \\
         --prompts FILE --samples 94,180,0,1,2 --validation-samples 114,24,0,1,2 --out sparing.json
 
-One sample in a hundred goes, so that few samples show nothing and many take a GPU. Which ones go is the same on other
-machines: a run on a GPU says which, and a CPU can look at these and a few others. Takes scores and predictor from a result file
-of `single_steps`, and repeats from there what calibration does at K steps at the reference (`calibration.refine`), on the samples
-named by their index in the prompt file. Prints every schedule that ran on all of them, and on unseen ones what was found, what
-scores chose, and the fixed rules.
+One sample in a hundred departs, so that few samples show nothing and many take a GPU. Which ones do is much the same on
+other machines: a run on a GPU says which, and a CPU can look at these and a few others, one at a time. Takes scores from a
+result file of `single_steps`, and repeats from there what calibration does at K steps at the reference
+(`calibration.refine`), on the samples named by their index in the prompt file; the predictor is that of `additivity`.
+Prints every schedule that ran on all of them, and on unseen ones what was found, what scores chose, and the fixed rules.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibration.allocation import HighSteps, allocate
 from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
-from calibration.costs import NO_COSTS
 from calibration.journal import Journal
 from calibration.latency import machine
 from calibration.measurements import Measurements
 from calibration.metrics import departed
-from calibration.refine import refine_schedule
-from calibration.scores import PREDICTORS, sweep_calls
+from calibration.scores import PREDICTORS
 from engines.cli import guarded
 from engines.documents import read_json
 from engines.errors import TmpDiffError
@@ -40,6 +38,7 @@ from tmpdiff_export.display import print_table, progress_bar
 from tools.experiments.command import compact_json, round_numbers
 from tools.experiments.prediction import SampleScores
 from tools.experiments.schedules import fixed_rules, pattern_of, precisions_of
+from tools.experiments.search import search
 
 PROGRAM = "sparing"
 
@@ -161,26 +160,17 @@ def _search(
     calibration: Measurements, scores: SampleScores, predictor: str, precision: str, count: int
 ) -> dict[str, Any]:
     """What calibration finds from these scores; schedules that ran on all samples, the first what scores chose."""
-    pair = (calibration.reference, precision)
-    equal = dict.fromkeys(pair, 1.0)  # K says it all: latency has no part in it
-    risks = scores.risks(predictor)
-    values = {name: scores.weighed(name, risks) for name in PREDICTORS}
-    chosen = values[predictor]
-    start = allocate(pair, equal, chosen.values, HighSteps(count), chosen.power)
-    limit = sweep_calls(calibration.num_steps, calibration.num_samples)
     with progress_bar() as report:
-        best, record = refine_schedule(
-            calibration, start, HighSteps(count), pair, equal, NO_COSTS, values, scores.contributions(predictor),
-            predictor, (), limit, lambda done, total: report(f"K = {count}", done, total),
-        )  # fmt: skip
+        start, best, record = search(calibration, scores, predictor, precision, count, partial(report, f"K = {count}"))
+    reference = calibration.reference
     trials = [
-        {"origin": trial.origin, "pattern": pattern_of(trial.precisions, pair[0]), "errors": list(trial.errors)}
+        {"origin": trial.origin, "pattern": pattern_of(trial.precisions, reference), "errors": list(trial.errors)}
         for trial in record.trials
         if len(trial.errors) == calibration.num_samples
     ]
     return {
-        "start": pattern_of(start.precisions, pair[0]),
-        "best": pattern_of(best.precisions, pair[0]),
+        "start": pattern_of(start.precisions, reference),
+        "best": pattern_of(best.precisions, reference),
         "origin": record.origin,
         "calls": sum(record.calls.values()),
         "trials": trials,
@@ -199,7 +189,7 @@ def _print(count: int, found: dict[str, Any]) -> None:
     for samples, rows in (("calibration", found["trials"]), ("unseen", found["unseen"])):
         print_table(
             f"K = {count}, {samples} samples",
-            ["", "schedule", "mean E", "median E", "gone"],
+            ["", "schedule", "mean E", "median E", "departed"],
             [
                 [
                     row["origin"],
@@ -214,8 +204,9 @@ def _print(count: int, found: dict[str, Any]) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(word) for word in text.split(","))
-    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+    words = text.split(",")
+    numbers = tuple(int(word) for word in words if word.isdecimal())
+    if len(set(numbers)) < len(words):
         raise argparse.ArgumentTypeError(f"{text!r}: expected different whole numbers from 0, comma-separated")
     return numbers
 

@@ -1,0 +1,54 @@
+"""What calibration chooses at K steps at the reference, from the scores of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from calibration.allocation import Allocation, HighSteps, allocate
+from calibration.costs import NO_COSTS
+from calibration.measurements import Measurements
+from calibration.refine import refine_schedule
+from calibration.scores import PREDICTORS, sweep_calls
+from calibration.sensitivity import RefinementRecord
+from tools.experiments.prediction import SampleScores
+
+
+def search(
+    calibration: Measurements,
+    scores: SampleScores,
+    predictor: str,
+    precision: str,
+    count: int,
+    on_run: Callable[[int, int], None],
+) -> tuple[Allocation, Allocation, RefinementRecord]:
+    """What scores and the risk of another picture choose, what the local search makes of it, and its record.
+
+    Args:
+        calibration: of the samples to search on; the search may spend a sweep's calls.
+        scores: of the precision.
+        predictor: one of `PREDICTORS`.
+        precision: the low one.
+        count: K.
+        on_run: see `calibration.refine.refine_schedule`.
+    """
+    pair = (calibration.reference, precision)
+    equal = dict.fromkeys(pair, 1.0)  # K says it all: latency has no part in it
+    risks = scores.risks(predictor)
+    values = {name: scores.weighed(name, risks) for name in PREDICTORS}
+    budget = HighSteps(count)
+    start = allocate(pair, equal, values[predictor].values, budget, values[predictor].power)
+    best, record = refine_schedule(
+        calibration,
+        start,
+        budget,
+        pair,
+        equal,
+        NO_COSTS,
+        values,
+        scores.contributions(predictor),
+        predictor,
+        (),
+        sweep_calls(calibration.num_steps, calibration.num_samples),
+        on_run,
+    )
+    return start, best, record

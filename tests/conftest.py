@@ -23,6 +23,12 @@ if _WORKER:  # every worker keeps to cores of its own, with all threads and proc
 
 NUM_STEPS = 12
 GUIDANCE_SCALE = 4.5  # the pipeline's default
+DEMO_PROMPTS = (
+    "a large red circle in the top left on a dark background",
+    "a small blue square in the center and a large yellow ring in the bottom right",
+    "a large green triangle at the right",
+    "a small purple diamond at the top and a large white circle at the bottom",
+)
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,7 @@ def _build_demo(pipeline: Path, folder: Path) -> None:
     from tmpdiff_export.calibration_run import calibrate_bundle
 
     prompts = PromptFile(
-        (
-            "a large red circle in the top left on a dark background",
-            "a small blue square in the center and a large yellow ring in the bottom right",
-            "a large green triangle at the right",
-            "a small purple diamond at the top and a large white circle at the bottom",
-        ),
+        DEMO_PROMPTS,
         (
             "a large cyan square in the top right",
             "a small orange circle at the left and a large blue triangle at the right",

@@ -32,6 +32,7 @@ from engines.precision import REFERENCE, Precision
 from engines.sampler import SamplerTable
 from engines.text import text_inputs
 from engines.version import VERSION
+from tmpdiff_export.accuracy import step_sizes
 from tmpdiff_export.build_options import BuildOptions, require_buildable
 from tmpdiff_export.engine_build import (
     AccuracyCheck,
@@ -148,7 +149,7 @@ class _Build:
         self.built: dict[str, BuiltEngine] = {}
 
     def run(self) -> Manifest:
-        range_batches, check_batches = self._gather()
+        range_batches, check_batches, weights = self._gather()
         sampler_path = self.bundle / "sampler.json"
         atomic_write_text(sampler_path, self.table.to_json())
         source, options = self.source, self.options
@@ -156,7 +157,7 @@ class _Build:
         texts = self._tokenizers()
         self._text_encoder(texts)
         self._vae(check_batches)
-        start_denoisers = self._export_denoiser(range_batches, check_batches)
+        start_denoisers = self._export_denoiser(range_batches, check_batches, weights)
         start_denoisers(item for item in options.precisions if not (options.share_weights and item is REFERENCE))
         if options.share_weights:
             self._wait_for(options.share_weights.value)  # which of its variants is kept
@@ -201,8 +202,9 @@ class _Build:
     def _range_prompts(self) -> tuple[str, ...]:
         return self.options.prompts[: min(RANGE_PROMPTS, len(self.options.prompts) - 1)]
 
-    def _gather(self) -> tuple[list[Batch], list[Batch]]:
-        """Denoiser inputs of real runs: some for the ranges, those of the last prompt for the check."""
+    def _gather(self) -> tuple[list[Batch], list[Batch], list[Batch]]:
+        """Denoiser inputs of real runs: some for the ranges, those of the last prompt for the check, and, in batches of
+        one tensor [B], what the rows of the latter count for."""
         prompts = (*self._range_prompts(), self.options.prompts[-1])
         steps = self.table.num_steps
         seen = 0
@@ -215,7 +217,14 @@ class _Build:
         batches = gather_batches(
             self.source, prompts, self.options.num_steps, self.options.seed, on_step, self.options.range_device
         )
-        return spread(batches[:-steps], RANGE_BATCHES), spread(batches[-steps:], CHECK_BATCHES)
+        checks = batches[-steps:]
+        sizes = step_sizes(self.table)
+        weights = [(torch.full((len(check[0]),), size),) for check, size in zip(checks, sizes, strict=True)]
+        return (
+            spread(batches[:-steps], RANGE_BATCHES),
+            spread(checks, CHECK_BATCHES),
+            spread(weights, CHECK_BATCHES),
+        )
 
     def _add(self, name: str, engine: StartedEngine) -> None:
         """Takes note of an engine, and finishes those that are made."""
@@ -240,7 +249,7 @@ class _Build:
             self._finish_ready()
 
     def _export_denoiser(
-        self, range_batches: Sequence[Batch], check_batches: Sequence[Batch]
+        self, range_batches: Sequence[Batch], check_batches: Sequence[Batch], weights: Sequence[Batch]
     ) -> Callable[[Iterable[Precision]], None]:
         """Exports the denoiser; what is returned starts its engines."""
         family, source = self.source.family, self.source
@@ -250,7 +259,14 @@ class _Build:
         inputs = family.export_inputs(range_batches[0])
         graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
         device = self.options.range_device
-        check = AccuracyCheck.of(module, list(family.inputs), MODEL_OUTPUT, with_larger_batch(check_batches), device)
+        check = AccuracyCheck.of(
+            module,
+            list(family.inputs),
+            MODEL_OUTPUT,
+            with_larger_batch(check_batches),
+            device,
+            [rows.numpy() for (rows,) in with_larger_batch(weights)],
+        )
         shared = self.options.share_weights
         attention: Mapping[str, AttentionRange] = {}
         if self.options.fp8_attention:

@@ -7,7 +7,6 @@ from pathlib import Path
 from engines.backends.onnxruntime import OnnxRuntimeEngine, version
 from engines.files import sha256_file
 from engines.manifest import EngineEntry
-from tmpdiff_export.accuracy import engine_sqnr_db
 from tmpdiff_export.cpu_lowering import lower_for_cpu
 from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
 from tmpdiff_export.onnx_export import save_graph
@@ -27,8 +26,7 @@ class CpuTarget:
         path = folder / "engines" / f"{job.name}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = save_graph(lowered, path)
-        check = job.check
-        measured = engine_sqnr_db(OnnxRuntimeEngine(path), check.names, check.output, check.batches, check.references)
+        measured = job.check.sqnr_db(OnnxRuntimeEngine(path))
         return EngineEntry(
             file=file_entry(folder, path),
             weights=None if weights is None else file_entry(folder, weights),

@@ -14,11 +14,12 @@ import numpy as np
 import onnx
 import torch
 
+from engines.engine import Engine
 from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
-from tmpdiff_export.accuracy import torch_outputs
+from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
 from tmpdiff_export.onnx_export import save_checked
 from tmpdiff_export.placement import CPU, Batch
 from tmpdiff_export.qdq import insert_qdq
@@ -48,12 +49,14 @@ class AccuracyCheck:
         output: the engine output that is compared.
         batches: inputs that range calibration has not seen.
         references: float32 torch outputs, one per batch.
+        weights: what the rows of every batch count for, None where all count alike.
     """
 
     names: tuple[str, ...]
     output: str
     batches: tuple[Batch, ...]
     references: tuple[np.ndarray, ...]
+    weights: tuple[np.ndarray, ...] | None = None
 
     @classmethod
     def of(
@@ -63,9 +66,15 @@ class AccuracyCheck:
         output: str,
         batches: Sequence[Batch],
         device: str = CPU,
+        weights: Sequence[np.ndarray] | None = None,
     ) -> AccuracyCheck:
         """Runs `module` on `batches` for the references, on `device`."""
-        return cls(tuple(names), output, tuple(batches), tuple(torch_outputs(module, batches, device)))
+        references = tuple(torch_outputs(module, batches, device))
+        return cls(tuple(names), output, tuple(batches), references, None if weights is None else tuple(weights))
+
+    def sqnr_db(self, engine: Engine, batch_size: int | None = None) -> float:
+        """SQNR of the engine, in dB; `batch_size` as for `engine_sqnr_db`."""
+        return engine_sqnr_db(engine, self.names, self.output, self.batches, self.references, self.weights, batch_size)
 
 
 def with_larger_batch(batches: Sequence[Batch]) -> list[Batch]:

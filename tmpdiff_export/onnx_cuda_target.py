@@ -18,7 +18,6 @@ from engines.backends.onnxruntime_cuda.provider import require_provider
 from engines.errors import BackendError, BuildError
 from engines.manifest import EngineEntry
 from engines.precision import Precision
-from tmpdiff_export.accuracy import engine_sqnr_db
 from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
 from tmpdiff_export.exported_graph import copy_graph
 
@@ -63,15 +62,12 @@ class OnnxCudaTarget:
         from engines.backends.onnxruntime_cuda.host import onnxruntime_cuda_host  # which needs cuda-bindings
 
         path, entry = copy_graph(job, folder, backend=self.backend, version=version(), device=self._gpu.described)
-        check = job.check
         with tempfile.TemporaryDirectory(prefix=".optimized-", dir=path.parent) as scratch:
             optimized = Path(scratch) / "optimized.onnx"
             host = onnxruntime_cuda_host(optimized=optimized)
             try:
                 host.add(job.name, entry, path)
-                measured = engine_sqnr_db(
-                    host.engine(job.name), check.names, check.output, check.batches, check.references
-                )
+                measured = job.check.sqnr_db(host.engine(job.name))
             finally:
                 host.close()
             counts = operator_counts(optimized)

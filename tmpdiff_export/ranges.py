@@ -7,7 +7,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from engines.errors import BuildError
 from tmpdiff_export.placement import CPU, Batch, on, placed
 from tmpdiff_export.recipes import Recipe, Variant, stays_high_precision
 from tmpdiff_export.scales import LayerRange
+
+Item = TypeVar("Item")
 
 
 def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
@@ -174,8 +176,8 @@ def _share(found: dict[str, LayerRange], group: Sequence[str], channel_amax: dic
         found[name] = LayerRange(weight, max(amaxes) if amaxes else None, shared, weight_amax)
 
 
-def spread(batches: Sequence[Batch], limit: int | None) -> list[Batch]:
-    """At most `limit` batches, evenly over the sequence, both ends included; all of them for None."""
+def spread(batches: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` of them, evenly over the sequence, both ends included; all of them for None."""
     if limit is None or limit >= len(batches):
         return list(batches)
     return [batches[round(index)] for index in np.linspace(0, len(batches) - 1, limit)]

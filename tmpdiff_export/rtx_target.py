@@ -6,7 +6,6 @@ from pathlib import Path
 
 from engines.backends.tensorrt_rtx import COMPUTE_CAPABILITIES, TensorRtRtxEngine, require_device, version
 from engines.manifest import EngineEntry
-from tmpdiff_export.accuracy import engine_sqnr_db
 from tmpdiff_export.engine_build import EngineJob
 from tmpdiff_export.exported_graph import copy_graph
 
@@ -33,6 +32,5 @@ class RtxTarget:
         path, entry = copy_graph(
             job, folder, backend=self.backend, version=version(), device=f"compute capability {capabilities}"
         )
-        engine, check = TensorRtRtxEngine(path, entry), job.check
-        measured = engine_sqnr_db(engine, check.names, check.output, check.batches, check.references)
+        measured = job.check.sqnr_db(TensorRtRtxEngine(path, entry))
         return entry.model_copy(update={"sqnr_db": round(measured, 2)})

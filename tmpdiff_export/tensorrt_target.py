@@ -29,7 +29,6 @@ from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, PlanEntry, TensorSpec
 from engines.precision import REFERENCE, Precision
-from tmpdiff_export.accuracy import engine_sqnr_db
 from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
 from tmpdiff_export.plan_settings import BATCH, PlanSettings
 
@@ -108,9 +107,7 @@ class TensorRtTarget:
             plan, version_compatible=options.version_compatible, weight_streaming=options.weight_streaming
         ) as (engine, loaded):
             batch_size = opt_shapes[specs[0].name][0]
-            measured = engine_sqnr_db(
-                engine, check.names, check.output, check.batches, check.references, batch_size=batch_size
-            )
+            measured = check.sqnr_db(engine, batch_size)
             step_ms = latency_ms(engine, opt_shapes)
             times = layer_times(engine, loaded, opt_shapes)
         warnings = [*stored.facts.warnings]

@@ -15,7 +15,6 @@ from engines.backends import open_host
 from engines.backends.torch.library import VERSION
 from engines.errors import BuildError
 from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
-from tmpdiff_export.accuracy import engine_sqnr_db
 from tmpdiff_export.engine_build import AccuracyCheck, file_entry
 from tmpdiff_export.torch_compile import EngineModule, compile_package
 
@@ -108,7 +107,7 @@ class PackageTask:
         try:
             host.add(self.name, entry, package)
             engine = host.engine(self.name)
-            measured = engine_sqnr_db(engine, check.names, check.output, check.batches, check.references)
+            measured = check.sqnr_db(engine)
         finally:
             host.close()
         if self.weights_of is not None:

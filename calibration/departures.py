@@ -3,7 +3,7 @@
 Which picture a run draws is decided in its first steps: an error there can send it to another one, whatever the steps
 after it do. `calibration.risk` predicts how many samples that happens to, from the spread of single-step scores; a sample
 that has gone shows beyond doubt. Where one has, the same budget is allocated again with the first steps held at the
-reference, as few of them as it takes (`calibration.refine` measures it). Other steps pay: all other samples have somewhat
+reference, as few of them as it takes (`calibration.local_search` measures it). Other steps pay: all other samples have somewhat
 more E, which is little beside the E near 1 of the one that departs. The search is this project's own; docs/experiments.md
 has the evidence.
 """

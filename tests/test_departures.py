@@ -12,8 +12,8 @@ from planted import FragileLoop, FragileState
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity, calibrate
 from calibration.allocation import AllocationCosts, relative_latency
 from calibration.departures import sparing
+from calibration.local_search import Refinement, refine
 from calibration.metrics import departed
-from calibration.refine import Refinement, refine
 from calibration.scores import Contributions
 
 LATENCIES_MS = {"fp16": 2.0, "int8": 1.0}

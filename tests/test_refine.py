@@ -14,8 +14,8 @@ from planted import Counted, Interrupted, PlantedEvaluator, PoolHere
 from calibration import ErrorBudget, HighSteps, LatencyBudget, calibrate, open_journal
 from calibration.allocation import AllocationCosts, relative_latency
 from calibration.journal import Journal
+from calibration.local_search import beats, refine
 from calibration.measurements import Measurements
-from calibration.refine import beats, refine
 
 STEPS = 8
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.0, "int4": 3.0}

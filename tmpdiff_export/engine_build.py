@@ -18,7 +18,7 @@ from engines.engine import Engine
 from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
-from engines.precision import Precision
+from engines.precision import REFERENCE, Precision
 from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
 from tmpdiff_export.onnx_export import save_checked
 from tmpdiff_export.placement import CPU, Batch
@@ -338,9 +338,15 @@ def require_floor(name: str, entry: EngineEntry) -> None:
         BuildError: naming the measured SQNR and the floor.
     """
     if not entry.sqnr_db >= entry.sqnr_floor_db:
+        quantized = name in {precision.value for precision in Precision} - {REFERENCE.value}
+        fix = (
+            "leave this precision out of --precisions, or give more varied --prompts"
+            if quantized
+            else "the model loses too much on this backend; build with another --backend"
+        )
         raise BuildError(
             f"{name}: the built engine has an SQNR of {entry.sqnr_db:.1f} dB against FP32 torch on real inputs, "
-            f"its floor is {entry.sqnr_floor_db:.1f} dB; leave this precision out of --precisions, or give more varied --prompts"
+            f"its floor is {entry.sqnr_floor_db:.1f} dB; {fix}"
         )
 
 

@@ -124,32 +124,31 @@ def refine(
     return Refinement(search.incumbent, tuple(trial for trial in search.trials.values() if trial.errors), search.rounds)
 
 
+@dataclass
 class _Search:
-    """A search in progress.
+    """A search in progress: its arguments as in `refine`, and what it has come to.
 
     Attributes:
         incumbent: the schedule to beat.
+        left: denoiser calls that may still be spent.
         trials: every schedule entered, by itself.
         rounds: races held.
         spared: how many first steps rivals have to leave as the incumbent has them.
     """
 
-    def __init__(
-        self,
-        incumbent: Trial,
-        measure: Callable[[Schedule, int], float],
-        cost: Callable[[Schedule], int],
-        num_samples: int,
-        max_calls: int,
-        expect: Callable[[Sequence[Schedule], range], None],
-        weight: Callable[[Schedule], float],
-    ) -> None:
-        self.incumbent = incumbent
-        self.trials: dict[Schedule, Trial] = {incumbent.precisions: incumbent}
-        self.rounds = 0
-        self.spared = 0
-        self._measure, self._cost, self._expect, self._weight = measure, cost, expect, weight
-        self._num_samples, self._heats, self._left = num_samples, _heats(num_samples), max_calls
+    incumbent: Trial
+    measure: Callable[[Schedule, int], float]
+    cost: Callable[[Schedule], int]
+    num_samples: int
+    left: int
+    expect: Callable[[Sequence[Schedule], range], None]
+    weight: Callable[[Schedule], float]
+    trials: dict[Schedule, Trial] = field(default_factory=dict)
+    rounds: int = 0
+    spared: int = 0
+
+    def __post_init__(self) -> None:
+        self.trials[self.incumbent.precisions] = self.incumbent
 
     def spare(self, spares: Iterable[tuple[int, Schedule]]) -> None:
         """Has the incumbent give way to the best of `spares`, see `refine`."""
@@ -157,13 +156,13 @@ class _Search:
         for first, schedule in spares:
             if schedule in self.trials:
                 continue
-            if self._num_samples * self._cost(schedule) > self._left_for_others():
+            if self.num_samples * self.cost(schedule) > self._left_for_others():
                 break
             self._run_all(self.incumbent)
             _, last = tried[-1]
             if not departed(np.array(last.errors)):
                 break
-            trial = Trial(schedule, f"spares the first {first}", self._weight(schedule))
+            trial = Trial(schedule, f"spares the first {first}", self.weight(schedule))
             self.trials[schedule] = trial
             self._run_all(trial)
             tried.append((first, trial))
@@ -173,21 +172,22 @@ class _Search:
     def race(self, rivals: Iterable[tuple[str, Schedule]]) -> bool:
         """Races rivals against the incumbent; whether one of them has taken its place."""
         kept = self.incumbent.precisions[: self.spared]
-        racing = _fresh((rival for rival in rivals if rival[1][: self.spared] == kept), self.trials, self._weight)
-        costs = [self._cost(trial.precisions) for trial in racing]
-        racing = racing[: _affordable(costs, self._heats, self._left_for_others())]
+        racing = _fresh((rival for rival in rivals if rival[1][: self.spared] == kept), self.trials, self.weight)
+        costs = [self.cost(trial.precisions) for trial in racing]
+        heats = _heats(self.num_samples)
+        racing = racing[: _affordable(costs, heats, self._left_for_others())]
         if not racing:
             return False
         self.rounds += 1
         self.trials |= {trial.precisions: trial for trial in racing}
         self._run_all(self.incumbent)
-        for samples in self._heats:
-            self._expect([trial.precisions for trial in racing], range(len(racing[0].errors), samples))
+        for samples in heats:
+            self.expect([trial.precisions for trial in racing], range(len(racing[0].errors), samples))
             for trial in racing:
                 self._run(trial, samples)
             # stable: of equal ones the more promising
             racing.sort(key=lambda trial: (self._lost(trial), _level(trial.weighed())))
-            if samples < self._num_samples:
+            if samples < self.num_samples:
                 racing = racing[: _survivors(len(racing))]
         best = racing[0]
         if self._lost(best) or not beats(best.weighed(), self.incumbent.weighed()):
@@ -197,17 +197,17 @@ class _Search:
 
     def _left_for_others(self) -> int:
         """Denoiser calls that are left when the incumbent has run."""
-        return self._left - (0 if self.incumbent.errors else self._num_samples * self._cost(self.incumbent.precisions))
+        return self.left - (0 if self.incumbent.errors else self.num_samples * self.cost(self.incumbent.precisions))
 
     def _run_all(self, trial: Trial) -> None:
-        if len(trial.errors) < self._num_samples:
-            self._expect([trial.precisions], range(len(trial.errors), self._num_samples))
-            self._run(trial, self._num_samples)
+        if len(trial.errors) < self.num_samples:
+            self.expect([trial.precisions], range(len(trial.errors), self.num_samples))
+            self._run(trial, self.num_samples)
 
     def _run(self, trial: Trial, samples: int) -> None:
         while len(trial.errors) < samples:
-            self._left -= self._cost(trial.precisions)
-            trial.errors.append(self._measure(trial.precisions, len(trial.errors)))
+            self.left -= self.cost(trial.precisions)
+            trial.errors.append(self.measure(trial.precisions, len(trial.errors)))
 
     def _lost(self, trial: Trial) -> int:
         """How many samples more than the incumbent it sends to another picture, of those it ran on."""

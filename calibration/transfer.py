@@ -105,7 +105,7 @@ def carried_weights(table: SamplerTable) -> np.ndarray:
     Raises:
         TransferError: a step does not use its own output.
     """
-    own = np.array([dict(row.outputs).get(index, 0.0) for index, row in enumerate(table.rows)])
+    own = table.own_coefficients()
     if not own.all():
         raise TransferError(
             f"step {int(np.flatnonzero(own == 0)[0])} of {table.scheduler} does not use its own model output, so that its "

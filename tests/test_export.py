@@ -224,7 +224,7 @@ def test_an_interrupted_build_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bundle_build._Build, stage, interrupt)
-    monkeypatch.setattr(bundle_build._Build, "_gather", lambda self: ([], [], []))
+    monkeypatch.setattr(bundle_build._Build, "_gather", lambda self: ([], []))
     order = ["_tokenizers", "_text_encoder", "_vae", "_export_denoiser"]
     for before in order[: order.index(stage)]:
         monkeypatch.setattr(bundle_build._Build, before, lambda *_: None)

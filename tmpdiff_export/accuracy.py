@@ -43,8 +43,7 @@ def step_sizes(table: SamplerTable) -> np.ndarray:
 
     In units of the denoiser's input: schedulers differ in how they scale the latents.
     """
-    own = [dict(row.outputs).get(k, 0.0) for k, row in enumerate(table.rows)]
-    return np.abs(own) * table.input_scale
+    return np.abs(table.own_coefficients()) * table.input_scale
 
 
 def torch_outputs(module: torch.nn.Module, batches: Sequence[Batch], device: str = CPU) -> list[np.ndarray]:

@@ -149,7 +149,7 @@ class _Build:
         self.built: dict[str, BuiltEngine] = {}
 
     def run(self) -> Manifest:
-        range_batches, check_batches, weights = self._gather()
+        range_batches, check_batches = self._gather()
         sampler_path = self.bundle / "sampler.json"
         atomic_write_text(sampler_path, self.table.to_json())
         source, options = self.source, self.options
@@ -157,7 +157,7 @@ class _Build:
         texts = self._tokenizers()
         self._text_encoder(texts)
         self._vae(check_batches)
-        start_denoisers = self._export_denoiser(range_batches, check_batches, weights)
+        start_denoisers = self._export_denoiser(range_batches, check_batches)
         start_denoisers(item for item in options.precisions if not (options.share_weights and item is REFERENCE))
         if options.share_weights:
             self._wait_for(options.share_weights.value)  # which of its variants is kept
@@ -202,9 +202,8 @@ class _Build:
     def _range_prompts(self) -> tuple[str, ...]:
         return self.options.prompts[: min(RANGE_PROMPTS, len(self.options.prompts) - 1)]
 
-    def _gather(self) -> tuple[list[Batch], list[Batch], list[Batch]]:
-        """Denoiser inputs of real runs: some for the ranges, those of the last prompt for the check, and, in batches of
-        one tensor [B], what the rows of the latter count for."""
+    def _gather(self) -> tuple[list[Batch], list[Batch]]:
+        """Denoiser inputs of real runs: some for the ranges, those of the last prompt for the check."""
         prompts = (*self._range_prompts(), self.options.prompts[-1])
         steps = self.table.num_steps
         seen = 0
@@ -217,14 +216,7 @@ class _Build:
         batches = gather_batches(
             self.source, prompts, self.options.num_steps, self.options.seed, on_step, self.options.range_device
         )
-        checks = batches[-steps:]
-        sizes = step_sizes(self.table)
-        weights = [(torch.full((len(check[0]),), size),) for check, size in zip(checks, sizes, strict=True)]
-        return (
-            spread(batches[:-steps], RANGE_BATCHES),
-            spread(checks, CHECK_BATCHES),
-            spread(weights, CHECK_BATCHES),
-        )
+        return spread(batches[:-steps], RANGE_BATCHES), spread(batches[-steps:], CHECK_BATCHES)
 
     def _add(self, name: str, engine: StartedEngine) -> None:
         """Takes note of an engine, and finishes those that are made."""
@@ -249,7 +241,7 @@ class _Build:
             self._finish_ready()
 
     def _export_denoiser(
-        self, range_batches: Sequence[Batch], check_batches: Sequence[Batch], weights: Sequence[Batch]
+        self, range_batches: Sequence[Batch], check_batches: Sequence[Batch]
     ) -> Callable[[Iterable[Precision]], None]:
         """Exports the denoiser; what is returned starts its engines."""
         family, source = self.source.family, self.source
@@ -259,6 +251,8 @@ class _Build:
         inputs = family.export_inputs(range_batches[0])
         graph = self._export(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, half=True)
         device = self.options.range_device
+        sizes = spread(step_sizes(self.table).tolist(), CHECK_BATCHES)  # of the steps that the check's batches are from
+        weights = [(torch.full((len(batch[0]),), size),) for batch, size in zip(check_batches, sizes, strict=True)]
         check = AccuracyCheck.of(
             module,
             list(family.inputs),

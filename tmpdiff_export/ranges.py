@@ -176,11 +176,11 @@ def _share(found: dict[str, LayerRange], group: Sequence[str], channel_amax: dic
         found[name] = LayerRange(weight, max(amaxes) if amaxes else None, shared, weight_amax)
 
 
-def spread(batches: Sequence[Item], limit: int | None) -> list[Item]:
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
     """At most `limit` of them, evenly over the sequence, both ends included; all of them for None."""
-    if limit is None or limit >= len(batches):
-        return list(batches)
-    return [batches[round(index)] for index in np.linspace(0, len(batches) - 1, limit)]
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[round(index)] for index in np.linspace(0, len(items) - 1, limit)]
 
 
 def _array(tensor: torch.Tensor | None) -> Any:

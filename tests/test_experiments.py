@@ -272,6 +272,10 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
     assert quality["data"]["uniform"]["fp16"]["error"] == [[0.0, 0.0]]
     assert {goal["verdict"] for goal in quality["goals"]} <= {"met", "missed", "not distinguishable"}
     assert len(quality["goals"]) == 3 * 3 * 2  # K, metrics, two goals each
+    redrawn = command("quality", "--redraw", tmp_path / "quality.json")
+    for count, entry in quality["findings"]["int8"]["counts"].items():
+        ratio = entry["search"]["error"]["scores alone"]["value"]
+        assert f"int8, K = {count}: the search's schedule over that of scores alone: E x {ratio:.2f}" in redrawn.stdout
 
     done = command("risk", tmp_path / "additivity.json", tmp_path / "quality.json")
     assert done.returncode == 0, done.stderr

@@ -134,6 +134,11 @@ def analyse(content: dict[str, Any]) -> Analysis:
                 "search": {metric: _against(rows[OURS], {BY_SCORES: rows[BY_SCORES]}, metric) for metric in metrics},
             }
             findings[precision]["counts"][count] = entry
+            search = {metric: found[BY_SCORES]["value"] for metric, found in entry["search"].items() if found}
+            notes.append(
+                f"{label(precision, setting['backend'])}, K = {count}: the search's schedule over that of scores alone: "
+                + ", ".join(f"{metrics[metric]} x {value:.2f}" for metric, value in search.items())
+            )
             for metric, symbol in metrics.items():
                 goals += _goals(
                     f"{label(precision, setting['backend'])}, K = {count}, {symbol}", entry["against"][metric]

@@ -8,7 +8,7 @@ than ten medians (`calibration.metrics.limited`).
 
 A predictor turns scores into contributions c[i, p], 0 for the reference, so that a schedule z has the
 predicted error (sum over i of c[i, z_i]) ** power. Allocation needs the sum, over any number of precisions;
-the power, 1 but for the last predictor, changes no ranking. There are four, and validation decides which
+the power, 1 but for the last two predictors, changes no ranking. There are five, and validation decides which
 one describes the model best:
 
 - "downcast": c = d. Exact when errors of different steps are uncorrelated.
@@ -24,6 +24,15 @@ one describes the model best:
   Errors that point the same way add up before they are squared, so that E goes with the square of the sum,
   and the u (each the slope of E at its upper end) add up to twice E(all p); uncorrelated errors give power
   1 and the predictor above. Still exact at every uniform schedule, and its slope there is right too.
+- "mixed-power": c in proportion to (d - floor + u) / 2, with a power as above. Downcasts are right where few steps are
+  low, upcasts where nearly all are: to second order, with z[i] = 1 where step i is at p,
+
+      E(z) = floor + sum of a[i] z[i] + sum over i < j of b[i, j] z[i] z[j]
+
+  so that d[i] = floor + a[i], u[i] = a[i] + sum over j of b[i, j], and E(all p) = floor + sum of (d - floor + u) / 2.
+  The last equation gives the floor: what any change costs, however small, as all later steps round otherwise after it.
+  It is in every downcast and only once in E. After the last step nothing rounds otherwise, so that its downcast has none.
+  The expansion is this project's own (docs/experiments.md, "Additivity", has what it is worth).
 
 What E of samples at another picture adds, `calibration.risk` predicts; allocation gets both.
 
@@ -46,7 +55,7 @@ from calibration.measurements import Measurements, level
 METHODS = ("bisection", "sweep")
 Direction = Literal["downcast", "upcast"]
 DIRECTIONS: tuple[Direction, ...] = ("downcast", "upcast")
-PREDICTORS = ("downcast", "downcast-rescaled", "upcast", "upcast-power")
+PREDICTORS = ("downcast", "downcast-rescaled", "upcast", "upcast-power", "mixed-power")
 POWERS = (0.5, 2.0)
 """Range of the power: 2 is full correlation; below 1, errors of different steps cancel."""
 
@@ -147,23 +156,37 @@ def contributions(
     """
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor is {predictor!r}, expected one of {', '.join(PREDICTORS)}")
-    direction, _, variant = predictor.partition("-")
-    clipped = {name: np.maximum(curves[direction, name], 0.0) for name in precisions[1:]}
+    low, direction = precisions[1:], predictor.partition("-")[0]
+    clipped = {key: np.maximum(found, 0.0) for key, found in curves.items() if key[1] in low}
+    if direction == "mixed":
+        scores = {name: _mixed(clipped["downcast", name], clipped["upcast", name], totals[name]) for name in low}
+    else:
+        scores = {name: clipped[direction, name] for name in low}
     power = 1.0
-    whole = sum(totals[name] for name in clipped)
-    if variant == "power" and whole > 0:
-        slope = sum(float(scores.sum()) for scores in clipped.values()) / whole
-        power = min(max(slope, POWERS[0]), POWERS[1])
-    num_steps = len(next(iter(clipped.values())))
-    columns = [np.zeros(num_steps)]
-    for name, scores in clipped.items():
-        if predictor != "downcast":
-            total = float(scores.sum())
-            # without any positive score there is nothing to share out by: all steps alike
-            shares = scores / total if total > 0 else np.full(num_steps, 1 / num_steps)
-            scores = totals[name] ** (1 / power) * shares
-        columns.append(scores)
-    return Contributions(np.stack(columns, axis=1), power)
+    if predictor.endswith("-power"):
+        whole = sum(float(scores[name].sum()) if direction == "mixed" else totals[name] for name in low)
+        slope = sum(float(clipped["upcast", name].sum()) for name in low)
+        power = min(max(slope / whole, POWERS[0]), POWERS[1]) if whole > 0 else 1.0
+    if predictor != "downcast":
+        scores = {name: _shared_out(totals[name] ** (1 / power), found) for name, found in scores.items()}
+    num_steps = len(next(iter(scores.values())))
+    return Contributions(np.stack([np.zeros(num_steps), *scores.values()], axis=1), power)
+
+
+def _mixed(downcast: np.ndarray, upcast: np.ndarray, total: float) -> np.ndarray:
+    """(d - floor + u) / 2 of non-negative scores, float64 [T]; the floor is at least 0 and at most the least d."""
+    above = downcast.copy()
+    before = above[:-1]
+    if len(before) > 2:
+        excess = float((downcast + upcast).sum()) / 2 - total
+        before -= min(max(excess / (len(before) / 2 - 1), 0.0), float(before.min()))
+    return (above + upcast) / 2
+
+
+def _shared_out(total: float, scores: np.ndarray) -> np.ndarray:
+    """`total` in proportion to the scores; without any positive one there is nothing to go by: all steps alike."""
+    whole = float(scores.sum())
+    return total * (scores / whole if whole > 0 else np.full(len(scores), 1 / len(scores)))
 
 
 def predict(contributions: Contributions, precisions: tuple[str, ...], schedule: tuple[str, ...]) -> float:

@@ -206,17 +206,29 @@ def test_an_error_budget_that_cannot_be_met_keeps_the_measurements(tmp_path):
     assert result.sensitivity.scores == run(budget=LatencyBudget(0.4)).sensitivity.scores
 
 
-def test_correlated_errors_are_predicted_by_the_upcast_score():
+def test_correlated_errors_are_predicted_by_powers():
     found = run(loop(correlation=1.0), validation=loop(seed=1, correlation=1.0), method="sweep").sensitivity
     figures = {record.predictor: record for record in found.fit}
-    assert found.predictor == "upcast-power"
+    assert found.predictor == "mixed-power"
     assert figures["upcast"].r2 > figures["downcast"].r2
-    assert figures["upcast-power"].r2 > 0.98
-    assert figures["upcast-power"].ratio == pytest.approx(1, abs=0.2)
+    for predictor in ("upcast-power", "mixed-power"):
+        assert figures[predictor].r2 > 0.98
+        assert figures[predictor].ratio == pytest.approx(1, abs=0.2)
     assert figures["downcast"].ratio < 0.6, "the plain sum is too low"
     assert 0.5 < found.predicted_error / found.measured_error < 2
     assert len(found.fit_points) == 8
     assert found.fit_samples == "validation"
+
+
+@pytest.mark.parametrize("correlation", [0.3, 0.6])
+def test_partly_correlated_errors_are_predicted_by_both_scores_together(correlation):
+    validation = loop(seed=1, correlation=correlation)
+    found = run(loop(correlation=correlation), validation=validation, method="sweep").sensitivity
+    figures = {record.predictor: record for record in found.fit}
+    assert found.predictor == "mixed-power"
+    assert figures["mixed-power"].r2 > 0.998
+    assert figures["mixed-power"].ratio == pytest.approx(1, abs=0.05)
+    assert all(figure.r2 < 0.995 for name, figure in figures.items() if name != "mixed-power")
 
 
 def test_uncorrelated_errors_are_predicted_exactly():

@@ -8,7 +8,8 @@ from planted import Counted, PlantedEvaluator
 
 from calibration.journal import Journal
 from calibration.measurements import Measurements
-from calibration.scores import contributions, measure_scores, predict, sweep_calls
+from calibration.scores import PREDICTORS, contributions, measure_scores, predict, sweep_calls
+from calibration.statistics import r_squared
 from engines.errors import TmpDiffError
 
 STEPS = 12
@@ -116,6 +117,9 @@ def test_predictors_are_exact_where_they_say():
         shares = found.values[:, 2] / found.values[0, 2]
         scores = curves[predictor.partition("-")[0], "int4"]
         np.testing.assert_allclose(shares, scores / scores[0], err_msg="the ranking stays")
+    found = contributions("mixed-power", names, curves, totals)
+    for name in names:
+        assert predict(found, names, (name,) * STEPS) == pytest.approx(totals[name])
 
 
 def test_power_predictor_follows_correlated_and_uncorrelated_errors():
@@ -133,6 +137,54 @@ def test_power_predictor_follows_correlated_and_uncorrelated_errors():
     assert predict(plain, names, schedule) > 2 * truth, "what the power puts right"
 
 
+def second_order(generator, floor, coupling):
+    """E by bool [N, T] (True: low) of a denoiser that is exactly of second order; its scores, own terms and E(all low)."""
+    own, partner = generator.uniform(0.5, 2, STEPS), coupling * generator.uniform(0.5, 2, STEPS)
+    couplings = np.outer(partner, partner)
+    np.fill_diagonal(couplings, 0)
+
+    def error(low):
+        return floor * low.any(axis=1) + low @ own + ((low @ couplings) * low).sum(axis=1) / 2
+
+    one = np.eye(STEPS, dtype=bool)
+    one[-1] = False
+    downcast = error(one)
+    downcast[-1] = own[-1]  # nothing rounds otherwise after the last step
+    total = float(error(np.ones((1, STEPS), dtype=bool))[0])
+    upcast = total - error(~np.eye(STEPS, dtype=bool))
+    return error, {("downcast", "int8"): downcast, ("upcast", "int8"): upcast}, own, total
+
+
+def test_mixed_predictor_finds_the_floor_and_the_levels_between_the_ends():
+    generator = np.random.default_rng(0)
+    names = ("fp16", "int8")
+    for floor, coupling in ((0.0, 0.0), (3.0, 0.0), (0.0, 0.5), (3.0, 0.3)):
+        error, curves, own, total = second_order(generator, floor, coupling)
+        found = contributions("mixed-power", names, curves, {"fp16": 0.0, "int8": total})
+        middle = (own + curves["upcast", "int8"]) / 2
+        np.testing.assert_allclose(found.values[:, 1] / found.values[:, 1].sum(), middle / middle.sum(), rtol=1e-9)
+        low = generator.random((200, STEPS)) < generator.uniform(0.2, 0.8, (200, 1))
+        low = low[low.any(axis=1)]
+        truth = error(low)
+        agreement = {}
+        for predictor in PREDICTORS:
+            found = contributions(predictor, names, curves, {"fp16": 0.0, "int8": total})
+            agreement[predictor] = r_squared((low @ found.values[:, 1]) ** found.power, truth)
+        assert agreement["mixed-power"] > 0.995, (floor, coupling, agreement)
+        assert agreement["mixed-power"] >= max(agreement.values()) - 2e-3, (floor, coupling, agreement)
+        if floor == 3.0:
+            assert agreement["downcast"] < agreement["mixed-power"], "the floor is in every downcast"
+
+
+def test_mixed_predictor_of_uncorrelated_errors_is_that_of_downcasts():
+    names, scores = ("fp16", "int8"), np.linspace(1, 4, STEPS)
+    curves = {(direction, "int8"): scores for direction in ("downcast", "upcast")}
+    totals = {"fp16": 0.0, "int8": float(scores.sum())}
+    found = contributions("mixed-power", names, curves, totals)
+    assert found.power == pytest.approx(1)
+    np.testing.assert_allclose(found.values[:, 1], scores)
+
+
 def test_negative_scores_pay_nothing():
     names = ("fp16", "int8")
     curves = {
@@ -143,6 +195,7 @@ def test_negative_scores_pay_nothing():
     np.testing.assert_array_equal(contributions("downcast", names, curves, totals).values[:, 1], [1, 0, 3])
     np.testing.assert_allclose(contributions("downcast-rescaled", names, curves, totals).values[:, 1], [1.5, 0, 4.5])
     np.testing.assert_allclose(contributions("upcast", names, curves, totals).values[:, 1], [2, 2, 2])
+    assert contributions("mixed-power", names, curves, totals).values[1, 1] == 0
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

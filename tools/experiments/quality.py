@@ -246,9 +246,8 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
             _latency_axis(rows[0][column], ratio, setting["num_steps"])
         else:
             rows[0][column].text(
-                0.98, 0.97, "no speed-up on this machine", transform=rows[0][column].transAxes, ha="right", va="top",
-                fontsize=8,
-            )  # fmt: skip
+                0.02, 0.03, "no speed-up on this machine", transform=rows[0][column].transAxes, fontsize=8
+            )
     for row, words in enumerate(shown.values()):
         rows[row][0].set_ylabel(words)
     figure.legend(

@@ -7,7 +7,7 @@ spread K and random K; with more, the precisions fill the favoured positions fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -46,8 +46,17 @@ def shuffled(pool: Sequence[str], generator: np.random.Generator) -> tuple[str, 
     return tuple(pool[index] for index in generator.permutation(len(pool)))
 
 
+RULES: dict[str, Callable[[Sequence[str]], tuple[str, ...]]] = {
+    "first K": first,
+    "last K": last,
+    "both ends": both_ends,
+    "evenly spread": evenly_spread,
+}
+"""The fixed rules by name; each takes a pool."""
+
+
 def fixed_rules(schedule: Sequence[str], precisions: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The fixed rules with the step counts of a schedule, by name.
+    """The fixed rules with the step counts of a schedule, by name and count ("first 8").
 
     Args:
         schedule: one name per step.
@@ -55,12 +64,7 @@ def fixed_rules(schedule: Sequence[str], precisions: Sequence[str]) -> dict[str,
     """
     pool = sorted(schedule, key=list(precisions).index)
     count = pool.count(precisions[0])
-    return {
-        f"first {count}": first(pool),
-        f"last {count}": last(pool),
-        f"both ends {count}": both_ends(pool),
-        f"evenly spread {count}": evenly_spread(pool),
-    }
+    return {f"{name.removesuffix(' K')} {count}": rule(pool) for name, rule in RULES.items()}
 
 
 def _place(pool: Sequence[str], positions: Sequence[int]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from calibration.baselines import fixed_rules
+from calibration.baselines import RULES
 from calibration.costs import AllocationCosts, relative_latency
 from calibration.pareto import Allocation
 from calibration.scores import Contributions, predict
@@ -67,11 +67,12 @@ def rule_schedules(
     num_steps = len(found.values)
     for count in range(1, num_steps):
         pool = (reference,) * count + (low,) * (num_steps - count)
-        for name, schedule in fixed_rules(pool, precisions).items():
+        for name, rule in RULES.items():
+            schedule = rule(pool)
             latency = relative_latency(schedule, latencies_ms, reference, costs)
             allocation = Allocation(schedule, predict(found, precisions, schedule), latency)
-            rules.setdefault(name.removesuffix(f" {count}"), []).append(allocation)
-    return {name: sorted(rule, key=lambda schedule: schedule.latency) for name, rule in rules.items()}
+            rules.setdefault(name, []).append(allocation)
+    return {name: sorted(found, key=lambda schedule: schedule.latency) for name, found in rules.items()}
 
 
 def fastest_meeting(

@@ -166,6 +166,21 @@ def test_quality_budget_is_met_by_measurement_on_unseen_samples(metric):
     assert "validation: quality" in result.calls
 
 
+def test_quality_budget_takes_a_fixed_rule_where_scores_mislead():
+    options = {"validation": loop(seed=1, scale=np.geomspace(8, 0.1, STEPS)), "decode": picture}
+    others_err_early = run(budget=HighSteps(4), **options).sensitivity
+    rule = next(row for row in others_err_early.validation if row.name == "first 4")
+    found = run(budget=QualityBudget("ssim", rule.ssim), **options).sensitivity
+    assert "by the rule 'first K'" in found.budget
+    high = [name == "fp16" for name in found.schedule]
+    assert high == sorted(high, reverse=True), "first steps at the reference"
+    assert found.validation[0].ssim >= rule.ssim
+    assert found.predicted_latency <= rule.latency
+    plain = relative_latency(found.schedule, LATENCIES_MS, "fp16", AllocationCosts())
+    assert found.predicted_latency == pytest.approx(plain)
+    assert found.refinement is None
+
+
 def test_swaps_are_charged_and_engines_limited():
     free = run(budget=LatencyBudget(0.7)).sensitivity
     assert len(set(free.schedule)) == 2

@@ -33,13 +33,8 @@ def rule_points(found: Sensitivity, precision: str) -> dict[str, list[tuple[floa
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in LOOKS}
     for count in range(found.num_steps + 1):
         pool = (found.precisions[0],) * count + (precision,) * (found.num_steps - count)
-        schedules = {
-            "first K": [baselines.first(pool)],
-            "last K": [baselines.last(pool)],
-            "both ends": [baselines.both_ends(pool)],
-            "evenly spread": [baselines.evenly_spread(pool)],
-            "random": [baselines.shuffled(pool, generator) for _ in range(DRAWS)],
-        }
+        schedules = {name: [rule(pool)] for name, rule in baselines.RULES.items()}
+        schedules["random"] = [baselines.shuffled(pool, generator) for _ in range(DRAWS)]
         for name, drawn in schedules.items():
             errors = [error for schedule in drawn if (error := prediction.error(schedule)) is not None]
             latencies = [prediction.latency(schedule) for schedule in drawn]

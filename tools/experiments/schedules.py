@@ -29,12 +29,7 @@ def high_steps(patterns: Sequence[str]) -> np.ndarray:
 def fixed_rules(num_steps: int, count: int) -> dict[str, str]:
     """The baselines with `count` steps at the reference, by name."""
     pool = HIGH * count + LOW * (num_steps - count)
-    return {
-        "first K": "".join(baselines.first(pool)),
-        "last K": "".join(baselines.last(pool)),
-        "both ends": "".join(baselines.both_ends(pool)),
-        "evenly spread": "".join(baselines.evenly_spread(pool)),
-    }
+    return {name: "".join(rule(pool)) for name, rule in baselines.RULES.items()}
 
 
 def random_patterns(num_steps: int, count: int, draws: int) -> tuple[str, ...]:

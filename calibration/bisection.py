@@ -4,8 +4,10 @@ A pure search: it knows a callable and a number of steps, nothing of engines. Ou
 of the idea named in TMPDiff (arXiv 2603.14062), built for what score curves look like: smooth on a
 log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an end.
 
-1. Evaluate both ends and the middle.
-2. Where an end towers over its nearest evaluated neighbour, evaluate the step beside it, so that a
+1. Evaluate both ends, the middle, and the step before the last, which costs two denoiser calls: which of the last two
+   steps has the spike is a matter of the scheduler. Flow matching in few steps ends with one too short to matter, after
+   the one that matters most (docs/experiments.md, "Rank deviation").
+2. Where the first step towers over its nearest evaluated neighbour, evaluate the one beside it, so that a
    spike of one step does not lift the interpolation of the steps next to it.
 3. Between evaluated steps, interpolate the log score with a monotone cubic (PCHIP; Fritsch and Butland,
    SIAM J. Sci. Stat. Comput. 5, 1984) and estimate how far the truth may stray: from the interval's rise,
@@ -40,7 +42,7 @@ FLOOR = 1e-4
 zero or negative can be ranked at random without a visible effect on the error."""
 
 STEEP = math.log(3.0)
-"""An end higher than its nearest evaluated neighbour by more than this (in log score) may be a spike."""
+"""A first step higher than its nearest evaluated neighbour by more than this (in log score) may be a spike."""
 
 RISE, CURVATURE, ROUGHNESS = 0.25, 1.0, 0.05
 """Possible deviation in the middle of an interval, in log score: RISE * difference between its ends
@@ -112,7 +114,7 @@ def adaptive_bisection(
         values[step] = _evaluate(evaluate, step)
     settled = False
     while len(values) < budget:
-        beside = _beside_steep_end(values, known)
+        beside = _beside_end(values, known)
         if beside is None:
             step, expected_deviation = _most_uncertain(values, known)
             if expected_deviation <= SETTLED * num_steps and len(values) >= MIN_EVALUATIONS:
@@ -170,13 +172,12 @@ def _interpolate(steps: np.ndarray, logs: np.ndarray, known: np.ndarray) -> np.n
     return np.asarray(PchipInterpolator(steps, logs)(np.arange(len(known)))) + known
 
 
-def _beside_steep_end(values: dict[int, float], known: np.ndarray) -> int | None:
-    """The step beside the higher end interval that is steep and open, if there is one."""
+def _beside_end(values: dict[int, float], known: np.ndarray) -> int | None:
+    """The step before the last, then the one after the first if that is steep; None once they are evaluated."""
+    if len(known) - 2 not in values:
+        return len(known) - 2
     _, logs = _logs(values, known)
-    for rise, beside in ((logs[-1] - logs[-2], len(known) - 2), (logs[0] - logs[1], 1)):
-        if rise > STEEP and beside not in values:
-            return beside
-    return None
+    return 1 if logs[0] - logs[1] > STEEP and 1 not in values else None
 
 
 def _most_uncertain(values: dict[int, float], known: np.ndarray) -> tuple[int, float]:

@@ -45,6 +45,15 @@ def spiked_end(rng: np.random.Generator, num_steps: int) -> np.ndarray:
     return curve
 
 
+def short_last_step(rng: np.random.Generator, num_steps: int) -> np.ndarray:
+    """A rise to a spike at the step before the last, whose successor is 0.5 to 2 decades below it: flow matching."""
+    curve = np.exp(rng.uniform(0.3, 1.5) * DECADE * _positions(num_steps) ** rng.uniform(1, 4))
+    if num_steps > 2:
+        curve[-2] *= 10 ** rng.uniform(0.3, 1)
+        curve[-1] = curve[-2] / 10 ** rng.uniform(0.5, 2)
+    return curve
+
+
 def bump(rng: np.random.Generator, num_steps: int) -> np.ndarray:
     """A slope with a wide bump somewhere in the interior."""
     x, logs = _positions(num_steps), np.log(monotone(rng, num_steps)) / 2
@@ -83,7 +92,7 @@ def interior_spike(rng: np.random.Generator, num_steps: int) -> np.ndarray:
 
 
 SMOOTH_CURVES: dict[str, Curve] = {
-    curve.__name__: curve for curve in (monotone, u_shaped, spiked_end, bump, smooth, flat)
+    curve.__name__: curve for curve in (monotone, u_shaped, spiked_end, short_last_step, bump, smooth, flat)
 }
 ROUGH_CURVES: dict[str, Curve] = {curve.__name__: curve for curve in (noisy, plateau, interior_spike)}
 

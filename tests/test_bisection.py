@@ -111,6 +111,14 @@ def test_spike_at_an_end_does_not_lift_its_neighbours(mirror):
     np.testing.assert_allclose(search.scores, truth, rtol=0.4)
 
 
+def test_the_step_before_the_last_is_never_interpolated():
+    for curve in draws("short_last_step", 20):
+        search, asked = searched(curve)
+        assert asked[3] == 18
+        assert int(np.argmax(search.scores)) == 18
+        assert searched(curve, max_evaluations=3)[1] == asked[:3], "a smaller budget is kept"
+
+
 def test_spike_of_one_interior_step_is_for_the_full_sweep():
     truth = np.geomspace(1, 0.1, 20)
     truth[7] = 5.0

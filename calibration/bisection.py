@@ -2,10 +2,10 @@
 
 A pure search: it knows a callable and a number of steps, nothing of engines. Our own reconstruction
 of the idea named in TMPDiff (arXiv 2603.14062), built for what score curves look like: smooth on a
-log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an end.
+log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an end or one step before the last.
 
-1. Evaluate both ends, the middle, and the step before the last, which costs two denoiser calls: which of the last two
-   steps has the spike is a matter of the scheduler. Flow matching in few steps ends with one too short to matter, after
+1. Evaluate both ends, the middle, and the step before the last, which costs two denoiser calls a sample: which of the last
+   two steps has the spike is a matter of the scheduler. Flow matching in few steps ends with one too short to matter, after
    the one that matters most (docs/experiments.md, "Rank deviation").
 2. Where the first step towers over its nearest evaluated neighbour, evaluate the one beside it, so that a
    spike of one step does not lift the interpolation of the steps next to it.
@@ -16,7 +16,7 @@ log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an
    Bisect the interval where that sum is largest; stop when the mean over steps is small, or at a budget.
 
 What is guaranteed: no step is evaluated twice, evaluated scores are reported as they came, and both ends
-are right. What is not: a spike of a single step in the interior is found only if it is hit (its
+and, with a budget above three, the step before the last are right. What is not: a spike of a single step in the interior is found only if it is hit (its
 neighbours do not show it), and the edge of a plateau is located to within an interval. `full_sweep` has
 neither limit.
 
@@ -110,11 +110,11 @@ def adaptive_bisection(
             f"both ends and the middle of {num_steps} steps come first"
         )
     values: dict[int, float] = {}
-    for step in dict.fromkeys((0, num_steps - 1, (num_steps - 1) // 2)):
+    for step in list(dict.fromkeys((0, num_steps - 1, (num_steps - 1) // 2, max(num_steps - 2, 0))))[:budget]:
         values[step] = _evaluate(evaluate, step)
     settled = False
     while len(values) < budget:
-        beside = _beside_end(values, known)
+        beside = _beside_steep_first(values, known)
         if beside is None:
             step, expected_deviation = _most_uncertain(values, known)
             if expected_deviation <= SETTLED * num_steps and len(values) >= MIN_EVALUATIONS:
@@ -172,10 +172,8 @@ def _interpolate(steps: np.ndarray, logs: np.ndarray, known: np.ndarray) -> np.n
     return np.asarray(PchipInterpolator(steps, logs)(np.arange(len(known)))) + known
 
 
-def _beside_end(values: dict[int, float], known: np.ndarray) -> int | None:
-    """The step before the last, then the one after the first if that is steep; None once they are evaluated."""
-    if len(known) - 2 not in values:
-        return len(known) - 2
+def _beside_steep_first(values: dict[int, float], known: np.ndarray) -> int | None:
+    """The second step if the first is steep and the second not evaluated."""
     _, logs = _logs(values, known)
     return 1 if logs[0] - logs[1] > STEEP and 1 not in values else None
 

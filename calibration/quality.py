@@ -72,7 +72,7 @@ def rule_schedules(
             latency = relative_latency(schedule, latencies_ms, reference, costs)
             allocation = Allocation(schedule, predict(found, precisions, schedule), latency)
             rules.setdefault(name, []).append(allocation)
-    return {name: sorted(found, key=lambda schedule: schedule.latency) for name, found in rules.items()}
+    return {name: sorted(schedules, key=lambda allocation: allocation.latency) for name, schedules in rules.items()}
 
 
 def fastest_meeting(

@@ -24,15 +24,18 @@ one describes the model best:
   Errors that point the same way add up before they are squared, so that E goes with the square of the sum,
   and the u (each the slope of E at its upper end) add up to twice E(all p); uncorrelated errors give power
   1 and the predictor above. Still exact at every uniform schedule, and its slope there is right too.
-- "mixed-power": c in proportion to (d - floor + u) / 2, with a power as above. Downcasts are right where few steps are
-  low, upcasts where nearly all are: to second order, with z[i] = 1 where step i is at p,
+- "mixed-power": c in proportion to (d - floor + u) / 2, power = sum of all u / sum of all (d - floor + u) / 2. Downcasts
+  are right where few steps are low, upcasts where nearly all are: to second order, with z[i] = 1 where step i is at p,
 
-      E(z) = floor + sum of a[i] z[i] + sum over i < j of b[i, j] z[i] z[j]
+      E(z) = floor + sum of a[i] z[i] + sum over i < j of b[i, j] z[i] z[j]     (z not all zero)
 
-  so that d[i] = floor + a[i], u[i] = a[i] + sum over j of b[i, j], and E(all p) = floor + sum of (d - floor + u) / 2.
-  The last equation gives the floor: what any change costs, however small, as all later steps round otherwise after it.
-  It is in every downcast and only once in E. After the last step nothing rounds otherwise, so that its downcast has none.
-  The expansion is this project's own (docs/experiments.md, "Additivity", has what it is worth).
+  so that d[i] = floor + a[i], u[i] = a[i] + sum over j other than i of b[i, j], and E(all p) = floor + sum of
+  (d - floor + u) / 2. The floor is what any change costs, however small, as all later steps round otherwise after it. It is
+  in every downcast but the last step's, after which nothing rounds, and only once in E. The last equation gives it, bounded
+  by 0 and the least of those downcasts; with fewer than five steps none is taken. After a transfer, what is wrong with the
+  level of carried scores is in it, too. Predictions are shares of E(all p), in which the floor is part of the whole, so
+  that schedules of few low steps come out too low by up to the floor. The expansion is this project's own
+  (docs/experiments.md, "Additivity", has what it is worth).
 
 What E of samples at another picture adds, `calibration.risk` predicts; allocation gets both.
 
@@ -58,6 +61,9 @@ DIRECTIONS: tuple[Direction, ...] = ("downcast", "upcast")
 PREDICTORS = ("downcast", "downcast-rescaled", "upcast", "upcast-power", "mixed-power")
 POWERS = (0.5, 2.0)
 """Range of the power: 2 is full correlation; below 1, errors of different steps cancel."""
+
+FEWEST_FOR_FLOOR = 4
+"""With no more steps than that the floor of "mixed-power" would be a multiple of its equation's noise."""
 
 OnEvaluation = Callable[[int, int], None]
 """Called after every sample of an evaluation with (done, at most)."""
@@ -156,17 +162,18 @@ def contributions(
     """
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor is {predictor!r}, expected one of {', '.join(PREDICTORS)}")
-    low, direction = precisions[1:], predictor.partition("-")[0]
-    clipped = {key: np.maximum(found, 0.0) for key, found in curves.items() if key[1] in low}
-    if direction == "mixed":
-        scores = {name: _mixed(clipped["downcast", name], clipped["upcast", name], totals[name]) for name in low}
-    else:
-        scores = {name: clipped[direction, name] for name in low}
-    power = 1.0
-    if predictor.endswith("-power"):
-        whole = sum(float(scores[name].sum()) if direction == "mixed" else totals[name] for name in low)
-        slope = sum(float(clipped["upcast", name].sum()) for name in low)
-        power = min(max(slope / whole, POWERS[0]), POWERS[1]) if whole > 0 else 1.0
+    low, (source, _, variant) = precisions[1:], predictor.partition("-")
+    upcasts = whole = 0.0
+    scores = {}
+    for name in low:
+        if source == "mixed":
+            scores[name] = _mixed(curves["downcast", name], curves["upcast", name], totals[name])
+        else:
+            scores[name] = np.maximum(curves[source, name], 0.0)
+        if variant == "power":
+            upcasts += float(np.maximum(curves["upcast", name], 0.0).sum())
+            whole += float(scores[name].sum()) if source == "mixed" else totals[name]
+    power = min(max(upcasts / whole, POWERS[0]), POWERS[1]) if whole > 0 else 1.0
     if predictor != "downcast":
         scores = {name: _shared_out(totals[name] ** (1 / power), found) for name, found in scores.items()}
     num_steps = len(next(iter(scores.values())))
@@ -174,13 +181,14 @@ def contributions(
 
 
 def _mixed(downcast: np.ndarray, upcast: np.ndarray, total: float) -> np.ndarray:
-    """(d - floor + u) / 2 of non-negative scores, float64 [T]; the floor is at least 0 and at most the least d."""
-    above = downcast.copy()
-    before = above[:-1]
-    if len(before) > 2:
+    """(d - floor + u) / 2, negative parts of which count as 0, float64 [T]; `total` is E(all p)."""
+    floor = np.zeros(len(downcast))
+    if len(downcast) > FEWEST_FOR_FLOOR:
+        # of scores as measured: without their negative ones, noise would pass for a floor
         excess = float((downcast + upcast).sum()) / 2 - total
-        before -= min(max(excess / (len(before) / 2 - 1), 0.0), float(before.min()))
-    return (above + upcast) / 2
+        before_last = len(downcast) - 1
+        floor[:-1] = max(min(excess / (before_last / 2 - 1), float(downcast[:-1].min())), 0.0)
+    return (np.maximum(downcast - floor, 0.0) + np.maximum(upcast, 0.0)) / 2
 
 
 def _shared_out(total: float, scores: np.ndarray) -> np.ndarray:

@@ -111,12 +111,19 @@ def test_spike_at_an_end_does_not_lift_its_neighbours(mirror):
     np.testing.assert_allclose(search.scores, truth, rtol=0.4)
 
 
-def test_the_step_before_the_last_is_never_interpolated():
+def test_the_step_before_the_last_is_the_fourth_evaluated():
     for curve in draws("short_last_step", 20):
         search, asked = searched(curve)
         assert asked[3] == 18
         assert int(np.argmax(search.scores)) == 18
         assert searched(curve, max_evaluations=3)[1] == asked[:3], "a smaller budget is kept"
+
+
+def test_the_second_step_is_asked_for_where_the_first_towers():
+    level = np.linspace(1.0, 1.5, 20)
+    spiked = np.concatenate(([20.0], level[1:]))
+    assert searched(spiked)[1][4] == 1
+    assert 1 not in searched(level)[1][:5]
 
 
 def test_spike_of_one_interior_step_is_for_the_full_sweep():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
 
+from calibration.baselines import RULES
 from calibration.pareto import Allocation
 from calibration.quality import QualityBudget, fastest_meeting
 from engines.errors import BudgetError
+from tmpdiff_export.report_rules import LOOKS
 
 FRONT = tuple(Allocation(("fp16",) * k + ("int8",) * (20 - k), 0.02 * (20 - k) ** 2, 0.5 + k / 40) for k in range(21))
 
@@ -54,6 +57,12 @@ def test_a_fixed_rule_that_does_with_less_is_taken() -> None:
     assert len(asked) == len(set(asked)) <= 11
     worse = [Allocation(item.precisions, item.error, item.latency + 0.4) for item in rule]
     assert fastest_meeting(FRONT, (worse,), QualityBudget("ssim", 0.9), measure)[0] == FRONT[12]
+
+
+def test_every_rule_has_a_look_where_rules_are_drawn() -> None:
+    experiment = importlib.import_module("tools.experiments.quality")
+    assert set(RULES) == set(experiment.RULE_STYLES)
+    assert {*RULES, "random"} == set(LOOKS)
 
 
 def test_identical_pictures_meet_every_psnr() -> None:

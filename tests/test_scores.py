@@ -143,13 +143,10 @@ def second_order(generator, floor, coupling):
     couplings = np.outer(partner, partner)
     np.fill_diagonal(couplings, 0)
 
-    def error(low):
-        return floor * low.any(axis=1) + low @ own + ((low @ couplings) * low).sum(axis=1) / 2
+    def error(low):  # nothing rounds otherwise after the last step
+        return floor * low[:, :-1].any(axis=1) + low @ own + ((low @ couplings) * low).sum(axis=1) / 2
 
-    one = np.eye(STEPS, dtype=bool)
-    one[-1] = False
-    downcast = error(one)
-    downcast[-1] = own[-1]  # nothing rounds otherwise after the last step
+    downcast = error(np.eye(STEPS, dtype=bool))
     total = float(error(np.ones((1, STEPS), dtype=bool))[0])
     upcast = total - error(~np.eye(STEPS, dtype=bool))
     return error, {("downcast", "int8"): downcast, ("upcast", "int8"): upcast}, own, total
@@ -162,6 +159,7 @@ def test_mixed_predictor_finds_the_floor_and_the_levels_between_the_ends():
         error, curves, own, total = second_order(generator, floor, coupling)
         found = contributions("mixed-power", names, curves, {"fp16": 0.0, "int8": total})
         middle = (own + curves["upcast", "int8"]) / 2
+        assert found.power == pytest.approx(float(curves["upcast", "int8"].sum() / middle.sum()))
         np.testing.assert_allclose(found.values[:, 1] / found.values[:, 1].sum(), middle / middle.sum(), rtol=1e-9)
         low = generator.random((200, STEPS)) < generator.uniform(0.2, 0.8, (200, 1))
         low = low[low.any(axis=1)]
@@ -174,6 +172,48 @@ def test_mixed_predictor_finds_the_floor_and_the_levels_between_the_ends():
         assert agreement["mixed-power"] >= max(agreement.values()) - 2e-3, (floor, coupling, agreement)
         if floor == 3.0:
             assert agreement["downcast"] < agreement["mixed-power"], "the floor is in every downcast"
+
+
+def test_the_floor_keeps_to_what_can_be_one():
+    names, downcast, upcast = ("fp16", "int8"), np.array([4.0, 3, 5, 2, 6, 1]), np.array([4.0, 3, 5, 2, 6, 1])
+
+    def shares(total, downcast=downcast, upcast=upcast):
+        curves = {("downcast", "int8"): downcast, ("upcast", "int8"): upcast}
+        found = contributions("mixed-power", names, curves, {"fp16": 0.0, "int8": total}).values[:, 1]
+        return found / found.sum()
+
+    plain = downcast / downcast.sum()
+    np.testing.assert_allclose(shares(21.0), plain, err_msg="no excess, no floor")
+    np.testing.assert_allclose(shares(30.0), plain, err_msg="nor a negative one")
+    halves = np.array([2.0, 1, 3, 0, 4, 1]) + upcast  # all but the last less 2, the least of them
+    np.testing.assert_allclose(shares(1.0), halves / halves.sum(), err_msg="at most the least downcast")
+    noisy = upcast - np.array([0, 5, 0, 5, 0, 0])  # negative scores are noise, and take part in the balance
+    middle = (downcast + np.maximum(noisy, 0)) / 2
+    np.testing.assert_allclose(shares(16.0, upcast=noisy), middle / middle.sum())
+    few = (downcast[:4] + upcast[:4]) / 2
+    np.testing.assert_allclose(shares(1.0, downcast[:4], upcast[:4]), few / few.sum(), err_msg="too few steps")
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 20])
+def test_all_zero_scores_are_shared_out_evenly(num_steps):
+    names, zeros = ("fp16", "int8", "int4"), np.zeros(num_steps)
+    curves = {(direction, name): zeros for direction in ("downcast", "upcast") for name in names[1:]}
+    found = contributions("mixed-power", names, curves, {"fp16": 0.0, "int8": 2.0, "int4": 0.0})
+    assert found.power == 1.0
+    np.testing.assert_allclose(found.values[:, 1], 2.0 / num_steps)
+    np.testing.assert_array_equal(found.values[:, 2], zeros)
+
+
+def test_floors_are_those_of_each_precision():
+    names, generator = ("fp16", "int8", "int4"), np.random.default_rng(1)
+    curves, totals, middles = {}, {"fp16": 0.0}, {}
+    for name, floor in (("int8", 0.5), ("int4", 3.0)):
+        _, found, own, totals[name] = second_order(generator, floor, 0.2)
+        curves |= {(direction, name): found[direction, "int8"] for direction in ("downcast", "upcast")}
+        middles[name] = (own + curves["upcast", name]) / 2
+    found = contributions("mixed-power", names, curves, totals)
+    for column, middle in zip(found.values.T[1:], middles.values(), strict=True):
+        np.testing.assert_allclose(column / column.sum(), middle / middle.sum(), rtol=1e-9)
 
 
 def test_mixed_predictor_of_uncorrelated_errors_is_that_of_downcasts():

@@ -30,7 +30,7 @@ def ruled_precision(found: Sensitivity) -> str | None:
 def rule_points(found: Sensitivity, precision: str) -> dict[str, list[tuple[float, float]]]:
     """(latency, predicted E) of every rule with K = 0..T steps at the reference; random: the mean of 20 draws."""
     prediction, generator = Prediction(found), np.random.default_rng(0)
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in LOOKS}
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in (*baselines.RULES, "random")}
     for count in range(found.num_steps + 1):
         pool = (found.precisions[0],) * count + (precision,) * (found.num_steps - count)
         schedules = {name: [rule(pool)] for name, rule in baselines.RULES.items()}

@@ -1,7 +1,7 @@
 """Measured error of random schedules against what single-step scores add up to (figures 2 and 5 of the paper).
 
 Random schedules at every K asked for run on the calibration samples and on samples that calibration does not use.
-Goal: R^2 of the better score of at least 0.95 for every precision, on both.
+Goal: R^2 of the best predictor, of either score or of both, of at least 0.95 for every precision, on both.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
             goals.append(
                 Goal(
                     f"{label(precision, backend)}, {words}",
-                    f"R^2 of the better score >= {GOAL_R2}",
+                    f"R^2 of the best predictor >= {GOAL_R2}",
                     f"{wording(best.r2)} ({best.predictor}), within {wording(best.r2_within, '.2f')}, "
                     f"Spearman {wording(best.spearman, '.2f')}",
                     verdict(best.r2.value >= GOAL_R2),
@@ -119,7 +119,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
 
 
 def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
-    """A column per precision, a row per set of prompts; predicted by the better score there."""
+    """A column per precision, a row per set of prompts; predicted by the best predictor there."""
     figure, rows = panels(len(SETS), len(findings), width=3.3, height=2.9)
     setting, mappable = content["setting"], None
     for row, (name, words) in zip(rows, SETS.items(), strict=True):

@@ -152,7 +152,7 @@ def _fit(predictor: str, scores: SampleScores, high: np.ndarray, measured: np.nd
 
 
 def plain_r_squared(scores: SampleScores, patterns: list[str], measured: np.ndarray) -> float:
-    """R^2 of the better predictor where all means are plain ones, `measured` [N, samples] included."""
+    """R^2 of the best predictor where all means are plain ones, `measured` [N, samples] included."""
     curves = {(name, _NAMES[1]): values.mean(axis=0) for name, values in scores.scores.items()}
     low = ~high_steps(patterns)
     found = [contributions(name, _NAMES, curves, {_NAMES[1]: float(scores.uniform.mean())}) for name in PREDICTORS]

@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from calibration.baselines import RULES
 from calibration.metrics import limited, psnr_db
 from calibration.statistics import bootstrap_interval
 from tools.experiments.additivity import random_schedules
@@ -116,7 +117,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
         for count, rows in measured["rows"].items():
             share = int(count) / setting["num_steps"]
             latency = share + (1 - share) * ratio
-            baselines = {name: row for name, row in rows.items() if name in (*RULE_STYLES, RANDOM_NAME)}
+            baselines = {name: row for name, row in rows.items() if name in (*RULES, RANDOM_NAME)}
             for name, row in data["uniform"].items():
                 # without a speed-up there is no latency to be equal in: then only the precision itself is compared
                 if name == precision or (ratio < 1 and latencies[name] / latencies[reference] <= latency):

@@ -6,7 +6,7 @@
 One sample in a hundred departs, so that few samples show nothing and many take a GPU. Which ones do is much the same on
 other machines: a run on a GPU says which, and a CPU can look at these and a few others, one at a time. Takes scores from a
 result file of `single_steps`, and repeats from there what calibration does at K steps at the reference
-(`calibration.local_search`), on the samples named by their index in the prompt file; the predictor is that of `additivity`.
+(`calibration.local_search`), on the samples named by their index in the prompt file; `additivity` says which predictor fits.
 Prints every schedule that ran on all of them, and on unseen ones what was found, what scores chose, and the fixed rules.
 """
 

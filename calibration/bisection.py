@@ -4,9 +4,9 @@ A pure search: it knows a callable and a number of steps, nothing of engines. Ou
 of the idea named in TMPDiff (arXiv 2603.14062), built for what score curves look like: smooth on a
 log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an end or one step before the last.
 
-1. Evaluate both ends, the middle, and the step before the last, which costs two denoiser calls a sample: which of the last
-   two steps has the spike is a matter of the scheduler. Flow matching in few steps ends with one too short to matter, after
-   the one that matters most (docs/experiments.md, "Rank deviation").
+1. Evaluate both ends, the middle, and the step before the last, which costs two denoiser calls a sample: which of the
+   last two has the spike is a matter of the scheduler. Flow matching in few steps ends with one too short to matter,
+   after the one that matters most (docs/experiments.md, "Rank deviation").
 2. Where the first step towers over its nearest evaluated neighbour, evaluate the one beside it, so that a
    spike of one step does not lift the interpolation of the steps next to it.
 3. Between evaluated steps, interpolate the log score with a monotone cubic (PCHIP; Fritsch and Butland,
@@ -15,9 +15,9 @@ log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an
 4. For every step not evaluated, sum the probabilities that its order with any other step is wrong.
    Bisect the interval where that sum is largest; stop when the mean over steps is small, or at a budget.
 
-What is guaranteed: no step is evaluated twice, evaluated scores are reported as they came, and both ends
-and, with a budget above three, the step before the last are right. What is not: a spike of a single step in the interior is found only if it is hit (its
-neighbours do not show it), and the edge of a plateau is located to within an interval. `full_sweep` has
+What is guaranteed: no step is evaluated twice, evaluated scores are reported as they came, and both ends are right, as
+is the step before the last with a budget above three. What is not: a spike of a single step further inside is found only
+if it is hit (its neighbours do not show it), and the edge of a plateau is located to within an interval. `full_sweep` has
 neither limit.
 
 Where the shape of the curve is known up to a factor that varies little from step to step, steps 2 to 4 work on

@@ -30,8 +30,8 @@ one describes the model best:
       E(z) = floor + sum of a[i] z[i] + sum over i < j of b[i, j] z[i] z[j]     (z not all zero)
 
   so that d[i] = floor + a[i], u[i] = a[i] + sum over j other than i of b[i, j], and E(all p) = floor + sum of
-  (d - floor + u) / 2. The floor is what any change costs, however small, as all later steps round otherwise after it. It is
-  in every downcast but the last step's, after which nothing rounds, and only once in E. The last equation gives it, bounded
+  (d - floor + u) / 2. The floor is what any change costs, however small, as all later steps round otherwise; it is
+  in every downcast but the last step's, after which nothing rounds, and once in E. The last equation gives it, bounded
   by 0 and the least of those downcasts; with fewer than five steps none is taken. After a transfer, what is wrong with the
   level of carried scores is in it, too. Predictions are shares of E(all p), in which the floor is part of the whole, so
   that schedules of few low steps come out too low by up to the floor. The expansion is this project's own
@@ -62,8 +62,8 @@ PREDICTORS = ("downcast", "downcast-rescaled", "upcast", "upcast-power", "mixed-
 POWERS = (0.5, 2.0)
 """Range of the power: 2 is full correlation; below 1, errors of different steps cancel."""
 
-FEWEST_FOR_FLOOR = 4
-"""With no more steps than that the floor of "mixed-power" would be a multiple of its equation's noise."""
+FEWEST_FOR_FLOOR = 5
+"""Steps; with fewer the floor of "mixed-power" would be a multiple of its equation's noise."""
 
 OnEvaluation = Callable[[int, int], None]
 """Called after every sample of an evaluation with (done, at most)."""
@@ -183,7 +183,7 @@ def contributions(
 def _mixed(downcast: np.ndarray, upcast: np.ndarray, total: float) -> np.ndarray:
     """(d - floor + u) / 2, negative parts of which count as 0, float64 [T]; `total` is E(all p)."""
     floor = np.zeros(len(downcast))
-    if len(downcast) > FEWEST_FOR_FLOOR:
+    if len(downcast) >= FEWEST_FOR_FLOOR:
         # of scores as measured: without their negative ones, noise would pass for a floor
         excess = float((downcast + upcast).sum()) / 2 - total
         before_last = len(downcast) - 1

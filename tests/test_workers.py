@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from calibration.measurements import Measurements
 from engines.errors import BackendError, BundleError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
-from tmpdiff_export import bundle_workers
+from tmpdiff_export import bundle_workers, sample_workers
 from tmpdiff_export.build_options import BuildOptions
 from tmpdiff_export.bundle_build import build
 from tmpdiff_export.calibration_run import calibrate_bundle
@@ -125,6 +126,22 @@ def test_measurement_that_kills_every_worker_is_given_up_and_the_rest_is_kept(tm
     ):
         calibrated(open_journal(path, loop(), loop(seed=1)), pool)
     open_journal(path, loop(), loop(seed=1))
+
+
+def test_a_port_that_somebody_else_took_meanwhile_is_replaced(tmp_path, monkeypatch):
+    free_ports, asked = sample_workers._free_ports, []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+
+        def ports(count):
+            asked.append(count)
+            found = free_ports(count)
+            return [taken.getsockname()[1], *found[1:]] if len(asked) == 1 else found
+
+        monkeypatch.setattr(sample_workers, "_free_ports", ports)
+        with open_planted(tmp_path / "opened", 2) as pool:
+            result = calibrated(pool=pool)
+    assert asked == [2, 2]
+    assert result == calibrated()
 
 
 def test_errors_of_workers_are_those_of_one_process(tmp_path):

@@ -76,7 +76,6 @@ class SampleWorkers:
             BackendError: a worker does not start.
             TmpDiffError: what `open_samples` raised.
         """
-        self._ports = _free_ports(len(environments))
         self._asked = 0
         self._running: dict[str, str] = {}
         self._at_once = at_once
@@ -86,7 +85,11 @@ class SampleWorkers:
         with contextlib.ExitStack() as owned:
             folder = owned.enter_context(tempfile.TemporaryDirectory(prefix="tmpdiff-workers-"))
             try:
-                self._cluster, self._client = _start(environments, self._ports, folder, owned)
+                try:
+                    started = _start_on_free_ports(environments, folder, owned)
+                except RuntimeError:  # another process may have taken a port before the worker did
+                    started = _start_on_free_ports(environments, folder, owned)
+                self._cluster, self._client, self._ports = started
             except (OSError, RuntimeError, TimeoutError) as error:
                 raise BackendError(
                     f"the worker processes do not start ({type(error).__name__}: {error}); use fewer --workers, or none"
@@ -192,6 +195,17 @@ def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
         return [item.getsockname()[1] for item in sockets]
+
+
+def _start_on_free_ports(
+    environments: Sequence[Mapping[str, str]], folder: str, owned: contextlib.ExitStack
+) -> tuple[Any, Any, list[int]]:
+    """What `_start` returns, and the ports; `owned` closes it."""
+    ports = _free_ports(len(environments))
+    with contextlib.ExitStack() as started:
+        cluster, client = _start(environments, ports, folder, started)
+        owned.enter_context(started.pop_all())
+    return cluster, client, ports
 
 
 def _address(port: int) -> str:

@@ -87,7 +87,8 @@ class SampleWorkers:
             try:
                 try:
                     started = _start_on_free_ports(environments, folder, owned)
-                except RuntimeError:  # another process may have taken a port before the worker did
+                except RuntimeError as error:  # another process may have taken a port before the worker did
+                    log.info("a worker process did not start (%s); once more with other ports", error)
                     started = _start_on_free_ports(environments, folder, owned)
                 self._cluster, self._client, self._ports = started
             except (OSError, RuntimeError, TimeoutError) as error:

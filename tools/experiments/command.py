@@ -200,7 +200,7 @@ def compact_json(data: Any, depth: int = 0) -> str:
         return "{\n" + ",\n".join(parts) + "\n" + " " * depth + "}"
     if isinstance(data, list) and any(isinstance(value, (dict, list, str)) for value in data):
         return "[\n" + ",\n".join(indent + compact_json(value, depth + 1) for value in data) + "\n" + " " * depth + "]"
-    return json.dumps(data, allow_nan=False)
+    return json.dumps(data, allow_nan=False, separators=(",", ":"))
 
 
 def _beside(prefix: Path, suffix: str) -> Path:

@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP)
 
 # The real TensorRT bindings of several versions, to check our calls against; no TensorRT library.
-$(BINDINGS): $(STAMP) tools/fetch_bindings.py tools/bindings_typing.py
-	$(BIN)/python tools/fetch_bindings.py --into $(VENV)/tensorrt
+$(BINDINGS): $(STAMP) tools/release/fetch_bindings.py tools/release/bindings_typing.py
+	$(BIN)/python tools/release/fetch_bindings.py --into $(VENV)/tensorrt
 	touch $(BINDINGS)
 
 demo: $(STAMP)
@@ -39,7 +39,7 @@ test: lint $(BINDINGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 runtime-binary: $(STAMP)
-	$(BIN)/python tools/freeze_runtime.py --out build/runtime
+	$(BIN)/python tools/release/freeze_runtime.py --out build/runtime
 
 clean:
 	rm -rf build $(VENV)

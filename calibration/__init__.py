@@ -3,11 +3,11 @@
 Works on an `Evaluator` and numbers; never imports torch or diffusers.
 """
 
-from calibration.allocation import ErrorBudget, HighSteps, LatencyBudget
-from calibration.calibrate import CalibrationResult, calibrate, open_journal
-from calibration.evaluator import Evaluator
-from calibration.quality import QualityBudget
-from calibration.sensitivity import Sensitivity
+from calibration.choose.allocation import ErrorBudget, HighSteps, LatencyBudget
+from calibration.choose.picture_budget import QualityBudget
+from calibration.document import Sensitivity
+from calibration.measure.evaluator import Evaluator
+from calibration.run import CalibrationResult, calibrate, open_journal
 
 __all__ = [
     "CalibrationResult",

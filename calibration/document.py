@@ -22,7 +22,7 @@ class ScoreRecord(_Record):
 
     Attributes:
         scores: length T, a mean over the calibration samples; interpolated where not `measured`.
-        risk: of another picture, in units of E, length T (`calibration.risk`); empty for upcast scores and in documents that
+        risk: of another picture, in units of E, length T (`calibration.scores.divergence`); empty for upcast scores and in documents that
             lack it.
         measured: length T.
         order: the step indices measured, in order.
@@ -54,7 +54,7 @@ class FitRecord(_Record):
     """How well a predictor describes the measured E of random schedules.
 
     Attributes:
-        predictor: see `calibration.scores`.
+        predictor: see `calibration.scores.single_step`.
         r2: of the regression line of measured on predicted; None with fewer than three schedules or
             where either does not vary.
         spearman: rank correlation; None as `r2`.
@@ -117,7 +117,7 @@ class TrialRecord(_Record):
 
     Attributes:
         origin: "scores" for the one it started from, a fixed rule's name, "<predictor> scores", "front",
-            "exchange", or "spares the first N" (`calibration.departures`).
+            "exchange", or "spares the first N" (`calibration.choose.sparing`).
         latency: mean step latency relative to the reference.
         predicted_error: by the predictor that allocation used.
         errors: measured E by calibration sample, of the leading ones it ran on.
@@ -131,7 +131,7 @@ class TrialRecord(_Record):
 
 
 class RefinementRecord(_Record):
-    """The local search that measures the schedules nearest to allocation's choice, see `calibration.refine`.
+    """The local search that measures the schedules nearest to allocation's choice, see `calibration.choose.rivals`.
 
     Attributes:
         trials: every schedule that ran; the first is allocation's choice. None where `max_calls` allow no other.
@@ -148,7 +148,7 @@ class RefinementRecord(_Record):
 
 
 class CheckRecord(_Record):
-    """Carried downcast scores of one precision against measured ones, see `calibration.transfer.Comparison`."""
+    """Carried downcast scores of one precision against measured ones, see `calibration.scores.transfer.Comparison`."""
 
     precision: str
     steps: tuple[int, ...]
@@ -207,7 +207,7 @@ class Sensitivity(_Record):
         swap_ms: "before after" -> ms that a change of precision was charged, where any was.
         max_engines: most distinct precisions that a schedule was allowed, None for any number.
         uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference; scores, fit and predictions
-            are limited means like these (`calibration.metrics.limited`).
+            are limited means like these (`calibration.measure.metrics.limited`).
         calls: denoiser calls by stage and precision, everything included.
         search_calls: those spent on scores; `sweep_calls` is what full sweeps would take instead.
         predictor: the predictor that allocation used; `fit` has its figures and those of the others.

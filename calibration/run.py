@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from calibration.allocation import (
+from calibration.choose.allocation import (
     Allocation,
     Budget,
     ErrorBudget,
@@ -23,28 +23,10 @@ from calibration.allocation import (
     pareto_front,
     require_reachable,
 )
-from calibration.carried import CarriedScores, checked_curves
-from calibration.costs import NO_COSTS, AllocationCosts
-from calibration.evaluator import Evaluator
-from calibration.journal import Journal
-from calibration.measurements import Decode, Measurements, level, mean
-from calibration.metrics import psnr_db
-from calibration.pool import Pool
-from calibration.quality import QualityBudget, fastest_meeting, rule_schedules
-from calibration.refine import STAGE, refine_schedule
-from calibration.risk import affordable, measured_risk, with_risk
-from calibration.scores import (
-    DIRECTIONS,
-    METHODS,
-    PREDICTORS,
-    Contributions,
-    ScoreCurve,
-    contributions,
-    measure_scores,
-    predict,
-    sweep_calls,
-)
-from calibration.sensitivity import (
+from calibration.choose.costs import NO_COSTS, AllocationCosts
+from calibration.choose.picture_budget import QualityBudget, fastest_meeting, rule_schedules
+from calibration.choose.rivals import STAGE, refine_schedule
+from calibration.document import (
     DroppedRecord,
     ParetoPoint,
     ScoreRecord,
@@ -52,6 +34,15 @@ from calibration.sensitivity import (
     TransferRecord,
     ValidationRow,
 )
+from calibration.measure.evaluator import Evaluator
+from calibration.measure.journal import Journal
+from calibration.measure.measurements import Decode, Measurements, level, mean
+from calibration.measure.metrics import psnr_db
+from calibration.measure.requests import Pool
+from calibration.scores.carried import CarriedScores, checked_curves
+from calibration.scores.divergence import affordable, measured_risk, with_risk
+from calibration.scores.predictors import PREDICTORS, Contributions, contributions, predict
+from calibration.scores.single_step import DIRECTIONS, METHODS, ScoreCurve, measure_scores, sweep_calls
 from calibration.validation import best_fit, fit_predictors, validation_rows
 from engines.files import sha256_bytes
 from engines.schedule import Schedule
@@ -132,7 +123,7 @@ def calibrate(
 
     Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
     downcast and upcast scores; the predictor that fits random schedules best (on the validation samples);
-    allocation, by its predictions and the risk of another picture (`calibration.risk`); a local search around its choice,
+    allocation, by its predictions and the risk of another picture (`calibration.scores.divergence`); a local search around its choice,
     measured on the calibration samples; the schedule that comes out and the baselines on the validation samples.
 
     Args:

@@ -98,7 +98,7 @@ class EngineEntry(_Document):
     Attributes:
         file: the engine file.
         weights: the weight file beside it: of ONNX files above 2 GB, and of torch packages.
-        backend: a key of `engines.backends.BACKENDS`.
+        backend: a key of `engines.backends.table.BACKENDS`.
         backend_version: version of the backend library that built or checked it.
         device: what it was built for: "cpu" or a GPU architecture.
         lowering: how the backend's graph differs from the ONNX file, as counts per rewrite.

@@ -9,10 +9,11 @@ from typing import Self
 
 import numpy as np
 
-from engines.backends import HostOptions, open_host
+from engines.backends.choose import HostOptions, open_host
 from engines.bundle import Bundle
-from engines.engine import Arrays, Engine, EngineHost
+from engines.engine import Arrays, Engine
 from engines.errors import BackendError, BundleError, PromptError
+from engines.host import EngineHost
 from engines.loop import Loop, StepHook, host_step, named_output
 from engines.manifest import GUIDANCE, LATENTS, EngineEntry
 from engines.sampler import SamplerState, SamplerTable

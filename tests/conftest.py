@@ -6,11 +6,11 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers.demo_build import DEMO_PROMPTS, NUM_STEPS, DemoBuild
 
 # Spinning OpenMP threads of one library starve those of another on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,23 +20,6 @@ _CORES = sorted(os.sched_getaffinity(0))
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if _WORKER:  # every worker keeps to cores of its own, with all threads and processes that its tests start
     os.sched_setaffinity(0, _CORES[int(_WORKER[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or _CORES)
-
-NUM_STEPS = 12
-GUIDANCE_SCALE = 4.5  # the pipeline's default
-DEMO_PROMPTS = (
-    "a large red circle in the top left on a dark background",
-    "a small blue square in the center and a large yellow ring in the bottom right",
-    "a large green triangle at the right",
-    "a small purple diamond at the top and a large white circle at the bottom",
-)
-
-
-@dataclass(frozen=True)
-class DemoBuild:
-    """A calibrated bundle and the ONNX files that were exported on the way."""
-
-    bundle: Path
-    onnx: Path
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -77,7 +60,7 @@ def demo_pipeline() -> Path:
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) -> Path:
     """A pipeline that builds in seconds; do not write into it."""
-    from tiny_pipeline import save_tiny_pipeline
+    from helpers.tiny_pipeline import save_tiny_pipeline
 
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     save_tiny_pipeline(folder, demo_pipeline / "tokenizer")
@@ -95,9 +78,9 @@ def _build_demo(pipeline: Path, folder: Path) -> None:
     from calibration import HighSteps
     from engines.precision import DEFAULT_PRECISIONS
     from engines.text import PromptFile
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
-    from tmpdiff_export.calibration_run import calibrate_bundle
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
+    from tmpdiff_export.calibrate.bundle import calibrate_bundle
 
     prompts = PromptFile(
         DEMO_PROMPTS,
@@ -129,12 +112,12 @@ def torch_variants(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path
 
 
 def _build_variants(pipeline: Path, folder: Path) -> None:
-    from tiny_pipeline import PROMPTS
+    from helpers.tiny_pipeline import PROMPTS
 
     from engines.precision import Precision
-    from tmpdiff_export import torch_attention
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
+    from tmpdiff_export.targets.torch import attention as torch_attention
 
     options = BuildOptions(
         (Precision.FP16, Precision.FP8, Precision.NVFP4),
@@ -157,19 +140,6 @@ def demo_bundle(demo_build: DemoBuild) -> Path:
     return demo_build.bundle
 
 
-def linked_copy(bundle: Path, target: Path) -> Path:
-    """A copy of hard links: documents may be replaced in it, nothing may be written into."""
-
-    def link(source: str, copy: str) -> None:
-        try:
-            os.link(source, copy)
-        except OSError:
-            shutil.copyfile(source, copy)
-
-    shutil.copytree(bundle, target, copy_function=link)
-    return target
-
-
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """Makes a private copy of a bundle, for tests that damage it."""
@@ -186,7 +156,7 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 def planted_latencies():
     """Bundles calibrated in this process have INT8 twice as fast as FP16, however busy the machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tmpdiff_export.calibration_run._latencies", lambda *arguments: {"fp16": 2.0, "int8": 1.0})
+        patch.setattr("tmpdiff_export.calibrate.bundle._latencies", lambda *arguments: {"fp16": 2.0, "int8": 1.0})
         yield
 
 

@@ -14,15 +14,15 @@ __all__ = ["BuildOptions", "__version__", "attach", "build", "detach"]
 
 def __getattr__(name: str) -> Any:
     if name == "build":
-        from tmpdiff_export.bundle_build import build
+        from tmpdiff_export.bundling.bundle import build
 
         return build
     if name == "BuildOptions":
-        from tmpdiff_export.build_options import BuildOptions
+        from tmpdiff_export.bundling.options import BuildOptions
 
         return BuildOptions
     if name in ("attach", "detach"):
-        from tmpdiff_export import diffusers_attach
+        from tmpdiff_export.drop_in import attach as diffusers_attach
 
         return getattr(diffusers_attach, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """Allocation: the schedule with the least predicted error, or the least latency, under a budget.
 
-Latency and error budgets are answered from the exact Pareto front, see `calibration.pareto`; changes of precision and
-the engines that fit into memory are described by `calibration.costs`.
+Latency and error budgets are answered from the exact Pareto front, see `calibration.choose.pareto`; changes of precision and
+the engines that fit into memory are described by `calibration.choose.costs`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.costs import NO_COSTS, AllocationCosts, relative_latency
-from calibration.pareto import Allocation, integers, pareto_front
+from calibration.choose.costs import NO_COSTS, AllocationCosts, relative_latency
+from calibration.choose.pareto import Allocation, integers, pareto_front
 from engines.errors import BudgetError
 
 __all__ = [

@@ -23,7 +23,7 @@ from itertools import combinations
 
 import numpy as np
 
-from calibration.costs import NO_COSTS, AllocationCosts, step_ns
+from calibration.choose.costs import NO_COSTS, AllocationCosts, step_ns
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from calibration.baselines import RULES
-from calibration.costs import AllocationCosts, relative_latency
-from calibration.pareto import Allocation
-from calibration.scores import Contributions, predict
+from calibration.choose.baselines import RULES
+from calibration.choose.costs import AllocationCosts, relative_latency
+from calibration.choose.pareto import Allocation
+from calibration.scores.predictors import Contributions, predict
 from engines.errors import BudgetError
 
 QualityMetric = Literal["ssim", "psnr"]

@@ -5,7 +5,7 @@ where few samples leave the scores noisy, the best of the predictions need not b
 can beat it. So the schedule that was chosen has to win against its rivals on the calibration samples:
 
 1. Where samples go to another picture under it, it is replaced by one that spares the first steps
-   (`calibration.departures`), if that has a smaller mean of E; rivals then have to spare them, too.
+   (`calibration.choose.sparing`), if that has a smaller mean of E; rivals then have to spare them, too.
 2. A race against rivals (successive halving: Jamieson and Talwalkar, AISTATS 2016): all run on the first samples, the
    better half goes on to twice as many, until those left have run on all.
 3. The winner is the one to beat in the next round, among the rivals nearest to it. It ends when nobody wins or the
@@ -15,7 +15,7 @@ Schedules are compared by the logarithm of their E, sample by sample: E varies b
 samples, and a mean of E would be decided by the one or two with the largest. The schedule to beat gives way only if
 chance alone would give such a mean of the differences with a probability below `CONVINCING`: the least mean of few
 samples would choose the luckiest rival, which does worse on others. Samples that go to another picture are too few to be
-compared so: no rival wins that sends more of them there, their share is predicted as well (`calibration.risk`), and E of
+compared so: no rival wins that sends more of them there, their share is predicted as well (`calibration.scores.divergence`), and E of
 every sample counts by the factor that it adds to the schedule's prediction. That the winner is the best of several
 rivals is not allowed for, so that two or three samples are too few to rely on.
 """
@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import t as student_t
 
-from calibration.measurements import mean
-from calibration.metrics import departed
+from calibration.measure.measurements import mean
+from calibration.measure.metrics import departed
 
 Schedule = tuple[str, ...]
 Rivals = Callable[[Schedule], Iterable[tuple[str, Schedule]]]

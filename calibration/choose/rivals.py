@@ -2,7 +2,7 @@
 
 Rivals are the fixed rules at the same step counts, the choices of the other predictors, and what the predictor holds to
 be nearly as good: points of the Pareto front, and two steps trading their precisions. Where samples go to another
-picture, the schedules of `calibration.departures` come first. What decides is in `calibration.local_search`.
+picture, the schedules of `calibration.choose.sparing` come first. What decides is in `calibration.choose.race`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 
-from calibration.allocation import (
+from calibration.choose.allocation import (
     BUDGET_TOLERANCE,
     Allocation,
     AllocationCosts,
@@ -20,12 +20,12 @@ from calibration.allocation import (
     allocate,
     relative_latency,
 )
-from calibration.baselines import fixed_rules
-from calibration.departures import sparing
-from calibration.local_search import MOST_RIVALS, Schedule, refine
-from calibration.measurements import Measurements
-from calibration.scores import Contributions, predict
-from calibration.sensitivity import RefinementRecord, TrialRecord
+from calibration.choose.baselines import fixed_rules
+from calibration.choose.race import MOST_RIVALS, Schedule, refine
+from calibration.choose.sparing import sparing
+from calibration.document import RefinementRecord, TrialRecord
+from calibration.measure.measurements import Measurements
+from calibration.scores.predictors import Contributions, predict
 
 STAGE = "refinement"
 
@@ -54,7 +54,7 @@ def refine_schedule(
         kept: the precisions that schedules may use, the reference first.
         latencies_ms: step latency by precision.
         costs: of changes of precision, and the limit on precisions.
-        values: contributions by predictor, with risk (`calibration.risk`).
+        values: contributions by predictor, with risk (`calibration.scores.divergence`).
         fitted: those of `predictor` without it.
         predictor: the one that `chosen` and `front` come from.
         front: the Pareto front.

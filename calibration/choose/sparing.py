@@ -1,9 +1,9 @@
 """Schedules that spare the first steps, for where samples go to another picture.
 
 Which picture a run draws is decided in its first steps: an error there can send it to another one, whatever the steps
-after it do. `calibration.risk` predicts how many samples that happens to, from the spread of single-step scores; a sample
+after it do. `calibration.scores.divergence` predicts how many samples that happens to, from the spread of single-step scores; a sample
 that has gone shows beyond doubt. Where one has, the same budget is allocated again with the first steps held at the
-reference, as few of them as it takes (`calibration.local_search` measures it). Other steps pay: all other samples have somewhat
+reference, as few of them as it takes (`calibration.choose.race` measures it). Other steps pay: all other samples have somewhat
 more E, which is little beside the E near 1 of the one that departs. The search is this project's own; docs/experiments.md
 has the evidence.
 """
@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from calibration.allocation import AllocationCosts, HighSteps, LatencyBudget, allocate
-from calibration.scores import Contributions
+from calibration.choose.allocation import AllocationCosts, HighSteps, LatencyBudget, allocate
+from calibration.scores.predictors import Contributions
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 """Shares of the loop that are spared, one after the other: steps 0 to 7 of 20 at most."""

@@ -7,10 +7,10 @@ from itertools import permutations
 
 import numpy as np
 
-from calibration.costs import AllocationCosts, relative_latency
-from calibration.risk import with_risk
-from calibration.scores import contributions, predict
-from calibration.sensitivity import Sensitivity
+from calibration.choose.costs import AllocationCosts, relative_latency
+from calibration.document import Sensitivity
+from calibration.scores.divergence import with_risk
+from calibration.scores.predictors import contributions, predict
 
 
 class Prediction:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calibration.evaluator import State
+from calibration.measure.evaluator import State
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
@@ -17,7 +17,7 @@ VALIDATION_SEED_OFFSET = 1_000_000
 
 
 class BundleEvaluator:
-    """`calibration.evaluator.Evaluator` over a loaded bundle; sample i is prompt i with seed + i."""
+    """`calibration.measure.evaluator.Evaluator` over a loaded bundle; sample i is prompt i with seed + i."""
 
     def __init__(self, runtime: DenoiseRuntime, prompts: Sequence[str], seed: int, guidance_scale: float) -> None:
         """Encodes the prompts.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from engines.backends import backend_version
+from engines.backends.choose import backend_version
 from engines.bundle import UNIFORM_PREFIX
 from engines.manifest import EngineEntry
 from engines.runtime import Conditioning, DenoiseRuntime

@@ -8,10 +8,10 @@ from itertools import takewhile
 
 import numpy as np
 
-from calibration.evaluator import CountingEvaluator, Evaluator, State
-from calibration.journal import Entry, Journal
-from calibration.metrics import limited, picture_mse, picture_ssim, relative_error
-from calibration.pool import Outcome, Pool, Request
+from calibration.measure.evaluator import CountingEvaluator, Evaluator, State
+from calibration.measure.journal import Entry, Journal
+from calibration.measure.metrics import limited, picture_mse, picture_ssim, relative_error
+from calibration.measure.requests import Outcome, Pool, Request
 from engines.errors import TmpDiffError
 
 Decode = Callable[[np.ndarray], np.ndarray]
@@ -124,25 +124,6 @@ class Measurements:
         self.uniform_error(base, sample)
         direction = f"downcast {precision}" if base == self.reference else f"upcast {base}"
         return self._value(direction, self._changed(base, step_index, precision, sample))["error"]
-
-    def local_error(self, step_index: int, precision: str, sample: int) -> float:
-        """||x_{i+1}(p) - x_{i+1}||^2 / ||x_T||^2 of step i = `step_index`, from the reference run's x_i; a single call.
-
-        What `changed_error` of the reference run has before the rest of the loop carries it on; equal to it at the
-        last step.
-        """
-        self.uniform_error(self.reference, sample)
-        name = f"{self.name}/local/{step_index}/{precision}/{sample}"
-        entry = self._journal.get(name)
-        if entry is None:  # in this process, also beside a pool: only experiments ask for it
-            states = self._uniform_states(self.reference, sample)
-            spent = self.evaluator.spent.copy()
-            found = self._run(states[step_index], (precision,), sample)
-            difference = found.astype(np.float64) - self.evaluator.latents(states[step_index + 1])
-            final = self._final(self.reference, sample).astype(np.float64)
-            value = {"error": float(np.sum(difference**2) / np.sum(final**2))}
-            entry = self._journal.record(name, value, self.evaluator.spent - spent)
-        return self._counted(f"local {precision}", name, entry)["error"]
 
     def schedule_calls(self, precisions: Sequence[str]) -> int:
         """Denoiser calls that `schedule_error` takes per sample, if it was not measured before."""
@@ -284,5 +265,5 @@ def mean(values: Sequence[float]) -> float:
 
 
 def level(errors: Sequence[float]) -> float:
-    """Mean of E over samples, `calibration.metrics.limited`: what scores and predictions are made of."""
+    """Mean of E over samples, `calibration.measure.metrics.limited`: what scores and predictions are made of."""
     return mean(limited(np.array(errors)).tolist())

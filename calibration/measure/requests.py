@@ -44,7 +44,7 @@ class Outcome:
     """What a measurement gave.
 
     Attributes:
-        value: errors by name, see `calibration.measurements`.
+        value: errors by name, see `calibration.measure.measurements`.
         calls: denoiser calls that belong to it, per precision.
         recomputed: denoiser calls that repeated what was measured before, because its states were not kept.
     """

@@ -14,16 +14,16 @@ from typing import Protocol
 
 import numpy as np
 
-from calibration.evaluator import Evaluator, State
-from calibration.measurements import Compare, finite_error, picture_errors
-from calibration.pool import Outcome, Request, Run
+from calibration.measure.evaluator import Evaluator, State
+from calibration.measure.measurements import Compare, finite_error, picture_errors
+from calibration.measure.requests import Outcome, Request, Run
 
 DecodeAll = Callable[[np.ndarray], np.ndarray]
 """Final latents float32 [N, C, H, W] -> pictures uint8 [N, H, W, 3]."""
 
 
 class BatchEvaluator(Evaluator, Protocol):
-    """An evaluator that can take a step of several samples at once, as `calibration.bundle_evaluator` can."""
+    """An evaluator that can take a step of several samples at once, as `calibration.measure.bundle_evaluator` can."""
 
     def steps(self, samples: Sequence[int], states: Sequence[State], precision: str) -> list[State]:
         """The state of every sample after one more step; all stand at the same one."""
@@ -48,7 +48,7 @@ class SampleSet:
 
 
 class SampleBatches:
-    """`calibration.pool.Pool` in this process: one run of several samples takes one engine call a step.
+    """`calibration.measure.requests.Pool` in this process: one run of several samples takes one engine call a step.
 
     A denoiser call of N samples counts as N calls, so that counts are those of samples measured one by one; values
     agree with theirs to the rounding that an engine owes to the size of its batch.

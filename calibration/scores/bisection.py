@@ -20,9 +20,6 @@ is the step before the last with a budget above three. What is not: a spike of a
 if it is hit (its neighbours do not show it), and the edge of a plateau is located to within an interval. `full_sweep` has
 neither limit.
 
-Where the shape of the curve is known up to a factor that varies little from step to step, steps 2 to 4 work on
-that factor, and the ranking is that of the product.
-
 Preferring cheap steps (a downcast at step i costs T - i denoiser calls) was tried: dividing the gain by
 the cost saved 5 to 25 % of the calls and worsened ranks as much as a smaller budget of evaluations did.
 """
@@ -87,7 +84,6 @@ def adaptive_bisection(
     num_steps: int,
     *,
     max_evaluations: int | None = None,
-    shape: np.ndarray | None = None,
 ) -> Search:
     """Scores of `num_steps` steps from at most `max_evaluations` calls of `evaluate`.
 
@@ -95,14 +91,11 @@ def adaptive_bisection(
         evaluate: score of a step index; finite, small negative values and noise allowed.
         num_steps: T, at least 1.
         max_evaluations: the budget, default `default_evaluations(num_steps)`; T or more allows all.
-        shape: float64 [T], positive; score / shape is what is interpolated. None for a shape of ones.
 
     Raises:
-        ValueError: `num_steps` below 1, a budget below min(T, 3), a score that is not finite, or a shape that is not
-            T positive numbers.
+        ValueError: `num_steps` below 1, a budget below min(T, 3), or a score that is not finite.
     """
     _check_steps(num_steps)
-    known = _log_shape(shape, num_steps)
     budget = default_evaluations(num_steps) if max_evaluations is None else min(max_evaluations, num_steps)
     if budget < min(num_steps, 3):
         raise ValueError(
@@ -114,16 +107,16 @@ def adaptive_bisection(
         values[step] = _evaluate(evaluate, step)
     settled = False
     while len(values) < budget:
-        beside = _beside_steep_first(values, known)
+        beside = _beside_steep_first(values)
         if beside is None:
-            step, expected_deviation = _most_uncertain(values, known)
+            step, expected_deviation = _most_uncertain(values, num_steps)
             if expected_deviation <= SETTLED * num_steps and len(values) >= MIN_EVALUATIONS:
                 settled = True
                 break
         else:
             step = beside
         values[step] = _evaluate(evaluate, step)
-    return _finish(values, known, settled)
+    return _finish(values, num_steps, settled)
 
 
 def full_sweep(evaluate: Callable[[int], float], num_steps: int) -> Search:
@@ -134,20 +127,12 @@ def full_sweep(evaluate: Callable[[int], float], num_steps: int) -> Search:
     """
     _check_steps(num_steps)
     values = {step: _evaluate(evaluate, step) for step in range(num_steps)}
-    return _finish(values, np.zeros(num_steps), True)
+    return _finish(values, num_steps, True)
 
 
 def _check_steps(num_steps: int) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, expected 1 or more")
-
-
-def _log_shape(shape: np.ndarray | None, num_steps: int) -> np.ndarray:
-    if shape is None:
-        return np.zeros(num_steps)
-    if np.shape(shape) != (num_steps,) or not (np.isfinite(shape) & (shape > 0)).all():
-        raise ValueError(f"shape of {np.size(shape)} numbers, expected {num_steps} positive ones, one per step")
-    return np.log(shape)
 
 
 def _evaluate(evaluate: Callable[[int], float], step: int) -> float:
@@ -157,35 +142,34 @@ def _evaluate(evaluate: Callable[[int], float], step: int) -> float:
     return score
 
 
-def _logs(values: dict[int, float], known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Evaluated step indices, ascending, and their log scores above the floor, less the known log shape."""
+def _logs(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Evaluated step indices, ascending, and their log scores above the floor."""
     steps = np.array(sorted(values))
     scores = np.array([values[step] for step in steps])
     top = scores.max()
-    return steps, np.log(np.maximum(scores, FLOOR * top)) - known[steps] if top > 0 else np.zeros(len(steps))
+    return steps, np.log(np.maximum(scores, FLOOR * top)) if top > 0 else np.zeros(len(steps))
 
 
-def _interpolate(steps: np.ndarray, logs: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _interpolate(steps: np.ndarray, logs: np.ndarray, num_steps: int) -> np.ndarray:
     """Log scores of all steps, float64 [T]."""
     if len(steps) < 2:
-        return logs[0] + known
-    return np.asarray(PchipInterpolator(steps, logs)(np.arange(len(known)))) + known
+        return np.full(num_steps, logs[0])
+    return np.asarray(PchipInterpolator(steps, logs)(np.arange(num_steps)))
 
 
-def _beside_steep_first(values: dict[int, float], known: np.ndarray) -> int | None:
+def _beside_steep_first(values: dict[int, float]) -> int | None:
     """The second step if the first is steep and the second not evaluated."""
-    _, logs = _logs(values, known)
+    _, logs = _logs(values)
     return 1 if logs[0] - logs[1] > STEEP and 1 not in values else None
 
 
-def _most_uncertain(values: dict[int, float], known: np.ndarray) -> tuple[int, float]:
+def _most_uncertain(values: dict[int, float], num_steps: int) -> tuple[int, float]:
     """The middle of the interval that can change the ranking most, and the expected rank deviation.
 
     At least one step is not evaluated.
     """
-    num_steps = len(known)
-    steps, logs = _logs(values, known)
-    curve = _interpolate(steps, logs, known)
+    steps, logs = _logs(values)
+    curve = _interpolate(steps, logs, num_steps)
     deviation = np.zeros(num_steps)
     slopes = np.diff(logs) / np.diff(steps)
     gaps = [(k, int(steps[k]), int(steps[k + 1])) for k in np.flatnonzero(np.diff(steps) > 1)]
@@ -208,11 +192,10 @@ def _most_uncertain(values: dict[int, float], known: np.ndarray) -> tuple[int, f
     return (left + right) // 2, float(displaced.mean())
 
 
-def _finish(values: dict[int, float], known: np.ndarray, settled: bool) -> Search:
-    num_steps = len(known)
-    steps, logs = _logs(values, known)
+def _finish(values: dict[int, float], num_steps: int, settled: bool) -> Search:
+    steps, logs = _logs(values)
     # all at or below zero: no scale to interpolate on, and nothing to rank
-    scores = np.exp(_interpolate(steps, logs, known)) if max(values.values()) > 0 else np.zeros(num_steps)
+    scores = np.exp(_interpolate(steps, logs, num_steps)) if max(values.values()) > 0 else np.zeros(num_steps)
     measured = np.zeros(num_steps, dtype=bool)
     measured[steps] = True
     scores[steps] = [values[step] for step in steps]

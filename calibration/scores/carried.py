@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.bisection import Search
-from calibration.measurements import Measurements, level
-from calibration.scores import DIRECTIONS, Direction, ScoreCurve
-from calibration.sensitivity import CheckRecord, Sensitivity, TransferRecord
-from calibration.transfer import MAX_SCATTER, StepAxis, TransferError, carry, check_steps, compare
+from calibration.document import CheckRecord, Sensitivity, TransferRecord
+from calibration.measure.measurements import Measurements, level
+from calibration.scores.bisection import Search
+from calibration.scores.single_step import DIRECTIONS, Direction, ScoreCurve
+from calibration.scores.transfer import MAX_SCATTER, StepAxis, TransferError, carry, check_steps, compare
 
 OnCheck = Callable[[str, int, int], None]
 """Called after every measured sample with (stage, done, total)."""

@@ -1,7 +1,7 @@
 """The risk that a step at a low precision sends a sample to another picture, read off the tail of its downcast scores.
 
 Now and then a small error sends a run to another picture, with an E near `OTHER_PICTURE` however small the error was
-(`calibration.metrics.limited`, which scores leave that out with). It happens to samples whose reference run passes close by
+(`calibration.measure.metrics.limited`, which scores leave that out with). It happens to samples whose reference run passes close by
 a place where two pictures part, and it takes a low step before that place. Near such a place errors grow: in inverse
 proportion to the distance from it. Distances of samples are spread evenly, so that a share of samples proportional to
 1 / g has an error g times the usual one, and E, a square, exceeds y medians for a share proportional to y ** -0.5. That law
@@ -24,9 +24,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from calibration.bisection import Search
-from calibration.measurements import Measurements
-from calibration.scores import Contributions
+from calibration.measure.measurements import Measurements
+from calibration.scores.bisection import Search
+from calibration.scores.predictors import Contributions
 
 TAIL = 5.0
 """Medians beyond which a sample counts as one of the tail."""

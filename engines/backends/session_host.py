@@ -14,7 +14,7 @@ from engines.manifest import EngineEntry
 
 
 class SessionHost:
-    """`engines.engine.EngineHost` over engines that take host arrays; they stay loaded until `close`."""
+    """`engines.host.EngineHost` over engines that take host arrays; they stay loaded until `close`."""
 
     def __init__(self, backend: str, threads: int | None) -> None:
         """
@@ -50,13 +50,13 @@ class SessionHost:
 
     def _load(self, name: str, entry: EngineEntry, path: Path) -> Engine:
         if self._backend == "tensorrt-rtx":
-            from engines.backends.tensorrt_rtx import TensorRtRtxEngine
+            from engines.backends.onnxruntime.tensorrt_rtx import TensorRtRtxEngine
 
             return TensorRtRtxEngine(path, entry)
         if self._backend == "torch":
             from engines.backends.torch.cpu import TorchCpuEngine
 
             return TorchCpuEngine(name, entry, path, self._threads)
-        from engines.backends.onnxruntime import OnnxRuntimeEngine
+        from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, threads=self._threads)

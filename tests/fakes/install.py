@@ -10,7 +10,7 @@ from typing import Any
 
 # Imported before anything is taken out, as it keeps classes of modules that are: one first imported beside the fakes would
 # keep classes that nobody else has afterwards.
-import tmpdiff_export.plan_settings  # noqa: F401
+import tmpdiff_export.targets.tensorrt.settings  # noqa: F401
 from fakes import fake_trt_base
 from fakes.fake_cuda import FakeCuda, make_module, set_current
 from fakes.fake_driver_api import DRIVER_API
@@ -21,10 +21,12 @@ from fakes.fake_trt_base import Installation
 # Modules that keep what they imported; they are taken out for the test, so that each side imports its own.
 CACHING = (
     "engines.backends.cuda",
-    "engines.backends.onnxruntime_cuda",
+    "engines.backends.onnxruntime.host",
+    "engines.backends.onnxruntime.plan",
+    "engines.backends.onnxruntime.provider",
     "engines.backends.tensorrt",
-    "tmpdiff_export.onnx_cuda_target",
-    "tmpdiff_export.tensorrt_target",
+    "tmpdiff_export.targets.onnxruntime.cuda",
+    "tmpdiff_export.targets.tensorrt.target",
     "polygraphy",  # whole: its registries refuse a second registration
 )
 FAKED = ("tensorrt", "tensorrt_lean", "tensorrt_bindings", "tensorrt_lean_bindings", "cuda")

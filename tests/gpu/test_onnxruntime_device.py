@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_denoiser import TEXT, denoiser, loop_inputs, make_loop, require_agreement
+from helpers.small_denoiser import TEXT, denoiser, loop_inputs, make_loop, require_agreement
 
 from engines.errors import BackendError
 from engines.files import sha256_bytes
@@ -26,7 +26,7 @@ def missing() -> str | None:
     for name in ("onnxruntime", "onnx", "torch", "ml_dtypes", "cuda"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
-    from engines.backends.onnxruntime_cuda.provider import require_provider
+    from engines.backends.onnxruntime.provider import require_provider
 
     try:
         require_provider()
@@ -45,7 +45,7 @@ Engines = dict[str, tuple[EngineEntry, Path]]
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     """A small denoiser at every precision, as a build makes, loads and measures it."""
-    from tmpdiff_export.onnx_cuda_target import OnnxCudaTarget
+    from tmpdiff_export.targets.onnxruntime.cuda import OnnxCudaTarget
 
     target = OnnxCudaTarget(tuple(Precision(name) for name in PRECISIONS))  # tries the provider
     folder = tmp_path_factory.mktemp("engines")
@@ -60,7 +60,7 @@ def host(engines: Engines) -> Iterator[Any]:
 
 def host_of(engines: Engines, limit: int | None = None) -> Any:
     """A host of the denoisers."""
-    from engines.backends import HostOptions, open_host
+    from engines.backends.choose import HostOptions, open_host
 
     entry, _ = engines["fp16"]
     host: Any = open_host("onnxruntime", entry.device, HostOptions(resident_engines=limit))
@@ -216,11 +216,12 @@ def made(target: Any, folder: Path, name: str) -> tuple[EngineEntry, Path]:
     """The engine of a precision as `target` makes it."""
     import torch
 
-    from tmpdiff_export.engine_build import AccuracyCheck, EngineJob, with_larger_batch
-    from tmpdiff_export.onnx_export import ExportInput, export_graph, save_checked
-    from tmpdiff_export.qdq import insert_qdq
-    from tmpdiff_export.recipes import RECIPES
-    from tmpdiff_export.scales import LayerRange, quantize_layer
+    from tmpdiff_export.bundling.engine import with_larger_batch
+    from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
+    from tmpdiff_export.onnx_graphs.qdq import insert_qdq
+    from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
+    from tmpdiff_export.quantization.recipes import RECIPES
+    from tmpdiff_export.targets.target import AccuracyCheck, EngineJob
 
     module, precision = denoiser(), Precision(name)
     recipe = RECIPES[precision]
@@ -253,7 +254,7 @@ def saved(graph: Any, path: Path) -> tuple[EngineEntry, Path]:
     from onnx import helper
 
     from engines.backends.cuda.gpu import current_gpu
-    from tmpdiff_export.engine_build import tensor_specs
+    from tmpdiff_export.targets.target import tensor_specs
 
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     gpu = current_gpu()

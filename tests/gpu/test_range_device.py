@@ -27,15 +27,15 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
     import torch
 
     from engines.precision import Precision
-    from tmpdiff_export.accuracy import sqnr_db, torch_outputs
     from tmpdiff_export.demo import pipeline_folder
-    from tmpdiff_export.families import DENOISER
-    from tmpdiff_export.pipelines import gather_batches, load_pipeline
-    from tmpdiff_export.ranges import calibrate_ranges, quantizable_layers
-    from tmpdiff_export.recipes import RECIPES
-    from tmpdiff_export.torch_attention import attention_ranges
+    from tmpdiff_export.pipelines.families import DENOISER
+    from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
+    from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
+    from tmpdiff_export.quantization.recipes import RECIPES
+    from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
+    from tmpdiff_export.targets.torch.attention import attention_ranges
 
-    made = importlib.import_module("tools.random_pipeline")  # tests import tools at run time only
+    made = importlib.import_module("tools.acceptance.random_pipeline")  # tests import tools at run time only
     made.save_random_pipeline(
         tmp_path / "pipeline", pipeline_folder() / "tokenizer", heads=4, head_size=64, layers=2, latent_side=32
     )

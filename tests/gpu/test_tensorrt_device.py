@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from needs_gpu import needs_gpu
+from helpers.needs_gpu import needs_gpu
+from helpers.paths import ROOT
 
 from engines.errors import BackendError
 from engines.loop import Loop, host_loop
@@ -27,7 +28,6 @@ from engines.sampler import SamplerRow, SamplerTable
 
 pytestmark = needs_gpu
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = "encoder_hidden_states"
 SHAPE = (4, 32, 32)
 

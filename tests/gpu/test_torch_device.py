@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_denoiser import SHAPE, TEXT, WIDTH, denoiser, loop_inputs, make_loop, require_agreement
+from helpers.small_denoiser import SHAPE, TEXT, WIDTH, denoiser, loop_inputs, make_loop, require_agreement
 
 from engines.errors import BackendError
 from engines.files import sha256_bytes
@@ -49,7 +49,7 @@ FLOOR_DB = {"fp16": 55.0, "fp8": 24.0, WITH_ATTENTION: 22.0, "int8": 28.0, "int4
 def test_the_int8_kernel_is_exact(rows: int, depth: int, columns: int, bias: bool, dtype: str) -> None:
     import torch
 
-    from tmpdiff_export.torch_kernels import int8_linear
+    from tmpdiff_export.targets.torch.kernels.int8 import int8_linear
 
     generator = torch.Generator("cuda").manual_seed(rows)
     codes = torch.randint(-128, 128, (rows, depth), dtype=torch.int8, device="cuda", generator=generator)
@@ -67,7 +67,7 @@ def test_the_int8_kernel_is_exact(rows: int, depth: int, columns: int, bias: boo
 def test_the_int8_kernel_is_exact_in_a_package_of_many_programs(tmp_path: Path) -> None:
     import torch
 
-    from tmpdiff_export.torch_kernels import int8_linear
+    from tmpdiff_export.targets.torch.kernels.int8 import int8_linear
 
     class Product(torch.nn.Module):
         def forward(self, codes: Any, weight: Any, scale: Any) -> Any:
@@ -93,7 +93,7 @@ def test_the_rotary_kernel_computes_what_torch_does(
 ) -> None:
     import torch
 
-    from tmpdiff_export.torch_rotary import norm_rotary
+    from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
 
     generator = torch.Generator().manual_seed(image)
     kind = getattr(torch, dtype)
@@ -125,7 +125,7 @@ def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
     import torch
     from torch.nn import functional as F
 
-    from tmpdiff_export.torch_codes import gelu_codes
+    from tmpdiff_export.targets.torch.kernels.gelu_codes import gelu_codes
 
     generator = torch.Generator().manual_seed(rows)
     parts = [torch.randn(rows, width, generator=generator).mul(2.0).half() for width in (first, second)]
@@ -152,7 +152,7 @@ def test_fp8_attention_is_that_of_the_reference(batch: int, tokens: int, heads: 
     import torch
     from torch.nn import functional as F
 
-    from tmpdiff_export.torch_attention import AttentionRange, attend_fp8
+    from tmpdiff_export.targets.torch.attention import AttentionRange, attend_fp8
 
     generator = torch.Generator("cuda").manual_seed(tokens)
     shape = (batch, heads, tokens, size)
@@ -196,7 +196,7 @@ def test_a_package_with_fp8_attention_runs_in_the_device_loop(tmp_path: Path) ->
 def test_layers_compute_what_their_codes_stand_for(name: str, dtype: str) -> None:
     import torch
 
-    from tmpdiff_export.torch_layers import linear_from
+    from tmpdiff_export.targets.torch.layers import linear_from
 
     layer, weight = quantized(np.random.default_rng(3), 512, 384, Precision(name))
     data = torch.randn(2, 77, 512, generator=torch.Generator().manual_seed(1))
@@ -328,14 +328,14 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
 
     from engines.backends.cuda.gpu import current_gpu
     from engines.backends.torch.library import VERSION
-    from tmpdiff_export.scales import LayerRange, quantize_layer
-    from tmpdiff_export.torch_compile import EngineModule, compile_package, store_weights
-    from tmpdiff_export.torch_lowering import lower_for_torch
+    from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
+    from tmpdiff_export.targets.torch.compile import EngineModule, compile_package, store_weights
+    from tmpdiff_export.targets.torch.lowering import lower_for_torch
 
     module = denoiser()
     layers, attention = {}, {}
     if name == WITH_ATTENTION:
-        from tmpdiff_export.torch_attention import attention_ranges
+        from tmpdiff_export.targets.torch.attention import attention_ranges
 
         inputs = [torch.from_numpy(item) for item in loop_inputs(BATCH).values()]
         attention, name = attention_ranges(module, [tuple(inputs)]), "fp8"
@@ -378,7 +378,7 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
 
 def quantized(rng: np.random.Generator, depth: int, width: int, precision: Precision) -> tuple[Any, np.ndarray]:
     """A layer and the weight [N, K] that it was made from."""
-    from tmpdiff_export.scales import LayerRange, quantize_layer
+    from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 
     weight = rng.standard_normal((width, depth), dtype=np.float32)
     weight_only = precision is Precision.INT4

@@ -111,7 +111,7 @@ class Planted:
 
 def plant(planted: Mapping[str, Mapping[str, Any]]) -> Any:
     """`TorchTarget.prepare` whose tasks are planted; options of `Planted` by engine and recipe, "int8 max"."""
-    from tmpdiff_export.torch_target import TorchTarget
+    from tmpdiff_export.targets.torch.target import TorchTarget
 
     prepare = TorchTarget.prepare
 

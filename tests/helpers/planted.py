@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-from calibration.journal import Journal
-from calibration.measurements import Measurements
-from calibration.pool import Outcome, Request
-from calibration.risk import OTHER_PICTURE
+from calibration.measure.journal import Journal
+from calibration.measure.measurements import Measurements
+from calibration.measure.requests import Outcome, Request
+from calibration.scores.divergence import OTHER_PICTURE
 
 DECADE = float(np.log(10))
 Curve = Callable[[np.random.Generator, int], np.ndarray]
@@ -213,7 +213,7 @@ class Counted:
 
 
 class PoolHere:
-    """A `calibration.pool.Pool` in this process; `together` says how many measurements each wait found."""
+    """A `calibration.measure.requests.Pool` in this process; `together` says how many measurements each wait found."""
 
     def __init__(self, **evaluators):
         self._sets = {name: Measurements(name, one, Journal.in_memory("")) for name, one in evaluators.items()}

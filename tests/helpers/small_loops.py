@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from small_plans import CHANNELS, SIDE, TOKENS, WIDTH
+from helpers.small_plans import CHANNELS, SIDE, TOKENS, WIDTH
 
 from engines.loop import Loop
 from engines.sampler import SamplerTable

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers.paths import ROOT
+
 PACKAGE = ROOT / "engines" / "backends" / "tensorrt"
 CUDA_PACKAGE = ROOT / "engines" / "backends" / "cuda"
 BINDINGS = Path(os.environ.get("TMPDIFF_TENSORRT_BINDINGS") or ROOT / ".venv" / "tensorrt")
@@ -135,7 +136,7 @@ def prepare(folder: Path) -> list[Bindings]:
     Raises:
         AssertionError: they cannot be had; the tool's words.
     """
-    tool = [sys.executable, str(ROOT / "tools" / "fetch_bindings.py"), "--into", str(folder)]
+    tool = [sys.executable, str(ROOT / "tools" / "release" / "fetch_bindings.py"), "--into", str(folder)]
     done = subprocess.run(tool, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [Bindings(folder, name) for name in done.stdout.split()]

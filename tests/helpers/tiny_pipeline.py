@@ -15,5 +15,5 @@ def save_tiny_pipeline(folder: Path, tokenizer: Path) -> None:
         folder: pipeline folder to make.
         tokenizer: a saved tokenizer to use.
     """
-    made = importlib.import_module("tools.random_pipeline")  # tests import tools at run time only
+    made = importlib.import_module("tools.acceptance.random_pipeline")  # tests import tools at run time only
     made.save_random_pipeline(folder, tokenizer, heads=4, head_size=32, layers=2, latent_side=16)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from planted import PlantedEvaluator
+from helpers.planted import PlantedEvaluator
 
 from calibration import HighSteps, calibrate
-from calibration.batches import SampleBatches, SampleSet
-from calibration.journal import Journal
+from calibration.measure.journal import Journal
+from calibration.measure.sample_batches import SampleBatches, SampleSet
 
 if TYPE_CHECKING:
-    from tmpdiff_export.sample_workers import SampleWorkers
+    from tmpdiff_export.calibrate.dask_pool import SampleWorkers
 
 STEPS = 10
 SAMPLES = 5
@@ -100,7 +100,7 @@ def not_finite_samples():
 def open_planted(
     folder: Path, workers: int, *, fatal_call: int = 0, seconds: float = 0.0, at_once: int = 1
 ) -> SampleWorkers:
-    from tmpdiff_export.sample_workers import SampleWorkers  # not needed in workers
+    from tmpdiff_export.calibrate.dask_pool import SampleWorkers  # not needed in workers
 
     folder.mkdir(exist_ok=True)
     environments = [{"WORKER_NUMBER": str(index)} for index in range(workers)]

@@ -32,29 +32,27 @@ from engines.precision import REFERENCE, Precision
 from engines.sampler import SamplerTable
 from engines.text import text_inputs
 from engines.version import VERSION
-from tmpdiff_export.accuracy import step_sizes
-from tmpdiff_export.build_options import BuildOptions, require_buildable
-from tmpdiff_export.engine_build import (
-    AccuracyCheck,
+from tmpdiff_export.bundling.engine import (
     BuiltEngine,
-    Start,
     StartedEngine,
-    file_entry,
     start_component,
     start_denoiser,
     with_larger_batch,
 )
-from tmpdiff_export.families import DENOISER, VaeDecoder
-from tmpdiff_export.onnx_export import ExportInput, export_graph
-from tmpdiff_export.pipelines import SourcePipeline, gather_batches, load_pipeline
-from tmpdiff_export.placement import Batch
-from tmpdiff_export.ranges import spread
-from tmpdiff_export.scheduler_table import sampler_table
-from tmpdiff_export.shape_folding import fold_shapes
-from tmpdiff_export.targets import open_start, open_target, resolve_backend
+from tmpdiff_export.bundling.options import BuildOptions, require_buildable
+from tmpdiff_export.devices import Batch
+from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
+from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
+from tmpdiff_export.pipelines.families import DENOISER, VaeDecoder
+from tmpdiff_export.pipelines.load import SourcePipeline, gather_batches, load_pipeline
+from tmpdiff_export.pipelines.scheduler_table import sampler_table
+from tmpdiff_export.quantization.ranges import spread
+from tmpdiff_export.targets.accuracy import step_sizes
+from tmpdiff_export.targets.choose import open_start, open_target, resolve_backend
+from tmpdiff_export.targets.target import AccuracyCheck, Start, file_entry
 
 if TYPE_CHECKING:
-    from tmpdiff_export.torch_attention import AttentionRange
+    from tmpdiff_export.targets.torch.attention import AttentionRange
 
 Progress = Callable[[str, int, int], None]
 
@@ -264,7 +262,7 @@ class _Build:
         shared = self.options.share_weights
         attention: Mapping[str, AttentionRange] = {}
         if self.options.fp8_attention:
-            from tmpdiff_export.torch_attention import attention_ranges
+            from tmpdiff_export.targets.torch.attention import attention_ranges
 
             attention = attention_ranges(module, range_batches, device)
 

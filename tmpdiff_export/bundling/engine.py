@@ -6,166 +6,35 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx
 import torch
 
-from engines.engine import Engine
 from engines.errors import BuildError
-from engines.files import sha256_file
-from engines.manifest import EngineEntry, FileEntry, TensorSpec
+from engines.manifest import EngineEntry
 from engines.precision import REFERENCE, Precision
-from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
-from tmpdiff_export.onnx_export import save_checked
-from tmpdiff_export.placement import CPU, Batch
-from tmpdiff_export.qdq import insert_qdq
-from tmpdiff_export.ranges import calibrate_ranges, quantizable_layers
-from tmpdiff_export.recipes import RECIPES, Variant
-from tmpdiff_export.scales import QuantizedLayer, quantize_layer
+from tmpdiff_export.devices import CPU, Batch
+from tmpdiff_export.onnx_graphs.export import save_checked
+from tmpdiff_export.onnx_graphs.qdq import insert_qdq
+from tmpdiff_export.quantization.codes import QuantizedLayer, quantize_layer
+from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
+from tmpdiff_export.quantization.recipes import RECIPES, Variant
+from tmpdiff_export.targets.target import AccuracyCheck, EngineJob, Start
 
 if TYPE_CHECKING:  # it registers an operator with torch, which other backends do not need
-    from tmpdiff_export.torch_attention import AttentionRange
+    from tmpdiff_export.targets.torch.attention import AttentionRange
 
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
 COMPONENT_FLOOR_DB = 40.0
-
-_DTYPES: dict[int, Literal["float32", "float16", "int64"]] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.INT64: "int64",
-}
-
-
-@dataclass(frozen=True)
-class AccuracyCheck:
-    """Real inputs and what FP32 torch makes of them.
-
-    Attributes:
-        names: engine input names in the order of each batch.
-        output: the engine output that is compared.
-        batches: inputs that range calibration has not seen.
-        references: float32 torch outputs, one per batch.
-        weights: what the rows of every batch count for, None where all count alike.
-    """
-
-    names: tuple[str, ...]
-    output: str
-    batches: tuple[Batch, ...]
-    references: tuple[np.ndarray, ...]
-    weights: tuple[np.ndarray, ...] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        module: torch.nn.Module,
-        names: Sequence[str],
-        output: str,
-        batches: Sequence[Batch],
-        device: str = CPU,
-        weights: Sequence[np.ndarray] | None = None,
-    ) -> AccuracyCheck:
-        """Runs `module` on `batches` for the references, on `device`."""
-        references = tuple(torch_outputs(module, batches, device))
-        return cls(tuple(names), output, tuple(batches), references, None if weights is None else tuple(weights))
-
-    def sqnr_db(self, engine: Engine, batch_size: int | None = None) -> float:
-        """SQNR of the engine, in dB; `batch_size` as for `engine_sqnr_db`."""
-        return engine_sqnr_db(engine, self.names, self.output, self.batches, self.references, self.weights, batch_size)
 
 
 def with_larger_batch(batches: Sequence[Batch]) -> list[Batch]:
     """`batches` and one of twice the size: a batch size baked into a graph shows there."""
     first, last = batches[0], batches[-1]
     return [*batches, tuple(torch.cat(pair) for pair in zip(first, last, strict=True))]
-
-
-@dataclass(frozen=True, eq=False)
-class EngineJob:
-    """One engine to make.
-
-    Attributes:
-        name: "fp16", "int8", ..., "text_encoder" or "vae_decoder"; stem of its files.
-        graph: its ONNX graph with weights in memory; not changed.
-        onnx_file: the same graph on disk, checked.
-        recipe: quantization variant, "none" where nothing is quantized.
-        quantized: precision of its quantized layers, None where nothing is quantized.
-        check: inputs and references for its SQNR.
-        floor_db: the least SQNR the build accepts.
-        batch_per_picture: samples of an engine call for one picture; 2 where guidance doubles the batch.
-        module: the float32 export wrapper that the graph was made from; not changed.
-        layers: its quantized layers by name.
-        half: whether the engine computes in a 16-bit type; text encoder and VAE decoder do not.
-        float32_inputs: inputs that are not rounded to that type.
-        weights_of: the engine whose weights file the reference reads, in which `layers` are; None where every engine has its
-            own. Only the torch backend can do this.
-        attention: by name, the attention layers that compute in FP8; only the torch backend can do this.
-    """
-
-    name: str
-    graph: onnx.ModelProto
-    onnx_file: Path
-    recipe: str
-    quantized: Precision | None
-    check: AccuracyCheck
-    floor_db: float
-    batch_per_picture: int
-    module: torch.nn.Module
-    layers: Mapping[str, QuantizedLayer]
-    half: bool
-    float32_inputs: frozenset[str] = frozenset()
-    weights_of: EngineEntry | None = None
-    attention: Mapping[str, AttentionRange] = field(default_factory=dict)
-
-
-class Target(Protocol):
-    """A backend that engines are built for."""
-
-    @property
-    def backend(self) -> str:
-        """Its key in `engines.backends.BACKENDS`."""
-        ...
-
-    def require_memory(self, parameters: int) -> None:
-        """Refuses a denoiser that cannot be built here, before any work.
-
-        Args:
-            parameters: number of its parameters.
-
-        Raises:
-            BuildError: naming what would fit.
-        """
-        ...
-
-    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
-        """Writes the engine under `folder`, loads it as the runtime would, and measures its SQNR.
-
-        Args:
-            job: what to make.
-            folder: a bundle folder, or one that stands for it; files go to `engines/` in it.
-
-        Raises:
-            BackendError: the backend refuses the graph.
-        """
-        ...
-
-
-Start = Callable[[EngineJob, Path], "Future[EngineEntry]"]
-"""Begins what `Target.make` does; the entry is there at once, or comes from another process."""
-
-
-def at_once(target: Target) -> Start:
-    """Makes engines in this process, each before its start returns."""
-
-    def start(job: EngineJob, folder: Path) -> Future[EngineEntry]:
-        made: Future[EngineEntry] = Future()
-        made.set_result(target.make(job, folder))
-        return made
-
-    return start
 
 
 @dataclass(frozen=True)
@@ -350,11 +219,6 @@ def require_floor(name: str, entry: EngineEntry) -> None:
         )
 
 
-def file_entry(bundle: Path, path: Path) -> FileEntry:
-    """The manifest entry of a file in a bundle."""
-    return FileEntry(path=path.relative_to(bundle).as_posix(), sha256=sha256_file(path), bytes=path.stat().st_size)
-
-
 def _quantized(
     module: torch.nn.Module,
     prefix: str,
@@ -367,18 +231,6 @@ def _quantized(
     names = quantizable_layers(module, prefix, recipe)
     ranges = calibrate_ranges(module, names, recipe, variant, batches, device)
     return {name: quantize_layer(found, precision, recipe.block_size) for name, found in ranges.items()}
-
-
-def tensor_specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
-    """The specs of graph inputs or outputs."""
-    return tuple(
-        TensorSpec(
-            name=value.name,
-            dtype=_DTYPES[value.type.tensor_type.elem_type],
-            shape=tuple(axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim),
-        )
-        for value in values
-    )
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from engines.bundle import MANIFEST_NAME
 from engines.errors import BuildError, TmpDiffError
 from engines.precision import Precision
-from tmpdiff_export.placement import CPU, require_device
-from tmpdiff_export.plan_settings import PlanSettings
-from tmpdiff_export.targets import require_buildable_by, require_fp8_attention, require_shareable
+from tmpdiff_export.devices import CPU, require_device
+from tmpdiff_export.targets.choose import require_buildable_by, require_fp8_attention, require_shareable
+from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 
 # As many as schedulers are trained on; a table of more would only be slow to make.
 MAX_STEPS = 1000

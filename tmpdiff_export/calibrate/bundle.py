@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import Literal
 
 from calibration import Sensitivity, calibrate, open_journal
-from calibration.allocation import Budget
-from calibration.batches import SampleBatches, SampleSet
-from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
-from calibration.calibrate import Progress
-from calibration.carried import CarriedScores
-from calibration.costs import NO_COSTS, AllocationCosts
-from calibration.latency import machine, step_latencies
-from calibration.pool import Pool
-from calibration.quality import QualityBudget
-from calibration.sensitivity import CalibrationSettings
+from calibration.choose.allocation import Budget
+from calibration.choose.costs import NO_COSTS, AllocationCosts
+from calibration.choose.picture_budget import QualityBudget
+from calibration.document import CalibrationSettings
+from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
+from calibration.measure.latency import machine, step_latencies
+from calibration.measure.requests import Pool
+from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.run import Progress
+from calibration.scores.carried import CarriedScores, carried_scores
+from calibration.scores.transfer import TransferError, step_axes
 from engines.bundle import Bundle
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
+from engines.sampler import SamplerTable
 from engines.text import PromptFile
-from tmpdiff_export.bundle_workers import decoder, open_workers, require_workers
-from tmpdiff_export.calibration_transfer import scores_from
+from tmpdiff_export.calibrate.workers import decoder, open_workers, require_workers
 
 JOURNAL_FOLDER = "calibration"
 
@@ -61,7 +62,7 @@ def calibrate_bundle(
         workers: processes that share the samples out, each with a GPU of its own where the bundle runs on one; 1 does
             everything in this process. Latencies are measured before they start, by this process alone.
         batch: pictures at once, for which latencies are measured; scores do not depend on it.
-        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.transfer`. It may be
+        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.scores.transfer`. It may be
             `bundle` itself, for another guidance scale.
         refine_calls: denoiser calls of the local search, see `calibration.calibrate`.
         progress: called with (stage, done, total).
@@ -124,6 +125,26 @@ def read_calibration(bundle: Bundle) -> Sensitivity:
             f"describes; {remedy}"
         )
     return found
+
+
+def scores_from(source: Bundle, found: Sensitivity, target: DenoiseRuntime) -> CarriedScores:
+    """Carries the scores of a calibration to the steps of `target`.
+
+    Args:
+        source: the bundle that was calibrated; it may be that of `target`, for another guidance scale.
+        found: its sensitivity document.
+        target: where the scores are wanted.
+
+    Raises:
+        TransferError: the bundles are of different denoisers or schedulers.
+    """
+    if source.manifest.model.denoiser_sha256 != target.manifest.model.denoiser_sha256:
+        raise TransferError(
+            f"bundle {source.folder} was built from another denoiser than {target.bundle.folder}; its scores say "
+            "nothing here, calibrate without --from"
+        )
+    table = SamplerTable.from_json(source.read(source.manifest.sampler))
+    return carried_scores(found, *step_axes(table, target.table))
 
 
 def _calibrate(

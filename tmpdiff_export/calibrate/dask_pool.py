@@ -28,7 +28,7 @@ from typing import Any, Self, cast
 import dask
 import distributed
 
-from calibration.pool import Outcome, Request, Run, Samples
+from calibration.measure.requests import Outcome, Request, Run, Samples
 from engines.errors import BackendError, TmpDiffError
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 class SampleWorkers:
-    """`calibration.pool.Pool` on worker processes of this host; a context manager.
+    """`calibration.measure.requests.Pool` on worker processes of this host; a context manager.
 
     Sample i belongs to worker i modulo their number, which keeps its states; while that worker is down, another one
     takes its measurements and computes the states again. Leaving the context ends every process. So does the end of

@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.batches import SampleBatches, SampleSet
-from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
-from calibration.latency import runs_on_gpu
-from calibration.measurements import Decode
+from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.measure.latency import runs_on_gpu
+from calibration.measure.measurements import Decode
+from calibration.measure.sample_batches import SampleBatches, SampleSet
 from engines.errors import BackendError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
 
 if TYPE_CHECKING:
-    from tmpdiff_export.sample_workers import SampleWorkers
+    from tmpdiff_export.calibrate.dask_pool import SampleWorkers
 
 MODULES = ("distributed", "cryptography")
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -50,6 +50,8 @@ def require_workers(runtime: DenoiseRuntime, workers: int, threads: int | None) 
         return
     require_engine()
     if runs_on_gpu(runtime):
+        from engines.backends.cuda.gpu import visible_gpus
+
         gpus = visible_gpus()
         if workers > len(gpus):
             limit = f" ({VISIBLE_DEVICES} is {os.environ[VISIBLE_DEVICES]!r})" if VISIBLE_DEVICES in os.environ else ""
@@ -86,10 +88,12 @@ def open_workers(
     Raises:
         TmpDiffError: a worker does not start, or cannot load the bundle.
     """
-    from tmpdiff_export.sample_workers import SampleWorkers
+    from tmpdiff_export.calibrate.dask_pool import SampleWorkers
 
     share = None
     if runs_on_gpu(runtime):
+        from engines.backends.cuda.gpu import visible_gpus
+
         environments = [{VISIBLE_DEVICES: gpu} for gpu in visible_gpus()[:workers]]
     else:
         share = max(_threads(threads) // workers, 1)
@@ -141,20 +145,6 @@ def bundle_samples(
 def decoder(runtime: DenoiseRuntime) -> Decode:
     """Final latents float32 [C, h, w] of one sample to its picture, uint8 [H, W, 3]."""
     return lambda latents: runtime.decode(latents[None])[0]
-
-
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES has to be for a process to see one GPU, for each GPU that this one sees.
-
-    Raises:
-        BackendError: cuda-bindings is not installed, or there is no driver or no GPU.
-    """
-    from engines.backends.cuda.gpu import gpu_count
-
-    count = gpu_count()
-    chosen = os.environ.get(VISIBLE_DEVICES)
-    names = [str(index) for index in range(count)] if chosen is None else [name.strip() for name in chosen.split(",")]
-    return names[:count]
 
 
 def _threads(threads: int | None) -> int:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from calibration.latency import ROUNDS, interleaved, machine, runs_on_gpu, step_latencies
+from calibration.measure.latency import ROUNDS, interleaved, machine, runs_on_gpu, step_latencies
 from engines.cli import parse_resident_engines, parse_threads
 from engines.errors import TmpDiffError
 from engines.runtime import Conditioning, DenoiseRuntime
@@ -186,7 +186,7 @@ def _torch_step(
     import numpy as np
     import torch
 
-    from tmpdiff_export.pipelines import load_pipeline
+    from tmpdiff_export.pipelines.load import load_pipeline
 
     sampling = runtime.manifest.sampling
     source = load_pipeline(pipeline, height=sampling.height, width=sampling.width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engines.backends import BACKENDS
+from engines.backends.table import BACKENDS
 from engines.backends.tensorrt.options import HARDWARE_COMPATIBILITY, PlanOptions
 from engines.backends.tensorrt.profiles import ShapeRange
 from engines.cli import parse_guidance_scale, parse_seed
@@ -157,11 +157,11 @@ def run(args: argparse.Namespace) -> int:
     require_replaceable(args.out, replace=args.force)
     prompts = read_prompts(args.prompts).calibration
 
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
     from tmpdiff_export.display import print_json, progress_bar
-    from tmpdiff_export.plan_settings import PlanSettings
-    from tmpdiff_export.targets import resolve_backend
+    from tmpdiff_export.targets.choose import resolve_backend
+    from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 
     precisions = parse_precisions(args.precisions)
     backend = resolve_backend(args.backend)

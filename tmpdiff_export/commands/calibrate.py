@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
-from calibration.allocation import Budget
-from calibration.costs import AllocationCosts
-from calibration.metrics import departed
-from calibration.quality import METRICS, QualityBudget
-from calibration.sensitivity import TransferRecord
+from calibration.choose.allocation import Budget
+from calibration.choose.costs import AllocationCosts
+from calibration.choose.picture_budget import METRICS, QualityBudget
+from calibration.document import TransferRecord
+from calibration.measure.metrics import departed
 from engines.cli import parse_guidance_scale, parse_resident_engines, parse_seed, parse_threads
 from engines.text import PromptFile, read_prompts
 
@@ -112,7 +112,7 @@ def budget_of(args: argparse.Namespace) -> Budget | QualityBudget | None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, stores schedule and sensitivity in the bundle, and prints them."""
-    from tmpdiff_export.calibration_run import calibrate_bundle
+    from tmpdiff_export.calibrate.bundle import calibrate_bundle
     from tmpdiff_export.display import print_json, progress_bar
 
     budget = budget_of(args)

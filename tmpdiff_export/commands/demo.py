@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from calibration import Sensitivity
-from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET
+from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET
 from engines.cli import parse_seed, write_pictures
 from engines.files import atomic_write_text
 from engines.manifest import Manifest
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Builds, calibrates, draws and writes `summary.json`."""
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
-    from tmpdiff_export.calibration_run import calibrate_bundle
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
+    from tmpdiff_export.calibrate.bundle import calibrate_bundle
     from tmpdiff_export.commands.build import print_engines
     from tmpdiff_export.commands.calibrate import print_sensitivity
     from tmpdiff_export.demo import pipeline_folder

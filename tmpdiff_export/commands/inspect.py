@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the manifest, and schedule and sensitivity where the bundle was calibrated."""
-    from tmpdiff_export.calibration_run import read_calibration
+    from tmpdiff_export.calibrate.bundle import read_calibration
     from tmpdiff_export.commands.build import print_engines
     from tmpdiff_export.commands.calibrate import print_sensitivity
     from tmpdiff_export.display import print_json

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the page and says where."""
     from tmpdiff_export.display import print_json, progress_bar
-    from tmpdiff_export.report import write_report
+    from tmpdiff_export.report.write import write_report
 
     count = args.pictures if args.pictures is not None else (PICTURES if args.prompt else 0)
     if count < 0:

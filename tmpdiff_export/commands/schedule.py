@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows the schedule and writes what was asked for."""
-    from calibration.prediction import Prediction
-    from tmpdiff_export.calibration_run import read_calibration
+    from calibration.choose.stored import Prediction
+    from tmpdiff_export.calibrate.bundle import read_calibration
     from tmpdiff_export.display import print_json
 
     if args.precision is not None and args.import_policy is None:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
-    from tmpdiff_export.step_policy import FORMATS, read_policy
+    from tmpdiff_export.drop_in.step_policy import FORMATS, read_policy
 
     policy, native = read_policy(args.import_policy)
     native = args.precision or native
@@ -99,7 +99,7 @@ def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
 
 def _export(args: argparse.Namespace, bundle: Bundle, schedule: Schedule, prediction: Any) -> dict[str, Any]:
     """Writes the policy file; returns what is in it, for display."""
-    from tmpdiff_export.step_policy import exact_policy, nearest_policy, write_policy
+    from tmpdiff_export.drop_in.step_policy import exact_policy, nearest_policy, write_policy
 
     exact = exact_policy(schedule.precisions, bundle.manifest.precisions[0])
     if exact:

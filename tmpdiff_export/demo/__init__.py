@@ -1,6 +1,6 @@
 """The embedded demo: a small trained text-to-image pipeline, its world of drawn scenes, and the check of its pictures.
 
-`pipeline_folder()` is the pipeline, saved by `tools/train_demo_pipeline.py`; `scenes` holds captions, `drawing` the
+`pipeline_folder()` is the pipeline, saved by `tools/demo/train_pipeline.py`; `scenes` holds captions, `drawing` the
 pictures that go with them, `readback` reads shapes, colours and positions from pixels.
 """
 

@@ -20,9 +20,9 @@ from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.schedule import Schedule
-from tmpdiff_export.families import FAMILIES, Family, bind_call
-from tmpdiff_export.scheduler_table import TOLERANCE, sampler_table
-from tmpdiff_export.step_finder import StepFinder, close, listed
+from tmpdiff_export.drop_in.step_finder import StepFinder, close, listed
+from tmpdiff_export.pipelines.families import FAMILIES, Family, bind_call
+from tmpdiff_export.pipelines.scheduler_table import TOLERANCE, sampler_table
 
 OUTPUTS = {"transformer": Transformer2DModelOutput, "unet": UNet2DConditionOutput}
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.prediction import Prediction
+from calibration.choose.stored import Prediction
 from engines.documents import read_json
 from engines.errors import ScheduleError
 from engines.files import atomic_write_text

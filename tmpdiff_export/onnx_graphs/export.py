@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from engines.errors import BuildError
-from tmpdiff_export.sixteen_bit import sixteen_bit_tensors
+from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
 
 EXPORT_OPSET = 20
 EXTERNAL_DATA_BYTES = 2_000_000_000

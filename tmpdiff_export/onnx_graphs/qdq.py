@@ -16,10 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export import qdq_nvfp4
-from tmpdiff_export.onnx_export import drop_unused
-from tmpdiff_export.recipes import Recipe
-from tmpdiff_export.scales import QuantizedLayer
+from tmpdiff_export.onnx_graphs import qdq_nvfp4
+from tmpdiff_export.onnx_graphs.export import drop_unused
+from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.quantization.recipes import Recipe
 
 IR_VERSION = 10
 

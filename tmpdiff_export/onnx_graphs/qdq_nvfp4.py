@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tmpdiff_export import nvfp4
-from tmpdiff_export.scales import QuantizedLayer
+from tmpdiff_export.quantization import nvfp4
+from tmpdiff_export.quantization.codes import QuantizedLayer
 
 TRT_DOMAIN = "trt"
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"

@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tmpdiff_export.cpu_lowering import to_fp32
-from tmpdiff_export.onnx_export import drop_unused, save_graph
+from tmpdiff_export.onnx_graphs.export import drop_unused, save_graph
+from tmpdiff_export.onnx_graphs.fp32 import to_fp32
 
 # Larger "constants" are tables that were computed on purpose; storing them would grow the file.
 LARGEST_CONSTANT = 64
@@ -128,7 +128,7 @@ def _run(
     """Tensors of a graph by name; changes its outputs."""
     import onnxruntime
 
-    from engines.backends.onnxruntime import PROVIDER
+    from engines.backends.onnxruntime.cpu import PROVIDER
 
     del model.graph.output[:]
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from engines.precision import Precision
-from tmpdiff_export import nvfp4
+from tmpdiff_export.quantization import nvfp4
 
 # Below this FP16 scales are subnormal and lose their bits.
 SMALLEST_FP16_SCALE = 6.2e-5

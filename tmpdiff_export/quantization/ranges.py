@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from engines.errors import BuildError
-from tmpdiff_export.placement import CPU, Batch, on, placed
-from tmpdiff_export.recipes import Recipe, Variant, stays_high_precision
-from tmpdiff_export.scales import LayerRange
+from tmpdiff_export.devices import CPU, Batch, on, placed
+from tmpdiff_export.quantization.codes import LayerRange
+from tmpdiff_export.quantization.recipes import Recipe, Variant, stays_high_precision
 
 Item = TypeVar("Item")
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from engines.precision import Precision
-from tmpdiff_export import nvfp4
+from tmpdiff_export.quantization import nvfp4
 
 
 @dataclass(frozen=True)

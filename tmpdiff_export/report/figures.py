@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from scipy.stats import rankdata
 
 from calibration import Sensitivity
-from calibration.bisection import adaptive_bisection
-from calibration.sensitivity import ValidationRow
+from calibration.document import ValidationRow
+from calibration.scores.bisection import adaptive_bisection
 
 # Light and dark shade per precision: Okabe and Ito's colour-blind safe set, lightened for dark pages.
 SHADES = (

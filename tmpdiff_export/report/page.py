@@ -7,10 +7,10 @@ from html import escape
 
 from calibration import Sensitivity
 from engines.manifest import Manifest
-from tmpdiff_export import report_sections as sections
-from tmpdiff_export.report_figures import SHADES
-from tmpdiff_export.report_pictures import Row, palette, pictures_section
-from tmpdiff_export.report_search import search
+from tmpdiff_export.report import sections
+from tmpdiff_export.report.figures import SHADES
+from tmpdiff_export.report.pictures import Row, palette, pictures_section
+from tmpdiff_export.report.search import search
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fdfdfc;--ink:#1d2329;--muted:#66707a;--line:#d9dde1;--soft:#f1f3f5;

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from calibration.metrics import picture_mse, picture_ssim, psnr_db
+from calibration.measure.metrics import picture_mse, picture_ssim, psnr_db
 from engines.bundle import Bundle
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export.display import Report, number

@@ -7,7 +7,7 @@ from html import escape
 
 from calibration import Sensitivity
 from tmpdiff_export.display import schedule_strip
-from tmpdiff_export.report_figures import places
+from tmpdiff_export.report.figures import places
 
 BY_STEP, ORDER = "by step index", "step indices in order of measuring"
 LEFT = (BY_STEP, ORDER, "use", "steps", "checked steps", "tried because")

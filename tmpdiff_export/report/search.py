@@ -8,9 +8,9 @@ from html import escape
 import numpy as np
 
 from calibration import Sensitivity
-from calibration.sensitivity import TransferRecord, TrialRecord
+from calibration.document import TransferRecord, TrialRecord
 from tmpdiff_export.display import number
-from tmpdiff_export.report_html import BY_STEP, precision_name, strip, table
+from tmpdiff_export.report.pieces import BY_STEP, precision_name, strip, table
 
 
 def search(found: Sensitivity) -> str:

@@ -7,15 +7,15 @@ from html import escape
 import numpy as np
 
 from calibration import Sensitivity
-from calibration.metrics import departed
-from calibration.sensitivity import ValidationRow
+from calibration.document import ValidationRow
+from calibration.measure.metrics import departed
 from calibration.statistics import bootstrap_interval
 from engines.manifest import Manifest
 from tmpdiff_export.display import number, schedule_strip
-from tmpdiff_export.report_figures import error_rows, fit_scatter, rank_deviation, score_curves, trade_off
-from tmpdiff_export.report_html import BY_STEP, ORDER, precision_name, strip, table
-from tmpdiff_export.report_rules import rule_curves, ruled_precision
-from tmpdiff_export.report_search import carried
+from tmpdiff_export.report.figures import error_rows, fit_scatter, rank_deviation, score_curves, trade_off
+from tmpdiff_export.report.pieces import BY_STEP, ORDER, precision_name, strip, table
+from tmpdiff_export.report.rules import rule_curves, ruled_precision
+from tmpdiff_export.report.search import carried
 
 
 def what(manifest: Manifest, found: Sensitivity) -> str:

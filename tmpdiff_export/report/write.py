@@ -10,10 +10,10 @@ from typing import Any
 from engines.bundle import Bundle
 from engines.errors import TmpDiffError
 from engines.files import atomic_write_text
-from tmpdiff_export.calibration_run import read_calibration
+from tmpdiff_export.calibrate.bundle import read_calibration
 from tmpdiff_export.display import Report
-from tmpdiff_export.report_page import page
-from tmpdiff_export.report_pictures import draw
+from tmpdiff_export.report.page import page
+from tmpdiff_export.report.pictures import draw
 
 
 def write_report(

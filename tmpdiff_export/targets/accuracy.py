@@ -16,7 +16,7 @@ import torch
 
 from engines.engine import Engine
 from engines.sampler import SamplerTable
-from tmpdiff_export.placement import CPU, Batch, on, placed
+from tmpdiff_export.devices import CPU, Batch, on, placed
 
 # What identical outputs count as, so that every figure is a finite number.
 PERFECT_DB = 200.0

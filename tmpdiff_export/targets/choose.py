@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-from engines.backends import BACKENDS, require_backend
+from engines.backends.table import BACKENDS, require_backend
 from engines.errors import BackendError
 from engines.precision import REFERENCE, Precision
-from tmpdiff_export.cpu_target import CpuTarget
-from tmpdiff_export.engine_build import Start, Target, at_once
-from tmpdiff_export.plan_settings import PlanSettings
+from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
+from tmpdiff_export.targets.target import Start, Target, at_once
+from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 
 AUTO = "auto"
 BACKEND_CHOICES = (AUTO, *BACKENDS)
@@ -106,9 +106,9 @@ def open_start(target: Target, workers: int) -> Iterator[Start]:
     if workers == 1:
         yield at_once(target)
         return
-    from tmpdiff_export.build_workers import open_build_workers
-    from tmpdiff_export.bundle_workers import visible_gpus
-    from tmpdiff_export.torch_target import TorchTarget
+    from engines.backends.cuda.gpu import visible_gpus
+    from tmpdiff_export.targets.torch.target import TorchTarget
+    from tmpdiff_export.targets.torch.workers import open_build_workers
 
     assert isinstance(target, TorchTarget)
     torch_target = target
@@ -143,21 +143,21 @@ def open_target(
     if backend not in ("torch", "onnxruntime") and device is not None:
         raise BackendError(f"--device is for the backends torch and onnxruntime; {backend!r} has no choice of device")
     if backend == "torch":
-        from tmpdiff_export.torch_target import TorchTarget
+        from tmpdiff_export.targets.torch.target import TorchTarget
 
         settings.require_unset(backend, allowed=("--batch",))
         return TorchTarget(device or "cuda", settings.batch.opt, precisions, fp8_attention=fp8_attention)
     if backend == "tensorrt":
-        from tmpdiff_export.tensorrt_target import TensorRtTarget
+        from tmpdiff_export.targets.tensorrt.target import TensorRtTarget
 
         return TensorRtTarget(settings, precisions, progress)
     settings.require_unset(backend)
     if backend == "tensorrt-rtx":
-        from tmpdiff_export.rtx_target import RtxTarget
+        from tmpdiff_export.targets.onnxruntime.tensorrt_rtx import RtxTarget
 
         return RtxTarget()
     if device == "cuda":
-        from tmpdiff_export.onnx_cuda_target import OnnxCudaTarget
+        from tmpdiff_export.targets.onnxruntime.cuda import OnnxCudaTarget
 
         return OnnxCudaTarget(precisions)
     return CpuTarget()

@@ -1,10 +1,10 @@
 """Does a TensorRT-family builder take an exported ONNX file? Needs no GPU.
 
-    python tools/accept_onnx.py --bindings FOLDER --arch sm89 --arch sm120 FILE.onnx ... [--json OUT.json]
+    python tools/acceptance/accept_onnx.py --bindings FOLDER --arch sm89 --arch sm120 FILE.onnx ... [--json OUT.json]
 
 The builder is that of TensorRT for RTX, which compiles for a named architecture and whose Python API is
 TensorRT's, so our own build code drives it: parser, profile, configuration and build are those of
-`tmpdiff-export build --backend tensorrt`. FOLDER is what tools/fetch_bindings.py made. Prints a line
+`tmpdiff-export build --backend tensorrt`. FOLDER is what tools/release/fetch_bindings.py made. Prints a line
 per file and architecture; exit status 0 when all are accepted.
 
 What an acceptance says: the parser knows every operator, the types fit, and the builder finds an
@@ -28,7 +28,7 @@ from engines.backends.tensorrt.options import PlanOptions
 from engines.backends.tensorrt.profiles import ShapeRange, profile, symbols_of
 from engines.errors import TmpDiffError
 from engines.files import atomic_write_text, sha256_file
-from tmpdiff_export.engine_build import tensor_specs
+from tmpdiff_export.targets.target import tensor_specs
 
 ARCHITECTURES = ("sm86", "sm89", "sm120", "sm121")
 AS_TENSORRT = "11.4.0.106"  # whose API the builder's is nearest to; Polygraphy looks at the version
@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Does a TensorRT-family builder take an ONNX file?")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.onnx")
     parser.add_argument(
-        "--bindings", type=Path, required=True, metavar="FOLDER", help="made by tools/fetch_bindings.py"
+        "--bindings", type=Path, required=True, metavar="FOLDER", help="made by tools/release/fetch_bindings.py"
     )
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="may be repeated (default sm89)")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write the verdicts there")
@@ -71,7 +71,7 @@ def open_builder(bindings: Path) -> tuple[Callable[[Path, str], None], str]:
     folders = sorted(bindings.glob("rtx-*"))
     if not folders:
         raise SystemExit(
-            f"{bindings} holds no rtx-* folder; make it with: python tools/fetch_bindings.py --into {bindings}"
+            f"{bindings} holds no rtx-* folder; make it with: python tools/release/fetch_bindings.py --into {bindings}"
         )
     sys.path.insert(0, str(folders[-1]))
     import tensorrt_rtx as rtx

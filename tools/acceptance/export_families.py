@@ -1,6 +1,6 @@
 """Exports a small random-weight denoiser of every family at every precision, to show the graphs to a builder.
 
-    python -m tools.export_families --out build/families
+    python -m tools.acceptance.export_families --out build/families
 
 Writes `<family>.<precision>.onnx`, the strongly typed graphs, and `exports.json`: per file its size, its hash, how many
 layers are quantized, and the SQNR of the CPU engine made from it against FP32 torch. Exit status 1 if one cannot be
@@ -24,12 +24,13 @@ from engines.errors import TmpDiffError
 from engines.files import atomic_write_text, sha256_file
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import Precision, parse_precisions
-from tmpdiff_export.cpu_target import CpuTarget
-from tmpdiff_export.engine_build import AccuracyCheck, at_once, start_denoiser, with_larger_batch
-from tmpdiff_export.families import DENOISER, DENOISERS
-from tmpdiff_export.families.miniatures import Miniature, miniature
-from tmpdiff_export.onnx_export import export_graph
-from tmpdiff_export.shape_folding import fold_shapes
+from tmpdiff_export.bundling.engine import start_denoiser, with_larger_batch
+from tmpdiff_export.onnx_graphs.export import export_graph
+from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
+from tmpdiff_export.pipelines.families import DENOISER, DENOISERS
+from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
+from tmpdiff_export.targets.target import AccuracyCheck, at_once
+from tools.acceptance.miniatures import Miniature, miniature
 
 RANGE_STEPS = 6
 CHECK_STEPS = 3

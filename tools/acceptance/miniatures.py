@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from tmpdiff_export.families import DENOISERS, DenoiserFamily, bind_call
-from tmpdiff_export.placement import Batch
+from tmpdiff_export.devices import Batch
+from tmpdiff_export.pipelines.families import DENOISERS, DenoiserFamily, bind_call
 
 WIDTH = 128
 TEXT_TOKENS = 16

@@ -1,6 +1,6 @@
 """Writes an untrained PixArt pipeline of any size: for timing where quality does not matter.
 
-    python -m tools.random_pipeline DIR [--heads 16] [--head-size 64] [--layers 8] [--latent-side 64]
+    python -m tools.acceptance.random_pipeline DIR [--heads 16] [--head-size 64] [--layers 8] [--latent-side 64]
 
 Text encoder and VAE are small; the VAE draws 4 pixels per latent. Weights are those of a fixed seed.
 """
@@ -62,7 +62,7 @@ def main() -> int:
     from tmpdiff_export.demo import pipeline_folder
 
     parser = argparse.ArgumentParser(
-        prog="python -m tools.random_pipeline", description=(__doc__ or "").splitlines()[0]
+        prog="python -m tools.acceptance.random_pipeline", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="pipeline folder to make")
     for name, default in (("heads", 16), ("head-size", 64), ("layers", 8), ("latent-side", 64)):

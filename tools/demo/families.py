@@ -19,7 +19,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from tools.demo_networks import (
+from tools.demo.networks import (
     CAPTION_TOKENS,
     CLIP_TOKENS,
     LATENT_CHANNELS,

@@ -1,8 +1,8 @@
 """Trains a small text-to-image pipeline on drawn scenes and saves it as a diffusers folder.
 
-    python -m tools.train_demo_pipeline --out FOLDER --seed 0
-    python -m tools.train_demo_pipeline --family unet --out FOLDER
-    python -m tools.train_demo_pipeline --family mmdit --out FOLDER
+    python -m tools.demo.train_pipeline --out FOLDER --seed 0
+    python -m tools.demo.train_pipeline --family unet --out FOLDER
+    python -m tools.demo.train_pipeline --family mmdit --out FOLDER
 
 from the project's root, in an environment with torch, diffusers, transformers and scikit-image. The first trains the
 embedded demo pipeline, a PixArt-Sigma, from nothing; the others train a Stable Diffusion (UNet, v-prediction, DDIM) and
@@ -15,13 +15,13 @@ and so does a limit in minutes.
 
 Where one run may not last that long, the autoencoder can be trained in a run of its own:
 
-    python -m tools.train_demo_pipeline --out FOLDER --vae-out VAE
-    python -m tools.train_demo_pipeline --out FOLDER --vae VAE
+    python -m tools.demo.train_pipeline --out FOLDER --vae-out VAE
+    python -m tools.demo.train_pipeline --out FOLDER --vae VAE
 
 The defaults are meant for one large GPU. On a CPU, pictures of 128 pixels and a limit in minutes keep it affordable;
 how far that gets is what the read-back at the end says:
 
-    python -m tools.train_demo_pipeline --family unet --size 128 --device cpu --threads 1 --scenes 8000 \\
+    python -m tools.demo.train_pipeline --family unet --size 128 --device cpu --threads 1 --scenes 8000 \\
         --denoiser-batch 32 --text-iterations 300 --minutes 25 --save-minutes 5 --evaluation-captions 16 --out FOLDER
 """
 
@@ -48,7 +48,7 @@ from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.drawing import place
 from tmpdiff_export.demo.readback import score
 from tmpdiff_export.demo.scenes import IMAGE_SIZE, held_out_captions, training_captions, write_caption
-from tools.demo_families import (
+from tools.demo.families import (
     FLOW_SHIFT,
     DemoFamily,
     make_dpm_scheduler,
@@ -56,8 +56,8 @@ from tools.demo_families import (
     make_pixart_family,
     make_unet_family,
 )
-from tools.demo_networks import make_vae
-from tools.demo_training import encode, pretrain_text_encoders, reconstruct, train_denoiser, train_vae
+from tools.demo.networks import make_vae
+from tools.demo.training import encode, pretrain_text_encoders, reconstruct, train_denoiser, train_vae
 
 CAPTIONS_PER_SCENE = 3
 STEPS = 20

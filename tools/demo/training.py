@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 
 from tmpdiff_export.demo.drawing import draw
 from tmpdiff_export.demo.scenes import COLOURS, IMAGE_SIZE, POSITIONS, SHAPES, vocabulary
-from tools.demo_families import DemoFamily
-from tools.demo_networks import LATENT_CHANNELS
+from tools.demo.families import DemoFamily
+from tools.demo.networks import LATENT_CHANNELS
 
 UNCONDITIONAL_FRACTION = 0.1
 

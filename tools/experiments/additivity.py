@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibration.metrics import limited
+from calibration.measure.metrics import limited
 from tools.experiments.command import Analysis, Experiment, Goal, verdict, wording
 from tools.experiments.figures import INK, headline, label, panels
 from tools.experiments.prediction import (

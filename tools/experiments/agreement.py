@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from calibration.scores import DIRECTIONS
-from calibration.statistics import rank_deviation, spearman
+from calibration.scores.single_step import DIRECTIONS
 from engines.cli import guarded
 from engines.documents import read_json
 from engines.errors import TmpDiffError
 from tmpdiff_export.display import print_table
 from tools.experiments.prediction import SampleScores
 from tools.experiments.rank_deviation import regret_in_range
+from tools.experiments.statistics import rank_deviation, spearman
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[list[str]]:

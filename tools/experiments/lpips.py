@@ -1,6 +1,6 @@
 """LPIPS, the learned distance between pictures, with AlexNet's features (Zhang et al., CVPR 2018, arXiv 1801.03924).
 
-Weights are no part of this project: `python -m tools.fetch_lpips` fetches them.
+Weights are no part of this project: `python -m tools.experiments.fetch_lpips` fetches them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
 
 WEIGHTS_SHA256 = "b277f01d5eca8708c936cbf452795218c5170d8a4832461e410daa8f0c72b222"
-"""Of the file that `tools.fetch_lpips` writes: version 0.1 of the weights."""
+"""Of the file that `tools.experiments.fetch_lpips` writes: version 0.1 of the weights."""
 
 # output channels, input channels, side of the kernel, stride, padding; pooled before?
 LAYERS = (
@@ -46,19 +46,19 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights by name, see `SHAPES`; nothing is parsed before the file's hash is checked.
 
     Raises:
-        TmpDiffError: there is no such file, or another one than `tools.fetch_lpips` makes.
+        TmpDiffError: there is no such file, or another one than `tools.experiments.fetch_lpips` makes.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TmpDiffError(
-            f"LPIPS weights {path} cannot be read ({error.strerror}); make them with tools.fetch_lpips"
+            f"LPIPS weights {path} cannot be read ({error.strerror}); make them with tools.experiments.fetch_lpips"
         ) from error
     found = sha256_bytes(data)
     if found != WEIGHTS_SHA256:
         raise TmpDiffError(
             f"LPIPS weights {path} have sha256 {found[:16]}..., expected {WEIGHTS_SHA256[:16]}...; make them with "
-            "tools.fetch_lpips"
+            "tools.experiments.fetch_lpips"
         )
     return load(data)
 

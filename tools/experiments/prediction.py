@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from calibration.metrics import limited
-from calibration.risk import affordable, risk_curve, with_risk
-from calibration.scores import DIRECTIONS, PREDICTORS, Contributions, contributions
-from calibration.statistics import Interval, bootstrap_interval, r_squared, spearman
+from calibration.measure.metrics import limited
+from calibration.scores.divergence import affordable, risk_curve, with_risk
+from calibration.scores.predictors import PREDICTORS, Contributions, contributions
+from calibration.scores.single_step import DIRECTIONS
+from calibration.statistics import Interval, bootstrap_interval
 from tools.experiments.schedules import fixed_rules, high_steps
+from tools.experiments.statistics import r_squared, spearman
 
 _NAMES = ("reference", "low")
 
@@ -70,7 +72,7 @@ class SampleScores:
         return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(self.uniform[rows]).mean())})
 
     def risks(self, predictor: str, *, afford: bool = True) -> dict[str, np.ndarray]:
-        """The risk of another picture (`calibration.risk`), all or as much of it as the predictor's schedules afford."""
+        """The risk of another picture (`calibration.scores.divergence`), all or as much of it as the predictor's schedules afford."""
         errors = self.scores["downcast"]
         risks = {_NAMES[1]: risk_curve(dict(enumerate(errors.T)), errors.shape[1])}
         return affordable(self.contributions(predictor), _NAMES, risks) if afford else risks

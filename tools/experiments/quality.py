@@ -7,7 +7,7 @@ Differences are paired: all run on the same samples. Goal, for K from T/5 to 4T/
 best baseline, and never above any; also for E in which no sample counts for more than ten medians ("limited E"). Where a
 95 % confidence interval does not settle it, the result is "not distinguishable".
 
-With `--lpips FILE` LPIPS is measured like 1 - SSIM; its network comes from `tools.fetch_lpips`.
+With `--lpips FILE` LPIPS is measured like 1 - SSIM; its network comes from `tools.experiments.fetch_lpips`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calibration.baselines import RULES
-from calibration.metrics import limited, psnr_db
+from calibration.choose.baselines import RULES
+from calibration.measure.metrics import limited, psnr_db
 from calibration.statistics import bootstrap_interval
 from tools.experiments.additivity import random_schedules
 from tools.experiments.command import Analysis, Experiment, Goal
@@ -148,7 +148,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
 
 
 def _departed(row: dict[str, Any]) -> float:
-    """Samples beyond what a limited mean counts (`calibration.metrics.limited`); the mean over schedules."""
+    """Samples beyond what a limited mean counts (`calibration.measure.metrics.limited`); the mean over schedules."""
     error = np.array(row["error"])
     return float(np.mean([(errors > limited(errors)).sum() for errors in error]))
 

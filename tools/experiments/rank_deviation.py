@@ -15,22 +15,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibration.bisection import default_evaluations
-from calibration.scores import DIRECTIONS, sweep_calls
-from calibration.statistics import (
-    Interval,
-    bootstrap_interval,
-    error_regret,
-    error_regret_at,
-    rank_deviation,
-    rank_deviation_at,
-)
+from calibration.scores.bisection import default_evaluations
+from calibration.scores.single_step import DIRECTIONS, sweep_calls
+from calibration.statistics import Interval, bootstrap_interval
 from tools.experiments import single_steps
 from tools.experiments.command import Analysis, Experiment, Goal, verdict
 from tools.experiments.figures import INK, RANDOM, colour, headline, label, panels
 from tools.experiments.prediction import mean_scores
-from tools.experiments.replay import METHODS, Curve, Method
+from tools.experiments.replay import METHODS, Method
 from tools.experiments.schedules import counts_between
+from tools.experiments.statistics import error_regret, error_regret_at, rank_deviation, rank_deviation_at
 
 CALLS_SHARE, DEVIATION, REGRET = 0.5, 1.0, 0.02
 FEWEST = 3
@@ -39,11 +33,11 @@ SHADES = (INK, "#0072b2", "#7a6a00")
 STYLES = ("-o", "--s", "-.^", ":D")
 
 
-def curves(measured: dict[str, Any], direction: str, rows: np.ndarray | None = None) -> Curve:
+def curves(measured: dict[str, Any], direction: str, rows: np.ndarray | None = None) -> np.ndarray:
     """The mean curve over samples; over repeated ones where `rows` repeats them."""
     scores = np.array(measured[direction])
     rows = np.arange(len(scores)) if rows is None else rows
-    return Curve(mean_scores(direction, scores[rows], np.array(measured["uniform"])[rows]))
+    return mean_scores(direction, scores[rows], np.array(measured["uniform"])[rows])
 
 
 def analyse(content: dict[str, Any]) -> Analysis:
@@ -78,20 +72,20 @@ def analyse(content: dict[str, Any]) -> Analysis:
     return Analysis(findings, tuple(goals))
 
 
-def _points(curve: Curve, method: Method) -> list[dict[str, Any]]:
+def _points(curve: np.ndarray, method: Method) -> list[dict[str, Any]]:
     """One entry per number of steps sampled; the sweep is the last one."""
-    num_steps = len(curve.scores)
+    num_steps = len(curve)
     points: dict[int, dict[str, Any]] = {}
     for evaluations in range(min(FEWEST, num_steps), num_steps + 1):
         found = method(curve, evaluations)
-        per_count = rank_deviation_at(curve.scores, found.scores)
+        per_count = rank_deviation_at(curve, found.scores)
         points[found.evaluations] = {
             "evaluations": found.evaluations,
             "calls_share": found.calls / sweep_calls(num_steps, 1),
-            "deviation": rank_deviation(curve.scores, found.scores),
+            "deviation": rank_deviation(curve, found.scores),
             "deviation_over_counts": [float(per_count.min()), float(per_count.max())],
-            "regret": error_regret(curve.scores, found.scores),
-            "regret_in_range": regret_in_range(curve.scores, found.scores),
+            "regret": error_regret(curve, found.scores),
+            "regret_in_range": regret_in_range(curve, found.scores),
         }
     return [points[count] for count in sorted(points)]
 
@@ -103,7 +97,7 @@ def _at_default(measured: dict[str, Any], direction: str, method: Method) -> dic
     def figure_of(of: Any) -> Interval:
         def statistic(rows: np.ndarray) -> float:
             curve = curves(measured, direction, rows)
-            return float(of(curve.scores, method(curve, default_evaluations(num_steps)).scores))
+            return float(of(curve, method(curve, default_evaluations(num_steps)).scores))
 
         return bootstrap_interval(statistic, samples, draws=DRAWS)
 
@@ -113,7 +107,7 @@ def _at_default(measured: dict[str, Any], direction: str, method: Method) -> dic
         "evaluations": found.evaluations,
         "calls_share": found.calls / sweep_calls(num_steps, 1),
         "deviation": asdict(figure_of(rank_deviation)),
-        "deviation_at": rank_deviation_at(curve.scores, found.scores).tolist(),
+        "deviation_at": rank_deviation_at(curve, found.scores).tolist(),
         "regret": asdict(figure_of(error_regret)),
         "regret_in_range": asdict(figure_of(regret_in_range)),
     }
@@ -136,7 +130,7 @@ def _split_halves(measured: dict[str, Any], direction: str) -> dict[str, float]:
     pairs = []
     for _ in range(DRAWS):
         order = generator.permutation(samples)
-        pairs.append(tuple(curves(measured, direction, rows).scores for rows in (order[half:], order[:half])))
+        pairs.append(tuple(curves(measured, direction, rows) for rows in (order[half:], order[:half])))
     return {
         "deviation": float(np.mean([rank_deviation(*pair) for pair in pairs])),
         "regret_in_range": float(np.mean([regret_in_range(*pair) for pair in pairs])),

@@ -1,4 +1,4 @@
-"""Whether the risk of another picture (`calibration.risk`) foretells plain means of E, from result files alone.
+"""Whether the risk of another picture (`calibration.scores.divergence`) foretells plain means of E, from result files alone.
 
     python -m tools.experiments.risk ADDITIVITY.json [QUALITY.json]
 
@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from calibration.allocation import HighSteps, allocate
-from calibration.metrics import limited
-from calibration.scores import predict
-from calibration.statistics import spearman
+from calibration.choose.allocation import HighSteps, allocate
+from calibration.measure.metrics import limited
+from calibration.scores.predictors import predict
 from engines.cli import guarded
 from engines.documents import read_json
 from engines.errors import TmpDiffError
@@ -31,6 +30,7 @@ from tmpdiff_export.display import print_table
 from tools.experiments.figures import label
 from tools.experiments.prediction import SampleScores
 from tools.experiments.schedules import high_steps, pattern_of
+from tools.experiments.statistics import spearman
 
 SAMPLES = (12, 24, 48)
 TAILS = (5, 10, 40, 100)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calibration import baselines
+from calibration.choose import baselines
 
 HIGH, LOW = "H", "L"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from calibration.allocation import Allocation, HighSteps, allocate
-from calibration.costs import NO_COSTS
-from calibration.measurements import Measurements
-from calibration.refine import refine_schedule
-from calibration.scores import PREDICTORS, sweep_calls
-from calibration.sensitivity import RefinementRecord
+from calibration.choose.allocation import Allocation, HighSteps, allocate
+from calibration.choose.costs import NO_COSTS
+from calibration.choose.rivals import refine_schedule
+from calibration.document import RefinementRecord
+from calibration.measure.measurements import Measurements
+from calibration.scores.predictors import PREDICTORS
+from calibration.scores.single_step import sweep_calls
 from tools.experiments.prediction import SampleScores
 
 
@@ -29,7 +30,7 @@ def search(
         predictor: one of `PREDICTORS`.
         precision: the low one.
         count: K.
-        on_run: see `calibration.refine.refine_schedule`.
+        on_run: see `calibration.choose.rivals.refine_schedule`.
     """
     pair = (calibration.reference, precision)
     equal = dict.fromkeys(pair, 1.0)  # K says it all: latency has no part in it

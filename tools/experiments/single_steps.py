@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibration.metrics import limited
-from calibration.scores import DIRECTIONS
-from calibration.statistics import bootstrap_interval, spearman
+from calibration.measure.metrics import limited
+from calibration.scores.single_step import DIRECTIONS
+from calibration.statistics import bootstrap_interval
 from tools.experiments.command import Analysis, Experiment
 from tools.experiments.figures import colour, headline, label, marker, panels
 from tools.experiments.prediction import mean_scores
+from tools.experiments.statistics import spearman
 from tools.experiments.study import Study
 
 

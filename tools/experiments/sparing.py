@@ -6,7 +6,7 @@
 One sample in a hundred departs, so that few samples show nothing and many take a GPU. Which ones do is much the same on
 other machines: a run on a GPU says which, and a CPU can look at these and a few others, one at a time. Takes scores from a
 result file of `single_steps`, and repeats from there what calibration does at K steps at the reference
-(`calibration.local_search`), on the samples named by their index in the prompt file; `additivity` says which predictor fits.
+(`calibration.choose.race`), on the samples named by their index in the prompt file; `additivity` says which predictor fits.
 Prints every schedule that ran on all of them, and on unseen ones what was found, what scores chose, and the fixed rules.
 """
 
@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
-from calibration.journal import Journal
-from calibration.latency import machine
-from calibration.measurements import Measurements
-from calibration.metrics import departed
-from calibration.scores import PREDICTORS
+from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.measure.journal import Journal
+from calibration.measure.latency import machine
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import departed
+from calibration.scores.predictors import PREDICTORS
 from engines.cli import guarded
 from engines.documents import read_json
 from engines.errors import TmpDiffError

@@ -19,9 +19,9 @@ from engines.bundle import MANIFEST_NAME, Bundle
 from engines.cli import guarded
 from engines.files import atomic_write_text, staged_folder
 from engines.manifest import Manifest, manifest_identity
-from tmpdiff_export.engine_build import file_entry
-from tmpdiff_export.pipelines import load_pipeline
-from tmpdiff_export.scheduler_table import sampler_table
+from tmpdiff_export.pipelines.load import load_pipeline
+from tmpdiff_export.pipelines.scheduler_table import sampler_table
+from tmpdiff_export.targets.target import file_entry
 
 
 def with_steps(bundle: Bundle, pipeline: Path, num_steps: int, out: Path) -> Manifest:

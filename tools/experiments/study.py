@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from calibration import open_journal
-from calibration.batches import SampleBatches, SampleSet
-from calibration.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
-from calibration.journal import Journal
-from calibration.latency import machine, step_latencies
-from calibration.measurements import Compare, Measurements, picture_errors
-from calibration.scores import DIRECTIONS, Direction
+from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
+from calibration.measure.journal import Journal
+from calibration.measure.latency import machine, step_latencies
+from calibration.measure.measurements import Compare, Measurements, picture_errors
+from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.scores.single_step import DIRECTIONS, Direction
 from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
@@ -94,13 +94,6 @@ class Study:
                     self.report(f"{direction} {precision}", done, self.samples * self.num_steps)
             found[direction] = rows
         return found
-
-    def local_errors(self, precision: str) -> list[list[float]]:
-        """Error of every step by itself along the reference trajectory, by sample and step; T calls per sample."""
-        return [
-            [self.calibration.local_error(step, precision, sample) for step in range(self.num_steps)]
-            for sample in range(self.samples)
-        ]
 
     def _score(self, precision: str, direction: str, step: int, sample: int) -> float:
         if direction == "downcast":
@@ -175,7 +168,10 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="default: the bundle's")
     parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: one per core)")
     parser.add_argument(
-        "--lpips", type=Path, metavar="FILE", help="weights from tools.fetch_lpips: measures LPIPS of pictures, too"
+        "--lpips",
+        type=Path,
+        metavar="FILE",
+        help="weights from tools.experiments.fetch_lpips: measures LPIPS of pictures, too",
     )
 
 

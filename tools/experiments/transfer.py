@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from calibration.metrics import limited
-from calibration.statistics import bootstrap_interval, error_regret_at, rank_deviation, spearman
-from calibration.transfer import StepAxis, carry, check_steps, compare, step_axes
+from calibration.measure.metrics import limited
+from calibration.scores.transfer import StepAxis, carry, check_steps, compare, step_axes
+from calibration.statistics import bootstrap_interval
 from engines.cli import guarded
 from engines.files import atomic_write_text
 from tmpdiff_export.display import progress_bar
 from tools.experiments.schedules import HIGH, LOW, fixed_rules, precisions_of
+from tools.experiments.statistics import error_regret_at, rank_deviation, spearman
 from tools.experiments.study import Report, Study, open_study
 
 PROGRAM = "transfer"

@@ -1,8 +1,8 @@
 """Step latency, memory, error and distance to the limit of full-size denoisers at every precision, on one GPU.
 
-    python -m tools.bench_gpu flux|sana|pixart|sd3|sdxl --out FILE.json [--rows fp8,int8,...] [--seconds-limit N]
-    python -m tools.bench_gpu link --out FILE.json [FILE.json ...]
-    python -m tools.bench_gpu tables FILE.json ...
+    python -m tools.gpu_bench flux|sana|pixart|sd3|sdxl --out FILE.json [--rows fp8,int8,...] [--seconds-limit N]
+    python -m tools.gpu_bench link --out FILE.json [FILE.json ...]
+    python -m tools.gpu_bench tables FILE.json ...
 
 The first form measures one denoiser of published configuration with random weights at 1024x1024; docs/performance.md
 says how. The second measures the link to host memory and computes what engines of the given result files take to bring
@@ -33,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return 0 if measure(args) else 1
     except TmpDiffError as error:
-        print(f"bench_gpu: {error}", file=sys.stderr)
+        print(f"gpu_bench: {error}", file=sys.stderr)
         return 1
 
 
 def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parsed arguments; wrong ones end the process with status 2."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_bench", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name in (*DENOISERS, "link"):
         command = commands.add_parser(name, help="the link to host memory" if name == "link" else "a denoiser")
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace) -> bool:
         raise TmpDiffError("device 'cuda' is asked for, torch finds no GPU; run on one, or pass --device cpu --tiny")
     if args.device == "cpu" and not args.tiny:
         raise TmpDiffError("device 'cpu' is for trying the tool; pass --tiny with it")
-    words = f"python -m tools.bench_gpu {args.what}"
+    words = f"python -m tools.gpu_bench {args.what}"
     if args.what == "link":
         return measure_link(args.out, args.files, device, words, tiny=args.tiny)
     asked = row_names(args.rows)

@@ -1,6 +1,6 @@
 """Times one calibration with one worker and with several, and says whether they agree.
 
-    python tools/bench_calibration.py BUNDLE --workers 1,2 [--samples 8] [--method sweep] [--json OUT.json]
+    python tools/gpu_bench/calibration.py BUNDLE --workers 1,2 [--samples 8] [--method sweep] [--json OUT.json]
 
 BUNDLE is calibrated in copies, from nothing but step latencies, which the first run measures and the others are given
 so that all choose alike. The ratio is of wall seconds without the latencies, start of the workers included; a table has
@@ -25,10 +25,10 @@ from engines.cli import guarded
 from engines.errors import TmpDiffError
 from engines.files import atomic_write_text
 from engines.text import PromptFile, read_prompts
-from tmpdiff_export.calibration_run import JOURNAL_FOLDER, calibrate_bundle
+from tmpdiff_export.calibrate.bundle import JOURNAL_FOLDER, calibrate_bundle
 from tmpdiff_export.display import print_table
 
-PROMPTS = Path(__file__).resolve().parent.parent / "calibration" / "prompts" / "plain.txt"
+PROMPTS = Path(__file__).resolve().parents[2] / "calibration" / "prompts" / "plain.txt"
 LATENCIES = "step latencies"
 START = "start workers"
 LATENCY_LINES = 2

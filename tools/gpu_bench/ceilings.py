@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from tmpdiff_export.torch_codes import FP8
-from tmpdiff_export.torch_kernels import int8_linear
+from tmpdiff_export.targets.torch.activations import FP8
+from tmpdiff_export.targets.torch.kernels.int8 import int8_linear
 from tools.gpu_bench.timing import best_seconds
 from tools.gpu_bench.work import Shape, Work
 

@@ -53,7 +53,7 @@ def read_result(path: Path) -> dict[str, Any]:
     if (content.get("tool"), content.get("version")) != (TOOL, VERSION):
         raise TmpDiffError(
             f"{path} holds {content.get('tool')!r} version {content.get('version')!r}, expected {TOOL!r} version "
-            f"{VERSION}; measure again with python -m tools.bench_gpu"
+            f"{VERSION}; measure again with python -m tools.gpu_bench"
         )
     return content
 

@@ -14,7 +14,7 @@ import torch
 
 from engines.backends.torch.pieces import Runner, load_runner
 from engines.backends.torch.weights import Weights
-from tmpdiff_export.torch_compile import EngineModule, compile_package, store_weights
+from tmpdiff_export.targets.torch.compile import EngineModule, compile_package, store_weights
 from tools.gpu_bench.models import Inputs
 from tools.gpu_bench.step import map_tensors, tensors_of
 

@@ -10,10 +10,10 @@ import torch
 
 from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export.recipes import RECIPES, stays_high_precision
-from tmpdiff_export.scales import CODE_MAX, SMALLEST_FP16_SCALE
-from tmpdiff_export.torch_codes import FP8
-from tmpdiff_export.torch_layers import (
+from tmpdiff_export.quantization.codes import CODE_MAX, SMALLEST_FP16_SCALE
+from tmpdiff_export.quantization.recipes import RECIPES, stays_high_precision
+from tmpdiff_export.targets.torch.activations import FP8
+from tmpdiff_export.targets.torch.layers import (
     FP8_ALIGNMENT,
     Fp8Linear,
     Int4Linear,
@@ -68,14 +68,14 @@ def choose_layers(module: torch.nn.Module, precision: Precision) -> Chosen:
 
 
 def fp16_scale(amax: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """`tmpdiff_export.scales.fp16_scale`: float32 of any shape -> float32 values that float16 holds."""
+    """`tmpdiff_export.quantization.codes.fp16_scale`: float32 of any shape -> float32 values that float16 holds."""
     # A tensor as divisor: a CUDA kernel would multiply by the reciprocal of a number, which rounds differently.
     scale = amax / torch.full_like(amax, CODE_MAX[precision])
     return scale.clamp_min(SMALLEST_FP16_SCALE).half().float()
 
 
 def weight_codes(weight: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tmpdiff_export.scales.quantize_layer` of a weight, on its device.
+    """`tmpdiff_export.quantization.codes.quantize_layer` of a weight, on its device.
 
     Args:
         weight: [N, K], any floating type.
@@ -102,7 +102,7 @@ def weight_codes(weight: torch.Tensor, precision: Precision) -> tuple[torch.Tens
 def quantized_linear(
     layer: torch.nn.Linear, precision: Precision, input_amax: torch.Tensor | None, dtype: torch.dtype
 ) -> QuantizedLinear:
-    """The module of the `torch` backend for one layer, as `tmpdiff_export.torch_layers.linear_from` makes it.
+    """The module of the `torch` backend for one layer, as `tmpdiff_export.targets.torch.layers.linear_from` makes it.
 
     Args:
         layer: of the 16-bit denoiser; its bias is shared.

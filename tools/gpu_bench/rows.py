@@ -13,8 +13,8 @@ import torch
 
 from engines.errors import TmpDiffError
 from engines.precision import Precision
-from tmpdiff_export.torch_attention import AttentionRange, use_fp8_attention
-from tmpdiff_export.torch_fusion import fuse
+from tmpdiff_export.targets.torch.attention import AttentionRange, use_fp8_attention
+from tmpdiff_export.targets.torch.fusion import fuse
 from tools.gpu_bench.ceilings import floor
 from tools.gpu_bench.document import error_text
 from tools.gpu_bench.models import BenchModel, Inputs

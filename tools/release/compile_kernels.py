@@ -1,7 +1,7 @@
 """Compiles the sampler kernels to the PTX that is shipped; needs NVRTC, but no GPU and no CUDA toolkit.
 
     pip install --target build/nvrtc nvidia-cuda-nvrtc-cu12==12.0.140
-    python tools/compile_kernels.py build/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+    python tools/release/compile_kernels.py build/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 
 An old NVRTC on purpose: PTX of a newer one is refused by drivers that are older than it.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from engines.files import atomic_write_text, sha256_file
 
 ARCHITECTURE = "compute_75"  # the oldest that TensorRT 10.13 and later run on; drivers compile it for newer ones
-FOLDER = Path(__file__).resolve().parent.parent / "engines" / "backends" / "cuda"
+FOLDER = Path(__file__).resolve().parents[2] / "engines" / "backends" / "cuda"
 
 
 class Nvrtc:

@@ -1,6 +1,6 @@
 """Puts the TensorRT Python bindings that the tests check the code against into a folder; needs no GPU.
 
-    python tools/fetch_bindings.py --into FOLDER
+    python tools/release/fetch_bindings.py --into FOLDER
 
 makes, of what is not there yet,
 

@@ -1,6 +1,6 @@
 """Freezes `tmpdiff-runtime` with the ONNX Runtime CPU backend into one executable (PyInstaller).
 
-    python tools/freeze_runtime.py --out build/runtime
+    python tools/release/freeze_runtime.py --out build/runtime
 
 The executable runs where no Python is installed; of the host it takes glibc (at least as new as here)
 and libz. It unpacks itself into a folder below TMPDIR (or /tmp) at every start, so what it holds is kept
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 PROGRAM = "tmpdiff-runtime"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GOAL_MB = 90.0
 GOAL_START_SECONDS = 1.0
 STARTS = 7

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from engines.errors import BackendError
+
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -130,3 +133,15 @@ def current_gpu() -> Gpu:
         free_bytes=int(free),
         driver=f"{version // 1000}.{version % 1000 // 10}",
     )
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES has to be for a process to see one GPU, for each GPU that this one sees.
+
+    Raises:
+        BackendError: cuda-bindings is not installed, or there is no driver or no GPU.
+    """
+    count = gpu_count()
+    chosen = os.environ.get(VISIBLE_DEVICES)
+    names = [str(index) for index in range(count)] if chosen is None else [name.strip() for name in chosen.split(",")]
+    return names[:count]

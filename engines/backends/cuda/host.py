@@ -28,7 +28,7 @@ Load = Callable[[str, EngineEntry, Path], DevicePlan]
 
 
 class CudaHost:
-    """See `engines.engine.EngineHost`.
+    """See `engines.host.EngineHost`.
 
     All engines bind the same device buffers (one per tensor name and dtype) and the same scratch memory, as
     large as the largest need of the shapes in use. Denoiser engines, which are those that take latents and a

@@ -1,6 +1,6 @@
 // The sampler on the device. Every operation rounds exactly as engines/sampler.py and engines/loop.py do
 // with numpy: each product and sum by itself (the _rn intrinsics are never contracted into an FMA), in the
-// same order and precision. tools/compile_kernels.py compiles this file to kernels.ptx; no header is needed.
+// same order and precision. tools/release/compile_kernels.py compiles this file to kernels.ptx; no header is needed.
 
 struct Term {
     const float* values;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.backends.onnx_session import OnnxSession, library
+from engines.backends.onnxruntime.session import OnnxSession, library
 from engines.engine import Arrays
 
 PROVIDER = "CPUExecutionProvider"

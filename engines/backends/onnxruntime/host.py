@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines.backends.cuda.host import CudaHost
-from engines.backends.onnxruntime_cuda.plan import LastSizes, OrtPlan, Place, require_runnable
-from engines.backends.onnxruntime_cuda.provider import require_provider
+from engines.backends.onnxruntime.plan import LastSizes, OrtPlan, Place, require_runnable
+from engines.backends.onnxruntime.provider import require_provider
 from engines.manifest import EngineEntry
 
 

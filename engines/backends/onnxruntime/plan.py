@@ -12,8 +12,8 @@ import numpy as np
 from engines.backends.cuda.gpu import Gpu
 from engines.backends.cuda.memory import SharedMemory, Stream
 from engines.backends.cuda.plan import Shapes, Tensor
-from engines.backends.onnx_session import DTYPES, OnnxSession, axis_sizes, library, words
-from engines.backends.onnxruntime_cuda.provider import memory_advice, open_session
+from engines.backends.onnxruntime.provider import memory_advice, open_session
+from engines.backends.onnxruntime.session import DTYPES, OnnxSession, axis_sizes, library, words
 from engines.errors import BackendError
 from engines.manifest import EngineEntry, TensorSpec
 

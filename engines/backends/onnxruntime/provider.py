@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from engines.backends.cuda.gpu import Gpu, current_gpu
-from engines.backends.onnx_session import OnnxSession, library, words
+from engines.backends.onnxruntime.session import OnnxSession, library, words
 from engines.errors import BackendError
 
 PROVIDER: Final = "CUDAExecutionProvider"

@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from engines.backends import require_backend
-from engines.backends.onnx_session import OnnxSession, axis_sizes, library, require_names, words
+from engines.backends.onnxruntime.session import OnnxSession, axis_sizes, library, require_names, words
+from engines.backends.table import require_backend
 from engines.documents import canonical_json
 from engines.engine import Arrays
 from engines.errors import BackendError, TmpDiffError

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from engines.backends.torch.library import torch
-from engines.errors import BackendError
+from engines.backends.torch.library import require_cudnn, torch
 
 FP8 = torch.float8_e4m3fn
 # A power of two: attention weights are at most 1, and floating point codes keep their precision over a wide range.
@@ -70,21 +69,6 @@ def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logi
     result = seen @ values / weights.sum(dim=3, keepdim=True)
     limit = torch.finfo(FP8).max
     return result.clamp(-limit, limit).to(FP8).transpose(1, 2).contiguous()
-
-
-def require_cudnn() -> Any:
-    """cuDNN's frontend.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        import cudnn
-    except ImportError as error:
-        raise BackendError(
-            "attention in FP8 needs the module cudnn, which is not installed; pip install nvidia-cudnn-frontend"
-        ) from error
-    return cudnn
 
 
 @functools.cache

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.backends.torch.library import package_of, torch
+from engines.backends.torch.library import torch
+from engines.backends.torch.package import package_of
 from engines.backends.torch.pieces import load_runner, run_in_pieces
 from engines.backends.torch.weights import Weights, weights_path
 from engines.engine import Arrays

@@ -5,12 +5,11 @@ from engines.backends.torch.library import torch
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from typing import Any
 
 from engines.errors import BackendError
-from engines.manifest import EngineEntry, PackageEntry
 
-__all__ = ("VERSION", "SafetensorError", "package_of", "safe_open", "torch")
+__all__ = ("VERSION", "SafetensorError", "require_cudnn", "safe_open", "torch")
 
 try:
     import torch
@@ -23,33 +22,16 @@ except ModuleNotFoundError as error:
 VERSION: str = torch.__version__
 
 
-def package_of(name: str, entry: EngineEntry) -> PackageEntry:
-    """What the manifest says of a package, after checking that this torch can load it; its operators are there then.
+def require_cudnn() -> Any:
+    """cuDNN's frontend.
 
     Raises:
-        BackendError: the entry describes no package, it was compiled by another minor version of torch, or it calls an
-            operator whose library is not installed.
+        BackendError: it is not installed.
     """
-    if entry.package is None or entry.weights is None:
-        raise BackendError(f"engine {name}: the manifest does not describe its torch package; build the bundle again")
-    if PurePosixPath(entry.weights.path).parent != PurePosixPath(entry.file.path).parent:
+    try:
+        import cudnn
+    except ImportError as error:
         raise BackendError(
-            f"engine {name}: its weights {entry.weights.path} lie in another folder than {entry.file.path}, expected the same; "
-            "build the bundle again"
-        )
-    if _minor(entry.backend_version) != _minor(VERSION):
-        raise BackendError(
-            f"engine {name} was compiled by torch {entry.backend_version}, installed is {VERSION}; install torch "
-            f"{_minor(entry.backend_version)}, or build the bundle again: compiled packages belong to one minor version"
-        )
-    if "attention_fp8" in entry.package.operators:
-        from engines.backends.torch.attention import require_cudnn
-
-        if entry.device != "cpu":
-            require_cudnn()
-    return entry.package
-
-
-def _minor(version: str) -> str:
-    """Major and minor of a version such as "2.11.0+cu130"."""
-    return ".".join(version.split(".")[:2])
+            "attention in FP8 needs the module cudnn, which is not installed; pip install nvidia-cudnn-frontend"
+        ) from error
+    return cudnn

@@ -10,7 +10,8 @@ import numpy as np
 from engines.backends.cuda.gpu import Gpu
 from engines.backends.cuda.memory import SharedMemory, Stream
 from engines.backends.cuda.plan import Shapes, Tensor
-from engines.backends.torch.library import package_of, torch
+from engines.backends.torch.library import torch
+from engines.backends.torch.package import package_of
 from engines.backends.torch.pieces import Runner, run_in_pieces
 from engines.errors import BackendError
 from engines.manifest import EngineEntry, TensorSpec

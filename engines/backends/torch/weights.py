@@ -29,7 +29,7 @@ class _Place:
 
 
 def weights_path(package: Path, entry: EngineEntry) -> Path:
-    """The weights file of a package; `library.package_of` has checked the entry."""
+    """The weights file of a package; `package.package_of` has checked the entry."""
     assert entry.weights is not None
     return package.with_name(PurePosixPath(entry.weights.path).name)
 

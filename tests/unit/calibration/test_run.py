@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
-from planted import Counted, Interrupted, PlantedEvaluator
+from helpers.paths import ROOT
+from helpers.planted import Counted, Interrupted, PlantedEvaluator
+from helpers.planted_calibration import LATENCIES_MS, STEPS, U_SHAPE, loop, picture, run
 
 from calibration import (
     ErrorBudget,
@@ -25,31 +26,12 @@ from calibration import (
     calibrate,
     open_journal,
 )
-from calibration.allocation import relative_latency
-from calibration.costs import AllocationCosts
-from calibration.journal import Journal, JournalError
-from calibration.sensitivity import FitRecord
+from calibration.choose.allocation import relative_latency
+from calibration.choose.costs import AllocationCosts
+from calibration.document import FitRecord
+from calibration.measure.journal import Journal, JournalError
 from calibration.validation import best_fit, fit
 from engines.errors import BudgetError, TmpDiffError
-
-STEPS = 10
-LATENCIES_MS = {"fp16": 8.0, "fp8": 9.0, "int8": 4.0, "int4": 3.0}
-U_SHAPE = np.exp(2 * np.linspace(-0.7, 1.1, STEPS) ** 2)
-
-
-def loop(*, seed=0, correlation=0.3, scale=U_SHAPE, num_samples=2):
-    """fp8 errs least but is slower than the reference; int4 is fastest and errs most."""
-    errors = {"fp8": 0.05 * scale, "int8": 0.1 * scale, "int4": 0.3 * scale}
-    return PlantedEvaluator(errors, gains=[0.95] * STEPS, correlation=correlation, num_samples=num_samples, seed=seed)
-
-
-def picture(latents):
-    return np.clip(128 + 40 * np.moveaxis(latents, 0, -1), 0, 255).astype(np.uint8)
-
-
-def run(evaluator=None, **options):
-    options = {"validation": loop(seed=1), "budget": HighSteps(4)} | options
-    return calibrate(evaluator or loop(), LATENCIES_MS, **options)
 
 
 def rows(result):
@@ -503,9 +485,9 @@ def test_named_measurements_are_remembered_bit_for_bit(tmp_path):
 CHILD = """
 import sys, time
 from pathlib import Path
-from test_calibrate import loop, picture, run
+from helpers.planted_calibration import loop, picture, run
 from calibration import open_journal
-from planted import Counted
+from helpers.planted import Counted
 
 class Slow(Counted):
     def step(self, *arguments):
@@ -521,8 +503,7 @@ run(evaluator, validation=validation, decode=picture, journal=journal)
 @pytest.mark.parametrize("lines", [12, 90])
 def test_killed_process_goes_on_where_it_was(tmp_path, lines):
     path = tmp_path / "journal"
-    root = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{root.parent}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(path)], env=environment)
     try:
         deadline = time.monotonic() + 60

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
+from helpers.runtime_command import PROMPT, arguments, assert_one_error_line, entries_of, manifest_data
 from PIL import Image
-from runtime_command import PROMPT, arguments, assert_one_error_line, entries_of, manifest_data
 
-import engines
 from engines.bundle import SCHEDULE_NAME
 from engines.cli import INTERRUPTED, PROGRAM, main
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.version import VERSION
 
-SOURCE = Path(engines.__file__).parent.parent
+SOURCE = ROOT
 NOT_IN_A_PRODUCT = (
     "torch diffusers transformers onnx modelopt rich skimage matplotlib scipy safetensors accelerate "
     "huggingface_hub calibration tmpdiff_export"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import linked_copy
-from runtime_command import PROMPT, arguments, assert_one_error_line, manifest_data
+from helpers.demo_build import linked_copy
+from helpers.runtime_command import PROMPT, arguments, assert_one_error_line, manifest_data
 
 from engines.bundle import MANIFEST_NAME, SCHEDULE_NAME
 from engines.cli import main

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tmpdiff_export.placement import placed
+from tmpdiff_export.devices import placed
 
 
 class Part:

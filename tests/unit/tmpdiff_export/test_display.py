@@ -6,13 +6,12 @@ import os
 import pty
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 from tmpdiff_export import display
 
-ROOT = Path(__file__).resolve().parent.parent
 SHOW = (
     "from tmpdiff_export.display import progress_bar\n"
     "with progress_bar() as report:\n"

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
+from helpers.tiny_pipeline import PROMPTS
 from scipy import stats
-from tiny_pipeline import PROMPTS
 
-from calibration.statistics import (
-    bootstrap_interval,
+from calibration.statistics import bootstrap_interval
+from engines.runtime import DenoiseRuntime
+from engines.text import read_prompts
+from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
+from tools.experiments.statistics import (
     error_regret,
     error_regret_at,
     r_squared,
@@ -25,11 +29,7 @@ from calibration.statistics import (
     rank_deviations,
     spearman,
 )
-from engines.runtime import DenoiseRuntime
-from engines.text import read_prompts
-from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 6
 UNSEEN = ("a large yellow ring", "a tiny white square at the top")
 
@@ -116,8 +116,8 @@ def test_regret_is_what_the_wrong_steps_cost():
 def studied(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> tuple[Path, Path]:
     """A bundle of two precisions and a prompt file."""
     from engines.precision import Precision
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     folder = tmp_path_factory.mktemp("experiments")
     options = BuildOptions(

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 from engines.cli import INTERRUPTED, PROGRAM, main
 from engines.version import VERSION
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a large red circle on the left"
 
 
@@ -24,7 +24,7 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The executable and what the freezing printed."""
     out = tmp_path_factory.mktemp("frozen")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "freeze_runtime.py"), "--out", str(out)],
+        [sys.executable, str(ROOT / "tools" / "release" / "freeze_runtime.py"), "--out", str(out)],
         capture_output=True,
         text=True,
         check=False,

@@ -15,13 +15,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from helpers.paths import ROOT
 
 from engines.precision import Precision
-from tmpdiff_export.recipes import RECIPES
-from tmpdiff_export.scales import LayerRange, quantize_layer
-from tmpdiff_export.torch_layers import linear_from
-
-ROOT = Path(__file__).resolve().parent.parent
+from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
+from tmpdiff_export.quantization.recipes import RECIPES
+from tmpdiff_export.targets.torch.layers import linear_from
 
 
 def part(name: str) -> ModuleType:
@@ -33,7 +32,7 @@ def part(name: str) -> ModuleType:
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tools.bench_gpu", *map(str, args)],
+        [sys.executable, "-m", "tools.gpu_bench", *map(str, args)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -75,8 +74,8 @@ def test_quantization_on_the_device_is_the_exporters(precision: Precision, dtype
 
 
 def test_the_choice_of_layers_is_the_exporters() -> None:
-    from tmpdiff_export.families.miniatures import miniature
-    from tmpdiff_export.ranges import quantizable_layers
+    from tmpdiff_export.quantization.ranges import quantizable_layers
+    from tools.acceptance.miniatures import miniature
 
     quantize = part("quantize")
     for name in ("flux", "sd3", "unet-sdxl"):
@@ -132,7 +131,9 @@ def test_blocks_of_one_class_are_compiled_once(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling packages needs g++")
 def test_a_package_is_as_accurate_as_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LEAST_TOKENS", "HEAD_SIZES"):  # the small denoiser's attention is short and narrow
-        monkeypatch.setattr(f"tmpdiff_export.torch_attention.{name}", {"LEAST_TOKENS": 1, "HEAD_SIZES": (32,)}[name])
+        monkeypatch.setattr(
+            f"tmpdiff_export.targets.torch.attention.{name}", {"LEAST_TOKENS": 1, "HEAD_SIZES": (32,)}[name]
+        )
     bench, _ = prepared("flux", tmp_path)
     whole, layers = bench.measure("fp8-attention-package"), bench.measure("fp8-attention")
     assert layers["error"]["sqnr_db"] < bench.measure("fp8")["error"]["sqnr_db"]  # attention was in FP8

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from scipy.signal import correlate
-
-ROOT = Path(__file__).parents[1]
 
 
 def tool(name: str) -> Any:
@@ -98,7 +97,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     read_weights = tool("experiments.lpips").read_weights
     path = tmp_path / "weights.safetensors"
     with pytest.raises(
-        TmpDiffError, match=r"cannot be read \(No such file or directory\); make them with tools.fetch_lpips"
+        TmpDiffError,
+        match=r"cannot be read \(No such file or directory\); make them with tools.experiments.fetch_lpips",
     ):
         read_weights(path)
     path.write_bytes(b"other")
@@ -106,7 +106,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_weights(path)
     out = tmp_path / "out.safetensors"
     done = subprocess.run(
-        [sys.executable, "-m", "tools.fetch_lpips", "--archive", str(path), "--out", str(out)],
+        [sys.executable, "-m", "tools.experiments.fetch_lpips", "--archive", str(path), "--out", str(out)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1

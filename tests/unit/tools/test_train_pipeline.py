@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.paths import ROOT
 from safetensors.torch import load_file
 
 from tmpdiff_export.demo import pipeline_folder
@@ -27,8 +28,8 @@ ABSENT = {"unet": {}, "mmdit": {"text_encoder_3": None, "tokenizer_3": None}}
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tools.train_demo_pipeline", *arguments],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "tools.demo.train_pipeline", *arguments],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -101,8 +102,8 @@ def test_it_reports_what_reads_back_and_saves_on_the_way(trained: tuple[str, Pat
 def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path: Path) -> None:
     from engines.precision import Precision
     from engines.runtime import DenoiseRuntime
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     captions = held_out_captions("composed", 4, seed=0)
     precisions = (Precision.FP16, Precision.INT8)
@@ -115,20 +116,20 @@ def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path:
             *(
                 sys.executable,
                 "-m",
-                "tools.experiments.local_gain",
+                "tools.experiments.single_steps",
                 str(tmp_path / "bundle"),
                 "--prompts",
                 str(prompts),
             ),
-            *("--samples=2", "--validation-samples=2", "--threads=1", "--out", str(tmp_path / "gain")),
+            *("--samples=2", "--validation-samples=2", "--threads=1", "--out", str(tmp_path / "steps")),
         ],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    data = json.loads((tmp_path / "gain.json").read_text())["data"]["precisions"]["int8"]
+    data = json.loads((tmp_path / "steps.json").read_text())["data"]["precisions"]["int8"]
     assert np.shape(data["downcast"]) == (2, 3)
     assert np.min(data["downcast"]) > 0
     with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:

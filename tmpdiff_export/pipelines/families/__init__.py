@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from engines.errors import BuildError
-from tmpdiff_export.families.components import MaskedTextEncoder, VaeDecoder
-from tmpdiff_export.families.family import DENOISER, DenoiserFamily, Family
-from tmpdiff_export.families.flux import FLUX, FLUX_SCHNELL
-from tmpdiff_export.families.pixart import PIXART, PixArtDenoiser
-from tmpdiff_export.families.sana import SANA
-from tmpdiff_export.families.sd3 import SD3
-from tmpdiff_export.families.unet import UNET, UNET_SDXL
+from tmpdiff_export.pipelines.families.components import MaskedTextEncoder, VaeDecoder
+from tmpdiff_export.pipelines.families.family import DENOISER, DenoiserFamily, Family
+from tmpdiff_export.pipelines.families.flux import FLUX, FLUX_SCHNELL
+from tmpdiff_export.pipelines.families.pixart import PIXART, PixArtDenoiser
+from tmpdiff_export.pipelines.families.sana import SANA
+from tmpdiff_export.pipelines.families.sd3 import SD3
+from tmpdiff_export.pipelines.families.unet import UNET, UNET_SDXL
 
 __all__ = [
     "DENOISER",
@@ -91,7 +91,7 @@ def require_supported(pipeline: str, denoiser: str | None) -> None:
         )
     if all(family.denoiser_class != denoiser for family in FAMILIES.get(pipeline, ())):
         raise BuildError(
-            f"pipeline class {pipeline} is not supported; its denoiser class {denoiser} is (tmpdiff_export.families."
+            f"pipeline class {pipeline} is not supported; its denoiser class {denoiser} is (tmpdiff_export.pipelines.families."
             f"DENOISERS: {', '.join(keys)}), the text encoders and the loop around it are not; {whole}"
         )
 

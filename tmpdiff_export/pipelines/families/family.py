@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from engines.manifest import LATENTS, TIMESTEP
-from tmpdiff_export.onnx_export import ExportInput
-from tmpdiff_export.placement import Batch
+from tmpdiff_export.devices import Batch
+from tmpdiff_export.onnx_graphs.export import ExportInput
 
 DENOISER = "denoiser"  # attribute of every export wrapper that holds the diffusers module
 Axes = Mapping[int, str]

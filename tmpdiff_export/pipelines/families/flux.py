@@ -14,10 +14,10 @@ from diffusers.models.transformers import transformer_flux
 
 from engines.errors import SamplerError
 from engines.manifest import GUIDANCE, TIMESTEP
-from tmpdiff_export.families.components import PooledT5TextEncoder, clip_refusal, t5_refusal
-from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, Family, Text, latents_and_timestep
-from tmpdiff_export.families.shifting import dynamic_shift
-from tmpdiff_export.placement import Batch
+from tmpdiff_export.devices import Batch
+from tmpdiff_export.pipelines.families.components import PooledT5TextEncoder, clip_refusal, t5_refusal
+from tmpdiff_export.pipelines.families.family import BATCH_AXES, TEXT_AXES, Family, Text, latents_and_timestep
+from tmpdiff_export.pipelines.families.shifting import dynamic_shift
 
 # The pipeline divides timesteps by this and the denoiser multiplies them, and the guidance, by it again.
 TRAIN_TIMESTEPS = 1000

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from tmpdiff_export.families.components import MaskedTextEncoder
-from tmpdiff_export.families.family import TEXT_AXES, Family, Text, latents_and_timestep
-from tmpdiff_export.placement import Batch
+from tmpdiff_export.devices import Batch
+from tmpdiff_export.pipelines.families.components import MaskedTextEncoder
+from tmpdiff_export.pipelines.families.family import TEXT_AXES, Family, Text, latents_and_timestep
 
 
 class PixArtDenoiser(torch.nn.Module):

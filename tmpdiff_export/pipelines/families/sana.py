@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tmpdiff_export.families.family import TEXT_AXES, DenoiserFamily, latents_and_timestep
-from tmpdiff_export.families.pixart import masked_arguments
+from tmpdiff_export.pipelines.families.family import TEXT_AXES, DenoiserFamily, latents_and_timestep
+from tmpdiff_export.pipelines.families.pixart import masked_arguments
 
 
 class SanaDenoiser(torch.nn.Module):

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from tmpdiff_export.families.components import ClipT5TextEncoder, clip_refusal, t5_refusal
-from tmpdiff_export.families.family import (
+from tmpdiff_export.devices import Batch
+from tmpdiff_export.pipelines.families.components import ClipT5TextEncoder, clip_refusal, t5_refusal
+from tmpdiff_export.pipelines.families.family import (
     BATCH_AXES,
     TEXT_AXES,
     Family,
@@ -16,8 +17,7 @@ from tmpdiff_export.families.family import (
     latents_and_timestep,
     max_sequence_length,
 )
-from tmpdiff_export.families.shifting import dynamic_shift
-from tmpdiff_export.placement import Batch
+from tmpdiff_export.pipelines.families.shifting import dynamic_shift
 
 
 class Sd3Denoiser(torch.nn.Module):

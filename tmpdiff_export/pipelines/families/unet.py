@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from engines.manifest import TIMESTEP
-from tmpdiff_export.families.components import PlainTextEncoder, SdxlTextEncoder, clip_refusal
-from tmpdiff_export.families.family import BATCH_AXES, TEXT_AXES, Family, Text, latents_and_timestep
-from tmpdiff_export.placement import Batch
+from tmpdiff_export.devices import Batch
+from tmpdiff_export.pipelines.families.components import PlainTextEncoder, SdxlTextEncoder, clip_refusal
+from tmpdiff_export.pipelines.families.family import BATCH_AXES, TEXT_AXES, Family, Text, latents_and_timestep
 
 TEXT_TIME = "text_time"  # SDXL's `addition_embed_type`
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines.backends.onnxruntime import OnnxRuntimeEngine, version
+from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine, version
 from engines.files import sha256_file
 from engines.manifest import EngineEntry
-from tmpdiff_export.cpu_lowering import lower_for_cpu
-from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
-from tmpdiff_export.onnx_export import save_graph
+from tmpdiff_export.onnx_graphs.export import save_graph
+from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
+from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 
 
 class CpuTarget:
-    """`tmpdiff_export.engine_build.Target`: graphs lowered for the CPU, `engines/<name>.onnx`."""
+    """`tmpdiff_export.targets.target.Target`: graphs lowered for the CPU, `engines/<name>.onnx`."""
 
     backend = "onnxruntime"
 

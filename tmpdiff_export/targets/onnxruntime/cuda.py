@@ -13,19 +13,19 @@ import onnx
 from onnx import TensorProto, helper
 
 from engines.backends.cuda.gpu import Gpu
-from engines.backends.onnxruntime import version
-from engines.backends.onnxruntime_cuda.provider import require_provider
+from engines.backends.onnxruntime.cpu import version
+from engines.backends.onnxruntime.provider import require_provider
 from engines.errors import BackendError, BuildError
 from engines.manifest import EngineEntry
 from engines.precision import Precision
-from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
-from tmpdiff_export.exported_graph import copy_graph
+from tmpdiff_export.targets.onnxruntime.graph_copy import copy_graph
+from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 class OnnxCudaTarget:
-    """`tmpdiff_export.engine_build.Target`: strongly typed ONNX files, `engines/<name>.onnx`, checked on this GPU."""
+    """`tmpdiff_export.targets.target.Target`: strongly typed ONNX files, `engines/<name>.onnx`, checked on this GPU."""
 
     backend = "onnxruntime"
 
@@ -59,7 +59,7 @@ class OnnxCudaTarget:
 
     def make(self, job: EngineJob, folder: Path) -> EngineEntry:
         """Copies the graph, loads it as the runtime would and measures its SQNR; see `Target.make`."""
-        from engines.backends.onnxruntime_cuda.host import onnxruntime_cuda_host  # which needs cuda-bindings
+        from engines.backends.onnxruntime.host import onnxruntime_cuda_host  # which needs cuda-bindings
 
         path, entry = copy_graph(job, folder, backend=self.backend, version=version(), device=self._gpu.described)
         with tempfile.TemporaryDirectory(prefix=".optimized-", dir=path.parent) as scratch:
@@ -91,7 +91,7 @@ def _try(gpu: Gpu) -> None:
     Raises:
         BackendError: the provider cannot start, or cannot compute.
     """
-    from engines.backends.onnxruntime_cuda.host import onnxruntime_cuda_host
+    from engines.backends.onnxruntime.host import onnxruntime_cuda_host
 
     half = TensorProto.FLOAT16
     tensors = {name: helper.make_tensor_value_info(name, half, ("batch", 8)) for name in ("latents", "image")}

@@ -8,7 +8,7 @@ from pathlib import Path
 from engines.backends.tensorrt.plan_store import data_file
 from engines.files import sha256_file
 from engines.manifest import EngineEntry
-from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 
 
 def copy_graph(job: EngineJob, folder: Path, *, backend: str, version: str, device: str) -> tuple[Path, EngineEntry]:

@@ -23,14 +23,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tmpdiff_export import cpu_nvfp4
-from tmpdiff_export.cpu_convolution import gather_taps
-from tmpdiff_export.onnx_export import drop_unused, is_float16
-from tmpdiff_export.qdq_nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN
+from tmpdiff_export.onnx_graphs.export import drop_unused
+from tmpdiff_export.onnx_graphs.fp32 import to_fp32
+from tmpdiff_export.onnx_graphs.qdq_nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN
+from tmpdiff_export.targets.onnxruntime import nvfp4 as cpu_nvfp4
+from tmpdiff_export.targets.onnxruntime.convolution import gather_taps
 
 CONTRIB = "com.microsoft"
-# Below this many values a weight is stored in FP32: a cast node costs more than it saves.
-SMALL_TENSOR_VALUES = 4096
 # MatMulNBits: 0 computes in FP32; 4 would round activations to INT8 and no longer be weight-only.
 NBITS_FP32_COMPUTE = 0
 
@@ -240,41 +239,3 @@ class _Lowering:
         self.counts["nvfp4-emulated"] += 1
         codes = self.initializers[node.input[0]]
         return [cpu_nvfp4.dequantize_node(codes, block_scale.input[0], tensor_scale, output)]
-
-
-def to_fp32(graph: onnx.GraphProto, counts: Counter[str]) -> None:
-    """FP16 tensors to FP32, in place; large weights are FP16 in the file, behind a Cast."""
-    casts = []
-    for item in list(graph.initializer):
-        if item.data_type not in (TensorProto.FLOAT16, TensorProto.FLOAT):
-            continue
-        name = item.name
-        if len(item.dims) <= 1 or int(np.prod(item.dims)) < SMALL_TENSOR_VALUES or name.endswith("_scale"):
-            if is_float16(item):
-                item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), name))
-                counts["fp32-math"] += 1
-        else:
-            if not is_float16(item):
-                item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float16), name))
-            item.name = f"{name}_fp16"
-            counts["fp16-weights"] += 1
-            casts.append(helper.make_node("Cast", [item.name], [name], name=f"{name}/fp32", to=TensorProto.FLOAT))
-    _retype_nodes(graph)
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _retype_nodes(graph: onnx.GraphProto) -> None:
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR and is_float16(attribute.t):
-                wide = numpy_helper.to_array(attribute.t).astype(np.float32)
-                attribute.t.CopyFrom(numpy_helper.from_array(wide, attribute.t.name))
-            elif attribute.type == onnx.AttributeProto.GRAPH:
-                _retype_nodes(attribute.g)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                attribute.i = TensorProto.FLOAT

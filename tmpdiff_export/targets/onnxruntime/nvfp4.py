@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from tmpdiff_export import nvfp4
+from tmpdiff_export.quantization import nvfp4
 
 DOMAIN = "tmpdiff"
 DEQUANTIZE = "Nvfp4Dequantize"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines.backends.tensorrt_rtx import COMPUTE_CAPABILITIES, TensorRtRtxEngine, require_device, version
+from engines.backends.onnxruntime.tensorrt_rtx import COMPUTE_CAPABILITIES, TensorRtRtxEngine, require_device, version
 from engines.manifest import EngineEntry
-from tmpdiff_export.engine_build import EngineJob
-from tmpdiff_export.exported_graph import copy_graph
+from tmpdiff_export.targets.onnxruntime.graph_copy import copy_graph
+from tmpdiff_export.targets.target import EngineJob
 
 
 class RtxTarget:
-    """`tmpdiff_export.engine_build.Target`: strongly typed ONNX files, `engines/<name>.onnx`."""
+    """`tmpdiff_export.targets.target.Target`: strongly typed ONNX files, `engines/<name>.onnx`."""
 
     backend = "tensorrt-rtx"
 

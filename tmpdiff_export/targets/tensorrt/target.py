@@ -29,8 +29,8 @@ from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, PlanEntry, TensorSpec
 from engines.precision import REFERENCE, Precision
-from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
-from tmpdiff_export.plan_settings import BATCH, PlanSettings
+from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.targets.tensorrt.settings import BATCH, PlanSettings
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,7 +45,7 @@ _BITS_PER_WEIGHT = {
 
 
 class TensorRtTarget:
-    """`tmpdiff_export.engine_build.Target`: plans for the current GPU, `engines/<name>.plan`.
+    """`tmpdiff_export.targets.target.Target`: plans for the current GPU, `engines/<name>.plan`.
 
     A plan is built once per cache folder: an interrupted build goes on with the plans that it finished.
     """

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from engines.backends.torch.attention import attention_fp8
 from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export.placement import CPU, Batch, on, placed
-from tmpdiff_export.scales import CODE_MAX
-from tmpdiff_export.torch_codes import FP8, static_codes
+from tmpdiff_export.devices import CPU, Batch, on, placed
+from tmpdiff_export.quantization.codes import CODE_MAX
+from tmpdiff_export.targets.torch.activations import FP8, static_codes
 
 LEAST_TOKENS = 256  # shorter attention is no cost
 HEAD_SIZES = (64, 128)  # that cuDNN's FP8 attention was run with

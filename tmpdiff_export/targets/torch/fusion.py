@@ -6,9 +6,9 @@ import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 
-from tmpdiff_export.torch_flux import use_codes_kernel, use_rotary_kernel
-from tmpdiff_export.torch_gelu import TanhGelu
-from tmpdiff_export.torch_layers import makes_codes
+from tmpdiff_export.targets.torch.flux import use_codes_kernel, use_rotary_kernel
+from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu
+from tmpdiff_export.targets.torch.layers import makes_codes
 
 
 def fuse(module: torch.nn.Module) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from engines.precision import Precision
-from tmpdiff_export import nvfp4, torch_nvfp4
-from tmpdiff_export.scales import QuantizedLayer
-from tmpdiff_export.torch_codes import FP8, gelu_codes, static_codes
-from tmpdiff_export.torch_kernels import int8_linear
+from tmpdiff_export.quantization import nvfp4
+from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.targets.torch import nvfp4 as torch_nvfp4
+from tmpdiff_export.targets.torch.activations import FP8, static_codes
+from tmpdiff_export.targets.torch.kernels.gelu_codes import gelu_codes
+from tmpdiff_export.targets.torch.kernels.int8 import int8_linear
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
 # `torch._scaled_mm` takes sizes that are multiples of this only.

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 
 from engines.precision import Precision
-from tmpdiff_export.scales import QuantizedLayer
-from tmpdiff_export.sixteen_bit import sixteen_bit_tensors
-from tmpdiff_export.torch_attention import AttentionRange, use_fp8_attention
-from tmpdiff_export.torch_fusion import fuse
-from tmpdiff_export.torch_layers import FP8_ALIGNMENT, linear_from
+from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
+from tmpdiff_export.targets.torch.attention import AttentionRange, use_fp8_attention
+from tmpdiff_export.targets.torch.fusion import fuse
+from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, linear_from
 
 
 def lower_for_torch(

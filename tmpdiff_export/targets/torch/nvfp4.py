@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tmpdiff_export.nvfp4 import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, SMALLEST_BLOCK_SCALE
+from tmpdiff_export.quantization.nvfp4 import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, SMALLEST_BLOCK_SCALE
 
 
 def fake_quantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from engines.backends import open_host
+from engines.backends.choose import open_host
 from engines.backends.torch.library import VERSION
 from engines.errors import BuildError
 from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
-from tmpdiff_export.engine_build import AccuracyCheck, file_entry
-from tmpdiff_export.torch_compile import EngineModule, compile_package
+from tmpdiff_export.targets.target import AccuracyCheck, file_entry
+from tmpdiff_export.targets.torch.compile import EngineModule, compile_package
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,17 +8,18 @@ from typing import Literal
 
 import torch
 
-from engines.backends.torch.attention import LEAST_COMPUTE_CAPABILITY, require_cudnn
+from engines.backends.torch.attention import LEAST_COMPUTE_CAPABILITY
+from engines.backends.torch.library import require_cudnn
 from engines.errors import BackendError, BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry
 from engines.precision import Precision
-from tmpdiff_export.engine_build import EngineJob, file_entry, tensor_specs
-from tmpdiff_export.families import DENOISER
-from tmpdiff_export.torch_compile import EngineModule, store_weights
-from tmpdiff_export.torch_layers import FP8_COMPUTE_CAPABILITY
-from tmpdiff_export.torch_lowering import lower_for_torch
-from tmpdiff_export.torch_package import PackageTask
+from tmpdiff_export.pipelines.families import DENOISER
+from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
+from tmpdiff_export.targets.torch.layers import FP8_COMPUTE_CAPABILITY
+from tmpdiff_export.targets.torch.lowering import lower_for_torch
+from tmpdiff_export.targets.torch.package import PackageTask
 
 # Denoisers that are published in BF16, and whose activations overflow FP16, or come near to it.
 _BFLOAT16 = frozenset({"FluxTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"})
@@ -27,7 +28,7 @@ _BFLOAT16_FLOOR_DB = 30.0
 
 
 class TorchTarget:
-    """`tmpdiff_export.engine_build.Target`: `engines/<name>.pt2` and its weights, `engines/<name>.safetensors`.
+    """`tmpdiff_export.targets.target.Target`: `engines/<name>.pt2` and its weights, `engines/<name>.safetensors`.
 
     Attributes:
         device: what the packages are compiled for, "cuda" or "cpu".

@@ -94,7 +94,7 @@ def open_build_workers(workers: int, gpus: Sequence[str] | None) -> Iterator[Bui
 
     Args:
         workers: how many, 2 or more.
-        gpus: from `bundle_workers.visible_gpus`; worker i sees the one at i modulo their number. None without GPUs.
+        gpus: from `engines.backends.cuda.gpu.visible_gpus`; worker i sees the one at i modulo their number. None without GPUs.
 
     Raises:
         BuildError: a worker died.

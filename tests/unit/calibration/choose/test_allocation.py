@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from calibration.allocation import (
+from calibration.choose.allocation import (
     ErrorBudget,
     HighSteps,
     LatencyBudget,

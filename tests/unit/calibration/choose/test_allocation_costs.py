@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from calibration import pareto
-from calibration.allocation import (
+from calibration.choose import pareto
+from calibration.choose.allocation import (
     AllocationCosts,
     ErrorBudget,
     HighSteps,

@@ -7,11 +7,11 @@ import math
 
 import pytest
 
-from calibration.baselines import RULES
-from calibration.pareto import Allocation
-from calibration.quality import QualityBudget, fastest_meeting
+from calibration.choose.baselines import RULES
+from calibration.choose.pareto import Allocation
+from calibration.choose.picture_budget import QualityBudget, fastest_meeting
 from engines.errors import BudgetError
-from tmpdiff_export.report_rules import LOOKS
+from tmpdiff_export.report.rules import LOOKS
 
 FRONT = tuple(Allocation(("fp16",) * k + ("int8",) * (20 - k), 0.02 * (20 - k) ** 2, 0.5 + k / 40) for k in range(21))
 

@@ -9,13 +9,13 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from planted import Counted, Interrupted, PlantedEvaluator, PoolHere
+from helpers.planted import Counted, Interrupted, PlantedEvaluator, PoolHere
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, calibrate, open_journal
-from calibration.allocation import AllocationCosts, relative_latency
-from calibration.journal import Journal
-from calibration.local_search import beats, refine
-from calibration.measurements import Measurements
+from calibration.choose.allocation import AllocationCosts, relative_latency
+from calibration.choose.race import beats, refine
+from calibration.measure.journal import Journal
+from calibration.measure.measurements import Measurements
 
 STEPS = 8
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.0, "int4": 3.0}
@@ -57,7 +57,7 @@ def best_of_all(count):
 
 def allocate_by(monkeypatch, predictor="downcast"):
     """Whatever the fit says; "downcast" is what these interactions mislead."""
-    monkeypatch.setattr(import_module("calibration.calibrate"), "best_fit", lambda records: predictor)
+    monkeypatch.setattr(import_module("calibration.run"), "best_fit", lambda records: predictor)
 
 
 def test_finds_the_best_where_scores_mislead(monkeypatch):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from planted import FragileLoop, FragileState
+from helpers.planted import FragileLoop, FragileState
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity, calibrate
-from calibration.allocation import AllocationCosts, relative_latency
-from calibration.departures import sparing
-from calibration.local_search import Refinement, refine
-from calibration.metrics import departed
-from calibration.scores import Contributions
+from calibration.choose.allocation import AllocationCosts, relative_latency
+from calibration.choose.race import Refinement, refine
+from calibration.choose.sparing import sparing
+from calibration.measure.metrics import departed
+from calibration.scores.predictors import Contributions
 
 LATENCIES_MS = {"fp16": 2.0, "int8": 1.0}
 OTHER = 0.4
@@ -53,7 +53,7 @@ def test_a_sample_at_another_picture_makes_the_search_spare_the_first_steps(
     others = Parting(offset=0.051, push=7.5e-7)
     spares = found(near, validation=others, budget=budget)
     # the module, not the function of the same name that the package exports
-    monkeypatch.setattr(sys.modules["calibration.refine"], "sparing", lambda *_: iter(()))
+    monkeypatch.setattr(sys.modules["calibration.choose.rivals"], "sparing", lambda *_: iter(()))
     plain = found(near, validation=others, budget=budget)
     assert letters(plain.schedule).startswith("LL"), "what all samples lose by them is the least"
     assert letters(spares.schedule).startswith("HH")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibration.metrics import limited, picture_mse, picture_ssim, psnr_db, relative_error
+from calibration.measure.metrics import limited, picture_mse, picture_ssim, psnr_db, relative_error
 
 
 def test_relative_error_is_squared_and_relative():

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_pipeline import PROMPTS
-from worker_samples import STEPS, calibrated, loop, picture
+from helpers.tiny_pipeline import PROMPTS
+from helpers.worker_samples import STEPS, calibrated, loop, picture
 
 from calibration import open_journal
-from calibration.batches import SampleBatches, SampleSet
-from calibration.bundle_evaluator import BundleEvaluator, samples_per_call
-from calibration.journal import Journal
-from calibration.measurements import Measurements
+from calibration.measure.bundle_evaluator import BundleEvaluator, samples_per_call
+from calibration.measure.journal import Journal
+from calibration.measure.measurements import Measurements
+from calibration.measure.sample_batches import SampleBatches, SampleSet
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 
@@ -99,8 +99,8 @@ def test_no_sample_at_once_is_refused():
 
 def test_a_bundle_steps_several_samples_as_it_steps_each(tiny_pipeline: Path, tmp_path: Path):
     from engines.precision import Precision
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     options = BuildOptions(precisions=(Precision.FP16,), prompts=PROMPTS, num_steps=4, backend="onnxruntime")
     build(tiny_pipeline, tmp_path / "bundle", options)

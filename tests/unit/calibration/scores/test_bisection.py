@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planted import ROUGH_CURVES, SMOOTH_CURVES, rank_deviation, regret
+from helpers.planted import ROUGH_CURVES, SMOOTH_CURVES, rank_deviation, regret
 
-from calibration.bisection import adaptive_bisection, default_evaluations, full_sweep
+from calibration.scores.bisection import adaptive_bisection, default_evaluations, full_sweep
 
 ALL_CURVES = SMOOTH_CURVES | ROUGH_CURVES
 

@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from planted import FragileLoop
+from helpers.planted import FragileLoop
 
 from calibration import HighSteps, calibrate
-from calibration.metrics import limited
-from calibration.risk import OTHER_PICTURE, PRICE, affordable, risk_curve, with_risk
-from calibration.scores import Contributions
+from calibration.measure.metrics import limited
+from calibration.scores.divergence import OTHER_PICTURE, PRICE, affordable, risk_curve, with_risk
+from calibration.scores.predictors import Contributions
 
 NAMES = ("fp16", "int8")
 
@@ -98,7 +98,7 @@ def test_calibration_spares_the_steps_that_lead_to_another_picture(monkeypatch: 
     assert chosen == "HHLLLLLL"
     # the module, not the function of the same name that the package exports
     without = lambda found, kept, risks: {name: 0 * risk for name, risk in risks.items()}  # noqa: E731
-    monkeypatch.setattr(sys.modules["calibration.calibrate"], "affordable", without)
+    monkeypatch.setattr(sys.modules["calibration.run"], "affordable", without)
     by_scores, worse = schedule()
     assert by_scores.startswith("LL"), "limited means do not see it"
     assert worse > 3 * error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planted import Counted, PlantedEvaluator
+from helpers.planted import Counted, PlantedEvaluator
 
-from calibration.journal import Journal
-from calibration.measurements import Measurements
-from calibration.scores import PREDICTORS, contributions, measure_scores, predict, sweep_calls
-from calibration.statistics import r_squared
+from calibration.measure.journal import Journal
+from calibration.measure.measurements import Measurements
+from calibration.scores.predictors import PREDICTORS, contributions, predict
+from calibration.scores.single_step import measure_scores, sweep_calls
 from engines.errors import TmpDiffError
+from tools.experiments.statistics import r_squared
 
 STEPS = 12
 

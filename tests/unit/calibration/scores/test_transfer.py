@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from planted import Counted, PlantedEvaluator, PoolHere, rank_deviation, regret
+from helpers.planted import Counted, PlantedEvaluator, PoolHere, rank_deviation, regret
+from tmpdiff_export.calibrate.calibration_transfer import scores_from
 
 from calibration import HighSteps, Sensitivity, calibrate, open_journal
-from calibration.carried import CarriedScores, carried_scores
-from calibration.sensitivity import CalibrationSettings, TransferRecord
-from calibration.transfer import (
+from calibration.document import CalibrationSettings, TransferRecord
+from calibration.scores.carried import CarriedScores, carried_scores
+from calibration.scores.transfer import (
     CHECKED_STEPS,
     MAX_SCATTER,
     TransferError,
@@ -23,7 +24,6 @@ from calibration.transfer import (
     step_axes,
 )
 from engines.sampler import SamplerRow, SamplerTable
-from tmpdiff_export.calibration_transfer import scores_from
 
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.0, "int4": 3.0}
 

@@ -9,21 +9,25 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import GUIDANCE_SCALE, NUM_STEPS, DemoBuild
+from helpers.demo_build import GUIDANCE_SCALE, NUM_STEPS, DemoBuild
 from onnx import TensorProto
 
-from engines.backends.onnxruntime import OnnxRuntimeEngine
+from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.bundle import Bundle
 from engines.errors import BuildError
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import DEFAULT_PRECISIONS, Precision
 from engines.runtime import DenoiseRuntime
-from tmpdiff_export import bundle_build, cpu_lowering, cpu_target, engine_build, onnx_export
-from tmpdiff_export.accuracy import engine_sqnr_db, torch_outputs
-from tmpdiff_export.build_options import BuildOptions
-from tmpdiff_export.bundle_build import build
-from tmpdiff_export.pipelines import gather_batches, load_pipeline
-from tmpdiff_export.recipes import RECIPES, Variant
+from tmpdiff_export.bundling import bundle as bundle_build
+from tmpdiff_export.bundling import engine as engine_build
+from tmpdiff_export.bundling.bundle import build
+from tmpdiff_export.bundling.options import BuildOptions
+from tmpdiff_export.onnx_graphs import export as onnx_export
+from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
+from tmpdiff_export.quantization.recipes import RECIPES, Variant
+from tmpdiff_export.targets.accuracy import engine_sqnr_db, torch_outputs
+from tmpdiff_export.targets.onnxruntime import cpu as cpu_target
+from tmpdiff_export.targets.onnxruntime import lowering as cpu_lowering
 
 # Measured on the embedded pipeline less a margin of 3 dB or more: a regression in scales, export or lowering shows.
 FLOORS_DB = {Precision.FP16: 60.0, Precision.FP8: 30.0, Precision.INT8: 28.0, Precision.INT4: 25.0}

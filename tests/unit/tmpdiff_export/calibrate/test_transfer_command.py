@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_pipeline import PROMPTS
 from test_experiments import command
-from tiny_pipeline import PROMPTS
 
-from calibration.sensitivity import Sensitivity
-from calibration.transfer import carry, check_steps, step_axes
+from calibration.document import Sensitivity
+from calibration.scores.transfer import carry, check_steps, step_axes
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export import cli
 
@@ -33,8 +33,8 @@ class Bundles:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path, planted_latencies: None) -> Bundles:
     from engines.precision import Precision
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     folder = tmp_path_factory.mktemp("transfer")
     prompts = folder / "prompts.txt"

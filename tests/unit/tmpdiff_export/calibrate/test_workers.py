@@ -14,23 +14,24 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_pipeline import PROMPTS
-from worker_samples import SAMPLES, STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
+from helpers.paths import ROOT
+from helpers.tiny_pipeline import PROMPTS
+from helpers.worker_samples import SAMPLES, STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
 
 from calibration import open_journal
-from calibration.journal import Journal
-from calibration.measurements import Measurements
+from calibration.measure.journal import Journal
+from calibration.measure.measurements import Measurements
+from engines.backends.cuda import gpu
 from engines.errors import BackendError, BundleError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
-from tmpdiff_export import bundle_workers, sample_workers
-from tmpdiff_export.build_options import BuildOptions
-from tmpdiff_export.bundle_build import build
-from tmpdiff_export.calibration_run import calibrate_bundle
+from tmpdiff_export.bundling.bundle import build
+from tmpdiff_export.bundling.options import BuildOptions
+from tmpdiff_export.calibrate import dask_pool as sample_workers
+from tmpdiff_export.calibrate import workers as bundle_workers
+from tmpdiff_export.calibrate.bundle import calibrate_bundle
+from tmpdiff_export.calibrate.dask_pool import SampleWorkers
 from tmpdiff_export.cli import main
-from tmpdiff_export.sample_workers import SampleWorkers
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def records(path: Path) -> list[dict]:
@@ -157,7 +158,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # worker processes import this file as well: what is below is not for them
-    from worker_samples import calibrated, loop, open_planted
+    from helpers.worker_samples import calibrated, loop, open_planted
     from calibration import open_journal
     from engines.cli import guarded
 
@@ -255,7 +256,7 @@ def test_each_worker_sees_one_gpu_or_its_share_of_the_threads(bundle, monkeypatc
     monkeypatch.setattr(bundle_workers, "runs_on_gpu", lambda runtime: on_gpu)
     monkeypatch.setattr("engines.backends.cuda.gpu.gpu_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7,1")
-    monkeypatch.setattr("tmpdiff_export.sample_workers.SampleWorkers", lambda *arguments: arguments)
+    monkeypatch.setattr("tmpdiff_export.calibrate.dask_pool.SampleWorkers", lambda *arguments: arguments)
     with DenoiseRuntime.load(bundle) as runtime:
         prompts = PromptFile(PROMPTS, ("a yellow ring",))
         open_samples, environments, at_once = bundle_workers.open_workers(runtime, prompts, 0, 4.5, 2, 7, 4)
@@ -283,9 +284,9 @@ def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle
         TmpDiffError, match="3 workers need a GPU each, and 2 can be seen here; pass --workers 2 at most"
     ):
         calibrate_bundle(bundle, prompts, workers=3)
-    assert bundle_workers.visible_gpus() == ["0", "1"]
+    assert gpu.visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5")
-    assert bundle_workers.visible_gpus() == ["GPU-a", "5"]
+    assert gpu.visible_gpus() == ["GPU-a", "5"]
     with pytest.raises(TmpDiffError, match=r"can be seen here \(CUDA_VISIBLE_DEVICES is 'GPU-a, 5'\)"):
         calibrate_bundle(bundle, prompts, workers=3)
     monkeypatch.setattr(bundle_workers, "MODULES", ("no_such_engine",))
@@ -301,7 +302,7 @@ def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle
 @pytest.mark.usefixtures("all_cores")
 def test_bench_times_the_same_calibration_with_one_and_two_workers(tmp_path, bundle):
     out = tmp_path / "out.json"
-    command = [sys.executable, ROOT / "tools" / "bench_calibration.py", bundle, "--samples", "2", "--json", out]
+    command = [sys.executable, ROOT / "tools" / "gpu_bench" / "calibration.py", bundle, "--samples", "2", "--json", out]
     done = subprocess.run(
         [*command, "--validation-samples", "2"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

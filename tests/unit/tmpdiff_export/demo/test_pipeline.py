@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.paths import ROOT
 
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
-from tmpdiff_export.build_options import BuildOptions
-from tmpdiff_export.bundle_build import build
+from tmpdiff_export.bundling.bundle import build
+from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.readback import judge, read_picture, score
 from tmpdiff_export.demo.scenes import has_held_out_pair, held_out_captions, is_held_out, parse_caption
 
 GUIDANCE_SCALE = 4.5
 STEPS = 20
-PROMPT_FOLDER = Path(__file__).parents[1] / "calibration" / "prompts"
+PROMPT_FOLDER = ROOT / "calibration" / "prompts"
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from engines.files import sha256_bytes
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, manifest_identity
 from engines.sampler import SamplerRow, SamplerTable
 from tmpdiff_export import attach, detach
-from tmpdiff_export.families import FAMILIES
-from tmpdiff_export.pipelines import load_pipeline
-from tmpdiff_export.scheduler_table import sampler_table
-from tmpdiff_export.step_finder import StepFinder
+from tmpdiff_export.drop_in.step_finder import StepFinder
+from tmpdiff_export.pipelines.families import FAMILIES
+from tmpdiff_export.pipelines.load import load_pipeline
+from tmpdiff_export.pipelines.scheduler_table import sampler_table
 
 PROMPT = "a large red circle at the left on a blue background"
 ROUNDING = 1e-5  # relative, of latents: torch's float32 against the table's float64, and two text encoders

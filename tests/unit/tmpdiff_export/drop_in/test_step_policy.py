@@ -9,18 +9,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from planted import PlantedEvaluator
+from helpers.planted import PlantedEvaluator
 
 from calibration import HighSteps, calibrate
-from calibration.costs import AllocationCosts
-from calibration.prediction import Prediction
-from calibration.sensitivity import CalibrationSettings
+from calibration.choose.costs import AllocationCosts
+from calibration.choose.stored import Prediction
+from calibration.document import CalibrationSettings
 from engines.bundle import Bundle
 from engines.errors import ScheduleError
 from engines.schedule import Schedule
 from tmpdiff_export import cli
 from tmpdiff_export.commands import schedule as command
-from tmpdiff_export.step_policy import StepPolicy, exact_policy, nearest_policy, read_policy, write_policy
+from tmpdiff_export.drop_in.step_policy import StepPolicy, exact_policy, nearest_policy, read_policy, write_policy
 
 # The form in which NVIDIA publishes Cosmos3 FP8 checkpoints (transformer/config.json).
 PUBLISHED = {

@@ -12,17 +12,17 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from engines.backends.onnxruntime import OnnxRuntimeEngine
+from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export.accuracy import sqnr_db
-from tmpdiff_export.cpu_lowering import lower_for_cpu
-from tmpdiff_export.onnx_export import ExportInput, export_graph, save_checked
-from tmpdiff_export.qdq import insert_qdq
-from tmpdiff_export.ranges import layers_sharing_inputs, quantizable_layers
-from tmpdiff_export.recipes import RECIPES, stays_high_precision
-from tmpdiff_export.scales import LayerRange, QuantizedLayer, fp16_scale, quantize_layer
-from tmpdiff_export.shape_folding import fold_shapes
+from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
+from tmpdiff_export.onnx_graphs.qdq import insert_qdq
+from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
+from tmpdiff_export.quantization.codes import LayerRange, QuantizedLayer, fp16_scale, quantize_layer
+from tmpdiff_export.quantization.ranges import layers_sharing_inputs, quantizable_layers
+from tmpdiff_export.quantization.recipes import RECIPES, stays_high_precision
+from tmpdiff_export.targets.accuracy import sqnr_db
+from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
 
 QUANTIZED = (Precision.FP8, Precision.INT8, Precision.INT4)
 K, N = 256, 96

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tmpdiff_export.families.components import ClipT5TextEncoder, SdxlTextEncoder, clip_states
-from tmpdiff_export.torch_compile import EngineModule, compile_package, store_weights
+from tmpdiff_export.pipelines.families.components import ClipT5TextEncoder, SdxlTextEncoder, clip_states
+from tmpdiff_export.targets.torch.compile import EngineModule, compile_package, store_weights
 
 WIDTH, TOKENS, LAYERS = 16, 9, 3
 

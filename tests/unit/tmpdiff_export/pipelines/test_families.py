@@ -16,23 +16,24 @@ import torch
 from onnx import TensorProto
 from safetensors.torch import load_file
 
-from engines.backends.onnxruntime import OnnxRuntimeEngine
+from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.errors import BuildError
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import Precision
-from tmpdiff_export.accuracy import sqnr_db, torch_outputs
-from tmpdiff_export.cpu_lowering import lower_for_cpu
-from tmpdiff_export.cpu_target import CpuTarget
-from tmpdiff_export.engine_build import AccuracyCheck, at_once, start_denoiser
-from tmpdiff_export.families import DENOISER, DENOISERS, FAMILIES, Family, denoiser_family, family_of
-from tmpdiff_export.families.flux import pack
-from tmpdiff_export.families.miniatures import TEXT_TOKENS, Miniature, miniature
-from tmpdiff_export.onnx_export import export_graph, save_graph
-from tmpdiff_export.pipelines import load_pipeline
-from tmpdiff_export.placement import Batch
-from tmpdiff_export.shape_folding import fold_shapes
-from tmpdiff_export.torch_compile import EngineModule, store_weights
-from tmpdiff_export.torch_lowering import lower_for_torch
+from tmpdiff_export.bundling.engine import start_denoiser
+from tmpdiff_export.devices import Batch
+from tmpdiff_export.onnx_graphs.export import export_graph, save_graph
+from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
+from tmpdiff_export.pipelines.families import DENOISER, DENOISERS, FAMILIES, Family, denoiser_family, family_of
+from tmpdiff_export.pipelines.families.flux import pack
+from tmpdiff_export.pipelines.load import load_pipeline
+from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
+from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
+from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
+from tmpdiff_export.targets.target import AccuracyCheck, at_once
+from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
+from tmpdiff_export.targets.torch.lowering import lower_for_torch
+from tools.acceptance.miniatures import TEXT_TOKENS, Miniature, miniature
 
 FP16_FLOOR_DB = 50.0
 

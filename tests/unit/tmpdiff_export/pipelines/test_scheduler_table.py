@@ -10,7 +10,7 @@ import torch
 
 from engines.errors import SamplerError
 from engines.sampler import SamplerRow, SamplerState, SamplerTable
-from tmpdiff_export.scheduler_table import sampler_table
+from tmpdiff_export.pipelines.scheduler_table import sampler_table
 
 # diffusers hands torch tensors to numpy functions in ways numpy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

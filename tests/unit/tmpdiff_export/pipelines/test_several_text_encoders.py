@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_text import clip_tokenizer, t5_tokenizer
+from helpers.small_text import clip_tokenizer, t5_tokenizer
 
 from engines import DenoiseRuntime
 from engines.bundle import MANIFEST_NAME
@@ -20,11 +20,11 @@ from engines.errors import BuildError, BundleError, PromptError, SamplerError
 from engines.manifest import manifest_identity
 from engines.precision import Precision
 from tmpdiff_export import attach
-from tmpdiff_export.build_options import BuildOptions
-from tmpdiff_export.bundle_build import build
-from tmpdiff_export.families import family_of
-from tmpdiff_export.families.flux import pack, unpack
-from tmpdiff_export.pipelines import SourcePipeline, load_pipeline
+from tmpdiff_export.bundling.bundle import build
+from tmpdiff_export.bundling.options import BuildOptions
+from tmpdiff_export.pipelines.families import family_of
+from tmpdiff_export.pipelines.families.flux import pack, unpack
+from tmpdiff_export.pipelines.load import SourcePipeline, load_pipeline
 
 PROMPTS = ("a red circle", "A small BLUE square!")
 NUM_STEPS = 4

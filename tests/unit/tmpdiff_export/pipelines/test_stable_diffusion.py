@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_text import clip_tokenizer
+from helpers.small_text import clip_tokenizer
 
 from engines import DenoiseRuntime
 from engines.errors import BuildError, BundleError
@@ -16,10 +16,10 @@ from engines.manifest import FileEntry, TextEntry
 from engines.precision import Precision
 from engines.text import encode_prompts, load_tokenizer
 from tmpdiff_export import attach
-from tmpdiff_export.build_options import BuildOptions
-from tmpdiff_export.bundle_build import build
-from tmpdiff_export.families import family_of
-from tmpdiff_export.pipelines import SourcePipeline, load_pipeline
+from tmpdiff_export.bundling.bundle import build
+from tmpdiff_export.bundling.options import BuildOptions
+from tmpdiff_export.pipelines.families import family_of
+from tmpdiff_export.pipelines.load import SourcePipeline, load_pipeline
 
 PROMPTS = ("a red circle", "A small BLUE square, in the center!")
 NUM_STEPS = 4

@@ -17,22 +17,22 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from chromium import CHROMIUM, Browser
-from conftest import linked_copy
+from helpers.chromium import CHROMIUM, Browser
+from helpers.demo_build import linked_copy
+from helpers.paths import ROOT
+from helpers.planted import PlantedEvaluator
 from PIL import Image
-from planted import PlantedEvaluator
 
-import engines
 from calibration import HighSteps, Sensitivity, calibrate
-from calibration.prediction import Prediction
-from calibration.sensitivity import CheckRecord, TransferRecord
+from calibration.choose.stored import Prediction
+from calibration.document import CheckRecord, TransferRecord
 from engines.bundle import SCHEDULE_NAME, SENSITIVITY_NAME, Bundle
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
-from tmpdiff_export.report_page import page
-from tmpdiff_export.report_rules import rule_points, ruled_precision
+from tmpdiff_export.report.page import page
+from tmpdiff_export.report.rules import rule_points, ruled_precision
 
-SOURCE = Path(engines.__file__).parent.parent
+SOURCE = ROOT
 SECTIONS = ("what", "schedule", "precisions", "scores", "fit", "pareto", "search", "validation", "cost", "pictures")
 HOSTILE = '<img src=x onerror="alert(1)"> </title></style><script>alert(2)</script> & $x^2$'
 

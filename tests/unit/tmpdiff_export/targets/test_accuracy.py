@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_PROMPTS, DemoBuild
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -16,16 +15,18 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from helpers.demo_build import DEMO_PROMPTS, DemoBuild
 
 from engines.engine import Engine
 from engines.manifest import MODEL_OUTPUT
 from engines.runtime import DenoiseRuntime
-from tmpdiff_export.accuracy import engine_sqnr_db, step_sizes, torch_outputs
-from tmpdiff_export.bundle_build import CHECK_BATCHES
-from tmpdiff_export.engine_build import AccuracyCheck, with_larger_batch
-from tmpdiff_export.pipelines import gather_batches, load_pipeline
-from tmpdiff_export.ranges import spread
-from tmpdiff_export.scheduler_table import sampler_table
+from tmpdiff_export.bundling.bundle import CHECK_BATCHES
+from tmpdiff_export.bundling.engine import with_larger_batch
+from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
+from tmpdiff_export.pipelines.scheduler_table import sampler_table
+from tmpdiff_export.quantization.ranges import spread
+from tmpdiff_export.targets.accuracy import engine_sqnr_db, step_sizes, torch_outputs
+from tmpdiff_export.targets.target import AccuracyCheck
 
 T = 20
 

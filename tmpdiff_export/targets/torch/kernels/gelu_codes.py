@@ -1,86 +1,56 @@
-"""The Triton kernel behind `torch_codes.gelu_codes`; importing it needs Triton."""
+"""GELU's tanh form, alone and with codes made of it, written so that kernels wait for memory and not for arithmetic."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-import triton
-import triton.language as tl
 
-_BLOCK = 1024  # columns of a program
-_WARPS = 1
+from tmpdiff_export.targets.torch.activations import CODE_LIMITS, static_codes
 
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gelu_codes(  # type: ignore[no-untyped-def]
-    first,
-    second,
-    scale,
-    smoothing,
-    result,
-    first_columns,
-    second_columns,
-    LIMIT_LOW: tl.constexpr,
-    LIMIT_HIGH: tl.constexpr,
-    ROUND: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Some columns of a row, all of them of one of the two tensors."""
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    first_blocks = tl.cdiv(first_columns, BLOCK)
-    if block < first_blocks:
-        column = block * BLOCK + tl.arange(0, BLOCK)
-        inside = column < first_columns
-        data = tl.load(first + row * first_columns + column, mask=inside, other=0.0).to(tl.float32)
-    else:
-        at = (block - first_blocks) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < second_columns
-        given = tl.load(second + row * second_columns + at, mask=inside, other=0.0).to(tl.float32)
-        # x / (1 + exp(-2 z)) of `torch_gelu.tanh_gelu`, its constants times -log2(e); the plain instructions, because
-        # what Triton makes of exp2 and of a division also looks after numbers that are as good as zero here.
-        power = given * (-2.302208198144325 - 0.1029432395800235 * given * given)
-        power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], tl.float32, True, 1)
-        share = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, True, 1)
-        data = given * share
-        column = at + first_columns
-    if SMOOTH:
-        data = data * tl.load(smoothing + column, mask=inside, other=0.0).to(tl.float32)
-    data = data * tl.div_rn(1.0, tl.load(scale))
-    data = tl.clamp(data, LIMIT_LOW, LIMIT_HIGH, propagate_nan=tl.PropagateNan.ALL)
-    if ROUND:  # to even: 1.5 2^23 leaves no bits behind the point, and the code in the lowest byte
-        data = (data + 12582912.0).to(tl.int32, bitcast=True)
-    target = result + row * (first_columns + second_columns)
-    tl.store(target + column, data.to(result.dtype.element_ty), mask=inside)
+if torch.version.cuda:  # a CUDA build brings Triton
+    from tmpdiff_export.targets.torch.kernels.triton.gelu_codes import gelu_codes_op
 
 
-@torch.library.triton_op("tmpdiff::gelu_codes", mutates_args={})  # type: ignore[untyped-decorator]
-def gelu_codes_op(
-    first: torch.Tensor,
-    second: torch.Tensor,
-    scale: torch.Tensor,
-    smoothing: torch.Tensor,
-    limit_low: float,
-    limit_high: float,
-    dtype: torch.dtype,
+def tanh_gelu(data: torch.Tensor) -> torch.Tensor:
+    """Any shape and floating type -> the same: GELU in its tanh approximation.
+
+    As x sigmoid(2 z) where torch has x (1 + tanh z) / 2, the same function: a sigmoid is one exponential and one
+    division, a tanh some twenty instructions, which kernels on a GPU were bound by. Computed in float32 and rounded once,
+    as torch does.
+    """
+    single = data.float()
+    twice = single * (2 * math.sqrt(2 / math.pi) * (1 + 0.044715 * single * single))
+    return (single * torch.sigmoid(twice)).to(data.dtype)
+
+
+class TanhGelu(torch.nn.Module):
+    """`tanh_gelu`."""
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        """Any shape and floating type -> the same."""
+        return tanh_gelu(data)
+
+
+def gelu_codes(
+    first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor, smoothing: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`torch_codes.gelu_codes` on a GPU, with the least and the largest code; an empty `smoothing` for none."""
-    rows, columns = second.shape[0], first.shape[1] + second.shape[1]
-    result = torch.empty((rows, columns), device=second.device, dtype=dtype)
-    blocks = triton.cdiv(first.shape[1], _BLOCK) + triton.cdiv(second.shape[1], _BLOCK)
-    torch.library.wrap_triton(_gelu_codes)[(rows, blocks)](
-        first,
-        second,
-        scale,
-        smoothing,
-        result,
-        first.shape[1],
-        second.shape[1],
-        LIMIT_LOW=limit_low,
-        LIMIT_HIGH=limit_high,
-        ROUND=dtype is torch.int8,
-        SMOOTH=smoothing.numel() > 0,
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
-    )
-    return result
+    """`static_codes` of `first` and of GELU (tanh form) of `second`, side by side.
+
+    On a GPU one kernel: compilers compute the GELU, and both sides of the seam, for every column of the result.
+
+    Args:
+        first: [M, K1] in a 16-bit type, contiguous; K1 may be 0.
+        second: [M, K2] in that type, contiguous.
+        scale: float32 [].
+        smoothing: [K1 + K2] in that type, multiplies before the codes are made; or None.
+        dtype: float8_e4m3fn or int8.
+
+    Returns:
+        [M, K1 + K2] in `dtype`.
+    """
+    if second.is_cuda:
+        factors = second.new_zeros(0) if smoothing is None else smoothing
+        return gelu_codes_op(first, second, scale, factors, *CODE_LIMITS[dtype], dtype)
+    rows = torch.cat([first, tanh_gelu(second)], dim=1)
+    return static_codes(rows if smoothing is None else rows * smoothing, scale, dtype)

@@ -1,94 +1,55 @@
-"""The Triton kernel behind `torch_rotary.norm_rotary`; importing it needs Triton."""
+"""Normalization and rotation of FLUX.1's queries and keys in one kernel, for the `torch` backend.
+
+Inductor makes three to four kernels of them, whose reads of neighbouring pairs lie apart, and which took twice as long
+(docs/performance.md). Here a token is read once and written once.
+"""
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+from torch.nn import functional as F
 
-# Small programs: what takes time is waiting for memory, and many of them wait beside each other.
-_LANES = 8  # heads of a token in one program
-_WARPS = 1
+if torch.version.cuda:  # a CUDA build brings Triton
+    from tmpdiff_export.targets.torch.kernels.triton.rotary import norm_rotary_op
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _norm_rotary(  # type: ignore[no-untyped-def]
-    first,
-    first_weight,
-    second,
-    second_weight,
-    cos,
-    sin,
-    result,
-    first_tokens,
-    tokens,
-    EPS: tl.constexpr,  # a float argument may come as float64, and everything with it
-    FACTOR: tl.constexpr,
-    LIMIT: tl.constexpr,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Some heads of one token: each is read once, as a row of `SIZE` that stays in registers."""
-    token = tl.program_id(0)
-    sample = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    column = tl.arange(0, SIZE)
-    at = head[:, None] * SIZE + column[None, :]
-    inside = (head < HEADS)[:, None]
-    if token < first_tokens:
-        source = first + (sample * first_tokens + token) * HEADS * SIZE
-        weight = tl.load(first_weight + column).to(tl.float32)
-    else:
-        source = second + (sample * (tokens - first_tokens) + token - first_tokens) * HEADS * SIZE
-        weight = tl.load(second_weight + column).to(tl.float32)
-    data = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    data = data * tl.rsqrt(tl.sum(data * data, axis=1) / SIZE + EPS)[:, None] * weight[None, :]
-    pair = tl.arange(0, SIZE // 2) * 2
-    turn = tl.load(cos + token * SIZE + pair)[None, :] * FACTOR
-    lean = tl.load(sin + token * SIZE + pair)[None, :] * FACTOR
-    real, imaginary = tl.split(tl.reshape(data, (LANES, SIZE // 2, 2)))
-    turned = tl.join(real * turn - imaginary * lean, imaginary * turn + real * lean)
-    turned = tl.reshape(turned, (LANES, SIZE))
-    if LIMIT is not None:
-        turned = tl.clamp(turned, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    target = result + (sample * tokens + token) * HEADS * SIZE
-    tl.store(target + at, turned.to(result.dtype.element_ty), mask=inside)
-
-
-@torch.library.triton_op("tmpdiff::norm_rotary", mutates_args={})  # type: ignore[untyped-decorator]
-def norm_rotary_op(
+def norm_rotary(
     first: torch.Tensor,
     first_weight: torch.Tensor,
     second: torch.Tensor,
     second_weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
     eps: float,
-    factor: float,
     dtype: torch.dtype,
+    factor: float = 1.0,
 ) -> torch.Tensor:
-    """`torch_rotary.norm_rotary` on a GPU."""
-    batch, _, heads, size = second.shape
-    tokens = first.shape[1] + second.shape[1]
-    result = torch.empty((batch, tokens, heads, size), device=second.device, dtype=dtype)
-    lanes = min(_LANES, triton.next_power_of_2(heads))
-    torch.library.wrap_triton(_norm_rotary)[(tokens, triton.cdiv(heads, lanes), batch)](
-        first,
-        first_weight,
-        second,
-        second_weight,
-        cos,
-        sin,
-        result,
-        first.shape[1],
-        tokens,
-        EPS=eps,
-        FACTOR=factor,
-        LIMIT=None if dtype is torch.bfloat16 else torch.finfo(dtype).max,
-        HEADS=heads,
-        SIZE=size,
-        LANES=lanes,
-        num_warps=_WARPS,
-    )
-    return result
+    """RMS norm over D of two runs of tokens, one after the other, then the rotation of neighbouring pairs.
+
+    Computed in float32 and rounded once.
+
+    Args:
+        first: [B, S1, heads, D], contiguous; S1 may be 0.
+        first_weight: [D], of its norm.
+        second: [B, S2, heads, D], contiguous.
+        second_weight: [D].
+        rotary: cosines and sines, float32 [S1 + S2, D], each number twice.
+        eps: of the norms.
+        dtype: of the result; values beyond its range become its largest.
+        factor: of the result.
+
+    Returns:
+        [B, S1 + S2, heads, D] on the device of `first`.
+    """
+    if first.is_cuda:
+        return norm_rotary_op(first, first_weight, second, second_weight, *rotary, eps, factor, dtype)
+    size = first.shape[-1:]
+    parts = [
+        F.rms_norm(data.float(), size, weight.float(), eps)
+        for data, weight in ((first, first_weight), (second, second_weight))
+    ]
+    data = torch.cat(parts, dim=1)
+    cos, sin = (table[None, :, None, :] for table in rotary)
+    real, imaginary = data.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    limit = torch.finfo(dtype).max
+    return ((data * cos + turned * sin) * factor).clamp(-limit, limit).to(dtype)

@@ -19,11 +19,11 @@ import pytest
 from fakes import fake_kernels  # noqa: F401  (registers the kernels)
 from fakes.fake_ort_cuda import FakeOrtCuda
 from fakes.install import Fakes, install
-from small_loops import loop_of, same_bits, schedule
-from small_plans import CHANNELS, SIDE, TOKENS, WIDTH, SmallModel, denoiser, embedder, table
-from tiny_pipeline import PROMPTS
+from helpers.small_loops import loop_of, same_bits, schedule
+from helpers.small_plans import CHANNELS, SIDE, TOKENS, WIDTH, SmallModel, denoiser, embedder, table
+from helpers.tiny_pipeline import PROMPTS
 
-from engines.backends import HostOptions, open_host
+from engines.backends.choose import HostOptions, open_host
 from engines.bundle import Bundle
 from engines.errors import BackendError, TmpDiffError
 from engines.files import sha256_file
@@ -120,7 +120,7 @@ def test_the_device_loop_equals_the_host_loop_bit_for_bit(
 
 
 def test_engines_compute_what_the_same_file_does_on_the_cpu(opened: Opened, tmp_path: Path) -> None:
-    from engines.backends.onnxruntime import OnnxRuntimeEngine
+    from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 
     engine = opened().engine("fp16")
     on_cpu = OnnxRuntimeEngine(tmp_path / "fp16.onnx")
@@ -172,7 +172,7 @@ def test_an_engine_that_comes_back_is_opened_by_the_loading_thread(
 ) -> None:
     import threading
 
-    from engines.backends.onnxruntime_cuda import plan
+    from engines.backends.onnxruntime import plan
 
     threads: list[bool] = []
     real = plan.open_session
@@ -335,8 +335,8 @@ def test_inputs_that_do_not_fit_are_refused(opened: Opened, changed: Mapping[str
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
     """The tiny pipeline, built for (what is told to be) the GPU, at all precisions; do not write into it."""
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     folder = tmp_path_factory.mktemp("cuda")
     options = BuildOptions(
@@ -394,8 +394,8 @@ def test_a_bundle_runs_in_the_device_loop(bundle: Path, limit: int | None, fakes
 def test_engines_agree_with_the_bundle_for_the_cpu(
     bundle: Path, tiny_pipeline: Path, tmp_path: Path, fakes: Fakes, ort: FakeOrtCuda
 ) -> None:
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     build(
         tiny_pipeline,
@@ -466,8 +466,8 @@ def test_a_miscomputed_engine_fails_the_build(
     from fakes import fake_ort_cuda
 
     from engines.errors import BuildError
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     bind = fake_ort_cuda.Binding.bind_input
 
@@ -485,8 +485,8 @@ def test_a_miscomputed_engine_fails_the_build(
 
 
 def test_builds_that_cannot_be_are_refused_before_any_work(tmp_path: Path, fakes: Fakes) -> None:
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     for precisions, says in (
         ((Precision.FP16, Precision.NVFP4), "'onnxruntime' on a GPU has no nvfp4; choose from fp16, fp8, int8, int4"),
@@ -500,7 +500,7 @@ def test_builds_that_cannot_be_are_refused_before_any_work(tmp_path: Path, fakes
 
 
 def test_a_provider_that_cannot_start_is_refused_before_any_work(tmp_path: Path, ort: FakeOrtCuda) -> None:
-    from tmpdiff_export.onnx_cuda_target import OnnxCudaTarget
+    from tmpdiff_export.targets.onnxruntime.cuda import OnnxCudaTarget
 
     ort.starts = False
     with pytest.raises(

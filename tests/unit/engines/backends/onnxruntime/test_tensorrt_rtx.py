@@ -27,15 +27,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from helpers.paths import ROOT
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import _pybind_state as state
 
-from engines.backends import tensorrt_rtx
-from engines.backends.tensorrt_rtx import COMPILED_MODEL, PLUGIN, TensorRtRtxEngine, require_device, version
+from engines.backends.onnxruntime import tensorrt_rtx
+from engines.backends.onnxruntime.tensorrt_rtx import COMPILED_MODEL, PLUGIN, TensorRtRtxEngine, require_device, version
 from engines.errors import BackendError
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
 
-ROOT = Path(__file__).resolve().parent.parent
 RTX = "NvTensorRTRTXExecutionProvider"
 REAL_SESSION, REAL_COMPILER = onnxruntime.InferenceSession, onnxruntime.ModelCompiler
 REAL_OPTIONS, REAL_REGISTER = onnxruntime.SessionOptions, onnxruntime.register_execution_provider_library
@@ -439,7 +439,7 @@ real_plugin = pytest.mark.skipif(
 ASK = """
 import sys
 sys.path.append(sys.argv[1])
-from engines.backends.tensorrt_rtx import require_device, version
+from engines.backends.onnxruntime.tensorrt_rtx import require_device, version
 from engines.errors import BackendError
 print(version())
 try:

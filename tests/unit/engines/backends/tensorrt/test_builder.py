@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 import pytest
 from fakes.install import Fakes, install
-from linear_denoiser import PROFILE, save_model
+from helpers.linear_denoiser import PROFILE, save_model
 
 from engines.errors import BackendError, BuildError
 

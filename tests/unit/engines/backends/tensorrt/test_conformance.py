@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_conformance import class_differences, module_differences, result_lengths
 from fakes.install import install
-from tensorrt_conformance import (
+from helpers.fake_conformance import class_differences, module_differences, result_lengths
+from helpers.paths import ROOT
+from helpers.tensorrt_conformance import (
     BINDINGS,
     CUDA_PACKAGE,
     MYPY_SETTINGS,
     PACKAGE,
-    ROOT,
     Bindings,
     calls,
     chains,
@@ -285,7 +285,7 @@ def test_the_fake_cuda_runtime_returns_as_many_values_without_a_gpu(monkeypatch:
     )
     real = subprocess.run(
         [sys.executable, "-c", code, *names],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "CUDA_VISIBLE_DEVICES": ""},
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert result_lengths(fake, runtime, names) == json.loads(real.stdout)

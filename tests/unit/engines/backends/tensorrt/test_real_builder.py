@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DemoBuild
 from fakes.install import drop_cached
-from linear_denoiser import PROFILE, save_model
-from tensorrt_conformance import BINDINGS, ROOT, prepare
+from helpers.demo_build import DemoBuild
+from helpers.linear_denoiser import PROFILE, save_model
+from helpers.tensorrt_conformance import BINDINGS, ROOT, prepare
 
 from engines.errors import BackendError, BuildError
 
@@ -121,7 +121,7 @@ def test_the_exported_graphs_are_accepted(rtx: Any, demo_build: DemoBuild, tmp_p
     done = subprocess.run(
         [
             sys.executable,
-            str(ROOT / "tools" / "accept_onnx.py"),
+            str(ROOT / "tools" / "acceptance" / "accept_onnx.py"),
             "--bindings",
             str(BINDINGS),
             "--arch",

@@ -16,14 +16,15 @@ import pytest
 from fakes import fake_kernels  # noqa: F401  (registers the kernels)
 from fakes.cuda_enums import CUresult, cudaError_t
 from fakes.install import Fakes, install
-from small_loops import loop_of, same_bits, schedule
-from small_plans import CHANNELS, SIDE, TOKENS, WIDTH, denoiser, embedder, entry, table
+from helpers.paths import ROOT
+from helpers.small_loops import loop_of, same_bits, schedule
+from helpers.small_plans import CHANNELS, SIDE, TOKENS, WIDTH, denoiser, embedder, entry, table
 
 from engines.errors import BackendError
 from engines.files import sha256_file
 from engines.loop import Loop, host_loop
 
-BACKEND = Path(__file__).parent.parent / "engines" / "backends" / "cuda"
+BACKEND = ROOT / "engines" / "backends" / "cuda"
 SEEDS = {"fp16": 0, "fp8": 1, "int8": 2, "int4": 3}
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 MEMORY = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaFreeHost")
@@ -699,7 +700,7 @@ def test_memory_that_runs_out_is_named_and_the_host_stays_usable(opened: Opened,
 
 def test_the_ptx_belongs_to_the_source() -> None:
     first = (BACKEND / "kernels.ptx").read_text().splitlines()[0]
-    assert f"sha256 {sha256_file(BACKEND / 'kernels.cu')}," in first, "run tools/compile_kernels.py"
+    assert f"sha256 {sha256_file(BACKEND / 'kernels.cu')}," in first, "run tools/release/compile_kernels.py"
 
 
 def test_the_ptx_rounds_every_operation_by_itself() -> None:

@@ -8,15 +8,15 @@ import onnx
 import pytest
 import torch
 
-from engines.backends.onnxruntime import OnnxRuntimeEngine
+from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.precision import Precision
-from tmpdiff_export.accuracy import sqnr_db
-from tmpdiff_export.cpu_lowering import lower_for_cpu
-from tmpdiff_export.onnx_export import ExportInput, export_graph, save_checked
-from tmpdiff_export.qdq import insert_qdq
-from tmpdiff_export.ranges import calibrate_ranges, quantizable_layers
-from tmpdiff_export.recipes import RECIPES
-from tmpdiff_export.scales import quantize_layer
+from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
+from tmpdiff_export.onnx_graphs.qdq import insert_qdq
+from tmpdiff_export.quantization.codes import quantize_layer
+from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
+from tmpdiff_export.quantization.recipes import RECIPES
+from tmpdiff_export.targets.accuracy import sqnr_db
+from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
 
 RECIPE = RECIPES[Precision.INT8]
 

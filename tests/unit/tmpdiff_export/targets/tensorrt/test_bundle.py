@@ -11,7 +11,7 @@ import fakes.fake_kernels  # noqa: F401
 import numpy as np
 import pytest
 from fakes.install import Fakes, install
-from tiny_pipeline import PROMPTS
+from helpers.tiny_pipeline import PROMPTS
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, BuildError
@@ -42,9 +42,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path, cache:
 
 def build_bundle(tiny_pipeline: Path, out: Path, cache: Path, **options: Any) -> Any:
     from engines.backends.tensorrt.options import PlanOptions
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
-    from tmpdiff_export.plan_settings import PlanSettings
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
+    from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 
     precisions = options.pop("precisions", PRECISIONS)
     settings = PlanSettings(options=PlanOptions(**options), cache=cache)
@@ -113,8 +113,8 @@ def test_the_device_loop_equals_the_host_loop_over_the_same_engines(
 def test_it_is_near_the_same_bundle_on_the_cpu(
     bundle: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     options = BuildOptions(PRECISIONS[:1], PROMPTS, NUM_STEPS, backend="onnxruntime")
     build(tiny_pipeline, tmp_path / "cpu", options)
@@ -131,7 +131,7 @@ def test_it_is_near_the_same_bundle_on_the_cpu(
 def test_prompt_to_picture_and_calibration_work(bundle: Path, copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from calibration import HighSteps
     from engines.text import PromptFile
-    from tmpdiff_export.calibration_run import calibrate_bundle
+    from tmpdiff_export.calibrate.bundle import calibrate_bundle
 
     fakes = install(monkeypatch)
     fakes.settings.layer_ms["FP16"] = 1.0
@@ -225,9 +225,9 @@ def test_an_interrupted_build_goes_on_with_the_plans_it_has(
         if stage.startswith("int8: "):
             raise KeyboardInterrupt
 
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
-    from tmpdiff_export.plan_settings import PlanSettings
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
+    from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 
     options = BuildOptions(PRECISIONS[:2], PROMPTS, NUM_STEPS, backend="tensorrt", plans=PlanSettings(cache=cache))
     with pytest.raises(KeyboardInterrupt):
@@ -291,9 +291,9 @@ def test_a_quantized_plan_that_is_not_faster_is_built_with_a_warning(
 
 def test_settings_of_plans_are_refused_by_other_backends(tiny_pipeline: Path, tmp_path: Path) -> None:
     from engines.backends.tensorrt.options import PlanOptions
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
-    from tmpdiff_export.plan_settings import PlanSettings
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
+    from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 
     plans = PlanSettings(options=PlanOptions(version_compatible=True))
     options = BuildOptions(PRECISIONS, PROMPTS, backend="onnxruntime", plans=plans)

@@ -20,16 +20,16 @@ from engines.errors import BackendError, BuildError
 from engines.manifest import Manifest, manifest_identity
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
-from tmpdiff_export import torch_attention
-from tmpdiff_export.torch_attention import (
+from tmpdiff_export.targets.torch import attention as torch_attention
+from tmpdiff_export.targets.torch.activations import FP8, static_codes
+from tmpdiff_export.targets.torch.attention import (
     AttentionRange,
     Fp8Processor,
     attend_fp8,
     attention_ranges,
     use_fp8_attention,
 )
-from tmpdiff_export.torch_codes import FP8, static_codes
-from tmpdiff_export.torch_flux import RotaryProcessor, use_rotary_kernel
+from tmpdiff_export.targets.torch.flux import RotaryProcessor, use_rotary_kernel
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler to build packages with"
@@ -170,7 +170,7 @@ def test_a_bundle_has_it_where_it_was_asked_for(torch_variants: Path) -> None:
 def test_a_gpu_package_with_the_operator_needs_cudnn(
     torch_variants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engines.backends.torch.library import package_of
+    from engines.backends.torch.package import package_of
 
     monkeypatch.setitem(sys.modules, "cudnn", None)
     entry = Manifest.model_validate_json((torch_variants / "manifest.json").read_text()).denoisers["nvfp4"]
@@ -194,7 +194,7 @@ def test_an_operator_that_this_release_does_not_know_is_refused(torch_variants: 
 
 
 def test_what_cannot_have_it_is_refused() -> None:
-    from tmpdiff_export.targets import require_fp8_attention
+    from tmpdiff_export.targets.choose import require_fp8_attention
 
     built = (Precision.FP16, Precision.FP8)
     require_fp8_attention("onnxruntime", (), built)

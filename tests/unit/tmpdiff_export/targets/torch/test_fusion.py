@@ -12,13 +12,12 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch.nn import functional as F
 
 from engines.precision import Precision
-from tmpdiff_export.ranges import LayerRange
-from tmpdiff_export.scales import quantize_layer
-from tmpdiff_export.torch_codes import gelu_codes
-from tmpdiff_export.torch_flux import CodesSingleBlock, RotaryProcessor, use_rotary_kernel
-from tmpdiff_export.torch_fusion import fuse, replace_tanh_gelu
-from tmpdiff_export.torch_gelu import TanhGelu
-from tmpdiff_export.torch_rotary import norm_rotary
+from tmpdiff_export.quantization.codes import quantize_layer
+from tmpdiff_export.quantization.ranges import LayerRange
+from tmpdiff_export.targets.torch.flux import CodesSingleBlock, RotaryProcessor, use_rotary_kernel
+from tmpdiff_export.targets.torch.fusion import fuse, replace_tanh_gelu
+from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu, gelu_codes
+from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
 
 
 def flux() -> FluxTransformer2DModel:
@@ -118,7 +117,7 @@ def test_gelu_is_replaced_under_the_same_layer_names() -> None:
 
 def quantized(module: torch.nn.Module, precision: Precision, smoothing: bool) -> torch.nn.Module:
     """A float16 copy whose feed-forward layers and `proj_out` of single blocks take codes."""
-    from tmpdiff_export.torch_layers import linear_from
+    from tmpdiff_export.targets.torch.layers import linear_from
 
     changed = copy.deepcopy(module).half()
     chosen = [

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_pipeline import PROMPTS
+from helpers.paths import ROOT
+from helpers.tiny_pipeline import PROMPTS
 
-from calibration.allocation import HighSteps
+from calibration.choose.allocation import HighSteps
 from engines import DenoiseRuntime
 from engines.errors import BackendError, BundleError
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, Manifest, manifest_identity
@@ -28,7 +29,7 @@ TEXT = "encoder_hidden_states"
 
 
 def layer_of(weight: np.ndarray, precision: Precision, smoothing: np.ndarray | None = None) -> Any:
-    from tmpdiff_export.scales import LayerRange, quantize_layer
+    from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 
     weight_only = precision is Precision.INT4
     scaled = weight if smoothing is None else weight / smoothing
@@ -42,7 +43,7 @@ def layer_of(weight: np.ndarray, precision: Precision, smoothing: np.ndarray | N
 def test_layers_compute_what_their_codes_stand_for(precision: Precision, smoothed: bool, dtype: str) -> None:
     import torch
 
-    from tmpdiff_export.torch_layers import linear_from
+    from tmpdiff_export.targets.torch.layers import linear_from
 
     rng = np.random.default_rng(5)
     weight = rng.standard_normal((96, 256), dtype=np.float32)
@@ -59,7 +60,7 @@ def test_layers_compute_what_their_codes_stand_for(precision: Precision, smoothe
 def test_int4_codes_survive_packing() -> None:
     import torch
 
-    from tmpdiff_export.torch_layers import linear_from, pack_int4
+    from tmpdiff_export.targets.torch.layers import linear_from, pack_int4
 
     codes = torch.randint(-8, 8, (7, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     packed = pack_int4(codes)
@@ -73,7 +74,8 @@ def test_int4_codes_survive_packing() -> None:
 def test_nvfp4_values_are_those_of_the_reference() -> None:
     import torch
 
-    from tmpdiff_export import nvfp4, torch_nvfp4
+    from tmpdiff_export.quantization import nvfp4
+    from tmpdiff_export.targets.torch import nvfp4 as torch_nvfp4
 
     rng = np.random.default_rng(3)
     values = rng.standard_normal((40, 256), dtype=np.float32) * np.exp(rng.normal(0, 2, (40, 1))).astype(np.float32)
@@ -92,7 +94,7 @@ def test_nvfp4_values_are_those_of_the_reference() -> None:
 def test_int8_products_are_exact() -> None:
     import torch
 
-    from tmpdiff_export.torch_kernels import int8_linear
+    from tmpdiff_export.targets.torch.kernels.int8 import int8_linear
 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-128, 128, (40, 512), dtype=torch.int8, generator=generator)
@@ -105,7 +107,7 @@ def test_int8_products_are_exact() -> None:
 def test_layers_without_a_product_run_from_their_dequantized_weight_and_are_counted() -> None:
     import torch
 
-    from tmpdiff_export.torch_lowering import lower_for_torch
+    from tmpdiff_export.targets.torch.lowering import lower_for_torch
 
     class Module(torch.nn.Module):
         def __init__(self) -> None:
@@ -142,10 +144,10 @@ def test_weights_of_a_text_encoder_that_has_run_can_travel_to_a_worker(tmp_path:
     import pickle
 
     import torch
+    from helpers.small_text import SecondLastHidden
     from safetensors.torch import load_file
-    from small_text import SecondLastHidden
 
-    from tmpdiff_export.torch_compile import EngineModule, store_weights
+    from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
 
     encoder, ids = SecondLastHidden(), torch.arange(7)[None]
     with torch.no_grad():
@@ -164,8 +166,8 @@ def test_weights_of_a_text_encoder_that_has_run_can_travel_to_a_worker(tmp_path:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> dict[str, Path]:
     """The tiny pipeline, built for the torch backend on the CPU, by two workers, and for ONNX Runtime."""
-    from tmpdiff_export.build_options import BuildOptions
-    from tmpdiff_export.bundle_build import build
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
 
     folder = tmp_path_factory.mktemp("torch")
     folders = {}
@@ -248,7 +250,7 @@ def test_a_package_runs_without_python(runtime: DenoiseRuntime, bundles: dict[st
     from safetensors.numpy import save_file
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    program, source = tmp_path / "run_package", Path(__file__).parents[1] / "tools" / "cpp" / "run_package.cpp"
+    program, source = tmp_path / "run_package", ROOT / "tools" / "cpp" / "run_package.cpp"
     folders = [f"-I{path}" for path in include_paths()]
     libraries = [word for path in library_paths() for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
@@ -298,7 +300,7 @@ def test_a_mixed_schedule_draws_the_picture_that_onnx_runtime_draws(bundles: dic
 def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tmpdiff_export import calibration_run
+    from tmpdiff_export.calibrate import bundle as calibration_run
 
     found, rows = [], []
     run = DenoiseRuntime.step
@@ -430,7 +432,7 @@ def test_weights_in_another_folder_than_their_package_are_refused(torch_variants
 
 
 def test_what_cannot_share_weights_is_refused() -> None:
-    from tmpdiff_export.targets import require_shareable
+    from tmpdiff_export.targets.choose import require_shareable
 
     built = (Precision.FP16, Precision.FP8)
     require_shareable("onnxruntime", None, built)

@@ -15,20 +15,19 @@ from typing import Any
 
 import psutil
 import pytest
-from build_tasks import compile_for_ever, die, die_compiling, fail, plant, seen, slow
-from tiny_pipeline import PROMPTS
+from helpers.build_tasks import compile_for_ever, die, die_compiling, fail, plant, seen, slow
+from helpers.paths import ROOT
+from helpers.tiny_pipeline import PROMPTS
 
 from engines.errors import BackendError, BuildError
 from engines.precision import Precision
-from tmpdiff_export.build_options import BuildOptions
-from tmpdiff_export.build_workers import COMPILE_THREADS, open_build_workers
-from tmpdiff_export.bundle_build import build
+from tmpdiff_export.bundling.bundle import build
+from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.cli import main
-from tmpdiff_export.engine_build import at_once
-from tmpdiff_export.targets import open_start
-from tmpdiff_export.torch_target import TorchTarget
-
-ROOT = Path(__file__).parent.parent
+from tmpdiff_export.targets.choose import open_start
+from tmpdiff_export.targets.target import at_once
+from tmpdiff_export.targets.torch.target import TorchTarget
+from tmpdiff_export.targets.torch.workers import COMPILE_THREADS, open_build_workers
 
 
 def workers_left() -> list[psutil.Process]:
@@ -103,9 +102,9 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # worker processes import this file as well: what is below is not for them
-    from build_tasks import compile_for_ever
+    from helpers.build_tasks import compile_for_ever
     from engines.cli import guarded
-    from tmpdiff_export.build_workers import open_build_workers
+    from tmpdiff_export.targets.torch.workers import open_build_workers
 
     def command():
         with open_build_workers(2, None) as pool:

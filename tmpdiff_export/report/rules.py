@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibration import Sensitivity, baselines
-from calibration.prediction import Prediction
-from tmpdiff_export.report_figures import INK, MUTED, PAPER, floor_of, log_axis, svg_figure
+from calibration import Sensitivity
+from calibration.choose import baselines
+from calibration.choose.stored import Prediction
+from tmpdiff_export.report.figures import INK, MUTED, PAPER, floor_of, log_axis, svg_figure
 
 DRAWS = 20
 LOOKS = {

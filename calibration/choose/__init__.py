@@ -1,0 +1,1 @@
+"""From scores to a schedule: allocation under a budget, rivals, fixed rules."""

@@ -1,0 +1,1 @@
+"""From a pipeline folder to a bundle folder."""

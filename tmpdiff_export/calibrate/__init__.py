@@ -1,0 +1,1 @@
+"""Calibration of a bundle on disk, in this process or by workers."""

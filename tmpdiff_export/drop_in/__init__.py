@@ -1,0 +1,1 @@
+"""Bundles inside diffusers pipelines, and step policies of other runtimes."""

@@ -1,0 +1,1 @@
+"""The exported graph: tracing, shape folding, Q/DQ nodes."""

@@ -1,0 +1,1 @@
+"""Diffusers pipelines as they are found: loading, scheduler tables, families."""

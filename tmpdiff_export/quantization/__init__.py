@@ -1,0 +1,1 @@
+"""From weights and ranges to codes and scales; no graph, no backend."""

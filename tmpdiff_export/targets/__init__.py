@@ -1,0 +1,1 @@
+"""Backends that engines are built for; a folder each."""

@@ -1,0 +1,1 @@
+"""AOTInductor packages for an NVIDIA GPU, or for the CPU."""

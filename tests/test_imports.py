@@ -41,7 +41,6 @@ FORBIDDEN = {
         "distributed",
     },
     "tmpdiff_export": {"tools"},
-    "tests": {"tools"},
 }
 TORCH_LIBRARY = ROOT / "engines" / "backends" / "torch" / "library.py"  # the torch backend imports them from here
 GPU_LIBRARIES = {"cuda"}  # imported by what runs on a GPU; tensorrt as well, which is not installed here

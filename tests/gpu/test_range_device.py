@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from pathlib import Path
 
@@ -34,9 +33,9 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
     from tmpdiff_export.quantization.recipes import RECIPES
     from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
     from tmpdiff_export.targets.torch.attention import attention_ranges
+    from tools.acceptance.random_pipeline import save_random_pipeline
 
-    made = importlib.import_module("tools.acceptance.random_pipeline")  # tests import tools at run time only
-    made.save_random_pipeline(
+    save_random_pipeline(
         tmp_path / "pipeline", pipeline_folder() / "tokenizer", heads=4, head_size=64, layers=2, latent_side=32
     )
     source = load_pipeline(tmp_path / "pipeline")

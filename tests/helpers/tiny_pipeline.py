@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 PROMPTS = ("a red circle", "a small blue square in the center", "a green triangle")
@@ -15,5 +14,6 @@ def save_tiny_pipeline(folder: Path, tokenizer: Path) -> None:
         folder: pipeline folder to make.
         tokenizer: a saved tokenizer to use.
     """
-    made = importlib.import_module("tools.acceptance.random_pipeline")  # tests import tools at run time only
-    made.save_random_pipeline(folder, tokenizer, heads=4, head_size=32, layers=2, latent_side=16)
+    from tools.acceptance.random_pipeline import save_random_pipeline
+
+    save_random_pipeline(folder, tokenizer, heads=4, head_size=32, layers=2, latent_side=16)

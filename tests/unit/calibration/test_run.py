@@ -22,10 +22,10 @@ from calibration import (
     LatencyBudget,
     QualityBudget,
     Sensitivity,
-    baselines,
     calibrate,
     open_journal,
 )
+from calibration.choose import baselines
 from calibration.choose.allocation import relative_latency
 from calibration.choose.costs import AllocationCosts
 from calibration.document import FitRecord

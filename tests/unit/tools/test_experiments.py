@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.experiments import command
 from helpers.paths import ROOT
 from helpers.tiny_pipeline import PROMPTS
 from scipy import stats
@@ -20,6 +20,7 @@ from calibration.statistics import bootstrap_interval
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
 from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
+from tools.experiments import prediction
 from tools.experiments.statistics import (
     error_regret,
     error_regret_at,
@@ -129,11 +130,6 @@ def studied(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> tu
     return folder / "bundle", prompts
 
 
-def command(name: str, *args: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", f"tools.experiments.{name}", *map(str, args)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
 def run(name: str, studied: tuple[Path, Path], out: Path, *args: object) -> dict[str, Any]:
     bundle, prompts = studied
     samples = ("--samples", 2, "--validation-samples", 2, "--threads", 1)
@@ -161,7 +157,6 @@ def test_other_numbers_of_steps_take_the_same_engines(studied: tuple[Path, Path]
 
 
 def test_what_any_schedule_can_gain_over_the_fixed_rules():
-    prediction = importlib.import_module("tools.experiments.prediction")  # tests import tools at run time only
     curve = np.array([1.0, 8.0, 1.0, 1.0, 8.0, 1.0, 1.0, 8.0])  # no fixed rule finds steps 1, 4 and 7
     rows = np.tile(curve, (4, 1))
     scores = prediction.SampleScores({"downcast": rows, "upcast": rows}, rows.sum(axis=1))
@@ -174,7 +169,6 @@ def test_what_any_schedule_can_gain_over_the_fixed_rules():
 
 
 def test_curves_of_samples_are_limited_means_in_both_directions():
-    prediction = importlib.import_module("tools.experiments.prediction")
     changed = np.array([[1.0, 4.0], [1.0, 4.0], [1.0, 4.0], [500.0, 4.0]])
     assert prediction.mean_scores("downcast", changed, changed.sum(axis=1)).tolist() == [13 / 4, 4.0]
     uniform = np.array([5.0, 5.0, 5.0, 900.0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import subprocess
 import sys
@@ -14,17 +13,15 @@ import pytest
 from helpers.paths import ROOT
 from scipy.signal import correlate
 
-
-def tool(name: str) -> Any:
-    """A module of tools, which tests import at run time only."""
-    return importlib.import_module(f"tools.{name}")
+from tools.experiments import fetch_lpips as fetch
+from tools.experiments.lpips import SHAPES, lpips, read_weights
 
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
     """Random weights; heads are positive, as trained ones are."""
     generator = np.random.default_rng(0)
-    shapes = tool("experiments.lpips").SHAPES
+    shapes = SHAPES
     drawn = {name: generator.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape) for name, shape in shapes.items()}
     return {name: (abs(a) if name.startswith("heads") else a).astype(np.float32) for name, a in drawn.items()}
 
@@ -65,7 +62,6 @@ def test_lpips_is_the_distance_of_the_paper(
 ) -> None:
     import torch
 
-    lpips = tool("experiments.lpips").lpips
     weights = {name: torch.from_numpy(array) for name, array in tensors.items()}
     one, other = pictures
     assert lpips(weights, other, one) == pytest.approx(expected(tensors, other, one), rel=1e-4)
@@ -74,7 +70,6 @@ def test_lpips_is_the_distance_of_the_paper(
 
 
 def test_weights_are_read_off_a_pickle_that_is_never_unpickled(tensors: dict[str, np.ndarray]) -> None:
-    fetch = tool("fetch_lpips")
     kernel = {k: a.transpose(2, 3, 1, 0) if k.endswith("weight") else a for k, a in tensors.items()}
     names = [f"convolutions.{i}.{part}" for i in range(5) for part in ("weight", "bias")]
     names += [f"heads.{i}" for i in range(5)]
@@ -94,7 +89,6 @@ def test_weights_are_read_off_a_pickle_that_is_never_unpickled(tensors: dict[str
 def test_other_files_are_refused(tmp_path: Path) -> None:
     from engines.errors import TmpDiffError
 
-    read_weights = tool("experiments.lpips").read_weights
     path = tmp_path / "weights.safetensors"
     with pytest.raises(
         TmpDiffError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
@@ -12,6 +11,7 @@ from calibration.choose.pareto import Allocation
 from calibration.choose.picture_budget import QualityBudget, fastest_meeting
 from engines.errors import BudgetError
 from tmpdiff_export.report.rules import LOOKS
+from tools.experiments.quality import RULE_STYLES
 
 FRONT = tuple(Allocation(("fp16",) * k + ("int8",) * (20 - k), 0.02 * (20 - k) ** 2, 0.5 + k / 40) for k in range(21))
 
@@ -60,8 +60,7 @@ def test_a_fixed_rule_that_does_with_less_is_taken() -> None:
 
 
 def test_every_rule_has_a_look_where_rules_are_drawn() -> None:
-    experiment = importlib.import_module("tools.experiments.quality")
-    assert set(RULES) == set(experiment.RULE_STYLES)
+    assert set(RULES) == set(RULE_STYLES)
     assert {*RULES, "random"} == set(LOOKS)
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers.planted import Counted, PlantedEvaluator, PoolHere, rank_deviation, regret
-from tmpdiff_export.calibrate.calibration_transfer import scores_from
 
 from calibration import HighSteps, Sensitivity, calibrate, open_journal
 from calibration.document import CalibrationSettings, TransferRecord
@@ -24,6 +23,7 @@ from calibration.scores.transfer import (
     step_axes,
 )
 from engines.sampler import SamplerRow, SamplerTable
+from tmpdiff_export.calibrate.bundle import scores_from
 
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.0, "int4": 3.0}
 

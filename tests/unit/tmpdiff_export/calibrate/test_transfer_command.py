@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.experiments import command
 from helpers.tiny_pipeline import PROMPTS
-from test_experiments import command
 
 from calibration.document import Sensitivity
 from calibration.scores.transfer import carry, check_steps, step_axes

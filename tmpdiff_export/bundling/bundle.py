@@ -95,14 +95,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         stage = what
         report(what, done, total)
 
-    target = open_target(
-        backend,
-        options.plans,
-        options.precisions,
-        note,
-        options.device,
-        fp8_attention=bool(options.fp8_attention),
-    )
+    target = open_target(backend, options.device, options.packages, options.plans, options.precisions, note)
     note(stage, 0, 1)
     with staged_folder(out, replace=options.force) as bundle:
         source = load_pipeline(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -184,10 +185,32 @@ def pretrain_text_encoders(family: DemoFamily, tokens: np.ndarray, iterations: i
     _fit("text encoder", [([*parameters, *heads.parameters()], 1e-3)], iterations, math.inf, loss_of)
 
 
+@dataclass(frozen=True)
+class DenoiserTraining:
+    """How long a denoiser is trained, and when it is saved.
+
+    Attributes:
+        iterations: Number of optimizer steps.
+        batch: Scenes in each.
+        budget_s: Does fewer iterations if these would take longer.
+        save: Called with the averaged weights in place, on the way and at the end.
+        save_every_s: Seconds between two such calls.
+    """
+
+    iterations: int
+    batch: int
+    budget_s: float
+    save: Callable[[], None]
+    save_every_s: float = math.inf
+
+
 def train_denoiser(
-    family: DemoFamily, latents: torch.Tensor, tokens: np.ndarray, unconditional: np.ndarray, iterations: int,
-    batch: int, budget_s: float, *, save: Callable[[], None], save_every_s: float = math.inf,
-) -> None:  # fmt: skip
+    family: DemoFamily,
+    latents: torch.Tensor,
+    tokens: np.ndarray,
+    unconditional: np.ndarray,
+    plan: DenoiserTraining,
+) -> None:
     """Trains denoiser and text encoders together, in place; leaves their averaged weights.
 
     Args:
@@ -195,11 +218,7 @@ def train_denoiser(
         latents: [n, 4, h, w], float16, scaled latents of the training scenes.
         tokens: [n, captions, tokens], padded token ids of each scene's captions.
         unconditional: [tokens], token ids of the empty caption, which replaces one caption in ten.
-        iterations: Number of optimizer steps.
-        batch: Scenes in each.
-        budget_s: Does fewer iterations if these would take longer.
-        save: Called with the averaged weights in place, on the way and at the end.
-        save_every_s: Seconds between two such calls.
+        plan: How long, and when it is saved.
     """
     device = latents.device
     count, captions, _ = tokens.shape
@@ -218,9 +237,9 @@ def train_denoiser(
     saved = time.perf_counter()
 
     def loss_of() -> torch.Tensor:
-        pick = torch.randint(count, (batch,), device=device)
-        ids = bank[pick, torch.randint(captions, (batch,), device=device)].long()
-        ids = torch.where(torch.rand(batch, 1, device=device) < UNCONDITIONAL_FRACTION, empty.long(), ids)
+        pick = torch.randint(count, (plan.batch,), device=device)
+        ids = bank[pick, torch.randint(captions, (plan.batch,), device=device)].long()
+        ids = torch.where(torch.rand(plan.batch, 1, device=device) < UNCONDITIONAL_FRACTION, empty.long(), ids)
         x_t, timestep, target = family.corrupt(latents[pick].float())
         with torch.autocast(device.type, torch.bfloat16):
             output = predict(family.denoiser, x_t, timestep, *family.embed(ids))
@@ -230,20 +249,20 @@ def train_denoiser(
         nonlocal saved
         with torch.no_grad():  # a short training must forget its first weights sooner
             torch._foreach_lerp_(average, parameters, max(0.001, min(1.0, 8 / planned)))
-        if time.perf_counter() - saved >= save_every_s:
+        if time.perf_counter() - saved >= plan.save_every_s:
             trained = [p.detach().clone() for p in parameters]
             with torch.no_grad():
                 torch._foreach_copy_(parameters, average)
-                save()
+                plan.save()
                 torch._foreach_copy_(parameters, trained)
             saved = time.perf_counter()
 
-    _fit("denoiser", groups, iterations, budget_s, loss_of, after)
+    _fit("denoiser", groups, plan.iterations, plan.budget_s, loss_of, after)
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
     for module in modules:
         module.eval().requires_grad_(False)
-    save()
+    plan.save()
 
 
 def _word_tokens(family: DemoFamily) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ class Setting:
         tiny: small configuration and sizes.
         backend: of torch.compile.
         repeats: timed steps of a row.
+        warm_ups: steps before them.
         torchao_recommended: torchao sets Inductor's options for its rows.
         profiled: rows whose kernels are listed.
+        seconds_limit: no row is started that would end later.
     """
 
     tiny: bool
@@ -62,6 +65,7 @@ class Setting:
     warm_ups: int = WARM_UPS
     torchao_recommended: bool = False
     profiled: tuple[str, ...] = ()
+    seconds_limit: float = math.inf
 
 
 class Bench:

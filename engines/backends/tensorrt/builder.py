@@ -11,13 +11,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.bindings import LEAN, VERSION, require_supported, trt, version_tuple
 from engines.backends.tensorrt.build_progress import BuildProgress, ProgressCallback
 from engines.backends.tensorrt.inspection import read_inspector, require_quantized, summarize
 from engines.backends.tensorrt.messages import LOG
 from engines.backends.tensorrt.options import PlanOptions
-from engines.backends.tensorrt.plan_store import PlanFacts, PlanTensor, inspector_file, network_bytes
+from engines.backends.tensorrt.plan_store import PlanFacts, PlanRequest, PlanTensor, inspector_file, network_bytes
 from engines.backends.tensorrt.preflight import require_precision
 from engines.backends.tensorrt.profiles import Profile
 from engines.backends.tensorrt.timing_cache import load_timing_cache, save_timing_cache
@@ -29,25 +28,13 @@ _SHOWN_ERRORS = 3
 
 
 def build_plan(
-    onnx: Path,
-    target: Path,
-    *,
-    precision: str,
-    profile: Profile,
-    options: PlanOptions,
-    gpu: Gpu,
-    timing_cache: Path,
-    progress: ProgressCallback | None = None,
+    asked: PlanRequest, target: Path, *, timing_cache: Path, progress: ProgressCallback | None = None
 ) -> PlanFacts:
     """Builds a plan on the current CUDA device.
 
     Args:
-        onnx: strongly typed ONNX file; external data is looked for beside it.
+        asked: for this device.
         target: the plan to write, atomically; the engine inspector's JSON goes to `inspector_file(target)`.
-        precision: what the graph is quantized to.
-        profile: shapes of every input, from `profiles.profile`.
-        options: builder options.
-        gpu: the current device, from `current_gpu()`.
         timing_cache: file of tactic timings to use and extend, from `timing_cache_path`; its folder exists.
         progress: called with (stage, steps done, steps in all). What it raises, KeyboardInterrupt
             included, stops the build and is raised from here.
@@ -61,16 +48,17 @@ def build_plan(
             out without quantized layers.
     """
     require_builder()
-    require_precision(precision, gpu, version_tuple(), options)
+    options = asked.options
+    require_precision(asked.precision, asked.gpu, version_tuple(), options)
     started = time.monotonic()
-    plan, warnings = serialized_plan(onnx, profile, options, timing_cache, progress)
+    plan, warnings = serialized_plan(asked.onnx, asked.profile, options, timing_cache, progress)
     engine = _loaded(plan, options)
     inspector = str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     layers = summarize(read_inspector(inspector))
-    require_quantized(precision, layers)
+    require_quantized(asked.precision, layers)
     atomic_write_bytes(target, memoryview(plan))
     atomic_write_text(inspector_file(target), inspector)
-    weights_bytes, stripped_bytes = _weights(engine, plan, options, onnx)
+    weights_bytes, stripped_bytes = _weights(engine, plan, options, asked.onnx)
     return PlanFacts(
         sha256=sha256_file(target),
         bytes=target.stat().st_size,

@@ -91,29 +91,46 @@ class PlanKey:
         return sha256_bytes(canonical_json(self.fields))
 
 
-def plan_key(
-    onnx: Path, *, precision: str, profile: Profile, options: PlanOptions, gpu: Gpu, tensorrt_version: str
-) -> PlanKey:
-    """The key of the plan that `build_plan` makes from the same arguments.
+@dataclass(frozen=True)
+class PlanRequest:
+    """A plan that is asked for.
+
+    Attributes:
+        onnx: strongly typed ONNX file; external data is looked for beside it.
+        precision: what the graph is quantized to.
+        profile: shapes of every input, from `profiles.profile`.
+        options: builder options.
+        gpu: the device it is for, from `current_gpu()`.
+    """
+
+    onnx: Path
+    precision: str
+    profile: Profile
+    options: PlanOptions
+    gpu: Gpu
+
+
+def plan_key(asked: PlanRequest, tensorrt_version: str) -> PlanKey:
+    """The key of the plan that `build_plan` makes of a request.
 
     The content of the ONNX file and of its external data is hashed, not the time they were written;
     external data is the one file that the export writes, `data_file(onnx)`.
 
     Raises:
-        OSError: `onnx` cannot be read.
+        OSError: the ONNX file cannot be read.
     """
-    data = data_file(onnx)
+    data = data_file(asked.onnx)
     return PlanKey(
         {
             "format": PLAN_FORMAT,
-            "onnx_sha256": sha256_file(onnx),
+            "onnx_sha256": sha256_file(asked.onnx),
             "external_data_sha256": sha256_file(data) if data.exists() else None,
-            "precision": precision,
+            "precision": asked.precision,
             "tensorrt": tensorrt_version,
-            "gpu": gpu.name,
-            "compute_capability": list(gpu.compute_capability),
-            "options": options.canonical(),
-            "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.items()},
+            "gpu": asked.gpu.name,
+            "compute_capability": list(asked.gpu.compute_capability),
+            "options": asked.options.canonical(),
+            "profile": {name: [list(shape) for shape in shapes] for name, shapes in asked.profile.items()},
         }
     )
 

@@ -40,15 +40,15 @@ class Bench:
     ) -> Any:
         progress = options.pop("progress", None)
         profile = options.pop("profile", PROFILE)
-        return self.code.builder.build_plan(
+        asked = self.code.plan_store.PlanRequest(
             onnx or save_model(self.folder / f"{precision}.onnx", precision),
-            target or self.target,
-            precision=precision,
-            profile=profile,
-            options=self.code.options.PlanOptions(**options),
-            gpu=self.gpu,
-            timing_cache=self.timing_cache,
-            progress=progress,
+            precision,
+            profile,
+            self.code.options.PlanOptions(**options),
+            self.gpu,
+        )
+        return self.code.builder.build_plan(
+            asked, target or self.target, timing_cache=self.timing_cache, progress=progress
         )
 
     def left_behind(self) -> set[str]:
@@ -493,15 +493,8 @@ def test_an_interrupted_build_of_several_precisions_goes_on_where_it_was(bench: 
             def build(target: Path, path: Path = path, precision: str = precision, progress: Any = progress) -> Any:
                 return bench.build(precision, path, target, progress=progress)
 
-            key = store_code.plan_key(
-                path,
-                precision=precision,
-                profile=PROFILE,
-                options=options,
-                gpu=bench.gpu,
-                tensorrt_version=bench.fakes.settings.version,
-            )
-            stored[precision] = store.put(key, build)
+            asked = store_code.PlanRequest(path, precision, PROFILE, options, bench.gpu)
+            stored[precision] = store.put(store_code.plan_key(asked, bench.fakes.settings.version), build)
         return stored
 
     with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,15 @@ from engines.backends.tensorrt.inspection import (
     summarize,
 )
 from engines.backends.tensorrt.options import PlanOptions
-from engines.backends.tensorrt.plan_store import PlanFacts, PlanKey, PlanStore, data_file, inspector_file, plan_key
+from engines.backends.tensorrt.plan_store import (
+    PlanFacts,
+    PlanKey,
+    PlanRequest,
+    PlanStore,
+    data_file,
+    inspector_file,
+    plan_key,
+)
 from engines.errors import BackendError, BuildError
 from engines.files import sha256_bytes
 from engines.manifest import LayerShare
@@ -173,9 +181,10 @@ def key_of(onnx: Path, **changes: Any) -> PlanKey:
         "profile": {"latents": ((2, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8))},
         "options": PlanOptions(),
         "gpu": GPU,
-        "tensorrt_version": "11.4.0.106",
+        **changes,
     }
-    return plan_key(onnx, **{**values, **changes})
+    version = values.pop("tensorrt_version", "11.4.0.106")
+    return plan_key(PlanRequest(onnx, **values), version)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from engines.arguments import parse_guidance_scale, parse_seed
 from engines.backends.table import BACKENDS
-from engines.cli import parse_guidance_scale, parse_seed
 from engines.files import require_replaceable
 from engines.manifest import EngineEntry, Manifest
 from engines.precision import DEFAULT_PRECISIONS, Precision, parse_precisions

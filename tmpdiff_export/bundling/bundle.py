@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 import torch
@@ -40,12 +39,10 @@ from tmpdiff_export.bundling.options import BuildOptions, require_buildable
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.pipelines.load import SourcePipeline, gather_batches, load_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
+from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.quantization.ranges import spread
 from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes
 from tmpdiff_export.targets.choose import open_start, open_target, resolve_backend
-
-if TYPE_CHECKING:
-    from tmpdiff_export.targets.torch.attention import AttentionRange
 
 Progress = Callable[[str, int, int], None]
 
@@ -211,6 +208,7 @@ class _Build:
         shared = self.options.share_weights
         attention: Mapping[str, AttentionRange] = {}
         if self.options.fp8_attention:
+            # it registers an operator with torch, which other backends do not need
             from tmpdiff_export.targets.torch.attention import attention_ranges
 
             attention = attention_ranges(module, range_batches, device)

@@ -13,7 +13,7 @@ from engines.manifest import LATENTS, TextEntry
 from engines.text import text_inputs
 from tmpdiff_export.bundling.exported import ExportedModel, export_folded, with_larger_batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
-from tmpdiff_export.pipelines.families import VaeDecoder
+from tmpdiff_export.pipelines.families.components import VaeDecoder
 from tmpdiff_export.pipelines.load import SourcePipeline
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.target import file_entry

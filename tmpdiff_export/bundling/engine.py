@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 import torch
@@ -20,14 +19,11 @@ from tmpdiff_export.bundling.exported import ExportedModel
 from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.onnx_graphs.export import save_checked
 from tmpdiff_export.onnx_graphs.qdq import insert_qdq
-from tmpdiff_export.pipelines.families import DENOISER
-from tmpdiff_export.quantization.codes import QuantizedLayer, quantize_layer
+from tmpdiff_export.pipelines.families.family import DENOISER
+from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer, quantize_layer
 from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
 from tmpdiff_export.quantization.recipes import RECIPES, Variant
 from tmpdiff_export.targets.target import EngineJob, Start
-
-if TYPE_CHECKING:  # it registers an operator with torch, which other backends do not need
-    from tmpdiff_export.targets.torch.attention import AttentionRange
 
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
 COMPONENT_FLOOR_DB = 40.0

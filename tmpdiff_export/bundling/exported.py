@@ -13,7 +13,7 @@ from engines.manifest import MODEL_OUTPUT
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
 from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
-from tmpdiff_export.pipelines.families import DenoiserFamily
+from tmpdiff_export.pipelines.families.family import DenoiserFamily
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 
 

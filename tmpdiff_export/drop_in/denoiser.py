@@ -18,7 +18,7 @@ from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from tmpdiff_export.drop_in.fit import require_scheduler
 from tmpdiff_export.drop_in.step_finder import StepFinder
-from tmpdiff_export.pipelines.families import Family, bind_call
+from tmpdiff_export.pipelines.families.family import Family, bind_call
 
 OUTPUTS = {"transformer": Transformer2DModelOutput, "unet": UNet2DConditionOutput}
 

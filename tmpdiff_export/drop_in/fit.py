@@ -11,7 +11,8 @@ from engines.errors import BundleError, SamplerError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from tmpdiff_export.drop_in.step_finder import close, listed
-from tmpdiff_export.pipelines.families import FAMILIES, Family
+from tmpdiff_export.pipelines.families.family import Family
+from tmpdiff_export.pipelines.families.table import FAMILIES
 from tmpdiff_export.pipelines.scheduler_table import TOLERANCE, sampler_table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import onnx
 import torch
@@ -14,11 +14,8 @@ import torch
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
-from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer
 from tmpdiff_export.targets.accuracy import AccuracyCheck
-
-if TYPE_CHECKING:  # it registers an operator with torch, which other backends do not need
-    from tmpdiff_export.targets.torch.attention import AttentionRange
 
 _DTYPES: dict[int, Literal["float32", "float16", "int64"]] = {
     onnx.TensorProto.FLOAT: "float32",

@@ -26,7 +26,7 @@ from engines.manifest import MODEL_OUTPUT
 from engines.precision import Precision, parse_precisions
 from tmpdiff_export.bundling.engine import DenoiserJob, Workplace, start_denoiser
 from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser, with_larger_batch
-from tmpdiff_export.pipelines.families import DENOISERS
+from tmpdiff_export.pipelines.families.table import DENOISERS
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
 from tmpdiff_export.targets.target import at_once

@@ -14,7 +14,8 @@ import torch
 
 from engines.errors import TmpDiffError
 from engines.precision import Precision
-from tmpdiff_export.targets.torch.attention import AttentionRange, use_fp8_attention
+from tmpdiff_export.quantization.codes import AttentionRange
+from tmpdiff_export.targets.torch.attention import use_fp8_attention
 from tmpdiff_export.targets.torch.fusion import fuse
 from tools.gpu_bench.ceilings import floor
 from tools.gpu_bench.document import error_text

@@ -24,8 +24,9 @@ from tmpdiff_export.bundling.engine import DenoiserJob, Workplace, start_denoise
 from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import save_graph
-from tmpdiff_export.pipelines.families import DENOISERS, FAMILIES, Family, denoiser_family, family_of
+from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.families.flux import pack
+from tmpdiff_export.pipelines.families.table import DENOISERS, FAMILIES, denoiser_family, family_of
 from tmpdiff_export.pipelines.load import load_pipeline
 from tmpdiff_export.targets.accuracy import AccuracyCheck, sqnr_db, torch_outputs
 from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget

@@ -20,10 +20,10 @@ from engines.errors import BackendError, BuildError
 from engines.manifest import Manifest, manifest_identity
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
+from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch import attention as torch_attention
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
 from tmpdiff_export.targets.torch.attention import (
-    AttentionRange,
     Fp8Processor,
     attend_fp8,
     attention_ranges,

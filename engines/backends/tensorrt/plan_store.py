@@ -28,7 +28,7 @@ from engines.files import fsync_folder, sha256_bytes, sha256_file
 from engines.manifest import LayerShare
 
 # Raise it when this code builds different plans from the same inputs, or stores them differently.
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 
 
 class PlanTensor(BaseModel):
@@ -49,7 +49,6 @@ class PlanFacts(BaseModel):
         bytes: size of the plan file.
         inspector_sha256: of the engine inspector's JSON beside it.
         weights_bytes: device memory of its weights.
-        stripped_weights_bytes: of them, left out of the plan file.
         streamable_weights_bytes: of them, those that weight streaming can keep in host memory.
         scratch_bytes: device memory of one execution context at the largest shapes, without weight streaming.
         inputs: in the plan's order.
@@ -65,7 +64,6 @@ class PlanFacts(BaseModel):
     bytes: int
     inspector_sha256: str
     weights_bytes: int
-    stripped_weights_bytes: int
     streamable_weights_bytes: int
     scratch_bytes: int
     inputs: tuple[PlanTensor, ...]
@@ -138,12 +136,6 @@ def plan_key(asked: PlanRequest, tensorrt_version: str) -> PlanKey:
 def data_file(onnx: Path) -> Path:
     """Where the export puts the weights of an ONNX file above 2 GB; need not exist."""
     return onnx.with_suffix(onnx.suffix + ".data")
-
-
-def network_bytes(onnx: Path) -> int:
-    """Size of an ONNX file with its external data: its weights, near enough for memory estimates."""
-    data = data_file(onnx)
-    return onnx.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
 def inspector_file(plan: Path) -> Path:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from engines.errors import BuildError
 from tmpdiff_export.pipelines.families.family import DenoiserFamily, Family
 from tmpdiff_export.pipelines.families.flux import FLUX, FLUX_SCHNELL
@@ -33,25 +31,6 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     pipeline: tuple(family for family in _WHOLE if pipeline in family.pipelines)
     for pipeline in dict.fromkeys(name for family in _WHOLE for name in family.pipelines)
 }
-
-
-def denoiser_family(denoiser: torch.nn.Module) -> tuple[str, DenoiserFamily]:
-    """The key in `DENOISERS` and the family of a denoiser.
-
-    Raises:
-        BuildError: no family takes it; says why each of its class does not.
-    """
-    name = type(denoiser).__name__
-    refusals = []
-    for key, family in DENOISERS.items():
-        if family.denoiser_class == name:
-            reason = family.refusal(denoiser)
-            if reason is None:
-                return key, family
-            refusals.append(f"family {key}: {reason}")
-    if refusals:
-        raise BuildError(f"this {name} cannot be exported; {'; '.join(refusals)}")
-    raise BuildError(f"denoiser class {name} is not supported; this release exports {_listed(DENOISERS)}")
 
 
 def require_supported(pipeline: str, denoiser: str | None) -> None:

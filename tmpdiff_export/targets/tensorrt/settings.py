@@ -42,19 +42,13 @@ class PlanSettings:
             BackendError: naming them.
         """
         default = PlanSettings()
-        given = [
-            name
-            for name, mine, theirs in (
-                ("--batch", self.batch, default.batch),
-                ("--shape", self.shapes, default.shapes),
-                ("--plan-cache", self.cache, default.cache),
-                *(
-                    (f"--{name.replace('_', '-')}", value, default.options.canonical()[name])
-                    for name, value in self.options.canonical().items()
-                ),
-            )
-            if mine != theirs and name not in allowed
-        ]
+        values, defaults = self.options.canonical(), default.options.canonical()
+        options = {f"--{name.replace('_', '-')}": (values[name], defaults[name]) for name in values}
+        options["--workspace-mib"] = options.pop("--workspace-bytes")
+        options["--batch"] = self.batch, default.batch
+        options["--shape"] = self.shapes, default.shapes
+        options["--plan-cache"] = self.cache, default.cache
+        given = [name for name, (mine, theirs) in options.items() if mine != theirs and name not in allowed]
         if given:
             raise BackendError(
                 f"{', '.join(given)} are settings of TensorRT plans; backend {backend!r} does not have them"

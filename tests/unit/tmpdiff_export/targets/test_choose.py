@@ -28,6 +28,7 @@ SETTINGS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "--workers": ({"torch"}, {"packages": PackageSettings(workers=2)}),
     "--shape": ({"tensorrt"}, {"plans": PlanSettings(shapes={"tokens": ShapeRange(1, 2, 2)})}),
     "--plan-cache": ({"tensorrt"}, {"plans": PlanSettings(cache=Path("plans"))}),
+    "--workspace-mib": ({"tensorrt"}, {"plans": PlanSettings(options=PlanOptions(workspace_bytes=1 << 20))}),
     "--refittable": ({"tensorrt"}, {"plans": PlanSettings(options=PlanOptions(refittable=True))}),
 }
 

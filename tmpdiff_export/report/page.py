@@ -63,7 +63,7 @@ def page(manifest: Manifest, found: Sensitivity, rows: Sequence[Row] = ()) -> st
     Args:
         manifest: of the bundle that was calibrated.
         found: its sensitivity document.
-        rows: pictures to show, from `report_pictures.draw`.
+        rows: pictures to show, from `pictures.draw`.
     """
     parts = (
         ("what", "What this is", sections.what(manifest, found)),

@@ -118,10 +118,10 @@ def open_start(target: Target, workers: int) -> Iterator[Start]:
     from tmpdiff_export.targets.torch.target import TorchTarget
     from tmpdiff_export.targets.torch.workers import open_build_workers
 
-    assert isinstance(target, TorchTarget)
-    torch_target = target
+    assert isinstance(target, TorchTarget)  # no other has workers
+    prepare = target.prepare
     with open_build_workers(workers, None if target.device == "cpu" else visible_gpus()) as pool:
-        yield lambda job, folder: pool.submit(job.name, torch_target.prepare(job, folder))
+        yield lambda job, folder: pool.submit(job.name, prepare(job, folder))
 
 
 def _tensorrt_can_build() -> bool:

@@ -104,9 +104,10 @@ def measure(args: argparse.Namespace) -> bool:
         warm_ups=args.warm_ups,
         torchao_recommended=args.torchao_recommended,
         profiled=profiled,
+        seconds_limit=args.seconds_limit,
     )
     words += f" --rows {','.join(rows)} --repeats {args.repeats} --warm-ups {args.warm_ups}"
-    return measure_model(MODELS[args.what], rows, args.out, device, setting, args.seconds_limit, words)
+    return measure_model(MODELS[args.what], rows, args.out, device, setting, words)
 
 
 def row_names(text: str) -> list[str]:

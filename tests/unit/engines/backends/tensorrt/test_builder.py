@@ -40,15 +40,15 @@ class Bench:
     ) -> Any:
         progress = options.pop("progress", None)
         profile = options.pop("profile", PROFILE)
-        return self.code.builder.build_plan(
+        asked = self.code.plan_store.PlanRequest(
             onnx or save_model(self.folder / f"{precision}.onnx", precision),
-            target or self.target,
-            precision=precision,
-            profile=profile,
-            options=self.code.options.PlanOptions(**options),
-            gpu=self.gpu,
-            timing_cache=self.timing_cache,
-            progress=progress,
+            precision,
+            profile,
+            self.code.options.PlanOptions(**options),
+            self.gpu,
+        )
+        return self.code.builder.build_plan(
+            asked, target or self.target, timing_cache=self.timing_cache, progress=progress
         )
 
     def left_behind(self) -> set[str]:
@@ -86,7 +86,7 @@ def test_a_plan_its_inspector_json_and_facts(bench: Bench) -> None:
     assert [(item.name, item.dtype) for item in facts.outputs] == [("model_output", "float16")]
     assert facts.weights_bytes > 0
     assert facts.scratch_bytes > 0
-    assert facts.streamable_weights_bytes == facts.stripped_weights_bytes == 0
+    assert facts.streamable_weights_bytes == 0
     assert bench.left_behind() == {bench.target.name, inspector.name}
 
 
@@ -145,9 +145,6 @@ def test_a_library_that_does_not_tell_weight_sizes(make_bench: MakeBench, monkey
     monkeypatch.delattr(bench.fakes.tensorrt, "EngineStat")
     facts = bench.build("fp16")
     assert facts.weights_bytes == facts.bytes
-    path = bench.folder / "fp16.onnx"
-    stripped = bench.build("fp16", stripped=True)
-    assert (stripped.weights_bytes, stripped.stripped_weights_bytes) == (path.stat().st_size,) * 2
 
 
 def test_tensorrt_s_warnings_are_passed_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +188,6 @@ def test_networks_are_strongly_typed_and_no_precision_flag_is_set(
         ({"weight_streaming": True}, {"WEIGHT_STREAMING"}),
         ({"version_compatible": True}, {"VERSION_COMPATIBLE"}),
         ({"refittable": True}, {"REFIT"}),
-        ({"stripped": True}, {"STRIP_PLAN", "REFIT_IDENTICAL"}),
-        ({"stripped": True, "refittable": True}, {"STRIP_PLAN", "REFIT"}),
     ],
 )
 @pytest.mark.parametrize("version", ["10.16.1.11", "11.4.0.106"])
@@ -223,9 +218,6 @@ def test_options_become_settings(bench: Bench, options: dict[str, Any], expected
 
 def test_what_options_do_to_the_facts(bench: Bench) -> None:
     assert bench.build(weight_streaming=True).streamable_weights_bytes > 0
-    whole, stripped = bench.build(), bench.build(stripped=True)
-    assert stripped.stripped_weights_bytes >= 64 * 64 * 2
-    assert stripped.bytes < whole.bytes
 
 
 # --- refusals
@@ -493,15 +485,8 @@ def test_an_interrupted_build_of_several_precisions_goes_on_where_it_was(bench: 
             def build(target: Path, path: Path = path, precision: str = precision, progress: Any = progress) -> Any:
                 return bench.build(precision, path, target, progress=progress)
 
-            key = store_code.plan_key(
-                path,
-                precision=precision,
-                profile=PROFILE,
-                options=options,
-                gpu=bench.gpu,
-                tensorrt_version=bench.fakes.settings.version,
-            )
-            stored[precision] = store.put(key, build)
+            asked = store_code.PlanRequest(path, precision, PROFILE, options, bench.gpu)
+            stored[precision] = store.put(store_code.plan_key(asked, bench.fakes.settings.version), build)
         return stored
 
     with pytest.raises(KeyboardInterrupt):

@@ -416,10 +416,10 @@ def test_a_failed_inference_is_over_before_its_engine_gives_way(opened: Opened, 
     assert same_bits(host.engine("fp8").run(inputs())["model_output"], expected)
 
 
-def test_a_plan_file_can_be_opened_timed_and_inspected_by_itself(fakes: Fakes, tmp_path: Path) -> None:
+def test_a_plan_file_can_be_opened_and_timed_by_itself(fakes: Fakes, tmp_path: Path) -> None:
     from engines.backends.cuda.timing import latency_ms
     from engines.backends.tensorrt.host import open_engine
-    from engines.backends.tensorrt.profiling import inspector_json, layer_times
+    from engines.backends.tensorrt.profiling import layer_times
 
     _, path = entry(fakes, denoiser(0), tmp_path, "alone")
     with open_engine(path, version_compatible=False) as (engine, plan):
@@ -430,7 +430,6 @@ def test_a_plan_file_can_be_opened_timed_and_inspected_by_itself(fakes: Fakes, t
         assert len(times) >= 4
         assert max(times.values()) == pytest.approx(max(fakes.settings.layer_ms["FP32"], layer_ms))
         assert latency_ms(engine, shapes) > 0
-        assert "Tanh" in inspector_json(plan)
         assert same_bits(engine.run(inputs())["model_output"], before)
         with pytest.raises(BackendError, match="takes inputs"):
             latency_ms(engine, {"latents": (1, 2)})
@@ -468,15 +467,12 @@ def test_the_lean_runtime_runs_version_compatible_plans_only(monkeypatch: pytest
     ]
     fakes = install(monkeypatch, lean=True)
     from engines.backends.tensorrt.host import tensorrt_host
-    from engines.backends.tensorrt.profiling import inspector_json
 
     host = tensorrt_host()
     host.add("fp16", *entries[0])
     assert host.engine("fp16").run(inputs())["model_output"].shape == (2, CHANNELS, SIDE, SIDE)
     with pytest.raises(BackendError, match="only the lean runtime is installed"):
         host.add("fp8", *entries[1])
-    with pytest.raises(BackendError, match="inspector needs the full TensorRT"):
-        inspector_json(host.engine("fp16").plan)
     host.close()
     assert fakes.cuda.leaks() == []
 

@@ -17,6 +17,8 @@ from engines.manifest import EngineEntry, FileEntry, PlanEntry, TensorSpec
 from engines.sampler import SamplerRow, SamplerTable
 
 CHANNELS, SIDE, TOKENS, WIDTH = 3, 4, 5, 6
+SEEDS = {"fp16": 0, "fp8": 1, "int8": 2, "int4": 3}
+"""Which small denoiser each precision is."""
 KINDS = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 
@@ -68,6 +70,16 @@ def embedder() -> SmallModel:
     inputs = (TensorSpec(name="input_ids", dtype="int64", shape=("batch", TOKENS)),)
     outputs = (TensorSpec(name="hidden_states", dtype="float16", shape=("batch", TOKENS, WIDTH)),)
     return _small("embedder", nodes, inputs, outputs, {"table": table})
+
+
+def inputs(batch: int = 2) -> dict[str, np.ndarray]:
+    """For one call of a small denoiser."""
+    random = np.random.default_rng(3)
+    return {
+        "latents": random.standard_normal((batch, CHANNELS, SIDE, SIDE)).astype(np.float32),
+        "timestep": np.full(batch, 500, np.float32),
+        "hidden_states": random.standard_normal((batch, TOKENS, WIDTH)).astype(np.float32),
+    }
 
 
 def entry(

@@ -9,6 +9,7 @@ is undefined behaviour on a real GPU raises `FakeCudaError`.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -246,7 +247,7 @@ def device_array(address: int, dtype: Any, shape: int | tuple[int, ...]) -> np.n
     """
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     allocation = current().device.check(address, nbytes, "kernel")
     start = address - allocation.address
     return allocation.payload[start : start + nbytes].view(dtype).reshape(shape)

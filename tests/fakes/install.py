@@ -154,10 +154,10 @@ def _begin_anew(modules: dict[str, ModuleType]) -> None:
 def drop_cached() -> dict[str, ModuleType]:
     """Forgets the modules that keep what they imported of the faked packages; returns them, parents first."""
     dropped = {}
-    for name in sorted(sys.modules):
-        if any(name == item or name.startswith(f"{item}.") for item in CACHING):
-            dropped[name] = sys.modules.pop(name)
-            parent, _, child = name.rpartition(".")
-            if hasattr(sys.modules.get(parent), child):
-                delattr(sys.modules[parent], child)
+    below = tuple(f"{item}." for item in CACHING)
+    for name in sorted(name for name in sys.modules if name in CACHING or name.startswith(below)):
+        dropped[name] = sys.modules.pop(name)
+        parent, _, child = name.rpartition(".")
+        if hasattr(sys.modules.get(parent), child):
+            delattr(sys.modules[parent], child)
     return dropped

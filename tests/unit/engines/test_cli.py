@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -268,18 +267,16 @@ sys.exit(main())
 
 def test_interrupted_leaves_nothing(small_bundle: Path, out: Path, tmp_path: Path) -> None:
     marker = tmp_path / "in the loop"
-    process = children.start(
-        [sys.executable, "-c", HELD_IN_THE_LOOP, str(marker), *arguments(small_bundle, out)],
+    with children.start(
+        [sys.executable, "-c", HELD_IN_THE_LOOP, marker, *arguments(small_bundle, out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    while not marker.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, err = process.communicate()
+    ) as process:
+        children.wait_for(marker.exists, process)
+        process.send_signal(signal.SIGINT)
+        printed, err = process.communicate()
     assert process.returncode == INTERRUPTED
     assert (printed, err) == ("", f"{PROGRAM}: interrupted; nothing half-written is left\n")
     assert list(out.parent.iterdir()) == []

@@ -52,7 +52,7 @@ ROOMS = {
         host
         loop
         engine
-        bundle sampler text
+        bundle sampler text pictures arguments
         manifest sampler_document schedule
         documents precision
         files
@@ -87,7 +87,7 @@ ROOMS = {
         choose
         onnxruntime tensorrt torch
         target
-        accuracy
+        accuracy settings
     """,
     "tools": """
         experiments gpu_bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,32 @@ def test_a_resumed_run_computes_lost_states_again_and_says_so(tmp_path: Path):
     second.changed_error("int8", 6, "fp16", 0)
     assert second.evaluator.spent == {"fp16": 1, "int8": STEPS - 7}
     assert second.evaluator.recomputed == {"fp16": STEPS, "int8": STEPS}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.6, 0.9, 1.0])
+def test_one_by_one_gives_what_no_pool_gives_bit_for_bit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
+) -> None:
+    """Sensitivity, progress, journal and recomputed calls, also of a run that goes on from a share of the journal."""
+
+    def run(name: str, lines: list[bytes], pool: SampleBatches | None):
+        path, seen = tmp_path / name, []
+        path.write_bytes(b"".join(lines))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="calibration.run"):
+            journal = open_journal(path, loop(), loop(seed=1))
+            found = calibrated(journal, pool, progress=lambda *step: seen.append(step))
+        recomputed = [(*record.args[:-1], Counter(record.args[-1])) for record in caplog.records]
+        return found, seen, path.read_bytes(), recomputed
+
+    _, _, whole, recomputed = run("whole", [], None)
+    assert recomputed == []
+    lines = whole.splitlines(keepends=True)
+    kept = lines[: round(share * len(lines))]
+    alone, pooled = run("alone", kept, None), run("pooled", kept, batches(1, Counter()))
+    assert pooled == alone
+    assert alone[2] == whole
+    assert bool(alone[3]) == (0 < share < 1)
 
 
 def test_latents_that_overflow_are_named():

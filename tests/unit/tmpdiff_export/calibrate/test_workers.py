@@ -302,7 +302,7 @@ def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle
 @pytest.mark.usefixtures("all_cores")
 def test_bench_times_the_same_calibration_with_one_and_two_workers(tmp_path, bundle):
     out = tmp_path / "out.json"
-    command = [sys.executable, ROOT / "tools" / "gpu_bench" / "calibration.py", bundle, "--samples", "2", "--json", out]
+    command = [sys.executable, "-m", "tools.gpu_bench.calibration", bundle, "--samples", "2", "--json", out]
     done = subprocess.run(
         [*command, "--validation-samples", "2"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -34,11 +34,12 @@ from calibration.document import (
     TransferRecord,
     ValidationRow,
 )
-from calibration.measure.evaluator import Evaluator
+from calibration.measure.evaluator import Decode, Evaluator, SampleSet
 from calibration.measure.journal import Journal
-from calibration.measure.measurements import Decode, Measurements, level, mean
-from calibration.measure.metrics import psnr_db
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import level, mean, psnr_db
 from calibration.measure.requests import Pool
+from calibration.measure.sample_batches import SampleBatches
 from calibration.scores.carried import CarriedScores, checked_curves
 from calibration.scores.divergence import affordable, measured_risk, with_risk
 from calibration.scores.predictors import PREDICTORS, Contributions, contributions, predict
@@ -135,14 +136,14 @@ def calibrate(
             measurement on the validation samples, and needs those and `decode`.
         validation: the loop over samples that calibration does not use. None: predictors are compared on the
             calibration samples, and no schedule is validated.
-        decode: final latents float32 [C, H, W] to a picture uint8 [H, W, 3], for SSIM and PSNR.
+        decode: final latents of the validation samples to pictures, for SSIM and PSNR.
         journal: from `open_journal`, to survive interruption; None keeps measurements in memory.
         progress: see `Progress`.
         max_evaluations: evaluations per score curve of the bisection, see `adaptive_bisection`.
         costs: what a change of precision costs, and how many precisions a schedule may use.
         pool: takes the measurements, of sets of samples named "calibration" and "validation"; `evaluator` and
-            `validation` are then asked for no step, nor `decode` for a picture. None: all runs in this process.
-            The result is the same.
+            `validation` are then asked for no step, nor `decode` for a picture. None: `SampleBatches`, one sample
+            at a time. The result is the same.
         carried: scores of another calibration, which take the place of a search where a few measurements agree
             with them; `method` has then no say.
         refine_calls: denoiser calls the local search may take, None for as many as the scores took, 0 for none.
@@ -165,8 +166,12 @@ def calibrate(
         require_reachable(budget, fastest, evaluator.num_steps, costs)
     journal = journal or Journal.in_memory(_journal_key(evaluator, validation))
     report = progress or (lambda stage, done, total: None)
-    calibration = Measurements("calibration", evaluator, journal, pool=pool)
-    held_out = Measurements("validation", validation, journal, decode, pool) if validation else None
+    sets = {"calibration": SampleSet(evaluator)}
+    if validation:
+        sets["validation"] = SampleSet(validation, decode)
+    pool = pool or SampleBatches(sets)
+    calibration = Measurements("calibration", sets["calibration"], journal, pool)
+    held_out = Measurements("validation", sets["validation"], journal, pool) if validation else None
 
     uniform = _uniform_errors(calibration, evaluator.precisions, partial(report, "calibration runs"))
     kept, dropped = drop_dominated(evaluator.precisions, latencies_ms, uniform, costs)
@@ -233,9 +238,8 @@ def calibrate(
             held_out, chosen.precisions, evaluator.precisions, latencies_ms, partial(report, "validation"), costs
         )
     for measurements in filter(None, (calibration, held_out)):
-        repeated = measurements.evaluator.recomputed
-        if repeated:
-            log.info("%s: recomputed_calls %s after resuming", measurements.name, dict(repeated))
+        if measurements.recomputed:
+            log.info("%s: recomputed_calls %s after resuming", measurements.name, dict(measurements.recomputed))
     return CalibrationResult(
         Sensitivity(
             evaluator_key=evaluator.key(),

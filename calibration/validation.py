@@ -13,8 +13,8 @@ from scipy.stats import pearsonr, spearmanr
 from calibration.choose import baselines
 from calibration.choose.costs import NO_COSTS, AllocationCosts, relative_latency
 from calibration.document import FitPoint, FitRecord, ValidationRow
-from calibration.measure.measurements import Measurements, level, mean
-from calibration.measure.metrics import psnr_db
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import level, mean, psnr_db
 from calibration.scores.predictors import PREDICTORS, Contributions, predict
 
 FIT_SCHEDULES = 8
@@ -50,7 +50,7 @@ def random_schedules(precisions: Sequence[str], num_steps: int) -> tuple[Schedul
 def schedule_errors(
     measurements: Measurements, stage: str, schedules: Sequence[Schedule], on_run: OnRun | None = None
 ) -> list[float]:
-    """Measured E of each schedule, as scores have it (`calibration.measure.measurements.level`)."""
+    """Measured E of each schedule, as scores have it (`calibration.measure.metrics.level`)."""
     runs = [(schedule, sample) for schedule in schedules for sample in range(measurements.num_samples)]
     errors: dict[Schedule, list[float]] = {schedule: [] for schedule in schedules}
     measurements.expect(schedules, pictures=False)

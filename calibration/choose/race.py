@@ -29,8 +29,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import t as student_t
 
-from calibration.measure.measurements import mean
-from calibration.measure.metrics import departed
+from calibration.measure.metrics import departed, mean
 
 Schedule = tuple[str, ...]
 Rivals = Callable[[Schedule], Iterable[tuple[str, Schedule]]]

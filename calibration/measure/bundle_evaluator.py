@@ -47,14 +47,10 @@ class BundleEvaluator:
         """The state before step 0."""
         return self._runtime.table.initial(self._noise[sample : sample + 1])
 
-    def step(self, sample: int, state: SamplerState, precision: str) -> State:
-        """One denoiser call and sampler update."""
-        return self._runtime.step(state, precision, self._batch((sample,)), self._guidance_scale)
-
     def steps(self, samples: Sequence[int], states: Sequence[SamplerState], precision: str) -> list[State]:
-        """`step` of several samples, all at the same step, in one engine call and one sampler update.
+        """One engine call and one sampler update.
 
-        Equal to `step` of each but for what the engine's rounding owes to the size of its batch.
+        Equal to steps of each sample by itself but for what the engine's rounding owes to the size of its batch.
 
         Raises:
             ValueError: the states stand at different steps.

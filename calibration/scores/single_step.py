@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from calibration.measure.measurements import Measurements, level
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import level
 from calibration.scores.bisection import Search, adaptive_bisection, default_evaluations, full_sweep
 
 METHODS = ("bisection", "sweep")

@@ -18,8 +18,8 @@ def loop(*, seed=0, correlation=0.3, scale=U_SHAPE, num_samples=2):
     return PlantedEvaluator(errors, gains=[0.95] * STEPS, correlation=correlation, num_samples=num_samples, seed=seed)
 
 
-def picture(latents):
-    return np.clip(128 + 40 * np.moveaxis(latents, 0, -1), 0, 255).astype(np.uint8)
+def pictures(latents):
+    return np.clip(128 + 40 * np.moveaxis(latents, 1, -1), 0, 255).astype(np.uint8)
 
 
 def run(evaluator=None, **options):

@@ -12,9 +12,10 @@ from calibration.choose.costs import NO_COSTS, AllocationCosts
 from calibration.choose.picture_budget import QualityBudget
 from calibration.document import CalibrationSettings
 from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
+from calibration.measure.evaluator import SampleSet
 from calibration.measure.latency import machine, step_latencies
 from calibration.measure.requests import Pool
-from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.measure.sample_batches import SampleBatches
 from calibration.run import Progress
 from calibration.scores.carried import CarriedScores, carried_scores
 from calibration.scores.transfer import TransferError, step_axes
@@ -23,7 +24,7 @@ from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.text import PromptFile
-from tmpdiff_export.calibrate.workers import decoder, open_workers, require_workers
+from tmpdiff_export.calibrate.workers import open_workers, require_workers
 
 JOURNAL_FOLDER = "calibration"
 
@@ -176,14 +177,14 @@ def _calibrate(
         lambda: _latencies(runtime, [prompts.calibration[0]] * batch, scale, report),
     )
     with ExitStack() as stack:
-        pool: Pool | None = None
+        pool: Pool
         at_once = samples_per_call(runtime, scale)
         if workers > 1:
             runtime.close()  # this process runs no engine from here on; the first worker's GPU is the one it used
             report("start workers", 0, workers)
             pool = stack.enter_context(open_workers(runtime, prompts, seed, scale, workers, threads, at_once))
             report("start workers", workers, workers)
-        elif at_once > 1:
+        else:
             sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}
             pool = SampleBatches(sets, at_once, threads)
         result = calibrate(
@@ -192,7 +193,7 @@ def _calibrate(
             method=method,
             budget=budget,
             validation=held_out,
-            decode=decoder(runtime),
+            decode=runtime.decode,
             journal=journal,
             progress=report,
             costs=costs,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.measure.evaluator import SampleSet
 from calibration.measure.latency import runs_on_gpu
-from calibration.measure.measurements import Decode
-from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.measure.sample_batches import SampleBatches
 from engines.errors import BackendError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
@@ -140,11 +140,6 @@ def bundle_samples(
         at_once,
         threads,
     )
-
-
-def decoder(runtime: DenoiseRuntime) -> Decode:
-    """Final latents float32 [C, h, w] of one sample to its picture, uint8 [H, W, 3]."""
-    return lambda latents: runtime.decode(latents[None])[0]
 
 
 def _threads(threads: int | None) -> int:

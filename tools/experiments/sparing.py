@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 
 from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.latency import machine
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import departed
+from calibration.measure.sample_batches import SampleBatches
 from calibration.scores.predictors import PREDICTORS
 from engines.cli import guarded
 from engines.documents import read_json
@@ -69,9 +71,9 @@ class Chosen:
         """The state before step 0."""
         return self.whole.start(self.samples[sample])
 
-    def step(self, sample: int, state: Any, precision: str) -> Any:
-        """The state after one more step."""
-        return self.whole.step(self.samples[sample], state, precision)
+    def steps(self, samples: Sequence[int], states: Sequence[Any], precision: str) -> list[Any]:
+        """The states after one more step."""
+        return self.whole.steps([self.samples[sample] for sample in samples], states, precision)
 
     def latents(self, state: Any) -> np.ndarray:
         """Latents of a state, float32 [C, H, W]."""
@@ -122,8 +124,9 @@ def run(args: argparse.Namespace) -> int:
         def measurements(name: str, texts: Sequence[str], samples: tuple[int, ...], seed: int) -> Measurements:
             if max(samples) >= len(texts):
                 raise TmpDiffError(f"{name} sample {max(samples)} is not in {args.prompts}, which has {len(texts)}")
-            evaluator = Chosen(BundleEvaluator(runtime, tuple(texts), seed, scale), samples)
-            return Measurements(name, evaluator, Journal.in_memory(evaluator.key()))
+            chosen = SampleSet(Chosen(BundleEvaluator(runtime, tuple(texts), seed, scale), samples))
+            journal = Journal.in_memory(chosen.evaluator.key())
+            return Measurements(name, chosen, journal, SampleBatches({name: chosen}))
 
         calibration = measurements("calibration", prompts.calibration, args.samples, 0)
         unseen = measurements("validation", prompts.validation, args.validation_samples, VALIDATION_SEED_OFFSET)

@@ -8,7 +8,6 @@ import fcntl
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ import numpy as np
 
 from calibration import open_journal
 from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
+from calibration.measure.evaluator import Compare, SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.latency import machine, step_latencies
-from calibration.measure.measurements import Compare, Measurements, picture_errors
-from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import picture_errors
+from calibration.measure.sample_batches import SampleBatches
 from calibration.scores.single_step import DIRECTIONS, Direction
 from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
@@ -207,17 +208,13 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
         with _alone(path):
             journal = open_journal(path, evaluator, held_out)
             at_once = samples_per_call(runtime, scale)
-            pool = None
-            if at_once > 1:
-                sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode, compare)}
-                pool = SampleBatches(sets, at_once, args.threads)
+            sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode, compare)}
+            pool = SampleBatches(sets, at_once, args.threads)
             yield Study(
                 runtime=runtime,
                 journal=journal,
-                calibration=Measurements("calibration", evaluator, journal, None, pool, args.samples),
-                validation=Measurements(
-                    "validation", held_out, journal, partial(_decode, runtime), pool, args.validation_samples, compare
-                ),
+                calibration=Measurements("calibration", sets["calibration"], journal, pool, args.samples),
+                validation=Measurements("validation", sets["validation"], journal, pool, args.validation_samples),
                 precisions=precisions,
                 samples=args.samples,
                 validation_samples=args.validation_samples,
@@ -279,8 +276,3 @@ def _low_precisions(asked: str | None, built: tuple[str, ...]) -> tuple[str, ...
             f"low precision {unknown[0] if unknown else 'none'!r} is not in the bundle; choose from {', '.join(low)}"
         )
     return names
-
-
-def _decode(runtime: DenoiseRuntime, latents: np.ndarray) -> np.ndarray:
-    picture: np.ndarray = runtime.decode(latents[None])[0]
-    return picture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.paths import ROOT
 from helpers.planted import Counted, Interrupted, PlantedEvaluator
-from helpers.planted_calibration import LATENCIES_MS, STEPS, U_SHAPE, loop, picture, run
+from helpers.planted_calibration import LATENCIES_MS, STEPS, U_SHAPE, loop, pictures, run
 
 from calibration import (
     ErrorBudget,
@@ -39,7 +39,7 @@ def rows(result):
 
 
 def test_chosen_schedule_is_right_and_beats_every_baseline():
-    found = run(decode=picture).sensitivity
+    found = run(decode=pictures).sensitivity
     assert [name for name, p in enumerate(found.schedule) if p == "fp16"] == [0, 7, 8, 9]
     assert set(found.schedule) == {"fp16", "int4"}
     chosen, *others = found.validation
@@ -138,7 +138,7 @@ def test_quality_budget_is_met_by_measurement_on_unseen_samples(metric):
         row = result.validation[0]
         return row.ssim if metric == "ssim" else row.psnr_db
 
-    options = {"validation": loop(seed=1), "decode": picture}
+    options = {"validation": loop(seed=1), "decode": pictures}
     known = run(budget=LatencyBudget(0.75), **options).sensitivity
     result = run(budget=QualityBudget(metric, quality(known)), **options).sensitivity
     assert quality(result) >= quality(known)
@@ -149,7 +149,7 @@ def test_quality_budget_is_met_by_measurement_on_unseen_samples(metric):
 
 
 def test_quality_budget_takes_a_fixed_rule_where_scores_mislead():
-    options = {"validation": loop(seed=1, scale=np.geomspace(8, 0.1, STEPS)), "decode": picture}
+    options = {"validation": loop(seed=1, scale=np.geomspace(8, 0.1, STEPS)), "decode": pictures}
     others_err_early = run(budget=HighSteps(4), **options).sensitivity
     rule = next(row for row in others_err_early.validation if row.name == "first 4")
     found = run(budget=QualityBudget("ssim", rule.ssim), **options).sensitivity
@@ -319,7 +319,7 @@ def test_large_front_is_thinned_in_the_document_only():
 
 
 def test_schedule_and_document_survive_the_disk(tmp_path):
-    result = run(decode=picture)
+    result = run(decode=pictures)
     path = tmp_path / "sensitivity.json"
     result.sensitivity.save(path)
     assert Sensitivity.load(path) == result.sensitivity
@@ -379,7 +379,7 @@ def document(result):
 
 def calls_in_all():
     evaluator, validation = Counted(loop()), Counted(loop(seed=1))
-    whole = run(evaluator, validation=validation, decode=picture)
+    whole = run(evaluator, validation=validation, decode=pictures)
     return document(whole), evaluator.calls.total(), validation.calls.total()
 
 
@@ -387,7 +387,7 @@ def interrupted_run(path, calibration_limit, validation_limit=None):
     evaluator = Counted(loop(), calibration_limit)
     validation = Counted(loop(seed=1), validation_limit)
     journal = open_journal(path, evaluator, validation)
-    return run(evaluator, validation=validation, decode=picture, journal=journal)
+    return run(evaluator, validation=validation, decode=pictures, journal=journal)
 
 
 def test_killed_after_any_number_of_calls_and_resumed_is_the_same(tmp_path):
@@ -429,7 +429,7 @@ def test_resumed_run_does_not_measure_again_what_it_has(tmp_path):
     with pytest.raises(Interrupted):
         interrupted_run(path, whole - 1)
     evaluator = Counted(loop())
-    run(evaluator, validation=loop(seed=1), decode=picture, journal=open_journal(path, loop(), loop(seed=1)))
+    run(evaluator, validation=loop(seed=1), decode=pictures, journal=open_journal(path, loop(), loop(seed=1)))
     assert evaluator.calls.total() <= 3 * STEPS, "one sample's trajectories and the measurement cut off"
 
 
@@ -485,7 +485,7 @@ def test_named_measurements_are_remembered_bit_for_bit(tmp_path):
 CHILD = """
 import sys, time
 from pathlib import Path
-from helpers.planted_calibration import loop, picture, run
+from helpers.planted_calibration import loop, pictures, run
 from calibration import open_journal
 from helpers.planted import Counted
 
@@ -496,7 +496,7 @@ class Slow(Counted):
 
 evaluator, validation = Slow(loop()), Slow(loop(seed=1))
 journal = open_journal(Path(sys.argv[1]), evaluator, validation)
-run(evaluator, validation=validation, decode=picture, journal=journal)
+run(evaluator, validation=validation, decode=pictures, journal=journal)
 """
 
 

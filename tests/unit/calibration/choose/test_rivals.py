@@ -9,13 +9,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from helpers.planted import Counted, Interrupted, PlantedEvaluator, PoolHere
+from helpers.planted import Counted, Interrupted, PlantedEvaluator, PoolHere, measurements
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, calibrate, open_journal
 from calibration.choose.allocation import AllocationCosts, relative_latency
 from calibration.choose.race import beats, refine
-from calibration.measure.journal import Journal
-from calibration.measure.measurements import Measurements
 
 STEPS = 8
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.0, "int4": 3.0}
@@ -141,12 +139,12 @@ def test_calls_are_counted_and_stay_within_the_limit():
 def test_schedule_calls_says_what_a_run_takes():
     for schedule in (("int4",) * 3 + ("fp16",) * 5, ("fp16",) * 7 + ("int8",), ("fp16", "int4") * 4, ("int4",) * 8):
         evaluator = Counted(loop(num_samples=1))
-        measurements = Measurements("calibration", evaluator, Journal.in_memory("key"))
+        found = measurements(evaluator)
         for precision in ("fp16", "int4"):
-            measurements.uniform_error(precision, 0)
+            found.uniform_error(precision, 0)
         before = evaluator.calls.total()
-        measurements.schedule_error("refinement", schedule, 0, pictures=False)
-        assert evaluator.calls.total() - before == measurements.schedule_calls(schedule)
+        found.schedule_error("refinement", schedule, 0, pictures=False)
+        assert evaluator.calls.total() - before == found.schedule_calls(schedule)
 
 
 def test_interrupted_anywhere_goes_on_to_the_same_end(tmp_path):

@@ -15,10 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.paths import ROOT
+from helpers.planted import measurements
 from helpers.tiny_pipeline import PROMPTS
 from helpers.worker_samples import SAMPLES, STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
 
 from calibration import open_journal
+from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from engines.backends.cuda import gpu
@@ -77,17 +79,17 @@ def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, al
 
 def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
     mixed = ("fp16",) * 3 + ("int4",) * (STEPS - 3)
-    here = Measurements("calibration", loop(), Journal.in_memory(""))
+    here = measurements(loop())
     with open_planted(tmp_path / "trace", 2) as pool:
-        there = Measurements("calibration", loop(), Journal.in_memory(""), pool=pool)
-        for measurements in (here, there):
-            measurements.changed_error("int8", 2, "fp16", 1)
-            measurements.schedule_error("some", mixed, 0, pictures=False)
+        there = Measurements("calibration", SampleSet(loop()), Journal.in_memory(""), pool)
+        for either in (here, there):
+            either.changed_error("int8", 2, "fp16", 1)
+            either.schedule_error("some", mixed, 0, pictures=False)
         there.forget("int8")
         assert there.changed_error("int8", 4, "fp16", 1) == here.changed_error("int8", 4, "fp16", 1)
     assert there.calls == here.calls
-    assert there.evaluator.recomputed == {"int8": STEPS}, "its states were forgotten"
-    assert there.evaluator.spent == here.evaluator.spent
+    assert there.recomputed == {"int8": STEPS}, "its states were forgotten"
+    assert not here.recomputed
 
 
 @pytest.mark.parametrize(("workers", "fatal_call"), [(1, 7), (2, 7), (2, 400)])

@@ -74,3 +74,27 @@ class SampleSet:
     evaluator: Evaluator
     decode: Decode | None = None
     compare: Compare = picture_errors
+
+
+@dataclass(frozen=True)
+class SampleSets:
+    """What a calibration measures on.
+
+    Attributes:
+        calibration: the samples that scores are measured on.
+        validation: others, of the same steps and precisions, with a decoder where SSIM and PSNR are wanted. None:
+            predictors are compared on the calibration samples, and no schedule is validated.
+    """
+
+    calibration: SampleSet
+    validation: SampleSet | None = None
+
+    @property
+    def evaluators(self) -> tuple[Evaluator, Evaluator | None]:
+        """Those of the calibration and the validation samples."""
+        return self.calibration.evaluator, self.validation.evaluator if self.validation else None
+
+    def named(self) -> dict[str, SampleSet]:
+        """The sets by name, as pools and journals have them."""
+        sets = {"calibration": self.calibration, "validation": self.validation}
+        return {name: samples for name, samples in sets.items() if samples}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-from calibration.measure.evaluator import Evaluator, SampleSet
+from calibration import CalibrationOptions, CalibrationResult, calibrate
+from calibration.measure.evaluator import Evaluator, SampleSet, SampleSets
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.requests import Outcome, Request
@@ -245,6 +246,14 @@ def measurements(evaluator: Evaluator, name: str = "calibration") -> Measurement
     """Of an evaluator in this process, kept in memory."""
     samples = SampleSet(evaluator)
     return Measurements(name, samples, Journal.in_memory("key"), SampleBatches({name: samples}))
+
+
+def calibrate_loops(
+    evaluator, latencies_ms, *, validation=None, decode=None, journal=None, pool=None, progress=None, **options
+) -> CalibrationResult:
+    """`calibrate` of planted loops; `options` are those of `CalibrationOptions`."""
+    sets = SampleSets(SampleSet(evaluator), SampleSet(validation, decode) if validation else None)
+    return calibrate(sets, latencies_ms, CalibrationOptions(**options), journal=journal, pool=pool, progress=progress)
 
 
 FragileState = tuple[int, int, float, float]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from helpers.planted import PlantedEvaluator
+from helpers.planted import PlantedEvaluator, calibrate_loops
 
-from calibration import HighSteps, calibrate
+from calibration import HighSteps
 
 STEPS = 10
 LATENCIES_MS = {"fp16": 8.0, "fp8": 9.0, "int8": 4.0, "int4": 3.0}
@@ -24,4 +24,4 @@ def pictures(latents):
 
 def run(evaluator=None, **options):
     options = {"validation": loop(seed=1), "budget": HighSteps(4)} | options
-    return calibrate(evaluator or loop(), LATENCIES_MS, **options)
+    return calibrate_loops(evaluator or loop(), LATENCIES_MS, **options)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from helpers.planted import OneByOne, PlantedEvaluator
+from helpers.planted import OneByOne, PlantedEvaluator, calibrate_loops
 
-from calibration import HighSteps, calibrate
+from calibration import HighSteps
 from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.sample_batches import SampleBatches
@@ -103,4 +103,5 @@ def open_planted(
 
 def calibrated(journal: Journal | None = None, pool: SampleWorkers | None = None, **options):
     options = {"budget": HighSteps(4), "decode": pictures} | options
-    return calibrate(loop(), LATENCIES_MS, validation=loop(seed=1), journal=journal, pool=pool, **options).sensitivity
+    options |= {"validation": loop(seed=1), "journal": journal, "pool": pool}
+    return calibrate_loops(loop(), LATENCIES_MS, **options).sensitivity

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from helpers.paths import ROOT
-from helpers.planted import Counted, Interrupted, PlantedEvaluator
+from helpers.planted import Counted, Interrupted, PlantedEvaluator, calibrate_loops
 from helpers.planted_calibration import LATENCIES_MS, STEPS, U_SHAPE, loop, pictures, run
 
 from calibration import (
@@ -22,12 +22,10 @@ from calibration import (
     LatencyBudget,
     QualityBudget,
     Sensitivity,
-    calibrate,
     open_journal,
 )
 from calibration.choose import baselines
-from calibration.choose.allocation import relative_latency
-from calibration.choose.costs import AllocationCosts
+from calibration.choose.costs import AllocationCosts, Candidates
 from calibration.document import FitRecord
 from calibration.measure.journal import Journal, JournalError
 from calibration.validation import best_fit, fit
@@ -158,7 +156,7 @@ def test_quality_budget_takes_a_fixed_rule_where_scores_mislead():
     assert high == sorted(high, reverse=True), "first steps at the reference"
     assert found.validation[0].ssim >= rule.ssim
     assert found.predicted_latency <= rule.latency
-    plain = relative_latency(found.schedule, LATENCIES_MS, "fp16", AllocationCosts())
+    plain = Candidates(tuple(LATENCIES_MS), LATENCIES_MS).latency(found.schedule)
     assert found.predicted_latency == pytest.approx(plain)
     assert found.refinement is None
 
@@ -275,7 +273,7 @@ def test_without_validation_nothing_is_claimed_about_it():
 
 def test_loop_where_no_low_precision_is_any_use():
     latencies = {"fp16": 1.0, "fp8": 2.0, "int8": 3.0, "int4": 1.0}
-    found = calibrate(loop(), latencies, validation=loop(seed=1)).sensitivity
+    found = calibrate_loops(loop(), latencies, validation=loop(seed=1)).sensitivity
     assert found.schedule == ("fp16",) * STEPS
     assert found.scores == ()
     assert [loser.precision for loser in found.dropped] == ["fp8", "int8", "int4"]
@@ -285,7 +283,7 @@ def test_loop_where_no_low_precision_is_any_use():
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_short_loops(num_steps):
     short = PlantedEvaluator({"int8": [0.1] * num_steps}, gains=[1.0] * num_steps)
-    found = calibrate(short, {"fp16": 2.0, "int8": 1.0}, validation=short, budget=HighSteps(1)).sensitivity
+    found = calibrate_loops(short, {"fp16": 2.0, "int8": 1.0}, validation=short, budget=HighSteps(1)).sensitivity
     assert found.schedule.count("fp16") == 1
     assert len(found.validation) == 8
 
@@ -311,7 +309,7 @@ def test_large_front_is_thinned_in_the_document_only():
         num_samples=1,
     )
     latencies = {"fp16": 8.0, "int8": 4.1, "int4": 3.03}
-    found = calibrate(long, latencies, budget=LatencyBudget(0.6)).sensitivity
+    found = calibrate_loops(long, latencies, budget=LatencyBudget(0.6)).sensitivity
     assert len(found.pareto) == 200 < found.pareto_size
     assert found.pareto[0].precisions == ("int4",) * 50
     assert found.pareto[-1].precisions == ("fp16",) * 50
@@ -334,7 +332,7 @@ def test_schedule_and_document_survive_the_disk(tmp_path):
 
 def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="latencies_ms lacks int8, int4"):
-        calibrate(loop(), {"fp16": 1.0, "fp8": 1.0})
+        calibrate_loops(loop(), {"fp16": 1.0, "fp8": 1.0})
     with pytest.raises(ValueError, match="method is 'guess'"):
         run(method="guess")
     with pytest.raises(ValueError, match="another number of steps or other precisions"):
@@ -522,4 +520,5 @@ def test_killed_process_goes_on_where_it_was(tmp_path, lines):
 
 
 def test_relative_latency_is_the_mean_step():
-    assert relative_latency(("fp16", "int8", "int8"), {"fp16": 3.0, "int8": 1.5}, "fp16") == pytest.approx(2 / 3)
+    candidates = Candidates(("fp16", "int8"), {"fp16": 3.0, "int8": 1.5})
+    assert candidates.latency(("fp16", "int8", "int8")) == pytest.approx(2 / 3)

@@ -75,7 +75,7 @@ def demo_build(tmp_path_factory: pytest.TempPathFactory, demo_pipeline: Path) ->
 
 
 def _build_demo(pipeline: Path, folder: Path) -> None:
-    from calibration import HighSteps
+    from calibration import CalibrationOptions, HighSteps
     from engines.precision import DEFAULT_PRECISIONS
     from engines.text import PromptFile
     from tmpdiff_export.bundling.bundle import build
@@ -100,7 +100,7 @@ def _build_demo(pipeline: Path, folder: Path) -> None:
         ),
     )
     used = PromptFile(prompts.calibration[:2], prompts.validation)
-    calibrate_bundle(folder / "bundle", used, budget=HighSteps(NUM_STEPS // 3))
+    calibrate_bundle(folder / "bundle", used, CalibrationOptions(HighSteps(NUM_STEPS // 3)))
 
 
 @pytest.fixture(scope="session")

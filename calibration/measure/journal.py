@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibration.measure.evaluator import Evaluator
 from engines.documents import canonical_json
 from engines.errors import TmpDiffError
 from engines.files import fsync_folder, sha256_bytes
@@ -131,6 +132,31 @@ class Journal:
             stream.write(b"".join(map(_line, records)))
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def journal_key(evaluator: Evaluator, validation: Evaluator | None) -> str:
+    """What the measurements of a calibration with these evaluators belong to."""
+    return sha256_bytes(f"{evaluator.key()} {validation.key() if validation else ''}".encode())
+
+
+def open_journal(
+    path: Path, evaluator: Evaluator, validation: Evaluator | None = None, *, restart: bool = False
+) -> Journal:
+    """The journal for a calibration with these evaluators; pass it to `calibrate`.
+
+    Method and budget are no part of its key: a measurement does not depend on them, so another budget or a
+    full sweep after a bisection reuses what is there (and counts it as its own).
+
+    Raises:
+        JournalError: the file belongs to other evaluators, or is damaged; `restart` replaces it.
+    """
+    parameters = {
+        "num_steps": evaluator.num_steps,
+        "num_samples": evaluator.num_samples,
+        "validation_samples": validation.num_samples if validation else 0,
+        "precisions": list(evaluator.precisions),
+    }
+    return Journal.open(path, journal_key(evaluator, validation), parameters, restart=restart)
 
 
 def _line(record: dict[str, Any]) -> bytes:

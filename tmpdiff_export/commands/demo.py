@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Builds, calibrates, draws and writes `summary.json`."""
     from tmpdiff_export.bundling.bundle import build
     from tmpdiff_export.bundling.options import BuildOptions
-    from tmpdiff_export.calibrate.bundle import calibrate_bundle
+    from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
     from tmpdiff_export.commands.build import print_engines
     from tmpdiff_export.commands.calibrate import print_sensitivity
     from tmpdiff_export.demo import pipeline_folder
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 ),
                 report,
             )
-            found = calibrate_bundle(bundle, used, seed=args.seed, progress=report)
+            found = calibrate_bundle(bundle, used, how=RunOptions(seed=args.seed), progress=report)
             pictures = draw(args.out, bundle, used.validation[: args.pictures], args.seed, report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the demo starts over when it is run again") from None

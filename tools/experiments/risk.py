@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from calibration.choose.allocation import HighSteps, allocate
+from calibration.choose.costs import Candidates
 from calibration.measure.metrics import limited
 from calibration.scores.predictors import predict
 from engines.cli import guarded
@@ -103,11 +104,9 @@ def choices(fits: dict[str, Any]) -> list[list[str]]:
         plain = scores.contributions(predictor)
         weighed = scores.weighed(predictor, scores.risks(predictor))
         pair = (reference, precision)
+        equal = Candidates(pair, dict.fromkeys(pair, 1.0))  # K says it all: latency has no part in it
         for count in (round(num_steps * part / 5) for part in range(1, 5)):
-            chosen = [
-                allocate(pair, dict.fromkeys(pair, 1.0), found.values, HighSteps(count), found.power).precisions
-                for found in (plain, weighed)
-            ]
+            chosen = [allocate(equal, found, HighSteps(count)).precisions for found in (plain, weighed)]
             cost = predict(plain, pair, chosen[1]) / predict(plain, pair, chosen[0]) - 1
             patterns = [pattern_of(schedule, reference) for schedule in chosen]
             rows.append([precision, str(count), *patterns, f"{cost:+.0%}"])

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from helpers.planted import FragileLoop, FragileState
+from helpers.planted import FragileLoop, FragileState, calibrate_loops
 
-from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity, calibrate
-from calibration.choose.allocation import AllocationCosts, relative_latency
-from calibration.choose.race import Refinement, refine
+from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
+from calibration.choose.costs import AllocationCosts, Candidates
+from calibration.choose.race import Refinement, Runs, refine
 from calibration.choose.sparing import sparing
 from calibration.measure.metrics import departed
 from calibration.scores.predictors import Contributions
@@ -38,7 +38,7 @@ class Parting(FragileLoop):
 
 def found(kind: Parting, *, validation: Parting | None = None, **options) -> Sensitivity:
     options = {"method": "sweep", "budget": HighSteps(6)} | options
-    return calibrate(kind, LATENCIES_MS, validation=validation, **options).sensitivity
+    return calibrate_loops(kind, LATENCIES_MS, validation=validation, **options).sensitivity
 
 
 def letters(schedule: tuple[str, ...]) -> str:
@@ -101,8 +101,8 @@ def test_all_that_spare_meet_the_budget(budget: HighSteps | LatencyBudget, max_e
     names, latencies_ms = ("fp16", "fp8", "int4"), {"fp16": 4.0, "fp8": 3.0, "int4": 1.0}
     values = np.zeros((20, 3))
     values[:, 1:] = np.exp(np.random.default_rng(0).normal(size=(20, 1))) * [0.2, 1.0]
-    costs = AllocationCosts(swap_ms=0.05, max_engines=max_engines)
-    schedules = dict(sparing(names, latencies_ms, Contributions(values, 1.4), budget, costs))
+    candidates = Candidates(names, latencies_ms, AllocationCosts(swap_ms=0.05, max_engines=max_engines))
+    schedules = dict(sparing(candidates, Contributions(values, 1.4), budget))
     assert list(schedules) == ([1, 2, 3, 4, 6, 8] if isinstance(budget, HighSteps) else [1, 2, 3, 4, 6])
     for first, schedule in schedules.items():
         assert set(schedule[:first]) == {"fp16"}
@@ -110,7 +110,7 @@ def test_all_that_spare_meet_the_budget(budget: HighSteps | LatencyBudget, max_e
         if isinstance(budget, HighSteps):
             assert schedule.count("fp16") == 9
         else:
-            assert relative_latency(schedule, latencies_ms, "fp16", costs) <= budget.ratio
+            assert candidates.latency(schedule) <= budget.ratio
 
 
 def test_a_higher_median_hides_nobody() -> None:
@@ -135,10 +135,9 @@ def race(
         return errors["".join(schedule)][sample]
 
     rivals = [("rival", tuple(name)) for name in errors]
-    result = refine(
-        tuple("LLH"), lambda _: rivals, measure, lambda _: 1, 6, max_calls,
-        spares=[(first, tuple(name)) for first, name in spares],
-    )  # fmt: skip
+    runs = Runs(measure, lambda _: 1, 6, lambda *_: None, lambda _: 1.0)
+    given = [(first, tuple(name)) for first, name in spares]
+    result = refine(tuple("LLH"), lambda _: rivals, runs, max_calls, given)
     return result, measured
 
 

@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.planted import FragileLoop
+from helpers.planted import FragileLoop, calibrate_loops
 
-from calibration import HighSteps, calibrate
+from calibration import HighSteps
 from calibration.measure.metrics import limited
 from calibration.scores.divergence import OTHER_PICTURE, PRICE, affordable, risk_curve, with_risk
 from calibration.scores.predictors import Contributions
@@ -84,7 +84,7 @@ def test_no_schedule_pays_more_than_the_price() -> None:
 
 def test_calibration_spares_the_steps_that_lead_to_another_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     def schedule() -> tuple[str, float]:
-        found = calibrate(
+        found = calibrate_loops(
             FragileLoop(),
             {"fp16": 2.0, "int8": 1.0},
             method="sweep",

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.planted import PlantedEvaluator
+from helpers.planted import PlantedEvaluator, calibrate_loops
 
-from calibration import HighSteps, calibrate
+from calibration import HighSteps
 from calibration.choose.costs import AllocationCosts
 from calibration.choose.stored import Prediction
 from calibration.document import CalibrationSettings
@@ -147,7 +147,7 @@ def calibrated(**options):
     loop = PlantedEvaluator(errors, gains=[1.0] * STEPS, correlation=0.3)
     latencies = {"fp16": 8.0, "fp8": 5.0, "int8": 4.0, "nvfp4": 3.0}
     options = {"method": "sweep", "budget": HighSteps(3)} | options
-    return calibrate(loop, latencies, **options).sensitivity
+    return calibrate_loops(loop, latencies, **options).sensitivity
 
 
 @pytest.mark.parametrize(

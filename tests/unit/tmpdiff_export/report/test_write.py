@@ -20,10 +20,10 @@ import pytest
 from helpers.chromium import CHROMIUM, Browser
 from helpers.demo_build import linked_copy
 from helpers.paths import ROOT
-from helpers.planted import PlantedEvaluator
+from helpers.planted import PlantedEvaluator, calibrate_loops
 from PIL import Image
 
-from calibration import HighSteps, Sensitivity, calibrate
+from calibration import HighSteps, Sensitivity
 from calibration.choose.stored import Prediction
 from calibration.document import CheckRecord, TransferRecord
 from engines.bundle import SCHEDULE_NAME, SENSITIVITY_NAME, Bundle
@@ -143,7 +143,7 @@ def planted(num_steps: int = 10, num_samples: int = 1, **options: Any) -> Sensit
 
     latencies = options.pop("latencies", {"fp16": 8.0, "fp8": 6.0, "int8": 4.0, "int4": 3.0})
     validation = loop(1) if options.pop("validated", True) else None
-    return calibrate(loop(0), latencies, validation=validation, **options).sensitivity
+    return calibrate_loops(loop(0), latencies, validation=validation, **options).sensitivity
 
 
 def test_every_section_opens_with_a_plain_sentence(parsed: Parsed) -> None:

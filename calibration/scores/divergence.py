@@ -11,7 +11,7 @@ medians m, the departures and the tail before them add to the mean
     r = 2 f sqrt(t m) (sqrt(OTHER_PICTURE) - sqrt(t m))
 
 beyond what a limited mean counts. Risks of steps are added up. That law and its constants are this project's own;
-docs/experiments.md has the evidence.
+docs/results.md has the evidence.
 
 Sparing a risky step leaves another one at the low precision, and all samples pay for that. `affordable` keeps it to `PRICE`.
 """

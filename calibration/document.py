@@ -54,7 +54,7 @@ class FitRecord(_Record):
     """How well a predictor describes the measured E of random schedules.
 
     Attributes:
-        predictor: see `calibration.scores.single_step`.
+        predictor: see `calibration.scores.predictors`.
         r2: of the regression line of measured on predicted; None with fewer than three schedules or
             where either does not vary.
         spearman: rank correlation; None as `r2`.

@@ -1,7 +1,4 @@
-"""torch and safetensors; the one place that says what to do when they are missing or of another version.
-
-from engines.backends.torch.library import torch
-"""
+"""torch and safetensors, which the backend imports from here: the one place that says what to do when they are missing."""
 
 from __future__ import annotations
 

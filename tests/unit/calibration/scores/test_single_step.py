@@ -263,7 +263,7 @@ class Departing(PlantedEvaluator):
         return index, x + 40.0 * self._direction(self.num_steps + 1) if away else x
 
 
-def test_a_sample_that_goes_to_another_picture_does_not_set_the_scores():
+def test_a_sample_that_departs_does_not_set_the_scores():
     options = {"errors": loop().errors, "gains": loop().gains, "num_samples": 9}
     plain, departing = PlantedEvaluator(**options), Departing(**options)
     found, curves = measured(departing, method="sweep")

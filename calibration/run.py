@@ -116,8 +116,8 @@ def calibrate(
     """Measures how each step suffers from each precision and finds a schedule under a budget.
 
     Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
-    downcast and upcast scores; the predictor that fits random schedules best (on the validation samples); allocation, by
-    its predictions and the risk of departures (`calibration.scores.divergence`); a local search around its choice,
+    downcast and upcast scores; the predictor that fits random schedules best (on the validation samples); allocation,
+    by its predictions and the risk of departures (`calibration.scores.divergence`); a local search around its choice,
     measured on the calibration samples; the schedule that comes out and the baselines on the validation samples.
 
     Args:

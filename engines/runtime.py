@@ -185,7 +185,7 @@ class DenoiseRuntime:
         return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
 
     def step(self, state: SamplerState, precision: str, conditioning: Arrays, guidance_scale: float) -> SamplerState:
-        """One loop iteration: one denoiser call (with classifier-free guidance: one batch of 2 N), and the sampler update.
+        """One loop iteration: a denoiser call (with classifier-free guidance: one batch of 2 N) and the sampler update.
 
         Args:
             state: latents [N, C, h, w] and history; not changed.

@@ -98,8 +98,8 @@ def read_prompts(path: Path) -> PromptFile:
     Lines `[calibration]` and `[validation]` head the two sections.
 
     Raises:
-        PromptError: the file is missing, empty, not text, has an unknown section, a prompt outside its sections or twice,
-            or leaves a section without prompts.
+        PromptError: the file is missing, empty, not text, has an unknown section, a prompt outside its sections or
+            twice, or leaves a section without prompts.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

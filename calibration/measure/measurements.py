@@ -14,8 +14,8 @@ from calibration.measure.requests import Pool, Request
 class Measurements:
     """E of uniform runs, of runs with one step changed, and of any schedule, sample by sample.
 
-    A run that departs from a uniform one at step i costs T - i denoiser calls, as a pool keeps the states of those. Every
-    sample of every measurement is one line of the journal.
+    A run that leaves a uniform one at step i costs T - i denoiser calls, as a pool keeps the states of those.
+    Every sample of every measurement is one line of the journal.
 
     Measurements are asked of the pool and kept here. `expect` and `expect_changed` say what will be asked for next, so
     that the pool can take it all at once; a measurement that was not announced is taken when it is asked for.
@@ -23,7 +23,8 @@ class Measurements:
     Attributes:
         calls: denoiser calls per stage and precision of all measurements asked for so far, taken from the
             journal: the same whether a measurement was made now or by an earlier run.
-        recomputed: denoiser calls that a resumed run, or another worker, repeated because states are kept in memory only.
+        recomputed: denoiser calls that a resumed run, or another worker, repeated because states are kept in memory
+            only.
     """
 
     def __init__(

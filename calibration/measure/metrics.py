@@ -35,9 +35,9 @@ LIMIT_MEDIANS = 10.0
 def limited(errors: np.ndarray) -> np.ndarray:
     """E of samples, none counting for more than `LIMIT_MEDIANS` medians: for means that one sample does not decide.
 
-    Now and then a small error makes a run end elsewhere altogether. Its E is then near 1 whatever the error was, hundreds
-    of times that of the other samples, and errors of different steps no longer add up: what scores say about all others
-    would drown in it. Winsorizing by the median (Tukey's term) leaves everything else as it is.
+    Now and then a small error makes a run end elsewhere altogether. Its E is then near 1 whatever the error was,
+    hundreds of times that of the other samples, and errors of different steps no longer add up: what scores say about
+    all others would drown in it. Winsorizing by the median (Tukey's term) leaves everything else as it is.
 
     Args:
         errors: float64 [S, ...], non-negative; samples along the first axis.

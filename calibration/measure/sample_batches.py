@@ -31,8 +31,8 @@ class SampleBatches:
         Args:
             sets: by name.
             at_once: samples in a call at most.
-            threads: that compare pictures, None for one per core: SSIM of one takes longer than many denoiser calls, and
-                leaves the interpreter free.
+            threads: that compare pictures, None for one per core: SSIM of one takes longer than many denoiser calls,
+                and leaves the interpreter free.
 
         Raises:
             ValueError: `at_once` is below 1.
@@ -70,7 +70,7 @@ class SampleBatches:
 
 
 class _KeptSet:
-    """A set of samples with the states of its uniform runs, so that a run that departs from one costs its last steps."""
+    """A set of samples with the states of its uniform runs, so that a run that leaves one costs its last steps only."""
 
     def __init__(self, name: str, samples: SampleSet, threads: int | None) -> None:
         self._name = name

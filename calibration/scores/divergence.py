@@ -2,8 +2,8 @@
 
 Now and then a small error makes a run end elsewhere, with an E near `DEPARTED_ERROR` however small the error was
 (`calibration.measure.metrics.limited`, which scores leave that out with). It happens to samples whose reference run
-passes close by a place where two pictures part, and it takes a low step before that place. Near such a place errors grow:
-in inverse proportion to the distance from it. Distances of samples are spread evenly, so that a share of samples
+passes close by a place where two pictures part, and it takes a low step before that place. Near such a place errors
+grow: in inverse proportion to the distance from it. Distances of samples are spread evenly, so that a share of samples
 proportional to 1 / g has an error g times the usual one, and E, a square, exceeds y medians for a share proportional to
 y ** -0.5. That law shows in single-step scores long before anything departs, and extends to where it does. With f, the
 share beyond `TAIL` t medians m, the departures and the tail before them add to the mean

@@ -28,8 +28,8 @@ one describes the model best:
   (d - floor + u) / 2. The floor is what any change costs, however small, as all later steps round otherwise; it is
   in every downcast but the last step's, after which nothing rounds, and once in E. The last equation gives it, bounded
   by 0 and the least of those downcasts; with fewer than five steps none is taken. After a transfer, what is wrong with
-  the level of carried scores is in it, too. Predictions are shares of E(all p), in which the floor is part of the whole, so
-  that schedules of few low steps come out too low by up to the floor. The expansion is this project's own
+  the level of carried scores is in it, too. Predictions are shares of E(all p), in which the floor is part of the
+  whole, so that schedules of few low steps come out too low by up to the floor. The expansion is this project's own
   (docs/results.md, "Do predictions hold?", has what it is worth).
 
 What departures add to E, `calibration.scores.divergence` predicts; allocation gets both.

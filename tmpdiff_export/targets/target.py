@@ -41,8 +41,8 @@ class EngineJob:
         layers: its quantized layers by name.
         half: whether the engine computes in a 16-bit type; text encoder and VAE decoder do not.
         float32_inputs: inputs that are not rounded to that type.
-        weights_of: the engine whose weights file the reference reads, in which `layers` are; None where every engine has its
-            own. Only the torch backend can do this.
+        weights_of: the engine whose weights file the reference reads, in which `layers` are; None where every engine
+            has its own. Only the torch backend can do this.
         attention: by name, the attention layers that compute in FP8; only the torch backend can do this.
     """
 

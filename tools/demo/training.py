@@ -66,7 +66,7 @@ def train_vae(
 def encode(
     vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE, batch: int = 256
 ) -> torch.Tensor:
-    """Returns the mean latents of the first `count` placed scenes: [count, 4, size / 8, size / 8], float16, unscaled."""
+    """Returns mean latents of the first `count` placed scenes: [count, 4, size / 8, size / 8], float16, unscaled."""
     device = arrays["centre"].device
 
     def mean_of(x: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,10 @@
     python -m tools.experiments.risk ADDITIVITY.json [QUALITY.json]
 
 Takes the scores of the first file, and every schedule that either file ran on unseen prompts: random ones, fixed rules,
-calibrated ones. Prints Spearman's correlation of their plain mean of E, which departures decide, with what is predicted:
-by limited scores alone, with all of the risk, and with as much as calibration affords. Repeated with fewer calibration
-samples, drawn at random. Then the tails that risk is read off, and the schedules that scores choose with risk and without,
-before any local search, and by how much the former have more limited E, as predicted.
+calibrated ones. Prints Spearman's correlation of their plain mean of E, which departures decide, with what is
+predicted: by limited scores alone, with all of the risk, and with as much as calibration affords. Repeated with fewer
+calibration samples, drawn at random. Then the tails that risk is read off, and the schedules that scores choose with
+risk and without, before any local search, and by how much the former have more limited E, as predicted.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def table(fits: dict[str, Any], quality: dict[str, Any] | None) -> list[list[str
 
 
 def tails(fits: dict[str, Any]) -> list[list[str]]:
-    """A row of words per precision and tail: calibration samples whose downcast score is above so many medians, by step."""
+    """A row per precision and tail: calibration samples whose downcast score is above so many medians, by step."""
     rows = []
     for precision, measured in fits["data"].items():
         scores = np.array(measured["downcast"])
@@ -96,7 +96,7 @@ def tails(fits: dict[str, Any]) -> list[list[str]]:
 
 
 def choices(fits: dict[str, Any]) -> list[list[str]]:
-    """A row of words per precision and K = T/5, 2T/5, 3T/5, 4T/5: schedules without risk and with it, and what that costs."""
+    """A row per precision and K = T/5, 2T/5, 3T/5, 4T/5: schedules without risk and with it, and what that costs."""
     rows = []
     num_steps, reference = fits["setting"]["num_steps"], fits["setting"]["reference"]
     for precision, measured in fits["data"].items():

@@ -1,1 +1,1 @@
-"""Benchmarks on a GPU: `python -m tools.gpu_bench` of full-size denoisers, `python -m tools.gpu_bench.calibration` of workers."""
+"""Benchmarks on GPUs: `python -m tools.gpu_bench` of full-size denoisers, `tools.gpu_bench.calibration` of workers."""

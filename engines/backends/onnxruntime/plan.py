@@ -177,8 +177,8 @@ class OrtContext:
 def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:
     """Refuses a graph that was checked on a GPU of another architecture.
 
-    ONNX Runtime would load it: the file belongs to none. But which kernels it picks depends on the architecture, and the
-    manifest's SQNR would be that of others.
+    ONNX Runtime would load it: the file belongs to none. But which kernels it picks depends on the architecture, and
+    the manifest's SQNR would be that of others.
 
     Raises:
         BackendError: naming both.

@@ -1,4 +1,4 @@
-"""torch and safetensors, which the backend imports from here: the one place that says what to do when they are missing."""
+"""torch and safetensors, imported from here by the whole backend; says what to do where they are missing."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ def load_runner(name: str, path: Path, device: int | None) -> Runner:
         BackendError: torch refuses it.
     """
     try:
-        # The loader of the C++ interface itself. `aoti_load_package`, which wraps it, imports the compiler for that (seconds),
-        # and reads the tree of inputs anew at every call. Single-threaded: it then makes no events of its own, which a
-        # stream capture would not allow.
+        # The loader of the C++ interface itself. `aoti_load_package`, which wraps it, imports the compiler for that
+        # (seconds), and reads the tree of inputs anew at every call. Single-threaded: it then makes no events of its
+        # own, which a stream capture would not allow.
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1 if device is None else device)
     except Exception as error:  # torch gives no narrower promise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

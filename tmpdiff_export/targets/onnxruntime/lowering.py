@@ -166,7 +166,7 @@ class _Lowering:
         return [*nodes, *gathered.nodes, self._matmul_integer(node.name, inputs, product), back]
 
     def _unsigned_codes(self, activation: str) -> tuple[list[onnx.NodeProto], str, str, str]:
-        """The node that makes an activation's codes, unless they are made, and the names of codes, scale, zero point."""
+        """The node that makes an activation's codes, if they are not made yet; names of codes, scale, zero point."""
         dequantize = self.producers[activation]
         scale = dequantize.input[1]
         quantize = self.producers[dequantize.input[0]]

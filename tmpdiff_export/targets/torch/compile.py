@@ -19,7 +19,7 @@ from engines.errors import BuildError
 
 
 class EngineModule(torch.nn.Module):
-    """A wrapper as an engine: floating inputs and outputs are float32, inside they are of one 16-bit type or float32."""
+    """A wrapper as an engine: floating inputs and outputs are float32, inside all is 16-bit of one type, or float32."""
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype, kept: Sequence[bool]) -> None:
         """

@@ -1,7 +1,7 @@
 """Worker processes that make engines of a build, on a `ProcessPoolExecutor`.
 
-Chosen over the dask workers of `calibrate.dask_pool`: nothing has to stay with a worker, a worker that dies ends the build,
-and the standard library's executor is there without the extra `distributed`.
+Chosen over the dask workers of `calibrate.dask_pool`: nothing has to stay with a worker, a worker that dies ends the
+build, and the standard library's executor is there without the extra `distributed`.
 
 Workers talk to this process through pipes that nobody else can open. What goes to them is pickled here and read there
 at once; no pickle is ever written to a file.
@@ -94,7 +94,8 @@ def open_build_workers(workers: int, gpus: Sequence[str] | None) -> Iterator[Bui
 
     Args:
         workers: how many, 2 or more.
-        gpus: from `engines.backends.cuda.gpu.visible_gpus`; worker i sees the one at i modulo their number. None without GPUs.
+        gpus: from `engines.backends.cuda.gpu.visible_gpus`; worker i sees the one at i modulo their number. None
+            without GPUs.
 
     Raises:
         BuildError: a worker died.
@@ -147,7 +148,8 @@ def _begin(
     started.put(os.getpid())
     Thread(target=_end_with, args=(ended,), daemon=True).start()
     os.environ.update(environments.get())
-    # Locks that a library makes (tqdm does) then leave nothing behind to be cleaned up, and warned of, when this is killed.
+    # Locks that a library makes (tqdm does) then leave nothing behind to be cleaned up, and warned of, when this is
+    # killed.
     multiprocessing.set_start_method("fork", force=True)
     from torch._inductor import config
 

@@ -44,10 +44,6 @@ class Conditioning:
             arrays[GUIDANCE] = np.full(self.size, guidance_scale, np.float32)
         return arrays
 
-    def sample(self, index: int) -> Conditioning:
-        """The conditioning of one of the N prompts."""
-        return self.select([index])
-
     def select(self, indices: Sequence[int]) -> Conditioning:
         """The conditioning of some of the N prompts, in the order given."""
         rows = [*indices, *(self.size + index for index in indices)]

@@ -36,9 +36,9 @@ LEAN: bool = not hasattr(trt, "Builder")
 OLDEST = (10, 13)
 
 
-def version_tuple(version: str = VERSION) -> tuple[int, int]:
-    """Major and minor of a TensorRT version such as "10.16.1.11"."""
-    major, minor = version.split(".")[:2]
+def version_tuple() -> tuple[int, int]:
+    """Major and minor of `VERSION`, which is such as "10.16.1.11"."""
+    major, minor = VERSION.split(".")[:2]
     return int(major), int(minor)
 
 

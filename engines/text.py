@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.errors import BackendError, BundleError, PromptError
+from engines.errors import BackendError, BundleError, PromptError, first_line
 from engines.manifest import TextEntry
 
 SECTION = re.compile(r"\[(\w+)\]")
@@ -56,7 +56,7 @@ def load_tokenizer(data: bytes) -> Any:
     try:
         tokenizer = Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises bare Exception
-        raise BundleError(f"tokenizer file is not readable: {str(error).splitlines()[0]}") from error
+        raise BundleError(f"tokenizer file is not readable: {first_line(error)}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

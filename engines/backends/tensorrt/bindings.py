@@ -7,7 +7,7 @@ The full package is preferred where both are installed; it runs every plan that 
 
 from __future__ import annotations
 
-from engines.errors import BackendError
+from engines.errors import BackendError, first_line
 
 __all__ = ("INSTALL", "LEAN", "LIBRARIES", "OLDEST", "VERSION", "require_supported", "trt", "version_tuple")
 
@@ -26,9 +26,8 @@ except ModuleNotFoundError as error:
         f"backend 'tensorrt' needs the module {' or '.join(LIBRARIES)}, which is not installed; {INSTALL}"
     ) from error
 except (ImportError, OSError) as error:
-    first = str(error).strip().splitlines()[0]
     raise BackendError(
-        f"TensorRT is installed but cannot be loaded: {first}; reinstall tensorrt and its libs"
+        f"TensorRT is installed but cannot be loaded: {first_line(error)}; reinstall tensorrt and its libs"
     ) from error
 
 VERSION: str = trt.__version__

@@ -13,7 +13,7 @@ from engines.backends.cuda.plan import Shapes, Tensor
 from engines.backends.torch.library import torch
 from engines.backends.torch.package import package_of
 from engines.backends.torch.pieces import Runner, run_in_pieces
-from engines.errors import BackendError
+from engines.errors import BackendError, first_line
 from engines.manifest import EngineEntry, TensorSpec
 
 _MOST_CONTEXTS = 4  # per plan
@@ -130,7 +130,7 @@ class TorchContext:
             try:
                 self._plan.run(*self._tensors)
             except RuntimeError as error:
-                raise BackendError(f"engine {self._plan.name} failed to run: {_first(error)}") from error
+                raise BackendError(f"engine {self._plan.name} failed to run: {first_line(error)}") from error
             self._ready = True
 
     def size_bytes(self, tensor: Tensor) -> int:
@@ -153,7 +153,7 @@ class TorchContext:
                 graph.capture_end()
             self._graph = graph
         except RuntimeError as error:
-            self.note = f"engine {self._plan.name} runs without a CUDA graph: {_first(error)}"
+            self.note = f"engine {self._plan.name} runs without a CUDA graph: {first_line(error)}"
 
 
 class OwnedWeights:
@@ -220,7 +220,3 @@ class _Memory:
 
 def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
     return torch.as_tensor(_Memory(address, shape, dtype), device="cuda")
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

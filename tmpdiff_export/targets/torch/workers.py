@@ -23,7 +23,7 @@ from typing import Protocol
 
 import torch
 
-from engines.errors import BuildError, TmpDiffError
+from engines.errors import BuildError, TmpDiffError, first_line
 from engines.manifest import EngineEntry
 
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
@@ -171,8 +171,7 @@ def _perform(name: str, data: bytes) -> EngineEntry:
     except TmpDiffError:
         raise
     except Exception as error:  # whatever somebody else's model may raise: here its engine is still known
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BuildError(f"{name}: a worker process failed: {type(error).__name__}: {first}") from error
+        raise BuildError(f"{name}: a worker process failed: {type(error).__name__}: {first_line(error)}") from error
     return entry
 
 

@@ -8,7 +8,8 @@ task stays with a worker): it is pure Python and small, and a task can prefer a 
 Processes talk over TLS sockets on the loopback interface, with keys made for this run and kept in memory: dask's
 messages are pickles, and another user of the host must not be able to send one. None is ever written to a file.
 
-Importing this module imports dask.distributed; `bundle_workers.require_engine` says what to install.
+Importing this module imports dask.distributed; `require_libraries` of `tmpdiff_export.calibrate.workers` says what to
+install.
 """
 
 from __future__ import annotations

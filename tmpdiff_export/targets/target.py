@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import onnx
 import torch
 
+from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
@@ -107,6 +108,19 @@ def at_once(target: Target) -> Start:
         return made
 
     return start
+
+
+def require_weights_fit(parameters: int, gpu_bytes: int) -> None:
+    """Refuses a denoiser whose 16-bit weights alone would not fit in the memory of the GPU.
+
+    Raises:
+        BuildError: saying what they take.
+    """
+    if 2 * parameters > gpu_bytes:
+        raise BuildError(
+            f"{parameters} parameters take {2 * parameters} bytes in 16 bit, the GPU has {gpu_bytes}; "
+            "use a GPU with more memory"
+        )
 
 
 def file_entry(bundle: Path, path: Path) -> FileEntry:

@@ -14,7 +14,7 @@ from engines.backends.torch.library import torch
 from engines.backends.torch.package import package_of
 from engines.backends.torch.pieces import Runner, run_in_pieces
 from engines.errors import BackendError, first_line
-from engines.manifest import EngineEntry, TensorSpec
+from engines.manifest import EngineEntry
 
 _MOST_CONTEXTS = 4  # per plan
 
@@ -38,8 +38,8 @@ class TorchPlan:
             graphs: the memory pool that the CUDA graphs of all plans share: they run one after the other.
         """
         self.name = name
-        self.inputs = {spec.name: _tensor(spec) for spec in entry.inputs}
-        self.outputs = {spec.name: _tensor(spec) for spec in entry.outputs}
+        self.inputs = {spec.name: Tensor.of(spec) for spec in entry.inputs}
+        self.outputs = {spec.name: Tensor.of(spec) for spec in entry.outputs}
         self._batch = package_of(name, entry).batch
         self._runner, self._graphs = runner, graphs
         self._weights: OwnedWeights | None = weights
@@ -199,11 +199,6 @@ def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:
             f"engine {name} was compiled for {entry.device}; this GPU is {gpu.described}; "
             "build the bundle on such a GPU"
         )
-
-
-def _tensor(spec: TensorSpec) -> Tensor:
-    shape = tuple(-1 if isinstance(size, str) else size for size in spec.shape)
-    return Tensor(spec.name, np.dtype(spec.dtype), shape)
 
 
 class _Memory:

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import torch
 
+from engines.backends.cuda.gpu import VISIBLE_DEVICES
 from engines.errors import BuildError, TmpDiffError, first_line
 from engines.manifest import EngineEntry
 
@@ -103,7 +104,7 @@ def open_build_workers(workers: int, gpus: Sequence[str] | None) -> Iterator[Bui
     context = multiprocessing.get_context("spawn")
     environments, started = context.SimpleQueue(), context.SimpleQueue()
     for index in range(workers):
-        environments.put({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]})
+        environments.put({} if gpus is None else {VISIBLE_DEVICES: gpus[index % len(gpus)]})
     ended, alive = context.Pipe(duplex=False)
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     shares = max(threads // workers, 1), max(cores // workers, 1)

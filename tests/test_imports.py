@@ -190,6 +190,12 @@ def test_no_room_imports_from_above_or_beside(package: str) -> None:
     assert wrong == []
 
 
+def test_the_map_names_every_room() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = [room for floors in ROOMS.values() for room in floors.split() if room != "__main__"]
+    assert [room for room in rooms if f"`{room}`" not in text and f"`{room}/`" not in text] == []
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {
         module_of(path): imported_modules(path)

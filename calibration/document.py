@@ -22,8 +22,8 @@ class ScoreRecord(_Record):
 
     Attributes:
         scores: length T, a mean over the calibration samples; interpolated where not `measured`.
-        risk: of another picture, in units of E, length T (`calibration.scores.divergence`); empty for upcast scores and in documents that
-            lack it.
+        risk: of a departure, in units of E, length T (`calibration.scores.divergence`); empty for upcast scores and in
+            documents that lack it.
         measured: length T.
         order: the step indices measured, in order.
         settled: the search stopped because the ranking was settled, not because its budget ran out.

@@ -117,8 +117,8 @@ def calibrate(
 
     Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
     downcast and upcast scores; the predictor that fits random schedules best (on the validation samples);
-    allocation, by its predictions and the risk of another picture (`calibration.scores.divergence`); a local search around its choice,
-    measured on the calibration samples; the schedule that comes out and the baselines on the validation samples.
+    allocation, by its predictions and the risk of departures (`calibration.scores.divergence`); a local search around its
+    choice, measured on the calibration samples; the schedule that comes out and the baselines on the validation samples.
 
     Args:
         sets: what is measured on.
@@ -163,7 +163,7 @@ def calibrate(
         _uniform_errors(held_out, built.precisions, partial(report, "validation runs"))
     fits, points = fit_predictors(held_out or calibration, kept, values, partial(report, "fit"))
     predictor = best_fit(fits)
-    # what schedules are chosen by: fits are those of limited means, to which the risk of another picture is added
+    # what schedules are chosen by: fits are those of limited means, to which the risk of departures is added
     risks = affordable(values[predictor], kept, risks)
     weighed = {name: with_risk(found, kept, risks) for name, found in values.items()}
     records = tuple(curve.record(calibration, risks) for curve in curves)

@@ -1,8 +1,8 @@
 """Refinement: the local search, from what allocation chose, on the calibration samples.
 
 Rivals are the fixed rules at the same step counts, the choices of the other predictors, and what the predictor holds to
-be nearly as good: points of the Pareto front, and two steps trading their precisions. Where samples go to another
-picture, the schedules of `calibration.choose.sparing` come first. What decides is in `calibration.choose.race`.
+be nearly as good: points of the Pareto front, and two steps trading their precisions. Where samples depart, the
+schedules of `calibration.choose.sparing` come first. What decides is in `calibration.choose.race`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from calibration.measure.requests import Pool, Request
 class Measurements:
     """E of uniform runs, of runs with one step changed, and of any schedule, sample by sample.
 
-    A run that departs from a uniform one at step i costs T - i denoiser calls, as a pool keeps the states of those. Every
+    A run that leaves a uniform one at step i costs T - i denoiser calls, as a pool keeps the states of those. Every
     sample of every measurement is one line of the journal.
 
     Measurements are asked of the pool and kept here. `expect` and `expect_changed` say what will be asked for next, so

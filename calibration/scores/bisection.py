@@ -6,7 +6,7 @@ log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an
 
 1. Evaluate both ends, the middle, and the step before the last, which costs two denoiser calls a sample: which of the
    last two has the spike is a matter of the scheduler. Flow matching in few steps ends with one too short to matter,
-   after the one that matters most (docs/experiments.md, "Rank deviation").
+   after the one that matters most (docs/results.md, "How few measurements are enough?").
 2. Where the first step towers over its nearest evaluated neighbour, evaluate the one beside it, so that a
    spike of one step does not lift the interpolation of the steps next to it.
 3. Between evaluated steps, interpolate the log score with a monotone cubic (PCHIP; Fritsch and Butland,

@@ -16,7 +16,7 @@ from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.requests import Outcome, Request
 from calibration.measure.sample_batches import SampleBatches
-from calibration.scores.divergence import OTHER_PICTURE
+from calibration.scores.divergence import DEPARTED
 
 DECADE = float(np.log(10))
 Curve = Callable[[np.random.Generator, int], np.ndarray]
@@ -284,7 +284,7 @@ class FragileLoop(OneByOne):
 
     def pushed(self, push: float, distance: float) -> float:
         """What a push does to a sample at this distance, in units of E."""
-        return min(push / distance**2, OTHER_PICTURE)
+        return min(push / distance**2, DEPARTED)
 
     def latents(self, state: FragileState) -> np.ndarray:
         sample, _, push, error = state

@@ -1,6 +1,6 @@
 """Quality against latency on prompts never seen: our schedule beside the baselines (figure 4 of the paper).
 
-At every K the calibration's schedule (what full score curves and the risk of another picture choose, after the local search
+At every K the calibration's schedule (what full score curves and the risk of departures choose, after the local search
 that `calibrate` makes on the calibration samples), that schedule before the search ("scores alone"), the fixed rules and random schedules have
 K steps at the reference, so that their latency is the same; uniform precisions are baselines where they are no slower.
 Differences are paired: all run on the same samples. Goal, for K from T/5 to 4T/5: E and 1 - SSIM at least 20 % below the
@@ -124,7 +124,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
                     baselines[f"uniform {name}"] = row
             departed = {name: _departed(row) for name, row in (rows | baselines).items()}
             notes.append(
-                f"{label(precision, setting['backend'])}, K = {count}: samples at another picture, of {samples}: "
+                f"{label(precision, setting['backend'])}, K = {count}: departures, of {samples} samples: "
                 + (", ".join(f"{name} {number:g}" for name, number in departed.items() if number) or "none")
             )
             entry = {

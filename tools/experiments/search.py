@@ -24,7 +24,7 @@ def search(
     count: int,
     on_run: Callable[[int, int], None],
 ) -> tuple[Allocation, Allocation, RefinementRecord]:
-    """What scores and the risk of another picture choose, what the local search makes of it, and its record.
+    """What scores and the risk of departures choose, what the local search makes of it, and its record.
 
     Args:
         calibration: of the samples to search on; the search may spend a sweep's calls.

@@ -17,7 +17,6 @@ from calibration.choose.picture_budget import QualityBudget, meet_quality
 from calibration.choose.predictions import Predictions, predicted_best
 from calibration.choose.rivals import STAGE, refine_schedule
 from calibration.document import (
-    DroppedRecord,
     ParetoPoint,
     RefinementRecord,
     Sensitivity,
@@ -197,7 +196,7 @@ def calibrate(
             max_engines=options.costs.max_engines,
             latencies_ms={name: float(latencies_ms[name]) for name in built.precisions},
             uniform_errors=uniform,
-            dropped=tuple(DroppedRecord(**asdict(loser)) for loser in dropped),
+            dropped=dropped,
             scores=records,
             calls=calibration.calls | (held_out.calls if held_out else {}),
             search_calls=search_calls,

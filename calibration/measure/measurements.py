@@ -149,7 +149,7 @@ class Measurements:
         self._ask([request])
         while (entry := self._journal.get(request.name)) is None:
             arrived = self._pool.finished(self.name)
-            self._journal.record_all({done.name: Entry(outcome.value, outcome.calls) for done, outcome in arrived})
+            self._journal.record({done.name: Entry(outcome.value, outcome.calls) for done, outcome in arrived})
             for done, outcome in arrived:
                 self._pending.discard(done.name)
                 self.recomputed.update(outcome.recomputed)

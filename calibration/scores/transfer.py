@@ -97,23 +97,6 @@ def output_weights(table: SamplerTable) -> np.ndarray:
     return np.abs(weights)
 
 
-def carried_weights(table: SamplerTable) -> np.ndarray:
-    """How much a change of x_{i+1} by step i's own output counts in x_T while later outputs are held, float64 [T].
-
-    |dx_T / dm_i| / |dx_{i+1} / dm_i|, a property of the table alone.
-
-    Raises:
-        TransferError: a step does not use its own output.
-    """
-    own = table.own_coefficients()
-    if not own.all():
-        raise TransferError(
-            f"step {int(np.flatnonzero(own == 0)[0])} of {table.scheduler} does not use its own model output, so that its "
-            "error by itself says nothing; use a scheduler whose steps do"
-        )
-    return output_weights(table) / np.abs(own)
-
-
 def step_axes(source: SamplerTable, target: SamplerTable) -> tuple[StepAxis, StepAxis]:
     """The axes of both tables: over sigmas where both state them, over timesteps otherwise.
 

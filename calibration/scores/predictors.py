@@ -29,7 +29,7 @@ one describes the model best:
   by 0 and the least of those downcasts; with fewer than five steps none is taken. After a transfer, what is wrong with the
   level of carried scores is in it, too. Predictions are shares of E(all p), in which the floor is part of the whole, so
   that schedules of few low steps come out too low by up to the floor. The expansion is this project's own
-  (docs/method.md, "Predictors", has what it is worth).
+  (docs/results.md, "Do predictions hold?", has what it is worth).
 
 What departures add to E, `calibration.scores.divergence` predicts; allocation gets both.
 """

@@ -8,30 +8,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import json
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from engines.arguments import (
+    parse_guidance_scale,
+    parse_prompt,
+    parse_resident_engines,
+    parse_seed,
+    parse_threads,
+)
 from engines.errors import TmpDiffError
+from engines.files import reason, require_writable
+from engines.pictures import PNG, output_paths, write_pictures
 from engines.version import VERSION
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PROGRAM = "tmpdiff-runtime"
 INTERRUPTED = 130
-MAX_SEED = (1 << 63) - 1
-MAX_THREADS = 1024
-MAX_RESIDENT_ENGINES = 64
-PNG = ".png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         TmpDiffError: the bundle, schedule, prompts or output cannot be used; no picture was written.
     """
     outputs = output_paths(args.out, len(args.prompt))
-    _check_writable(outputs)
+    require_writable(outputs)
     seeds = [args.seed + index for index in range(len(outputs))]
     seconds = dict.fromkeys(("load", "text", "loop", "decode", "write"), 0.0)
     step_seconds: dict[str, list[float]] = {}
@@ -201,39 +201,6 @@ def verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def output_paths(out: Path, count: int) -> list[Path]:
-    """One path per picture: `out` itself, or with "-0", "-1", ... before its extension."""
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count)]
-
-
-def write_pictures(paths: Sequence[Path], pictures: np.ndarray) -> None:
-    """Writes PNG files, each atomically and only after all are encoded.
-
-    Args:
-        paths: N files.
-        pictures: uint8 [N, H, W, 3].
-
-    Raises:
-        TmpDiffError: a file cannot be written.
-    """
-    from PIL import Image
-
-    from engines.files import atomic_write_bytes
-
-    encoded = []
-    for picture in pictures:
-        stream = io.BytesIO()
-        Image.fromarray(picture).save(stream, format="PNG")
-        encoded.append(stream.getvalue())
-    for path, data in zip(paths, encoded, strict=True):
-        try:
-            atomic_write_bytes(path, data)
-        except OSError as error:
-            raise TmpDiffError(f"picture {path} cannot be written: {_reason(error)}") from error
-
-
 def guarded(program: str, command: Callable[[], int]) -> int:
     """Runs a command and turns its failure into one line on stderr.
 
@@ -267,7 +234,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
     except (TmpDiffError, ValueError) as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename}: {_reason(error)}" if error.filename else _reason(error)
+        message = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
         _drop_stdout()
     print(f"{program}: error: {_one_line(message)}", file=sys.stderr)
     return 1
@@ -287,68 +254,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_prompt(text: str) -> str:
-    """An argument that is a prompt."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("the text is not valid UTF-8") from None
-    return text
-
-
-def parse_seed(text: str) -> int:
-    """An argument that is a seed."""
-    return _integer(text, 0, MAX_SEED)
-
-
-def parse_threads(text: str) -> int:
-    """An argument that is a number of threads."""
-    return _integer(text, 1, MAX_THREADS)
-
-
-def parse_resident_engines(text: str) -> int:
-    """An argument that limits how many denoiser engines are resident."""
-    return _integer(text, 1, MAX_RESIDENT_ENGINES)
-
-
-def _integer(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an integer in {low}..{high}")
-    return value
-
-
-def parse_guidance_scale(text: str) -> float:
-    """An argument that is a guidance scale."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0.0):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a finite number of 0 or more")
-    return value
-
-
 def _png(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() != PNG:
         raise argparse.ArgumentTypeError(f"{text!r} does not end in {PNG}; pictures are written as PNG only")
     return path
-
-
-def _check_writable(paths: Sequence[Path]) -> None:
-    """Refuses outputs that could not be written after the work."""
-    folder = paths[0].parent
-    if not folder.is_dir():
-        raise TmpDiffError(f"output folder {folder} does not exist; make it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise TmpDiffError(f"output folder {folder} is not writable")
-    for path in paths:
-        if path.is_dir():
-            raise TmpDiffError(f"output {path} is a folder; name a file")
 
 
 @contextlib.contextmanager
@@ -367,12 +277,6 @@ def _one_line(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(text.split())
     )
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return "the disk is full; free some space and try again"
-    return error.strerror or str(error)
 
 
 def _drop_stdout() -> None:

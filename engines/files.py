@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from engines.errors import BundleError, TmpDiffError
 
 CHUNK_BYTES = 1 << 20
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, for a message."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full; free some space and try again"
+    return error.strerror or str(error)
 
 
 def sha256_file(path: Path) -> str:
@@ -62,6 +70,22 @@ def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """`atomic_write_bytes` for text, as UTF-8."""
     atomic_write_bytes(path, text.encode())
+
+
+def require_writable(paths: Sequence[Path]) -> None:
+    """Refuses output files of one folder that could not be written after the work.
+
+    Raises:
+        TmpDiffError: no such folder, no right to write there, or a folder has the name of a file.
+    """
+    folder = paths[0].parent
+    if not folder.is_dir():
+        raise TmpDiffError(f"output folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise TmpDiffError(f"output folder {folder} is not writable")
+    for path in paths:
+        if path.is_dir():
+            raise TmpDiffError(f"output {path} is a folder; name a file")
 
 
 def require_replaceable(target: Path, *, replace: bool) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -42,6 +43,60 @@ FORBIDDEN = {
     },
     "tmpdiff_export": {"tools"},
 }
+ROOMS = {
+    "engines": """
+        __main__
+        cli
+        runtime
+        backends
+        host
+        loop
+        engine
+        bundle sampler text pictures arguments
+        manifest sampler_document schedule
+        documents precision
+        files
+        errors version
+    """,
+    "engines.backends": """
+        choose
+        session_host
+        onnxruntime tensorrt torch
+        cuda table
+    """,
+    "calibration": """
+        run
+        validation
+        choose
+        scores
+        measure
+        document statistics
+    """,
+    "tmpdiff_export": """
+        cli
+        commands
+        report demo drop_in
+        calibrate bundling
+        targets
+        pipelines
+        onnx_graphs
+        quantization
+        display devices
+    """,
+    "tmpdiff_export.targets": """
+        choose
+        onnxruntime tensorrt torch
+        target
+        accuracy settings
+    """,
+    "tools": """
+        experiments gpu_bench
+        release demo acceptance
+    """,
+}
+"""The rooms of each package, a floor a line, from the top down. A room imports from the floors below its own, never from above
+and never from a room beside it."""
+
 TORCH_LIBRARY = ROOT / "engines" / "backends" / "torch" / "library.py"  # the torch backend imports them from here
 GPU_LIBRARIES = {"cuda"}  # imported by what runs on a GPU; tensorrt as well, which is not installed here
 RUNTIME_LIBRARIES = {"numpy", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
@@ -82,6 +137,15 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, str(node.module).partition(".")[0]
 
 
+def names_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and whole name of everything a file imports, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
 def in_subprocess(program: str, *args: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", program, *args],
@@ -105,6 +169,51 @@ def test_imports_run_one_way(package: str) -> None:
         if name in FORBIDDEN[package] and not (path == TORCH_LIBRARY and name in ("torch", "safetensors"))
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_room_imports_from_above_or_beside(package: str) -> None:
+    floors = {
+        room: level for level, line in enumerate(reversed(ROOMS[package].strip().splitlines())) for room in line.split()
+    }
+    folder = ROOT.joinpath(*package.split("."))
+    assert set(floors) == {path.relative_to(folder).parts[0].removesuffix(".py") for path in folder.rglob("*.py")} - {
+        "__init__"
+    }
+    wrong = []
+    for path in files_of(package.replace(".", "/")):
+        room = path.relative_to(folder).parts[0].removesuffix(".py")
+        for line, name in names_of(path) if room != "__init__" else ():
+            inner = name.removeprefix(f"{package}.").partition(".")[0] if name.startswith(f"{package}.") else room
+            if inner != room and floors.get(inner, -1) >= floors[room]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        module_of(path): imported_modules(path)
+        for package in ("engines", "calibration", "tmpdiff_export", "tools")
+        for path in files_of(package)
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this project that a file imports from; what a package's face hands on counts as that package's."""
+    found = set()
+    for _, name in names_of(path):
+        parts = name.split(".")
+        whole, parent = ROOT.joinpath(*parts), ROOT.joinpath(*parts[:-1])
+        if whole.with_suffix(".py").exists() or (whole / "__init__.py").exists():
+            found.add(name)
+        elif parent.with_suffix(".py").exists() or (parent / "__init__.py").exists():
+            found.add(".".join(parts[:-1]))
+    return found - {module_of(path)}
 
 
 @pytest.mark.parametrize("package", ["engines", "calibration"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -141,13 +142,13 @@ class IExecutionContext:
 
     def get_tensor_strides(self, name: str) -> Dims:
         shape = self.get_tensor_shape(name)
-        return Dims(int(np.prod(shape[index + 1 :], dtype=np.int64)) for index in range(len(shape)))
+        return Dims(math.prod(shape[index + 1 :]) for index in range(len(shape)))
 
     def get_max_output_size(self, name: str) -> int:
         item = self._tensor(name)
         if item is None:
             return -1
-        return int(np.prod(self.get_tensor_shape(name), dtype=np.int64) * flag("DataType", item.dtype).itemsize)
+        return int(math.prod(self.get_tensor_shape(name)) * flag("DataType", item.dtype).itemsize)
 
     # Memory
 
@@ -240,7 +241,7 @@ class IExecutionContext:
         spans = {
             item.name: (
                 addresses[item.name],
-                int(np.prod(shapes[item.name], dtype=np.int64)) * np.dtype(fake_onnx.NUMPY[item.dtype]).itemsize,
+                math.prod(shapes[item.name]) * np.dtype(fake_onnx.NUMPY[item.dtype]).itemsize,
             )
             for item in plan.tensors
         }

@@ -9,6 +9,7 @@ is undefined behaviour on a real GPU raises `FakeCudaError`.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -246,19 +247,17 @@ def device_array(address: int, dtype: Any, shape: int | tuple[int, ...]) -> np.n
     """
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     allocation = current().device.check(address, nbytes, "kernel")
     start = address - allocation.address
     return allocation.payload[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def make_module(name: str, table: Mapping[str, Callable[..., Any]], cuda: FakeCuda) -> ModuleType:
-    """`cuda.bindings.runtime` or `cuda.bindings.driver`, bound to one fake driver."""
+def make_module(name: str, table: Mapping[str, Callable[..., Any]]) -> ModuleType:
+    """`cuda.bindings.runtime` or `cuda.bindings.driver`; its functions act on the driver that is installed."""
     module = ModuleType(name, "A fake; see fakes.fake_cuda.")
     for function_name, function in table.items():
-        bound = functools.partial(function, cuda)
-        functools.update_wrapper(bound, function)
-        setattr(module, function_name, bound)
+        setattr(module, function_name, _on_current(function))
     is_runtime = table is RUNTIME_API
     for handle_name in _RUNTIME_HANDLES if is_runtime else _DRIVER_HANDLES:
         setattr(module, handle_name, HANDLES[handle_name])
@@ -267,3 +266,11 @@ def make_module(name: str, table: Mapping[str, Callable[..., Any]], cuda: FakeCu
     for constant, value in cuda_enums.CONSTANTS.items() if is_runtime else ():
         setattr(module, constant, value)
     return module
+
+
+def _on_current(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        return function(current(), *args, **options)
+
+    return call

@@ -7,10 +7,9 @@ Weights are counted as device memory from deserialization until the engine is co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from fakes.fake_context import IExecutionContext
 from fakes.fake_inspector import EngineInspector
@@ -35,7 +34,7 @@ def scratch_bytes(plan: Plan, shape_of: Callable[[TensorInfo], tuple[int, ...]])
     total = 0
     for item in plan.tensors:
         itemsize = flag("DataType", item.dtype).itemsize
-        total += int(np.prod(shape_of(item), dtype=np.int64) * itemsize)
+        total += int(math.prod(shape_of(item)) * itemsize)
     return -(-4 * total // SCRATCH_UNIT) * SCRATCH_UNIT
 
 

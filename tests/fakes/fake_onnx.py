@@ -6,6 +6,7 @@ Running is real: ONNX Runtime on the CPU, without the optimizers that miscompute
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,7 +91,7 @@ def weight_bytes(model: onnx.ModelProto) -> dict[str, int]:
         size = {"INT4": 0.5, "FP4": 0.5, "HALF": 2, "BF16": 2, "INT64": 8}.get(
             name, 1 if name in ("INT8", "UINT8", "BOOL", "FP8") else 4
         )
-        found[item.name] = int(np.ceil(int(np.prod(list(item.dims), dtype=np.int64)) * size))
+        found[item.name] = math.ceil(math.prod(item.dims) * size)
     return found
 
 
@@ -173,7 +174,7 @@ def strip(model: onnx.ModelProto) -> tuple[bytes, tuple[str, ...]]:
     stripped.CopyFrom(model)
     names = []
     for item in stripped.graph.initializer:
-        if item.data_type != TensorProto.INT64 and np.prod(list(item.dims), dtype=np.int64) > 64:
+        if item.data_type != TensorProto.INT64 and math.prod(item.dims) > 64:
             names.append(item.name)
             for data in ("raw_data", "float_data", "int32_data"):
                 item.ClearField(data)

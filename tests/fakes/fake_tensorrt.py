@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fakes import fake_builder, fake_context, fake_engine, fake_inspector, fake_network, fake_refit, fake_trt_base
-from fakes.fake_trt_base import Installation, enums
+from fakes.fake_trt_base import api_version, enums_of
 
 _SHARED = {
     fake_trt_base: ("Dims", "IHostMemory", "ILogger", "Logger", "IProfiler", "IProgressMonitor", "IStreamReaderV2"),
@@ -30,30 +30,29 @@ _SHORT_NAMES = {
 }  # fmt: skip
 
 
-def make_module(name: str, item: Installation) -> ModuleType:
+def make_module(name: str, version: str, *, lean: bool) -> ModuleType:
     """The module; its classes act on the fake that is installed when they are used."""
     module: Any = ModuleType(name, "A fake; see fakes.")
-    module.__version__ = item.version
+    module.__version__ = version
     module.__path__ = []
-    for source, names in (_SHARED if item.lean else _SHARED | _merge(_FULL_ONLY)).items():
+    real = fake_trt_base.read_api(api_version(version))["classes"]
+    for source, names in (_SHARED if lean else _SHARED | _merge(_FULL_ONLY)).items():
         for class_name in names:
-            item.classes[class_name] = _as_in(item.version, getattr(source, class_name))
-            setattr(module, class_name, item.classes[class_name])
-    if not item.lean:
+            setattr(module, class_name, _with_members_of(real[class_name], getattr(source, class_name)))
+    if not lean:
         module.init_libnvinfer_plugins = lambda logger, namespace: True
         module.get_nv_onnx_parser_version = lambda: 110400
-    for enum_name, enum in enums().items():
-        if not (item.lean and enum_name in _FULL_ONLY_ENUMS):
+    for enum_name, enum in enums_of(version).items():
+        if not (lean and enum_name in _FULL_ONLY_ENUMS):
             setattr(module, enum_name, enum)
     for short, member in _SHORT_NAMES.items():
-        setattr(module, short, enums()["DataType"][member])
+        setattr(module, short, enums_of(version)["DataType"][member])
     module.nptype, module.volume = nptype, volume
     return module
 
 
-def _as_in(version: str, cls: type) -> type:
-    """The class without the members that this version does not have yet."""
-    real = fake_trt_base.read_api(fake_trt_base.api_version(version))["classes"][cls.__name__]
+def _with_members_of(real: dict[str, Any], cls: type) -> type:
+    """The class without the members that the real one of this version does not have yet."""
     newer = {name for name in vars(cls) if not name.startswith(("_", "fake_")) and name not in real}
     if not newer:
         return cls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -124,11 +125,13 @@ ITEM_SIZES = {
 }  # fmt: skip
 
 
+@functools.cache
 def read_api(version: str, *, lean: bool = False) -> dict[str, Any]:
     """The real API of one of the versions in `api/` (see `read_api`)."""
     return json.loads((API / f"tensorrt{'_lean' if lean else ''}-{version}.json").read_text())
 
 
+@functools.cache
 def api_version(version: str) -> str:
     """The version in `api/` that stands for `version`: itself, or else the newest of the same major version."""
     if (API / f"tensorrt-{version}.json").exists():
@@ -136,29 +139,27 @@ def api_version(version: str) -> str:
     return "10.16.1.11" if version.startswith("10.") else "11.4.0.106"
 
 
-def make_enums(version: str) -> dict[str, type[TensorRtEnum]]:
-    """Every enumeration of a version, with its real values."""
-    description = read_api(api_version(version))
+@functools.cache  # so that members compare by identity
+def _enums(described: str) -> dict[str, type[TensorRtEnum]]:
     return {
         name: (DataTypeEnum if name == "DataType" else TensorRtEnum)(name, members)
-        for name, members in description["enums"].items()
+        for name, members in read_api(described)["enums"].items()
     }
+
+
+def enums_of(version: str) -> dict[str, type[TensorRtEnum]]:
+    """Every enumeration of a version, with its real values."""
+    return _enums(api_version(version))
+
+
+def enums() -> dict[str, type[TensorRtEnum]]:
+    """The enumerations of the installed version."""
+    return enums_of(installation().version)
 
 
 def flag(name: str, member: str) -> Any:
     """A member of an enumeration of the installed fake, for example flag("BuilderFlag", "REFIT")."""
     return getattr(enums()[name], member)
-
-
-_enums: dict[str, dict[str, type[TensorRtEnum]]] = {}
-
-
-def enums() -> dict[str, type[TensorRtEnum]]:
-    """The enumerations of the installed version; one set per version, so that members compare by identity."""
-    version = api_version(installation().version)
-    if version not in _enums:
-        _enums[version] = make_enums(version)
-    return _enums[version]
 
 
 class Severity(TensorRtEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from fakes.fake_runtime_api import RUNTIME_API
 from fakes.fake_tensorrt import make_module as make_tensorrt
 from fakes.fake_trt_base import Installation
 
-# Modules that keep what they imported; they are taken out for the test, so that each side imports its own.
+# Modules that keep what they imported: there is one set of them beside the real packages, and one beside the fakes of each
+# version, which later tests of that version get again.
 CACHING = (
     "engines.backends.cuda",
     "engines.backends.onnxruntime.host",
@@ -30,6 +32,13 @@ CACHING = (
     "polygraphy",  # whole: its registries refuse a second registration
 )
 FAKED = ("tensorrt", "tensorrt_lean", "tensorrt_bindings", "tensorrt_lean_bindings", "cuda")
+MESSAGES = "engines.backends.tensorrt.messages"
+
+Side = tuple[str, bool] | None
+"""Beside what modules were imported: the fakes of a version, full or lean; None: whatever is really installed."""
+
+_kept: dict[Side, dict[str, ModuleType]] = {}
+_side: list[Side] = [None]
 
 
 @dataclass(frozen=True)
@@ -74,58 +83,81 @@ def install(
     settings = Installation(cuda, version, lean)
     set_current(cuda)
     fake_trt_base.set_installation(settings)
-    tensorrt_name = "tensorrt_lean" if lean else "tensorrt"
-    tensorrt = make_tensorrt(tensorrt_name, settings)
-    bindings = ModuleType("cuda.bindings")
-    runtime = make_module("cuda.bindings.runtime", RUNTIME_API, cuda)
-    driver = make_module("cuda.bindings.driver", DRIVER_API, cuda)
-    package: Any = ModuleType("cuda")
-    package.bindings, bindings.runtime, bindings.driver = bindings, runtime, driver  # type: ignore[attr-defined]
-    package.__path__, bindings.__path__ = [], []  # type: ignore[attr-defined]
-    modules = {tensorrt_name: tensorrt, "cuda": package, "cuda.bindings": bindings}
-    modules |= {"cuda.bindings.runtime": runtime, "cuda.bindings.driver": driver}
-    for module_name, module in modules.items():
-        is_package = hasattr(module, "__path__")
-        module.__spec__ = importlib.machinery.ModuleSpec(module_name, None, is_package=is_package)
-    other = "tensorrt" if lean else "tensorrt_lean"
-    _replace(monkeypatch, modules, absent=other)
+    faked = _faked_modules(version, lean)
+    tensorrt = faked["tensorrt_lean" if lean else "tensorrt"]
+    settings.classes = {key: item for key, item in vars(tensorrt).items() if isinstance(item, type)}
+    monkeypatch.setitem(_Restore(), "side", (version, lean))
+    for module_name in [name for name in sys.modules if name.split(".")[0] in FAKED]:
+        monkeypatch.delitem(sys.modules, module_name)
+    for module_name, module in faked.items():
+        monkeypatch.setitem(sys.modules, module_name, module)
+    # importing the other one raises ModuleNotFoundError
+    monkeypatch.setitem(sys.modules, "tensorrt" if lean else "tensorrt_lean", None)
     return Fakes(cuda, tensorrt, settings)
 
 
-class _Restore(dict[str, Any]):
-    """monkeypatch removes what it set in here when the test ends, and that puts the caching modules back."""
+@functools.cache
+def _faked_modules(version: str, lean: bool) -> dict[str, ModuleType]:
+    """Name -> module; they act on the driver and the TensorRT that are installed when they are used."""
+    tensorrt_name = "tensorrt_lean" if lean else "tensorrt"
+    bindings = ModuleType("cuda.bindings")
+    runtime = make_module("cuda.bindings.runtime", RUNTIME_API)
+    driver = make_module("cuda.bindings.driver", DRIVER_API)
+    package: Any = ModuleType("cuda")
+    package.bindings, bindings.runtime, bindings.driver = bindings, runtime, driver  # type: ignore[attr-defined]
+    package.__path__, bindings.__path__ = [], []  # type: ignore[attr-defined]
+    modules = {tensorrt_name: make_tensorrt(tensorrt_name, version, lean=lean), "cuda": package}
+    modules |= {"cuda.bindings": bindings, "cuda.bindings.runtime": runtime, "cuda.bindings.driver": driver}
+    for name, module in modules.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=hasattr(module, "__path__"))
+    return modules
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._before = drop_cached()
+
+class _Restore(dict[str, Any]):
+    """monkeypatch removes what it set in here when the test ends, and that goes back to the side it came from."""
+
+    def __setitem__(self, key: str, side: Side) -> None:
+        super().__setitem__(key, side)
+        self._before = _side[0]
+        _go_to(side)
+        _begin_anew(_kept.get(side, {}))
 
     def __delitem__(self, key: str) -> None:
         super().__delitem__(key)
-        drop_cached()
-        for name, module in self._before.items():
-            sys.modules[name] = module
-            parent, _, child = name.rpartition(".")
+        _go_to(self._before)
+        if self._before is None:
+            set_current(None)
+            fake_trt_base.set_installation(None)
+
+
+def _go_to(side: Side) -> None:
+    """Keeps the caching modules there are, and puts those of `side` in their place."""
+    _kept[_side[0]] = drop_cached()
+    _side[0] = side
+    for name, module in _kept.get(side, {}).items():
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
             setattr(sys.modules[parent], child, module)
-        set_current(None)
-        fake_trt_base.set_installation(None)
 
 
-def _replace(monkeypatch: Any, modules: dict[str, ModuleType], *, absent: str) -> None:
-    monkeypatch.setitem(_Restore(), "installed", True)
-    for name in [name for name in sys.modules if name.split(".")[0] in FAKED]:
-        monkeypatch.delitem(sys.modules, name)
+def _begin_anew(modules: dict[str, ModuleType]) -> None:
+    """Forgets what our modules remember of an earlier installation."""
     for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, absent, None)  # importing it raises ModuleNotFoundError
+        for item in vars(module).values() if name.startswith(("engines.", "tmpdiff_export.")) else ():
+            if hasattr(item, "cache_clear"):
+                item.cache_clear()
+    if MESSAGES in modules:
+        modules[MESSAGES].LOG.clear()
 
 
 def drop_cached() -> dict[str, ModuleType]:
     """Forgets the modules that keep what they imported of the faked packages; returns them, parents first."""
     dropped = {}
-    for name in sorted(sys.modules):
-        if any(name == item or name.startswith(f"{item}.") for item in CACHING):
-            dropped[name] = sys.modules.pop(name)
-            parent, _, child = name.rpartition(".")
-            if hasattr(sys.modules.get(parent), child):
-                delattr(sys.modules[parent], child)
+    below = tuple(f"{item}." for item in CACHING)
+    for name in sorted(name for name in sys.modules if name in CACHING or name.startswith(below)):
+        dropped[name] = sys.modules.pop(name)
+        parent, _, child = name.rpartition(".")
+        if hasattr(sys.modules.get(parent), child):
+            delattr(sys.modules[parent], child)
     return dropped

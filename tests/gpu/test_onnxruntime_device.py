@@ -216,12 +216,13 @@ def made(target: Any, folder: Path, name: str) -> tuple[EngineEntry, Path]:
     """The engine of a precision as `target` makes it."""
     import torch
 
-    from tmpdiff_export.bundling.engine import with_larger_batch
+    from tmpdiff_export.bundling.exported import with_larger_batch
     from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
     from tmpdiff_export.onnx_graphs.qdq import insert_qdq
     from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
     from tmpdiff_export.quantization.recipes import RECIPES
-    from tmpdiff_export.targets.target import AccuracyCheck, EngineJob
+    from tmpdiff_export.targets.accuracy import AccuracyCheck
+    from tmpdiff_export.targets.target import EngineJob
 
     module, precision = denoiser(), Precision(name)
     recipe = RECIPES[precision]

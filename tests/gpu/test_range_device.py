@@ -27,7 +27,7 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
 
     from engines.precision import Precision
     from tmpdiff_export.demo import pipeline_folder
-    from tmpdiff_export.pipelines.families import DENOISER
+    from tmpdiff_export.pipelines.families.family import DENOISER
     from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
     from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
     from tmpdiff_export.quantization.recipes import RECIPES

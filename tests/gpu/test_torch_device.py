@@ -152,7 +152,8 @@ def test_fp8_attention_is_that_of_the_reference(batch: int, tokens: int, heads: 
     import torch
     from torch.nn import functional as F
 
-    from tmpdiff_export.targets.torch.attention import AttentionRange, attend_fp8
+    from tmpdiff_export.quantization.codes import AttentionRange
+    from tmpdiff_export.targets.torch.attention import attend_fp8
 
     generator = torch.Generator("cuda").manual_seed(tokens)
     shape = (batch, heads, tokens, size)

@@ -1,13 +1,15 @@
-"""How tests call `tmpdiff-runtime run`, and what they expect of its errors."""
+"""How tests call `tmpdiff-runtime run`, what they expect of its errors, and bundles whose manifest was changed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engines.bundle import MANIFEST_NAME
 from engines.cli import PROGRAM
+from engines.manifest import manifest_identity
 
 PROMPT = "a large red circle on the left"
 
@@ -27,6 +29,21 @@ def assert_one_error_line(err: str, expected: str) -> None:
 def manifest_data(bundle: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((bundle / MANIFEST_NAME).read_text())
     return data
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Puts a new file in place of one that may be a hard link."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def rewrite_manifest(bundle: Path, change: Callable[[dict[str, Any]], object], *, sign: bool = True) -> None:
+    """Changes the manifest; with `sign` its identity is made to fit, as a forger would."""
+    data = manifest_data(bundle)
+    change(data)
+    if sign:
+        data["bundle_id"] = manifest_identity(data)
+    replace(bundle / MANIFEST_NAME, json.dumps(data).encode())
 
 
 def entries_of(data: Any) -> list[dict[str, Any]]:

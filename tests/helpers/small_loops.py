@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ from helpers.small_plans import CHANNELS, SIDE, TOKENS, WIDTH
 
 from engines.loop import Loop
 from engines.sampler import SamplerTable
+
+Opened = Callable[..., Any]
+"""Opens a host with the small denoisers in it; its arguments are those of the `opened` of the backend's folder."""
 
 
 def loop_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from engines.manifest import EngineEntry, FileEntry, PlanEntry, TensorSpec
 from engines.sampler import SamplerRow, SamplerTable
 
 CHANNELS, SIDE, TOKENS, WIDTH = 3, 4, 5, 6
+SEEDS = {"fp16": 0, "fp8": 1, "int8": 2, "int4": 3}
+"""Which small denoiser each precision is."""
 KINDS = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 
@@ -29,6 +33,7 @@ class SmallModel:
     outputs: tuple[TensorSpec, ...]
 
 
+@functools.cache
 def denoiser(seed: int, dtype: str = "float16", *, weights: int = 64) -> SmallModel:
     """model_output = tanh(latents * w + mean(hidden_states) + timestep / 1000), in `dtype`; `weights` pads its size."""
     random = np.random.default_rng(seed)
@@ -70,6 +75,16 @@ def embedder() -> SmallModel:
     return _small("embedder", nodes, inputs, outputs, {"table": table})
 
 
+def inputs(batch: int = 2) -> dict[str, np.ndarray]:
+    """For one call of a small denoiser."""
+    random = np.random.default_rng(3)
+    return {
+        "latents": random.standard_normal((batch, CHANNELS, SIDE, SIDE)).astype(np.float32),
+        "timestep": np.full(batch, 500, np.float32),
+        "hidden_states": random.standard_normal((batch, TOKENS, WIDTH)).astype(np.float32),
+    }
+
+
 def entry(
     fakes: Fakes,
     small: SmallModel,
@@ -81,27 +96,16 @@ def entry(
     **changed: Any,
 ) -> tuple[EngineEntry, Path]:
     """Builds a plan; its manifest entry (fields of the plan's can be changed) and its file."""
-    trt = fakes.tensorrt
-    log = trt.Logger()
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    assert trt.OnnxParser(network, log).parse(small.model.SerializeToString())
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     shapes = {
         spec.name: tuple(tuple(size if axis == "batch" else axis for axis in spec.shape) for size in batch)
         for spec in small.inputs
     }
-    for input_name, ranges in shapes.items():
-        profile.set_shape(input_name, *ranges)
-    config.add_optimization_profile(profile)
-    for flag in flags:
-        config.set_flag(getattr(trt.BuilderFlag, flag))
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    data = bytes(builder.build_serialized_network(network, config))
+    major, minor = fakes.cuda.compute_capability
+    machine = (fakes.tensorrt.__version__, fakes.cuda.name, major, minor)
+    data = _plan(machine, small.model.SerializeToString(), tuple(shapes.items()), tuple(flags))
     path = folder / f"{name}.plan"
     path.write_bytes(data)
     file = FileEntry(path=path.name, sha256=sha256_bytes(data), bytes=len(data))
-    major, minor = fakes.cuda.compute_capability
     plan = {
         "version_compatible": "VERSION_COMPATIBLE" in flags,
         "hardware_compatibility": "none",
@@ -116,7 +120,7 @@ def entry(
         EngineEntry(
             file=file,
             backend="tensorrt",
-            backend_version=trt.__version__,
+            backend_version=fakes.tensorrt.__version__,
             device=f"sm{major}{minor} {fakes.cuda.name}",
             lowering={},
             onnx_sha256="0" * 64,
@@ -129,6 +133,24 @@ def entry(
         ),
         path,
     )
+
+
+@functools.cache
+def _plan(machine: tuple[Any, ...], model: bytes, shapes: tuple[tuple[str, Any], ...], flags: tuple[str, ...]) -> bytes:
+    """What the fakes that are installed, which are those of `machine`, build of a model."""
+    trt: Any = sys.modules["tensorrt"]
+    log = trt.Logger()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, log).parse(model)
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    for input_name, ranges in shapes:
+        profile.set_shape(input_name, *ranges)
+    config.add_optimization_profile(profile)
+    for flag in flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    return bytes(builder.build_serialized_network(network, config))
 
 
 def table(steps: int, reach: int, *, past_samples: bool = False, seed: int = 0) -> SamplerTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -30,6 +31,24 @@ warn_return_any = false
 follow_imports = silent
 [mypy-tensorrt_lean.*,polygraphy.*,cuda.*]
 ignore_missing_imports = true
+"""
+
+# Runs what it is given line by line, [code, arguments], and answers [what it printed, traceback or null]. What libraries
+# write to the standard output by themselves goes to the standard error.
+_SERVE = """
+import contextlib, io, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    code, arguments = json.loads(line)
+    sys.argv[1:] = arguments
+    failed, printed = None, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            failed = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), failed]), file=answers, flush=True)
 """
 
 _MISSING = """
@@ -82,18 +101,38 @@ class Bindings:
         """Folder of the type stubs, which are of a module `tensorrt`, for lean bindings too."""
         return self.folder / self.name / "typing"
 
-    def python(self, code: str, *arguments: str) -> str:
-        """Runs code where these bindings are installed and no GPU is seen; returns what it printed."""
-        environment = os.environ | {
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a process where these bindings are installed and no GPU is seen."""
+        return os.environ | {
             "LD_LIBRARY_PATH": str(self.folder / "stubs"),
             "PYTHONPATH": f"{self.folder / self.name}{os.pathsep}{ROOT}",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=120
+
+    @functools.cached_property
+    def _server(self) -> subprocess.Popen[str]:
+        """One process for all questions, so that the bindings are loaded once; it ends with this one."""
+        words = [sys.executable, "-c", _SERVE]
+        return subprocess.Popen(
+            words, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        assert done.returncode == 0, f"{self.name}: exit status {done.returncode}\n{done.stderr}"
-        return done.stdout
+
+    def python(self, code: str, *arguments: str) -> str:
+        """Runs code where these bindings are installed; returns what it printed."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps([code, arguments]), file=self._server.stdin, flush=True)
+        answer = self._server.stdout.readline()
+        assert answer, f"{self.name}: the process died with exit status {self._server.wait()}"
+        printed, failed = json.loads(answer)
+        assert failed is None, f"{self.name}: {failed}"
+        return str(printed)
+
+    def close(self) -> None:
+        """Ends the process that answered."""
+        if "_server" in self.__dict__:
+            self._server.communicate()
 
     def missing(self, chains: set[str]) -> list[str]:
         """Those of "X.Y" that the module does not have."""
@@ -107,7 +146,7 @@ class Bindings:
 
     def configuration(self, options: dict[str, Any]) -> list[tuple[str, list[str]]]:
         """What the builder configuration is told for these `PlanOptions`; see tensorrt_strict.py."""
-        code = (ROOT / "tests" / "tensorrt_strict.py").read_text()
+        code = (ROOT / "tests" / "helpers" / "tensorrt_strict.py").read_text()
         noted: list[tuple[str, list[str]]] = json.loads(self.python(code, json.dumps(options)).splitlines()[-1])
         return noted
 
@@ -120,6 +159,7 @@ class Bindings:
         assert done.returncode in (0, 1), f"{done.stdout}{done.stderr}"
         return [line for line in done.stdout.splitlines() if ": note: " not in line]
 
+    @functools.cached_property
     def api(self) -> dict[str, dict[str, Any]]:
         """For each class (nested ones as "A.B"), its members: a list of overloads, "property", "read-only" or "value".
 

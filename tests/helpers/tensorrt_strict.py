@@ -1,6 +1,6 @@
 """Makes a builder configuration with real bindings and Polygraphy, on stand-ins for the objects that need a GPU.
 
-Run by test_tensorrt_conformance.py with the builder options as JSON; prints what was called and set on the
+Run by test_conformance.py with the builder options as JSON; prints what was called and set on the
 configuration as JSON: [[name, [argument, ...]], ...], an enumeration member as "EnumName.MEMBER", all its names joined
 by "=".
 """

@@ -6,9 +6,8 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 import torch
@@ -16,25 +15,33 @@ import torch
 from engines.errors import BuildError
 from engines.manifest import EngineEntry
 from engines.precision import REFERENCE, Precision
+from tmpdiff_export.bundling.exported import ExportedModel
 from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.onnx_graphs.export import save_checked
 from tmpdiff_export.onnx_graphs.qdq import insert_qdq
-from tmpdiff_export.quantization.codes import QuantizedLayer, quantize_layer
+from tmpdiff_export.pipelines.families.family import DENOISER
+from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer, quantize_layer
 from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
 from tmpdiff_export.quantization.recipes import RECIPES, Variant
-from tmpdiff_export.targets.target import AccuracyCheck, EngineJob, Start
-
-if TYPE_CHECKING:  # it registers an operator with torch, which other backends do not need
-    from tmpdiff_export.targets.torch.attention import AttentionRange
+from tmpdiff_export.targets.target import EngineJob, Start
 
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
 COMPONENT_FLOOR_DB = 40.0
 
 
-def with_larger_batch(batches: Sequence[Batch]) -> list[Batch]:
-    """`batches` and one of twice the size: a batch size baked into a graph shows there."""
-    first, last = batches[0], batches[-1]
-    return [*batches, tuple(torch.cat(pair) for pair in zip(first, last, strict=True))]
+@dataclass(frozen=True, eq=False)
+class Workplace:
+    """Where the engines of a build are made.
+
+    Attributes:
+        start: begins an engine of the backend.
+        bundle: bundle folder in the making; engines go to `engines/` in it.
+        scratch: folder on the same file system; `onnx/<name>.onnx` in it receives the strongly typed graphs.
+    """
+
+    start: Start
+    bundle: Path
+    scratch: Path
 
 
 @dataclass(frozen=True)
@@ -84,76 +91,59 @@ class _Trial:
     folder: Path
 
 
-def start_denoiser(
-    start: Start,
-    module: torch.nn.Module,
-    prefix: str,
-    base: onnx.ModelProto,
-    precision: Precision,
-    range_batches: Sequence[Batch],
-    check: AccuracyCheck,
-    bundle: Path,
-    scratch: Path,
-    *,
-    batch_per_picture: int,
-    float32_inputs: frozenset[str],
-    weights_of: BuiltEngine | None = None,
-    keep_layers: bool = False,
-    attention: Mapping[str, AttentionRange] | None = None,
-    range_device: str = CPU,
-) -> StartedEngine:
-    """Starts the engine of one precision; of several recipe variants the one with the best SQNR is kept.
+@dataclass(frozen=True, eq=False)
+class DenoiserJob:
+    """The denoiser at one precision.
 
-    Args:
-        start: begins an engine of the backend.
-        module: float32 export wrapper.
-        prefix: attribute of the wrapper that holds the denoiser.
-        base: its FP16 graph.
+    Attributes:
         precision: what to build.
         range_batches: inputs for range calibration.
-        check: inputs for the comparison with torch.
-        bundle: bundle folder in the making; the engine goes to `engines/` in it.
-        scratch: folder on the same file system; `onnx/<precision>.onnx` in it receives the strongly typed graph.
-        batch_per_picture: see `EngineJob`.
-        float32_inputs: see `EngineJob`.
+        range_device: where that runs, "cpu" or "cuda".
         weights_of: for the reference only: the engine whose stored weights it is made of. Its floor is then that
             engine's.
         keep_layers: keep the quantized layers, for a `weights_of`; they are as large as the weights.
         attention: see `EngineJob`.
-        range_device: where range calibration runs, "cpu" or "cuda".
+    """
+
+    precision: Precision
+    range_batches: Sequence[Batch]
+    range_device: str = CPU
+    weights_of: BuiltEngine | None = None
+    keep_layers: bool = False
+    attention: Mapping[str, AttentionRange] = field(default_factory=dict)
+
+
+def start_denoiser(place: Workplace, model: ExportedModel, asked: DenoiserJob) -> StartedEngine:
+    """Starts the engine of one precision; of several recipe variants the one with the best SQNR is kept.
 
     Raises:
         BuildError: the graph is not valid.
     """
+    precision, weights_of = asked.precision, asked.weights_of
     recipe = RECIPES[precision]
     trials: list[_Trial] = []
     for variant in recipe.variants or (None,):
         name = "none" if variant is None else variant.name
-        layers = {} if variant is None else _quantized(module, prefix, precision, variant, range_batches, range_device)
-        graph = insert_qdq(base, layers, recipe) if layers else base
-        trial = scratch / f"{precision.value}-{name}"
-        onnx_file = trial / "onnx" / f"{precision.value}.onnx"
-        onnx_file.parent.mkdir(parents=True)
-        save_checked(graph, onnx_file)
-        quantized = None if variant is None else precision
-        floor = recipe.sqnr_floor_db if weights_of is None else weights_of.entry.sqnr_floor_db
+        layers = {} if variant is None else _quantized(model.module, asked, variant)
+        graph = insert_qdq(model.graph, layers, recipe) if layers else model.graph
+        trial = place.scratch / f"{precision.value}-{name}"
         job = EngineJob(
-            precision.value,
-            graph,
-            onnx_file,
-            name,
-            quantized,
-            check,
-            floor,
-            batch_per_picture,
-            module,
-            layers if weights_of is None else weights_of.layers,
-            half=True,
-            float32_inputs=float32_inputs,
+            name=precision.value,
+            graph=graph,
+            onnx_file=_checked(graph, trial, precision.value),
+            recipe=name,
+            quantized=None if variant is None else precision,
+            check=model.check,
+            floor_db=recipe.sqnr_floor_db if weights_of is None else weights_of.entry.sqnr_floor_db,
+            batch_per_picture=model.batch_per_picture,
+            module=model.module,
+            layers=layers if weights_of is None else weights_of.layers,
+            half=model.half,
+            float32_inputs=model.float32_inputs,
             weights_of=None if weights_of is None else weights_of.entry,
-            attention=attention or {},
+            attention=asked.attention,
         )
-        trials.append(_Trial(start(job, trial), layers if keep_layers else {}, trial))
+        trials.append(_Trial(place.start(job, trial), layers if asked.keep_layers else {}, trial))
 
     def finish() -> BuiltEngine:
         best = max(trials, key=lambda trial: trial.entry.result().sqnr_db)  # the first of equals
@@ -162,36 +152,33 @@ def start_denoiser(
                 shutil.rmtree(trial.folder)
         entry = best.entry.result()
         require_floor(precision.value, entry)
-        _move_files(best.folder / "onnx", scratch / "onnx")
-        _move_files(best.folder / "engines", bundle / "engines")
+        _move_files(best.folder / "onnx", place.scratch / "onnx")
+        _move_files(best.folder / "engines", place.bundle / "engines")
         return BuiltEngine(entry, best.layers)
 
     return StartedEngine(tuple(trial.entry for trial in trials), finish)
 
 
-def start_component(
-    start: Start,
-    module: torch.nn.Module,
-    graph: onnx.ModelProto,
-    name: str,
-    check: AccuracyCheck,
-    bundle: Path,
-    scratch: Path,
-    *,
-    batch_per_picture: int,
-) -> StartedEngine:
-    """Starts the text encoder or the VAE decoder, from FP16 weights; arguments as for `start_denoiser`.
+def start_component(place: Workplace, model: ExportedModel, name: str) -> StartedEngine:
+    """Starts the text encoder or the VAE decoder, from FP16 weights.
 
     Raises:
         BuildError: the graph is not valid.
     """
-    onnx_file = scratch / "onnx" / f"{name}.onnx"
-    onnx_file.parent.mkdir(parents=True, exist_ok=True)
-    save_checked(graph, onnx_file)
     job = EngineJob(
-        name, graph, onnx_file, "none", None, check, COMPONENT_FLOOR_DB, batch_per_picture, module, {}, half=False
+        name=name,
+        graph=model.graph,
+        onnx_file=_checked(model.graph, place.scratch, name),
+        recipe="none",
+        quantized=None,
+        check=model.check,
+        floor_db=COMPONENT_FLOOR_DB,
+        batch_per_picture=model.batch_per_picture,
+        module=model.module,
+        layers={},
+        half=model.half,
     )
-    made = start(job, bundle)
+    made = place.start(job, place.bundle)
 
     def finish() -> BuiltEngine:
         require_floor(name, made.result())
@@ -219,18 +206,19 @@ def require_floor(name: str, entry: EngineEntry) -> None:
         )
 
 
-def _quantized(
-    module: torch.nn.Module,
-    prefix: str,
-    precision: Precision,
-    variant: Variant,
-    batches: Sequence[Batch],
-    device: str,
-) -> dict[str, QuantizedLayer]:
-    recipe = RECIPES[precision]
-    names = quantizable_layers(module, prefix, recipe)
-    ranges = calibrate_ranges(module, names, recipe, variant, batches, device)
-    return {name: quantize_layer(found, precision, recipe.block_size) for name, found in ranges.items()}
+def _checked(graph: onnx.ModelProto, folder: Path, name: str) -> Path:
+    """Writes `onnx/<name>.onnx` in a folder."""
+    path = folder / "onnx" / f"{name}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checked(graph, path)
+    return path
+
+
+def _quantized(module: torch.nn.Module, asked: DenoiserJob, variant: Variant) -> dict[str, QuantizedLayer]:
+    recipe = RECIPES[asked.precision]
+    names = quantizable_layers(module, DENOISER, recipe)
+    ranges = calibrate_ranges(module, names, recipe, variant, asked.range_batches, asked.range_device)
+    return {name: quantize_layer(found, asked.precision, recipe.block_size) for name, found in ranges.items()}
 
 
 def _move_files(source: Path, target: Path) -> None:

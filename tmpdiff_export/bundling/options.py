@@ -10,8 +10,9 @@ from engines.bundle import MANIFEST_NAME
 from engines.errors import BuildError, TmpDiffError
 from engines.precision import Precision
 from tmpdiff_export.devices import CPU, require_device
-from tmpdiff_export.targets.choose import require_buildable_by, require_fp8_attention, require_shareable
+from tmpdiff_export.targets.choose import require_own_settings
 from tmpdiff_export.targets.tensorrt.settings import PlanSettings
+from tmpdiff_export.targets.torch.settings import PackageSettings
 
 # As many as schedulers are trained on; a table of more would only be slow to make.
 MAX_STEPS = 1000
@@ -34,14 +35,12 @@ class BuildOptions:
         force: replace an existing bundle.
         plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
             packages have too.
-        share_weights: for torch packages: the quantized precision whose stored weights the reference is made of as well, so
-            that both need one copy; None for weights of its own.
+        share_weights: for torch packages; see `PackageSettings`.
         device: "cuda" or "cpu", what engines of the torch and onnxruntime backends are for; None for the GPU with torch, for
             the CPU with ONNX Runtime, and for other backends.
-        workers: processes that compile torch packages side by side; with 1, and for other backends, it is done in this
-            process. The script that asks for more has to start its work under `if __name__ == "__main__"`: workers
-            import it.
-        fp8_attention: for torch packages: the quantized precisions whose attention is in FP8 as well.
+        workers: for torch packages; see `PackageSettings`. The script that asks for more than one has to start its work under
+            `if __name__ == "__main__"`: workers import it.
+        fp8_attention: for torch packages; see `PackageSettings`.
         range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are checked
             against, whatever the backend.
     """
@@ -63,6 +62,15 @@ class BuildOptions:
     fp8_attention: tuple[Precision, ...] = ()
     range_device: str = CPU
 
+    @property
+    def packages(self) -> PackageSettings:
+        """The settings of torch packages.
+
+        Raises:
+            BackendError: fewer than 1 worker.
+        """
+        return PackageSettings(self.share_weights, self.fp8_attention, self.workers)
+
 
 def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
     """Refuses before the work what could not be built, or not be written after it.
@@ -74,7 +82,7 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
 
     Raises:
         BuildError: too few prompts, or a number of steps out of range.
-        BackendError: the backend cannot share weights, use workers, or have FP8 attention as asked, or there is no such device.
+        BackendError: settings of another backend, or of an engine that is not built; or there is no such device.
         TmpDiffError: a folder stands where none should be replaced.
     """
     if len(options.prompts) < 2:
@@ -83,9 +91,9 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
         )
     if not 1 <= options.num_steps <= MAX_STEPS:
         raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
-    require_shareable(backend, options.share_weights, options.precisions)
-    require_buildable_by(backend, options.workers)
-    require_fp8_attention(backend, options.fp8_attention, options.precisions)
+    packages = options.packages
+    require_own_settings(backend, options.device, packages, options.plans)
+    packages.require_built(options.precisions)
     require_device(options.range_device)
     _check_folders(out, options)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.measure.latency import ROUNDS, interleaved, machine, runs_on_gpu, step_latencies
-from engines.cli import parse_resident_engines, parse_threads
+from engines.arguments import parse_resident_engines, parse_threads
 from engines.errors import TmpDiffError
 from engines.runtime import Conditioning, DenoiseRuntime
 from engines.schedule import Schedule

@@ -16,7 +16,7 @@ from calibration.choose.costs import AllocationCosts
 from calibration.choose.picture_budget import METRICS, QualityBudget
 from calibration.document import TransferRecord
 from calibration.measure.metrics import departed
-from engines.cli import parse_guidance_scale, parse_resident_engines, parse_seed, parse_threads
+from engines.arguments import parse_guidance_scale, parse_resident_engines, parse_seed, parse_threads
 from engines.text import PromptFile, read_prompts
 
 

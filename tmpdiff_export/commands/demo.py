@@ -14,9 +14,10 @@ import numpy as np
 
 from calibration import Sensitivity
 from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET
-from engines.cli import parse_seed, write_pictures
+from engines.arguments import parse_seed
 from engines.files import atomic_write_text
 from engines.manifest import Manifest
+from engines.pictures import write_pictures
 from engines.precision import DEFAULT_PRECISIONS, REFERENCE
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile, read_prompts

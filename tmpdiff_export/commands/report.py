@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engines.cli import parse_prompt
+from engines.arguments import parse_prompt
 
 PICTURES = 2
 

@@ -30,7 +30,7 @@ def insert_qdq(model: onnx.ModelProto, layers: Mapping[str, QuantizedLayer], rec
     All operators are standard ONNX, except for NVFP4's dynamic quantization of activations (`qdq_nvfp4`).
 
     Args:
-        model: as `onnx_export.export_graph` returns it.
+        model: as `export.export_graph` returns it.
         layers: codes and scales per module name; `<name>.weight` must be the weight of a MatMul, Gemm or Conv.
         recipe: gives the opset and the block size.
 

@@ -17,8 +17,8 @@ from engines.errors import BuildError
 from engines.files import sha256_bytes, sha256_file
 from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch, placed
-from tmpdiff_export.pipelines.families import FAMILIES, Family, bind_call, family_of, require_supported
-from tmpdiff_export.pipelines.families.family import Text, max_sequence_length
+from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
+from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The neutral form of a quantized layer: integer, FP8 or FP4 codes and their scales.
 
-Calibrated once, lowered many times: the ONNX Q/DQ graph, the CPU form of it, and (later) torch
-kernels are all made from the same codes and scales, so that they can be compared with each other.
+Calibrated once, lowered many times: the ONNX Q/DQ graph, the CPU form of it, and the torch
+layers are all made from the same codes and scales, so that they can be compared with each other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tmpdiff_export.quantization import nvfp4
 
 # Below this FP16 scales are subnormal and lose their bits.
 SMALLEST_FP16_SCALE = 6.2e-5
+LEAST_ATTENTION_SCALE = 1e-6
 CODE_MAX = {Precision.FP8: 448.0, Precision.INT8: 127.0, Precision.INT4: 7.0}
 
 
@@ -36,6 +37,27 @@ class LayerRange:
     input_amax: float | None
     pre_quant_scale: np.ndarray | None
     shared_weight_amax: float | None = None
+
+
+@dataclass(frozen=True)
+class AttentionRange:
+    """Largest magnitudes (amax) of what an attention layer takes."""
+
+    query: float
+    key: float
+    value: float
+
+    def joined(self, other: AttentionRange) -> AttentionRange:
+        """Of both."""
+        return AttentionRange(max(self.query, other.query), max(self.key, other.key), max(self.value, other.value))
+
+    @property
+    def scales(self) -> tuple[float, float, float]:
+        """Static scales of query, key and value: code times scale is what a code stands for."""
+        query, key, value = (
+            max(amax / CODE_MAX[Precision.FP8], LEAST_ATTENTION_SCALE) for amax in (self.query, self.key, self.value)
+        )
+        return query, key, value
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ RECIPES: dict[Precision, Recipe] = {
     Precision.NVFP4: Recipe(
         Precision.NVFP4,
         opset=23,
-        # For the ranges only: modelopt's own NVFP4 quantizer runs on CUDA tensors alone, and codes come from `scales`.
+        # For the ranges only: modelopt's own NVFP4 quantizer runs on CUDA tensors alone, and codes come from `codes`.
         weight={"num_bits": 8, "axis": 0},
         input={"num_bits": 8, "axis": None},
         # No SmoothQuant: +.5 dB with one set of prompts on the embedded pipeline, -1.1 dB with another.

@@ -1,76 +1,32 @@
-"""The figures of the report as inline SVG, coloured by the page's CSS variables so that light and dark both work."""
+"""The figures of the report, each from the stored documents to SVG."""
 
 from __future__ import annotations
 
-import io
-import math
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.stats import rankdata
 
 from calibration import Sensitivity
+from calibration.choose import baselines
+from calibration.choose.stored import Prediction
 from calibration.document import ValidationRow
 from calibration.scores.bisection import adaptive_bisection
+from tmpdiff_export.report.svg import INK, MUTED, PAPER, SHADES, error_tick, floor_of, log_axis, places, svg_figure
 
-# Light and dark shade per precision: Okabe and Ito's colour-blind safe set, lightened for dark pages.
-SHADES = (
-    ("#0072b2", "#56b4e9"),
-    ("#009e73", "#2fc79a"),
-    ("#d98e00", "#f0b429"),
-    ("#c04a00", "#ff8a50"),
-    ("#aa4499", "#e08fc9"),
-    ("#7a6a00", "#d8ca4a"),
-)
-PLACES = {"fp16": 0, "fp8": 1, "int8": 2, "int4": 3}
-"""A precision has the same colour in every report; names not listed take the places left over."""
-
-# Colours that stand for a CSS variable until the SVG is finished.
-INK, GRID, PAPER, MUTED = "#010203", "#010204", "#010205", "#010206"
 MARKERS = "osD^vP"
 BASELINE_MARKERS = "v^<>Pd"
-WIDTH, HEIGHT = 5.4, 3.9  # inches: at 72 units each, text of 11 units is near its nominal size on a phone
-STYLE = {
-    "axes.edgecolor": INK,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "font.size": 11,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 11,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tmpdiff",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
+DRAWS = 20
+LOOKS = {
+    "first K": ("-", ">"),
+    "last K": ("-", "<"),
+    "both ends": ("--", "^"),
+    "evenly spread": ("--", "v"),
+    "random": (":", "."),
 }
-
-
-def places(precisions: Sequence[str]) -> dict[str, int]:
-    """The index into `SHADES` (and into the CSS variables --p0, --p1, ...) of each precision."""
-    free = [place for place in range(len(SHADES)) if place not in PLACES.values()]
-    others = [name for name in precisions if name not in PLACES]
-    return {
-        name: PLACES[name] if name in PLACES else free[others.index(name) % len(free)]
-        for name in dict.fromkeys(precisions)
-    }
 
 
 def score_curves(found: Sensitivity, direction: str) -> str:
@@ -115,7 +71,7 @@ def score_curves(found: Sensitivity, direction: str) -> str:
             Line2D([], [], color=INK, marker="o", linestyle="none", markerfacecolor=PAPER, label="interpolated"),
         ]
         if risky:
-            handles.append(Line2D([], [], color=INK, linestyle=":", label="risk of another picture"))
+            handles.append(Line2D([], [], color=INK, linestyle=":", label="risk of a departure"))
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return svg[0]
 
@@ -135,7 +91,7 @@ def fit_scatter(found: Sensitivity) -> str:
         axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted E", ylabel="measured E")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(4))
-            axis.set_major_formatter(FuncFormatter(_tick))
+            axis.set_major_formatter(FuncFormatter(error_tick))
         figure.legend(loc="outside lower center", ncols=2)
     return svg[0]
 
@@ -241,61 +197,51 @@ def _row_style(row: ValidationRow, place: dict[str, int], others: Iterator[str])
     return {"marker": next(others), "color": INK, "markerfacecolor": PAPER, "markersize": 8, "zorder": 3}
 
 
-@contextmanager
-def svg_figure(name: str, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes, list[str]]]:
-    """A figure to draw into; its SVG is appended to the list when the block ends. `name` goes before its ids."""
-    svg: list[str] = []
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        yield figure, figure.add_subplot(), svg
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg.append(_inline(buffer.getvalue(), name))
+def ruled_precision(found: Sensitivity) -> str | None:
+    """The low precision that the rules are drawn for: most of the schedule's low steps, or the fastest that is scored."""
+    scored = Prediction(found).precisions[1:]
+    used = [name for name in scored if name in found.schedule]
+    if used:
+        return max(used, key=found.schedule.count)
+    return min(scored, key=found.latencies_ms.__getitem__, default=None)
 
 
-def _inline(text: str, name: str) -> str:
-    """matplotlib's file as an element of a page: no namespaces, fonts or sizes, ids of its own, CSS colours."""
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # its rule would apply to the whole page
-    box = re.search(r'viewBox="[^"]*"', text)
-    if box is None:
-        raise ValueError("matplotlib wrote an SVG without a viewBox")
-    text = f'<svg {box[0]} aria-hidden="true">' + text[text.index(">") + 1 :]
-    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = text.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
-    colours = {INK: "var(--ink)", GRID: "var(--line)", PAPER: "var(--paper)", MUTED: "var(--muted)"}
-    colours |= {light: f"var(--p{index})" for index, (light, _) in enumerate(SHADES)}
-    for colour, variable in colours.items():
-        text = text.replace(colour, variable)
-    return text
+def rule_points(found: Sensitivity, precision: str) -> dict[str, list[tuple[float, float]]]:
+    """(latency, predicted E) of every rule with K = 0..T steps at the reference; random: the mean of 20 draws."""
+    prediction, generator = Prediction(found), np.random.default_rng(0)
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in (*baselines.RULES, "random")}
+    for count in range(found.num_steps + 1):
+        pool = (found.precisions[0],) * count + (precision,) * (found.num_steps - count)
+        schedules = {name: [rule(pool)] for name, rule in baselines.RULES.items()}
+        schedules["random"] = [baselines.shuffled(pool, generator) for _ in range(DRAWS)]
+        for name, drawn in schedules.items():
+            errors = [error for schedule in drawn if (error := prediction.error(schedule)) is not None]
+            latencies = [prediction.latency(schedule) for schedule in drawn]
+            points[name].append((float(np.mean(latencies)), float(np.mean(errors))))
+    return points
 
 
-def floor_of(values: Sequence[float]) -> float:
-    """Lower edge of a logarithmic axis over the positive values, 0 where there are none."""
-    positive = [value for value in values if value > 0]
-    return min(positive) / 2 if positive else 0.0
-
-
-def _tick(value: float, _: int) -> str:
-    """An error on an axis, "1e-3" or "2.5e-4"."""
-    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+00", "") if value else "0"
-
-
-def log_axis(axes: Axes, floor: float, which: str = "y") -> None:
-    """A logarithmic axis from `floor` on, labelled in the form 1e-3."""
-    axis: Axis = axes.yaxis if which == "y" else axes.xaxis
-    if which == "y":
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=floor)
-        top = axes.get_ylim()[1]
-    else:
-        axes.set_xscale("log")
-        axes.set_xlim(left=floor)
-        top = axes.get_xlim()[1]
-    decades = math.log10(top / floor)
-    most = 8 if which == "y" else 5
-    axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=most))
-    axis.set_major_formatter(FuncFormatter(_tick))
-    axis.set_minor_formatter(NullFormatter())
+def rule_curves(found: Sensitivity, precision: str) -> str:
+    """Predicted E over latency: a line per rule, the Pareto front, and the schedule. Errors of 0 are left out."""
+    points = rule_points(found, precision)
+    front = [(point.latency, point.error) for point in found.pareto if point.error > 0]
+    errors = [error for line in points.values() for _, error in line] + [error for _, error in front]
+    floor = floor_of(errors)
+    with svg_figure("rules", height=4.8) as (figure, axes, svg):
+        for name, (line, marker) in LOOKS.items():
+            shown = [point for point in points[name] if point[1] > 0]
+            if shown:
+                axes.plot(
+                    *zip(*shown, strict=True), line, marker=marker, color=INK, markerfacecolor=PAPER,
+                    markersize=5, linewidth=1, label=name,
+                )  # fmt: skip
+        if front:
+            axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=3, label="front, all precisions")
+        if found.predicted_error > 0:
+            axes.plot(found.predicted_latency, found.predicted_error, "*", color=INK, markersize=15, label="schedule")
+        if floor:
+            log_axis(axes, floor)
+        axes.set_xlabel(f"mean step latency / {found.precisions[0]}")
+        axes.set_ylabel("predicted E")
+        figure.legend(loc="outside lower center", ncols=2)
+    return svg[0]

@@ -8,9 +8,10 @@ from html import escape
 from calibration import Sensitivity
 from engines.manifest import Manifest
 from tmpdiff_export.report import sections
-from tmpdiff_export.report.figures import SHADES
 from tmpdiff_export.report.pictures import Row, palette, pictures_section
 from tmpdiff_export.report.search import search
+from tmpdiff_export.report.svg import SHADES
+from tmpdiff_export.report.validation import validation
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fdfdfc;--ink:#1d2329;--muted:#66707a;--line:#d9dde1;--soft:#f1f3f5;
@@ -62,7 +63,7 @@ def page(manifest: Manifest, found: Sensitivity, rows: Sequence[Row] = ()) -> st
     Args:
         manifest: of the bundle that was calibrated.
         found: its sensitivity document.
-        rows: pictures to show, from `report_pictures.draw`.
+        rows: pictures to show, from `pictures.draw`.
     """
     parts = (
         ("what", "What this is", sections.what(manifest, found)),
@@ -72,7 +73,7 @@ def page(manifest: Manifest, found: Sensitivity, rows: Sequence[Row] = ()) -> st
         ("fit", "Predicted against measured error", sections.fit(found)),
         ("pareto", "Error against latency", sections.pareto(found)),
         ("search", "The search around the predicted best", search(found)),
-        ("validation", "Validation: the schedule and the baselines", sections.validation(found)),
+        ("validation", "Validation: the schedule and the baselines", validation(found)),
         ("cost", "What the calibration cost", sections.cost(found)),
         ("pictures", "Pictures", pictures_section(rows, found.precisions[0])),
     )

@@ -7,7 +7,7 @@ from html import escape
 
 from calibration import Sensitivity
 from tmpdiff_export.display import schedule_strip
-from tmpdiff_export.report.figures import places
+from tmpdiff_export.report.svg import places
 
 BY_STEP, ORDER = "by step index", "step indices in order of measuring"
 LEFT = (BY_STEP, ORDER, "use", "steps", "checked steps", "tried because")
@@ -27,6 +27,11 @@ def strip(found: Sensitivity, schedule: Sequence[str], kind: str = "strip") -> s
 def precision_name(found: Sensitivity, precision: str) -> str:
     """A precision behind a dot of its colour."""
     return f'<span class="dot" style="--c:var(--p{places(found.precisions)[precision]})"></span>{escape(precision)}'
+
+
+def error_cell(error: float, form: str) -> str:
+    """An error for a table cell; 0 is exact."""
+    return format(error, form) if error else "0"
 
 
 def table(head: Sequence[str], rows: Sequence[str], label: str) -> str:

@@ -52,8 +52,8 @@ def search(found: Sensitivity) -> str:
         f"{lead}<p>{outcome} {len(record.trials)} schedules ran in {calls:,} denoiser calls, {record.rounds} "
         f"{'race' if record.rounds == 1 else 'races'}.</p>{table(head, rows, 'local search')}"
         '<p class="note">The worse half of a race runs on a part of the prompts only. "Of the first" compares with the '
-        "predicted best on the same prompts: the geometric mean of the ratios of E, by which races are decided. Where prompts "
-        "go to another picture altogether, schedules that spare the first steps run on all prompts, and the mean of E "
+        "predicted best on the same prompts: the geometric mean of the ratios of E, by which races are decided. Where a run "
+        "departs, schedules that spare the first steps run on all prompts, and the mean of E "
         "decides.</p>"
     )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.bundle import Bundle
 from engines.errors import TmpDiffError
-from engines.files import atomic_write_text
+from engines.files import atomic_write_text, reason, require_writable
 from tmpdiff_export.calibrate.bundle import read_calibration
 from tmpdiff_export.display import Report
 from tmpdiff_export.report.page import page
@@ -35,12 +34,7 @@ def write_report(
         TmpDiffError: the bundle is not calibrated or its documents do not belong together, an engine cannot
             run, or `out` cannot be written; nothing was written.
     """
-    if not out.parent.is_dir():
-        raise TmpDiffError(f"output folder {out.parent} does not exist; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise TmpDiffError(f"output folder {out.parent} is not writable")
-    if out.is_dir():
-        raise TmpDiffError(f"output {out} is a folder; name a file")
+    require_writable([out])
     if out.suffix.lower() not in (".html", ".htm"):
         raise TmpDiffError(f"report {out} does not end in .html; the report is an HTML page")
     bundle = Bundle.open(folder)
@@ -50,7 +44,7 @@ def write_report(
     try:
         atomic_write_text(out, text)
     except OSError as error:
-        raise TmpDiffError(f"report {out} cannot be written: {error.strerror or error}") from error
+        raise TmpDiffError(f"report {out} cannot be written: {reason(error)}") from error
     return {
         "report": str(out),
         "bundle_id": bundle.manifest.bundle_id,

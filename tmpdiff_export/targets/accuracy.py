@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,37 +57,56 @@ def torch_outputs(module: torch.nn.Module, batches: Sequence[Batch], device: str
     return outputs
 
 
-def engine_sqnr_db(
-    engine: Engine,
-    names: Sequence[str],
-    output: str,
-    batches: Sequence[Batch],
-    references: Sequence[np.ndarray],
-    weights: Sequence[np.ndarray] | None = None,
-    batch_size: int | None = None,
-) -> float:
-    """SQNR of one engine output over all batches together, in dB.
+@dataclass(frozen=True)
+class AccuracyCheck:
+    """Real inputs and what FP32 torch makes of them.
 
-    Args:
-        engine: takes and returns the batch on axis 0 of every array.
+    Attributes:
         names: engine input names in the order of each batch.
         output: the engine output that is compared.
-        batches: its inputs.
-        references: what it should return, one per batch.
+        batches: inputs that range calibration has not seen.
+        references: float32 torch outputs, one per batch.
         weights: what the rows of every batch count for (`step_sizes`), None where all count alike.
-        batch_size: regroup the samples to engine calls of this size, None for the batches as they are; what
-            is missing in the last one is filled with its last sample.
     """
-    arrays = [[tensor.numpy() for tensor in batch] for batch in batches]
-    if batch_size is not None:
-        arrays = _regrouped(arrays, batch_size)
-    measured = [engine.run(dict(zip(names, batch, strict=True)))[output] for batch in arrays]
-    expected = np.concatenate(references)
-    found = np.concatenate(measured)[: len(expected)]
-    if weights is not None:
-        factors = np.concatenate(weights).reshape(-1, *[1] * (expected.ndim - 1))
-        expected, found = expected * factors, found * factors
-    return sqnr_db(expected, found)
+
+    names: tuple[str, ...]
+    output: str
+    batches: tuple[Batch, ...]
+    references: tuple[np.ndarray, ...]
+    weights: tuple[np.ndarray, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        module: torch.nn.Module,
+        names: Sequence[str],
+        output: str,
+        batches: Sequence[Batch],
+        device: str = CPU,
+        weights: Sequence[np.ndarray] | None = None,
+    ) -> AccuracyCheck:
+        """Runs `module` on `batches` for the references, on `device`."""
+        references = tuple(torch_outputs(module, batches, device))
+        return cls(tuple(names), output, tuple(batches), references, None if weights is None else tuple(weights))
+
+    def sqnr_db(self, engine: Engine, batch_size: int | None = None) -> float:
+        """SQNR of the engine over all batches together, in dB.
+
+        Args:
+            engine: takes and returns the batch on axis 0 of every array.
+            batch_size: regroup the samples to engine calls of this size, None for the batches as they are; what
+                is missing in the last one is filled with its last sample.
+        """
+        arrays = [[tensor.numpy() for tensor in batch] for batch in self.batches]
+        if batch_size is not None:
+            arrays = _regrouped(arrays, batch_size)
+        measured = [engine.run(dict(zip(self.names, batch, strict=True)))[self.output] for batch in arrays]
+        expected = np.concatenate(self.references)
+        found = np.concatenate(measured)[: len(expected)]
+        if self.weights is not None:
+            factors = np.concatenate(self.weights).reshape(-1, *[1] * (expected.ndim - 1))
+            expected, found = expected * factors, found * factors
+        return sqnr_db(expected, found)
 
 
 def _regrouped(batches: Sequence[Sequence[np.ndarray]], size: int) -> list[list[np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Which backend a build is for."""
+"""Which backend a build is for: its name, what it refuses, and its target."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from engines.backends.table import BACKENDS, require_backend
 from engines.errors import BackendError
-from engines.precision import REFERENCE, Precision
-from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
+from engines.precision import Precision
 from tmpdiff_export.targets.target import Start, Target, at_once
 from tmpdiff_export.targets.tensorrt.settings import PlanSettings
+from tmpdiff_export.targets.torch.settings import PackageSettings
 
 AUTO = "auto"
 BACKEND_CHOICES = (AUTO, *BACKENDS)
@@ -38,58 +38,66 @@ def resolve_backend(backend: str) -> str:
     return backend
 
 
-def require_shareable(backend: str, shared: Precision | None, precisions: Sequence[Precision]) -> None:
-    """Refuses to make the reference of the stored weights of a precision where that cannot be done.
+def require_own_settings(backend: str, device: str | None, packages: PackageSettings, plans: PlanSettings) -> None:
+    """Refuses settings of other backends.
+
+    Args:
+        backend: from `resolve_backend`.
+        device: "cuda" or "cpu", for the backends torch and onnxruntime; None where nothing was asked.
+        packages: for the torch backend.
+        plans: for the tensorrt backend, but for the batch, which torch packages have too.
 
     Raises:
-        BackendError: another backend than torch, or a precision that is not built, or the reference itself.
+        BackendError: naming what was given and whom it is for.
     """
-    if shared is None:
-        return
     if backend != "torch":
-        raise BackendError(
-            f"--share-weights is for packages of the torch backend; engines of {backend!r} hold their own"
-        )
-    choices = [precision for precision in precisions if precision is not REFERENCE]
-    if shared not in choices:
-        raise BackendError(
-            f"--share-weights names {shared.value}, expected a quantized precision that is built: "
-            f"{', '.join(item.value for item in choices) or 'none is'}"
-        )
+        packages.require_unset(backend)
+    if backend != "tensorrt":
+        plans.require_unset(backend, allowed=("--batch",) if backend == "torch" else ())
+    if backend not in ("torch", "onnxruntime") and device is not None:
+        raise BackendError(f"--device is for the backends torch and onnxruntime; {backend!r} has no choice of device")
 
 
-def require_fp8_attention(backend: str, asked: Sequence[Precision], precisions: Sequence[Precision]) -> None:
-    """Refuses attention in FP8 where a build cannot have it.
+def open_target(
+    backend: str,
+    device: str | None,
+    packages: PackageSettings,
+    plans: PlanSettings,
+    precisions: Sequence[Precision],
+    progress: Callable[[str, int, int], None],
+) -> Target:
+    """The target of a resolved backend.
 
-    Raises:
-        BackendError: another backend than torch, or a precision that is not built, or the reference.
-    """
-    if not asked:
-        return
-    if backend != "torch":
-        raise BackendError(
-            f"--fp8-attention is for packages of the torch backend; engines of {backend!r} have 16-bit attention"
-        )
-    choices = [precision for precision in precisions if precision is not REFERENCE]
-    if other := [item for item in asked if item not in choices]:
-        raise BackendError(
-            f"--fp8-attention names {other[0].value}, expected quantized precisions that are built: "
-            f"{', '.join(item.value for item in choices) or 'none is'}"
-        )
-
-
-def require_buildable_by(backend: str, workers: int) -> None:
-    """Refuses worker processes that a build cannot have.
+    Args:
+        backend: from `resolve_backend`.
+        device: "cuda" or "cpu", for the torch backend (None: the GPU) and for ONNX Runtime (None: the CPU).
+        packages: of the torch backend.
+        plans: of the tensorrt backend; its batch is also torch's.
+        precisions: the denoiser engines that will be made.
+        progress: called with (stage, done, total) by targets whose engines take long to make.
 
     Raises:
-        BackendError: fewer than 1, or more than 1 for another backend than torch.
+        BackendError: no device to build on, or a precision that it cannot have.
     """
-    if workers < 1:
-        raise BackendError(f"workers is {workers}, expected 1 or more")
-    if workers > 1 and backend != "torch":
-        raise BackendError(
-            f"--workers is for packages of the torch backend; engines of {backend!r} are built in one process"
-        )
+    if backend == "torch":
+        from tmpdiff_export.targets.torch.target import TorchTarget
+
+        return TorchTarget(device or "cuda", plans.batch.opt, precisions, fp8_attention=bool(packages.fp8_attention))
+    if backend == "tensorrt":
+        from tmpdiff_export.targets.tensorrt.target import TensorRtTarget
+
+        return TensorRtTarget(plans, precisions, progress)
+    if backend == "tensorrt-rtx":
+        from tmpdiff_export.targets.onnxruntime.tensorrt_rtx import RtxTarget
+
+        return RtxTarget()
+    if device == "cuda":
+        from tmpdiff_export.targets.onnxruntime.cuda import OnnxCudaTarget
+
+        return OnnxCudaTarget(precisions)
+    from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
+
+    return CpuTarget()
 
 
 @contextmanager
@@ -98,7 +106,7 @@ def open_start(target: Target, workers: int) -> Iterator[Start]:
 
     Args:
         target: from `open_target`.
-        workers: as checked by `require_buildable_by`; with 1, engines are made in this process.
+        workers: of `PackageSettings`; with 1, engines are made in this process.
 
     Raises:
         BuildError: a worker died.
@@ -110,57 +118,10 @@ def open_start(target: Target, workers: int) -> Iterator[Start]:
     from tmpdiff_export.targets.torch.target import TorchTarget
     from tmpdiff_export.targets.torch.workers import open_build_workers
 
-    assert isinstance(target, TorchTarget)
-    torch_target = target
+    assert isinstance(target, TorchTarget)  # no other has workers
+    prepare = target.prepare
     with open_build_workers(workers, None if target.device == "cpu" else visible_gpus()) as pool:
-        yield lambda job, folder: pool.submit(job.name, torch_target.prepare(job, folder))
-
-
-def open_target(
-    backend: str,
-    settings: PlanSettings,
-    precisions: Sequence[Precision],
-    progress: Callable[[str, int, int], None],
-    device: str | None = None,
-    *,
-    fp8_attention: bool = False,
-) -> Target:
-    """The target of a resolved backend.
-
-    Args:
-        backend: from `resolve_backend`.
-        settings: of TensorRT plans; other backends refuse any that were changed.
-        precisions: the denoiser engines that will be made.
-        progress: called with (stage, done, total) by targets whose engines take long to make.
-        device: "cuda" or "cpu", for the torch backend (None: the GPU) and for ONNX Runtime (None: the CPU); other
-            backends refuse it.
-        fp8_attention: whether any of them has its attention in FP8; for the torch backend only.
-
-    Raises:
-        BackendError: no device to build on, a precision that it cannot have, or settings that the backend
-            does not have.
-    """
-    if backend not in ("torch", "onnxruntime") and device is not None:
-        raise BackendError(f"--device is for the backends torch and onnxruntime; {backend!r} has no choice of device")
-    if backend == "torch":
-        from tmpdiff_export.targets.torch.target import TorchTarget
-
-        settings.require_unset(backend, allowed=("--batch",))
-        return TorchTarget(device or "cuda", settings.batch.opt, precisions, fp8_attention=fp8_attention)
-    if backend == "tensorrt":
-        from tmpdiff_export.targets.tensorrt.target import TensorRtTarget
-
-        return TensorRtTarget(settings, precisions, progress)
-    settings.require_unset(backend)
-    if backend == "tensorrt-rtx":
-        from tmpdiff_export.targets.onnxruntime.tensorrt_rtx import RtxTarget
-
-        return RtxTarget()
-    if device == "cuda":
-        from tmpdiff_export.targets.onnxruntime.cuda import OnnxCudaTarget
-
-        return OnnxCudaTarget(precisions)
-    return CpuTarget()
+        yield lambda job, folder: pool.submit(job.name, prepare(job, folder))
 
 
 def _tensorrt_can_build() -> bool:

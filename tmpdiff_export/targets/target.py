@@ -6,65 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
-import numpy as np
 import onnx
 import torch
 
-from engines.engine import Engine
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
-from tmpdiff_export.devices import CPU, Batch
-from tmpdiff_export.quantization.codes import QuantizedLayer
-from tmpdiff_export.targets.accuracy import engine_sqnr_db, torch_outputs
-
-if TYPE_CHECKING:  # it registers an operator with torch, which other backends do not need
-    from tmpdiff_export.targets.torch.attention import AttentionRange
+from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer
+from tmpdiff_export.targets.accuracy import AccuracyCheck
 
 _DTYPES: dict[int, Literal["float32", "float16", "int64"]] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.INT64: "int64",
 }
-
-
-@dataclass(frozen=True)
-class AccuracyCheck:
-    """Real inputs and what FP32 torch makes of them.
-
-    Attributes:
-        names: engine input names in the order of each batch.
-        output: the engine output that is compared.
-        batches: inputs that range calibration has not seen.
-        references: float32 torch outputs, one per batch.
-        weights: what the rows of every batch count for, None where all count alike.
-    """
-
-    names: tuple[str, ...]
-    output: str
-    batches: tuple[Batch, ...]
-    references: tuple[np.ndarray, ...]
-    weights: tuple[np.ndarray, ...] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        module: torch.nn.Module,
-        names: Sequence[str],
-        output: str,
-        batches: Sequence[Batch],
-        device: str = CPU,
-        weights: Sequence[np.ndarray] | None = None,
-    ) -> AccuracyCheck:
-        """Runs `module` on `batches` for the references, on `device`."""
-        references = tuple(torch_outputs(module, batches, device))
-        return cls(tuple(names), output, tuple(batches), references, None if weights is None else tuple(weights))
-
-    def sqnr_db(self, engine: Engine, batch_size: int | None = None) -> float:
-        """SQNR of the engine, in dB; `batch_size` as for `engine_sqnr_db`."""
-        return engine_sqnr_db(engine, self.names, self.output, self.batches, self.references, self.weights, batch_size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,12 +24,12 @@ from engines.errors import TmpDiffError
 from engines.files import atomic_write_text, sha256_file
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import Precision, parse_precisions
-from tmpdiff_export.bundling.engine import start_denoiser, with_larger_batch
-from tmpdiff_export.onnx_graphs.export import export_graph
-from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
-from tmpdiff_export.pipelines.families import DENOISER, DENOISERS
+from tmpdiff_export.bundling.engine import DenoiserJob, Workplace, start_denoiser
+from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser, with_larger_batch
+from tmpdiff_export.pipelines.families.table import DENOISERS
+from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
-from tmpdiff_export.targets.target import AccuracyCheck, at_once
+from tmpdiff_export.targets.target import at_once
 from tools.acceptance.miniatures import Miniature, miniature
 
 RANGE_STEPS = 6
@@ -77,15 +77,17 @@ def export_family(small: Miniature, precisions: tuple[Precision, ...], out: Path
     rows = []
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
         scratch = Path(folder)
-        inputs = small.family.export_inputs(ranges[0])
-        graph = export_graph(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, scratch / "export.onnx", half=True)
-        fold_shapes(graph, scratch / "shapes.onnx")
-        check = AccuracyCheck.of(module, list(small.family.inputs), MODEL_OUTPUT, with_larger_batch(checks))
+        model = ExportedModel(
+            module,
+            export_denoiser(module, small.family, ranges[0], scratch),
+            AccuracyCheck.of(module, list(small.family.inputs), MODEL_OUTPUT, with_larger_batch(checks)),
+            batch_per_picture=2 if small.guided else 1,
+            half=True,
+            float32_inputs=small.family.float32_inputs,
+        )
+        place = Workplace(at_once(CpuTarget()), scratch, scratch)
         for precision in precisions:
-            entry = start_denoiser(
-                at_once(CpuTarget()), module, DENOISER, graph, precision, ranges, check, scratch, scratch,
-                batch_per_picture=2 if small.guided else 1, float32_inputs=small.family.float32_inputs,
-            ).finish().entry  # fmt: skip
+            entry = start_denoiser(place, model, DenoiserJob(precision, ranges)).finish().entry
             path = out / f"{small.name}.{precision.value}.onnx"
             os.replace(scratch / "onnx" / f"{precision.value}.onnx", path)
             row = {

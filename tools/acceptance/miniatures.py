@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from tmpdiff_export.devices import Batch
-from tmpdiff_export.pipelines.families import DENOISERS, DenoiserFamily, bind_call
+from tmpdiff_export.pipelines.families.family import DenoiserFamily, bind_call
+from tmpdiff_export.pipelines.families.table import DENOISERS
 
 WIDTH = 128
 TEXT_TOKENS = 16

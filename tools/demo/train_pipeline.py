@@ -57,7 +57,7 @@ from tools.demo.families import (
     make_unet_family,
 )
 from tools.demo.networks import make_vae
-from tools.demo.training import encode, pretrain_text_encoders, reconstruct, train_denoiser, train_vae
+from tools.demo.training import DenoiserTraining, encode, pretrain_text_encoders, reconstruct, train_denoiser, train_vae
 
 CAPTIONS_PER_SCENE = 3
 STEPS = 20
@@ -102,11 +102,15 @@ def train(options: argparse.Namespace) -> DemoFamily | None:
     ids = caption_ids(family, [caption for _, captions in drawn for caption in captions])
     pretrain_text_encoders(family, ids, options.text_iterations, 512)
     _report("text encoder pretrained", options)
-    train_denoiser(
-        family, latents, ids.reshape(options.scenes, CAPTIONS_PER_SCENE, -1), caption_ids(family, [""])[0],
-        options.denoiser_iterations, options.denoiser_batch, _left_s(options),
-        save=lambda: save(family, vae, options), save_every_s=60 * options.save_minutes,
-    )  # fmt: skip
+    plan = DenoiserTraining(
+        options.denoiser_iterations,
+        options.denoiser_batch,
+        _left_s(options),
+        save=lambda: save(family, vae, options),
+        save_every_s=60 * options.save_minutes,
+    )
+    ids = ids.reshape(options.scenes, CAPTIONS_PER_SCENE, -1)
+    train_denoiser(family, latents, ids, caption_ids(family, [""])[0], plan)
     _report("text encoder and denoiser trained", options)
     return family
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKL
 
 from tmpdiff_export.demo.drawing import draw
 from tmpdiff_export.demo.scenes import COLOURS, IMAGE_SIZE, POSITIONS, SHAPES, vocabulary
+from tools.demo.caption_words import attribute_targets, last_words
 from tools.demo.families import DemoFamily
 from tools.demo.networks import LATENT_CHANNELS
 
@@ -97,54 +99,6 @@ def reconstruct(
     return np.concatenate(pictures), 10 * math.log10(4 / torch.cat(errors).mean().item())
 
 
-def attribute_targets(tokens: np.ndarray, ids: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Says which object each word of a caption belongs to, and what that object is.
-
-    Args:
-        tokens: [n, tokens], token ids of captions.
-        ids: The tokenizer's vocabulary.
-
-    Returns:
-        `owner` [n, tokens], int64: 0 or 1 for the words that name an object's attributes, else -1; and `targets`
-        [n, 2, 4], int64: shape, colour, size (0 small, 1 large) and position of each object, -100 where unnamed.
-    """
-
-    def index_in(groups: list[tuple[str, ...]]) -> np.ndarray:
-        table = np.full(max(*ids.values(), tokens.max()) + 1, -1)
-        for k, words in enumerate(groups):
-            table[[ids[w] for w in words]] = k
-        return table[tokens]
-
-    shape = index_in([(s,) for s in SHAPES])
-    colour = index_in([(c,) for c in COLOURS])
-    size = index_in([("small", "tiny"), ("large", "big")])
-    place = index_in([("top",), ("bottom",), ("left",), ("right",), ("center", "middle")])
-    shapes_before: np.ndarray = np.cumsum(shape >= 0, axis=1) - (shape >= 0)
-    named = (shape >= 0) | (colour >= 0) | (size >= 0)
-    owner = np.where(named, shapes_before, np.where(place >= 0, shapes_before - 1, -1))
-
-    targets = np.full((len(tokens), 2, 4), -100)
-    for k in (0, 1):
-        own = owner == k
-        for column, words in enumerate((shape, colour, size)):
-            value = np.where(own, words, -1).max(axis=1)
-            targets[:, k, column] = np.where(value >= 0, value, -100)
-        has = [((place == p) & own).any(axis=1) for p in range(5)]
-        row = 1 + has[1].astype(int) - has[0]
-        targets[:, k, 3] = np.where(np.any(has, axis=0), 3 * row + 1 + has[3].astype(int) - has[2], -100)
-    return owner, targets
-
-
-def last_words(owner: np.ndarray) -> np.ndarray:
-    """Keeps the last word of each object in `owner` [n, tokens] and sets the others to -1."""
-    kept = np.full_like(owner, -1)
-    for k in (0, 1):
-        own = owner == k
-        after = np.cumsum(own[:, ::-1], axis=1)[:, ::-1] - own
-        kept[own & (after == 0)] = k
-    return kept
-
-
 def pretrain_text_encoders(family: DemoFamily, tokens: np.ndarray, iterations: int, batch: int) -> None:
     """Teaches the text encoders which words belong together, before any picture is seen.
 
@@ -184,10 +138,32 @@ def pretrain_text_encoders(family: DemoFamily, tokens: np.ndarray, iterations: i
     _fit("text encoder", [([*parameters, *heads.parameters()], 1e-3)], iterations, math.inf, loss_of)
 
 
+@dataclass(frozen=True)
+class DenoiserTraining:
+    """How long a denoiser is trained, and when it is saved.
+
+    Attributes:
+        iterations: Number of optimizer steps.
+        batch: Scenes in each.
+        budget_s: Does fewer iterations if these would take longer.
+        save: Called with the averaged weights in place, on the way and at the end.
+        save_every_s: Seconds between two such calls.
+    """
+
+    iterations: int
+    batch: int
+    budget_s: float
+    save: Callable[[], None]
+    save_every_s: float = math.inf
+
+
 def train_denoiser(
-    family: DemoFamily, latents: torch.Tensor, tokens: np.ndarray, unconditional: np.ndarray, iterations: int,
-    batch: int, budget_s: float, *, save: Callable[[], None], save_every_s: float = math.inf,
-) -> None:  # fmt: skip
+    family: DemoFamily,
+    latents: torch.Tensor,
+    tokens: np.ndarray,
+    unconditional: np.ndarray,
+    plan: DenoiserTraining,
+) -> None:
     """Trains denoiser and text encoders together, in place; leaves their averaged weights.
 
     Args:
@@ -195,11 +171,7 @@ def train_denoiser(
         latents: [n, 4, h, w], float16, scaled latents of the training scenes.
         tokens: [n, captions, tokens], padded token ids of each scene's captions.
         unconditional: [tokens], token ids of the empty caption, which replaces one caption in ten.
-        iterations: Number of optimizer steps.
-        batch: Scenes in each.
-        budget_s: Does fewer iterations if these would take longer.
-        save: Called with the averaged weights in place, on the way and at the end.
-        save_every_s: Seconds between two such calls.
+        plan: How long, and when it is saved.
     """
     device = latents.device
     count, captions, _ = tokens.shape
@@ -218,9 +190,9 @@ def train_denoiser(
     saved = time.perf_counter()
 
     def loss_of() -> torch.Tensor:
-        pick = torch.randint(count, (batch,), device=device)
-        ids = bank[pick, torch.randint(captions, (batch,), device=device)].long()
-        ids = torch.where(torch.rand(batch, 1, device=device) < UNCONDITIONAL_FRACTION, empty.long(), ids)
+        pick = torch.randint(count, (plan.batch,), device=device)
+        ids = bank[pick, torch.randint(captions, (plan.batch,), device=device)].long()
+        ids = torch.where(torch.rand(plan.batch, 1, device=device) < UNCONDITIONAL_FRACTION, empty.long(), ids)
         x_t, timestep, target = family.corrupt(latents[pick].float())
         with torch.autocast(device.type, torch.bfloat16):
             output = predict(family.denoiser, x_t, timestep, *family.embed(ids))
@@ -230,20 +202,20 @@ def train_denoiser(
         nonlocal saved
         with torch.no_grad():  # a short training must forget its first weights sooner
             torch._foreach_lerp_(average, parameters, max(0.001, min(1.0, 8 / planned)))
-        if time.perf_counter() - saved >= save_every_s:
+        if time.perf_counter() - saved >= plan.save_every_s:
             trained = [p.detach().clone() for p in parameters]
             with torch.no_grad():
                 torch._foreach_copy_(parameters, average)
-                save()
+                plan.save()
                 torch._foreach_copy_(parameters, trained)
             saved = time.perf_counter()
 
-    _fit("denoiser", groups, iterations, budget_s, loss_of, after)
+    _fit("denoiser", groups, plan.iterations, plan.budget_s, loss_of, after)
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
     for module in modules:
         module.eval().requires_grad_(False)
-    save()
+    plan.save()
 
 
 def _word_tokens(family: DemoFamily) -> dict[str, str]:

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engines.files import atomic_write_bytes
-from tmpdiff_export.report.figures import MARKERS, SHADES, places
+from tmpdiff_export.report.figures import MARKERS
+from tmpdiff_export.report.svg import SHADES, places
 
 INK, GRID = "#1a1a1a", "#dddddd"
 RANDOM = "#8a8a8a"

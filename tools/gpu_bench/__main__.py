@@ -4,7 +4,7 @@
     python -m tools.gpu_bench link --out FILE.json [FILE.json ...]
     python -m tools.gpu_bench tables FILE.json ...
 
-The first form measures one denoiser of published configuration with random weights at 1024x1024; docs/performance.md
+The first form measures one denoiser of published configuration with random weights at 1024x1024; docs/results.md
 says how. The second measures the link to host memory and computes what engines of the given result files take to bring
 in. The third prints result files as Markdown. Result files are replaced after every row. Exit status 0, or 1 if a row
 failed (its text is in the file), or 2 for wrong usage. `--device cpu --tiny` tries everything on small denoisers.
@@ -104,9 +104,10 @@ def measure(args: argparse.Namespace) -> bool:
         warm_ups=args.warm_ups,
         torchao_recommended=args.torchao_recommended,
         profiled=profiled,
+        seconds_limit=args.seconds_limit,
     )
     words += f" --rows {','.join(rows)} --repeats {args.repeats} --warm-ups {args.warm_ups}"
-    return measure_model(MODELS[args.what], rows, args.out, device, setting, args.seconds_limit, words)
+    return measure_model(MODELS[args.what], rows, args.out, device, setting, words)
 
 
 def row_names(text: str) -> list[str]:

@@ -19,6 +19,7 @@ from tmpdiff_export.targets.torch.layers import (
     Int4Linear,
     Int8Linear,
     QuantizedLinear,
+    Scales,
     pack_int4,
 )
 
@@ -113,11 +114,11 @@ def quantized_linear(
     codes, scale = weight_codes(layer.weight, precision)
     bias = None if layer.bias is None else layer.bias.detach()
     if precision is Precision.INT4:
-        return Int4Linear(pack_int4(codes), scale.to(dtype), None, None, bias, dtype)
+        return Int4Linear(pack_int4(codes), Scales(scale.to(dtype)), bias, dtype)
     if input_amax is None:
         raise ValueError(f"input_amax is None, expected the input's largest magnitude: {precision.value} needs a scale")
     kind = Fp8Linear if precision is Precision.FP8 else Int8Linear
-    return kind(codes, scale, fp16_scale(input_amax, precision), None, bias, dtype)
+    return kind(codes, Scales(scale, fp16_scale(input_amax, precision)), bias, dtype)
 
 
 def sharing_copy(module: torch.nn.Module) -> torch.nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import torch
 
 from engines.errors import TmpDiffError
 from engines.precision import Precision
-from tmpdiff_export.targets.torch.attention import AttentionRange, use_fp8_attention
+from tmpdiff_export.quantization.codes import AttentionRange
+from tmpdiff_export.targets.torch.attention import use_fp8_attention
 from tmpdiff_export.targets.torch.fusion import fuse
 from tools.gpu_bench.ceilings import floor
 from tools.gpu_bench.document import error_text
@@ -52,8 +54,10 @@ class Setting:
         tiny: small configuration and sizes.
         backend: of torch.compile.
         repeats: timed steps of a row.
+        warm_ups: steps before them.
         torchao_recommended: torchao sets Inductor's options for its rows.
         profiled: rows whose kernels are listed.
+        seconds_limit: no row is started that would end later.
     """
 
     tiny: bool
@@ -62,6 +66,7 @@ class Setting:
     warm_ups: int = WARM_UPS
     torchao_recommended: bool = False
     profiled: tuple[str, ...] = ()
+    seconds_limit: float = math.inf
 
 
 class Bench:

@@ -20,20 +20,14 @@ from tools.gpu_bench.work import Work, count_operations, watch_ranges
 
 
 def measure_model(
-    model: BenchModel,
-    rows: Sequence[str],
-    out: Path,
-    device: torch.device,
-    setting: Setting,
-    seconds_limit: float,
-    command: str,
+    model: BenchModel, rows: Sequence[str], out: Path, device: torch.device, setting: Setting, command: str
 ) -> bool:
     """Measures `rows`, the 16-bit baseline first and once more at the end, and writes `out` after each.
 
     Returns:
         Whether all that was tried worked. Rows for which no time was left are marked and do not count.
     """
-    begin = time.perf_counter()
+    begin, seconds_limit = time.perf_counter(), setting.seconds_limit
     # Sana's linear attention multiplies in FP32; TF32 for it, in every row, as Inductor advises.
     torch.set_float32_matmul_precision("high")
     document = Document(out, {"command": command, "machine": facts(device), "rows": {}})

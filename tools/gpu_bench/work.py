@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tmpdiff_export.targets.torch.attention import AttentionRange, watch_attention
+from tmpdiff_export.quantization.codes import AttentionRange
+from tmpdiff_export.targets.torch.attention import watch_attention
 
 Shape = tuple[int, int, int, int, int]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +51,7 @@ def cuda(result: tuple[Any, ...]) -> Any:
     """
     from cuda.bindings import runtime
 
-    status, *values = result
-    if status != runtime.cudaError_t.cudaSuccess:
-        _, words = runtime.cudaGetErrorString(status)
-        text = words.decode() if isinstance(words, bytes) else str(words)
-        raise BackendError(f"CUDA call failed with {status.name}: {text}")
-    if not values:
-        return None
-    return values[0] if len(values) == 1 else tuple(values)
+    return _unpacked(result, runtime.cudaError_t.cudaSuccess, runtime.cudaGetErrorString, "CUDA call")
 
 
 def driver(result: tuple[Any, ...]) -> Any:
@@ -68,11 +62,15 @@ def driver(result: tuple[Any, ...]) -> Any:
     """
     from cuda.bindings import driver as api
 
+    return _unpacked(result, api.CUresult.CUDA_SUCCESS, api.cuGetErrorString, "CUDA driver call")
+
+
+def _unpacked(result: tuple[Any, ...], success: Any, words_of: Callable[[Any], tuple[Any, Any]], call: str) -> Any:
     status, *values = result
-    if status != api.CUresult.CUDA_SUCCESS:
-        _, words = api.cuGetErrorString(status)
+    if status != success:
+        _, words = words_of(status)
         text = words.decode() if isinstance(words, bytes) else str(words)
-        raise BackendError(f"CUDA driver call failed with {status.name}: {text}")
+        raise BackendError(f"{call} failed with {status.name}: {text}")
     if not values:
         return None
     return values[0] if len(values) == 1 else tuple(values)

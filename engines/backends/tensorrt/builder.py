@@ -11,13 +11,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.bindings import LEAN, VERSION, require_supported, trt, version_tuple
 from engines.backends.tensorrt.build_progress import BuildProgress, ProgressCallback
 from engines.backends.tensorrt.inspection import read_inspector, require_quantized, summarize
 from engines.backends.tensorrt.messages import LOG
 from engines.backends.tensorrt.options import PlanOptions
-from engines.backends.tensorrt.plan_store import PlanFacts, PlanTensor, inspector_file, network_bytes
+from engines.backends.tensorrt.plan_store import PlanFacts, PlanRequest, PlanTensor, inspector_file
 from engines.backends.tensorrt.preflight import require_precision
 from engines.backends.tensorrt.profiles import Profile
 from engines.backends.tensorrt.timing_cache import load_timing_cache, save_timing_cache
@@ -29,25 +28,13 @@ _SHOWN_ERRORS = 3
 
 
 def build_plan(
-    onnx: Path,
-    target: Path,
-    *,
-    precision: str,
-    profile: Profile,
-    options: PlanOptions,
-    gpu: Gpu,
-    timing_cache: Path,
-    progress: ProgressCallback | None = None,
+    asked: PlanRequest, target: Path, *, timing_cache: Path, progress: ProgressCallback | None = None
 ) -> PlanFacts:
     """Builds a plan on the current CUDA device.
 
     Args:
-        onnx: strongly typed ONNX file; external data is looked for beside it.
+        asked: for this device.
         target: the plan to write, atomically; the engine inspector's JSON goes to `inspector_file(target)`.
-        precision: what the graph is quantized to.
-        profile: shapes of every input, from `profiles.profile`.
-        options: builder options.
-        gpu: the current device, from `current_gpu()`.
         timing_cache: file of tactic timings to use and extend, from `timing_cache_path`; its folder exists.
         progress: called with (stage, steps done, steps in all). What it raises, KeyboardInterrupt
             included, stops the build and is raised from here.
@@ -61,22 +48,21 @@ def build_plan(
             out without quantized layers.
     """
     require_builder()
-    require_precision(precision, gpu, version_tuple(), options)
+    options = asked.options
+    require_precision(asked.precision, asked.gpu, version_tuple(), options)
     started = time.monotonic()
-    plan, warnings = serialized_plan(onnx, profile, options, timing_cache, progress)
+    plan, warnings = serialized_plan(asked.onnx, asked.profile, options, timing_cache, progress)
     engine = _loaded(plan, options)
     inspector = str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     layers = summarize(read_inspector(inspector))
-    require_quantized(precision, layers)
+    require_quantized(asked.precision, layers)
     atomic_write_bytes(target, memoryview(plan))
     atomic_write_text(inspector_file(target), inspector)
-    weights_bytes, stripped_bytes = _weights(engine, plan, options, onnx)
     return PlanFacts(
         sha256=sha256_file(target),
         bytes=target.stat().st_size,
         inspector_sha256=sha256_bytes(inspector.encode()),
-        weights_bytes=weights_bytes,
-        stripped_weights_bytes=stripped_bytes,
+        weights_bytes=_weights_bytes(engine, plan),
         streamable_weights_bytes=engine.streamable_weights_size if options.weight_streaming else 0,
         scratch_bytes=engine.device_memory_size_v2,
         inputs=_tensors(engine, trt.TensorIOMode.INPUT),
@@ -212,7 +198,6 @@ def _configuration(
                 hardware_compatibility_level=_hardware_compatibility(options),
                 version_compatible=options.version_compatible,
                 weight_streaming=options.weight_streaming,
-                strip_plan=options.stripped,
                 refittable=options.refittable,
                 progress_monitor=monitor,
             )
@@ -221,8 +206,6 @@ def _configuration(
         raise BackendError(
             f"TensorRT {VERSION} refuses the configuration: {' '.join(str(error).split())}; change the build options"
         ) from error
-    if options.stripped and not options.refittable:
-        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # TensorRT 10 does not imply it; costs no speed
     return config
 
 
@@ -247,15 +230,11 @@ def _loaded(plan: trt.IHostMemory, options: PlanOptions) -> trt.ICudaEngine:
     return engine
 
 
-def _weights(engine: trt.ICudaEngine, plan: trt.IHostMemory, options: PlanOptions, onnx: Path) -> tuple[int, int]:
-    """Bytes of all weights, and of them those left out of the plan."""
+def _weights_bytes(engine: trt.ICudaEngine, plan: trt.IHostMemory) -> int:
     if hasattr(trt, "EngineStat") and hasattr(engine, "get_engine_stat"):
-        stripped = engine.get_engine_stat(trt.EngineStat.STRIPPED_WEIGHTS_SIZE) if options.stripped else 0
-        return engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE), stripped
+        return int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
     # TensorRT 10.13 does not tell; "the serialized engine size approximates the weight memory" (its guide).
-    if options.stripped:
-        return network_bytes(onnx), network_bytes(onnx)
-    return plan.nbytes, 0
+    return int(plan.nbytes)
 
 
 def _tensors(engine: trt.ICudaEngine, mode: trt.TensorIOMode) -> tuple[PlanTensor, ...]:

@@ -23,9 +23,7 @@ class PlanOptions:
         version_compatible: runs on later TensorRT versions and on the lean runtime; a copy of the lean
             runtime is put into the plan.
         hardware_compatibility: which other GPUs the plan must run on.
-        stripped: the plan carries no refittable weights; they are refitted from the ONNX file at load.
-        refittable: the weights can be replaced by different ones; costs speed, unlike `stripped` alone,
-            which only allows the same weights again.
+        refittable: the weights can be replaced by different ones; costs speed.
 
     Raises:
         BuildError: a value outside its choices.
@@ -36,7 +34,6 @@ class PlanOptions:
     weight_streaming: bool = False
     version_compatible: bool = False
     hardware_compatibility: HardwareCompatibility = "none"
-    stripped: bool = False
     refittable: bool = False
 
     def __post_init__(self) -> None:

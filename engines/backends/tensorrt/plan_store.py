@@ -28,7 +28,7 @@ from engines.files import fsync_folder, sha256_bytes, sha256_file
 from engines.manifest import LayerShare
 
 # Raise it when this code builds different plans from the same inputs, or stores them differently.
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 
 
 class PlanTensor(BaseModel):
@@ -49,7 +49,6 @@ class PlanFacts(BaseModel):
         bytes: size of the plan file.
         inspector_sha256: of the engine inspector's JSON beside it.
         weights_bytes: device memory of its weights.
-        stripped_weights_bytes: of them, left out of the plan file.
         streamable_weights_bytes: of them, those that weight streaming can keep in host memory.
         scratch_bytes: device memory of one execution context at the largest shapes, without weight streaming.
         inputs: in the plan's order.
@@ -65,7 +64,6 @@ class PlanFacts(BaseModel):
     bytes: int
     inspector_sha256: str
     weights_bytes: int
-    stripped_weights_bytes: int
     streamable_weights_bytes: int
     scratch_bytes: int
     inputs: tuple[PlanTensor, ...]
@@ -91,29 +89,46 @@ class PlanKey:
         return sha256_bytes(canonical_json(self.fields))
 
 
-def plan_key(
-    onnx: Path, *, precision: str, profile: Profile, options: PlanOptions, gpu: Gpu, tensorrt_version: str
-) -> PlanKey:
-    """The key of the plan that `build_plan` makes from the same arguments.
+@dataclass(frozen=True)
+class PlanRequest:
+    """A plan that is asked for.
+
+    Attributes:
+        onnx: strongly typed ONNX file; external data is looked for beside it.
+        precision: what the graph is quantized to.
+        profile: shapes of every input, from `profiles.profile`.
+        options: builder options.
+        gpu: the device it is for, from `current_gpu()`.
+    """
+
+    onnx: Path
+    precision: str
+    profile: Profile
+    options: PlanOptions
+    gpu: Gpu
+
+
+def plan_key(asked: PlanRequest, tensorrt_version: str) -> PlanKey:
+    """The key of the plan that `build_plan` makes of a request.
 
     The content of the ONNX file and of its external data is hashed, not the time they were written;
     external data is the one file that the export writes, `data_file(onnx)`.
 
     Raises:
-        OSError: `onnx` cannot be read.
+        OSError: the ONNX file cannot be read.
     """
-    data = data_file(onnx)
+    data = data_file(asked.onnx)
     return PlanKey(
         {
             "format": PLAN_FORMAT,
-            "onnx_sha256": sha256_file(onnx),
+            "onnx_sha256": sha256_file(asked.onnx),
             "external_data_sha256": sha256_file(data) if data.exists() else None,
-            "precision": precision,
+            "precision": asked.precision,
             "tensorrt": tensorrt_version,
-            "gpu": gpu.name,
-            "compute_capability": list(gpu.compute_capability),
-            "options": options.canonical(),
-            "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.items()},
+            "gpu": asked.gpu.name,
+            "compute_capability": list(asked.gpu.compute_capability),
+            "options": asked.options.canonical(),
+            "profile": {name: [list(shape) for shape in shapes] for name, shapes in asked.profile.items()},
         }
     )
 
@@ -121,12 +136,6 @@ def plan_key(
 def data_file(onnx: Path) -> Path:
     """Where the export puts the weights of an ONNX file above 2 GB; need not exist."""
     return onnx.with_suffix(onnx.suffix + ".data")
-
-
-def network_bytes(onnx: Path) -> int:
-    """Size of an ONNX file with its external data: its weights, near enough for memory estimates."""
-    data = data_file(onnx)
-    return onnx.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
 def inspector_file(plan: Path) -> Path:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from engines.errors import BuildError
 from engines.manifest import TensorSpec
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "int64": 8}
 
 
 @dataclass(frozen=True)
@@ -86,16 +83,6 @@ def profile(specs: Sequence[TensorSpec], ranges: Mapping[str, ShapeRange]) -> Pr
         )
         for spec in specs
     }
-
-
-def largest_bytes(specs: Sequence[TensorSpec], ranges: Mapping[str, ShapeRange]) -> int:
-    """Bytes of all `specs` (inputs, outputs or both) at their largest shapes.
-
-    Raises:
-        BuildError: a symbol has no range.
-    """
-    _require_ranges(symbols_of(specs), ranges)
-    return sum(prod(_sized(spec, ranges, lambda sizes: sizes.max)) * _ITEM_BYTES[spec.dtype] for spec in specs)
 
 
 def symbols_of(specs: Sequence[TensorSpec]) -> tuple[str, ...]:

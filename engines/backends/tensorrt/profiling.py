@@ -1,14 +1,11 @@
-"""How long the layers of a plan take, and what TensorRT says they are."""
+"""How long the layers of a plan take."""
 
 from __future__ import annotations
 
 from engines.backends.cuda.engine import DeviceEngine
 from engines.backends.cuda.plan import Shapes
 from engines.backends.cuda.timing import sample_inputs
-from engines.backends.tensorrt.bindings import LEAN, trt
-from engines.backends.tensorrt.messages import LOG
 from engines.backends.tensorrt.plan import Plan
-from engines.errors import BackendError
 
 
 def layer_times(engine: DeviceEngine, plan: Plan, shapes: Shapes, *, repeats: int = 10) -> dict[str, float]:
@@ -32,20 +29,3 @@ def layer_times(engine: DeviceEngine, plan: Plan, shapes: Shapes, *, repeats: in
     finally:
         stream.rest()
         plan.close_contexts()  # a profiler cannot be taken off
-
-
-def inspector_json(plan: Plan) -> str:
-    """What TensorRT's engine inspector says of the layers; how much depends on the profiling verbosity of the build.
-
-    Raises:
-        BackendError: it says nothing, or only the lean runtime is installed, which has no inspector.
-    """
-    if LEAN:
-        raise BackendError(
-            "the engine inspector needs the full TensorRT, only the lean runtime is installed; pip install tensorrt"
-        )
-    inspector = plan.engine.create_engine_inspector()
-    words = inspector.get_engine_information(trt.LayerInformationFormat.JSON) if inspector is not None else ""
-    if not words:
-        raise LOG.fail(f"engine {plan.name}: TensorRT's inspector says nothing", "build the plan again")
-    return str(words)

@@ -12,42 +12,27 @@ from typing import Any
 
 import pytest
 from helpers.demo_build import linked_copy
-from helpers.runtime_command import PROMPT, arguments, assert_one_error_line, manifest_data
+from helpers.runtime_command import PROMPT, arguments, assert_one_error_line, manifest_data, replace, rewrite_manifest
 
 from engines.bundle import MANIFEST_NAME, SCHEDULE_NAME
 from engines.cli import main
 from engines.documents import write_document
-from engines.manifest import MANIFEST_VERSION, manifest_identity
+from engines.manifest import MANIFEST_VERSION
 
 Json = dict[str, Any]
 
 
 @pytest.fixture
-def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
+def bundle(small_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle to damage. Its files are hard links: replace them, never write into them."""
-    return linked_copy(demo_bundle, tmp_path / "bundle")
+    return linked_copy(small_bundle, tmp_path / "bundle")
 
 
 # Each function changes a bundle; the text must be in the one line.
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Puts a new file in place of one that may be a hard link."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(content)
-
-
-def edit(change: Callable[[Json], None], *, sign: bool = True) -> Callable[[Path], None]:
-    """Changes the manifest; with `sign` its identity is made to fit, as a forger would."""
-
-    def apply(bundle: Path) -> None:
-        data = manifest_data(bundle)
-        change(data)
-        if sign:
-            data["bundle_id"] = manifest_identity(data)
-        replace(bundle / MANIFEST_NAME, json.dumps(data).encode())
-
-    return apply
+def edit(change: Callable[[Json], object], *, sign: bool = True) -> Callable[[Path], None]:
+    return lambda bundle: rewrite_manifest(bundle, change, sign=sign)
 
 
 def engine_path(name: str) -> Callable[[Path], None]:
@@ -66,16 +51,16 @@ def forged_file(section: str, content: bytes) -> Callable[[Path], None]:
     """Replaces a file and lets the manifest vouch for the new content."""
 
     def apply(bundle: Path) -> None:
-        data = manifest_data(bundle)
-        entry = {
-            "sampler": data["sampler"],
-            "tokenizer": data["text"]["tokenizer"],
-            "engine": data["denoisers"]["int8"]["file"],
-        }[section]
-        replace(bundle / entry["path"], content)
-        entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-        data["bundle_id"] = manifest_identity(data)
-        replace(bundle / MANIFEST_NAME, json.dumps(data).encode())
+        def change(data: Json) -> None:
+            entry = {
+                "sampler": data["sampler"],
+                "tokenizer": data["text"]["tokenizer"],
+                "engine": data["denoisers"]["int8"]["file"],
+            }[section]
+            replace(bundle / entry["path"], content)
+            entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+
+        rewrite_manifest(bundle, change)
 
     return apply
 
@@ -298,9 +283,9 @@ def test_a_wrong_schedule_is_refused_in_one_line(
 
 @pytest.mark.parametrize("choice", ["uniform:", "uniform:fp2", "uniform:FP16", "uniform:a b\n"])
 def test_an_unknown_uniform_precision_lists_those_there_are(
-    choice: str, demo_bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
+    choice: str, small_bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(demo_bundle, out, schedule=choice)) == 1
+    assert main(arguments(small_bundle, out, schedule=choice)) == 1
     assert_one_error_line(capsys.readouterr().err, "the bundle holds fp16, fp8, int8, int4")
 
 

@@ -234,10 +234,10 @@ def test_a_failed_part_leaves_the_row_its_timing(tmp_path: Path, monkeypatch: py
 
 def test_rows_without_time_are_skipped(tmp_path: Path) -> None:
     run, rows = part("run"), part("rows")
-    setting = rows.Setting(tiny=True, backend="eager", repeats=1, warm_ups=1)
+    setting = rows.Setting(tiny=True, backend="eager", repeats=1, warm_ups=1, seconds_limit=0.0)
     out = tmp_path / "out.json"
     model = part("zoo").MODELS["sana"]
-    assert run.measure_model(model, ["16-bit", "fp8"], out, torch.device("cpu"), setting, 0.0, "test")
+    assert run.measure_model(model, ["16-bit", "fp8"], out, torch.device("cpu"), setting, "test")
     content = json.loads(out.read_text())
     assert content["rows"]["16-bit"]["status"] == "ok"
     assert content["rows"]["fp8"]["status"] == "skipped"

@@ -116,6 +116,11 @@ def max_sequence_length(pipe: Any) -> int:
     return int(inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default)
 
 
+def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a denoiser call by parameter name."""
+    return dict(inspect.signature(type(denoiser).forward).bind_partial(denoiser, *args, **kwargs).arguments)
+
+
 def latents_and_timestep() -> dict[str, Axes]:
     """The inputs that every family has, first."""
     return {LATENTS: BATCH_AXES, TIMESTEP: BATCH_AXES}

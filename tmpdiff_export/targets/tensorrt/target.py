@@ -13,7 +13,7 @@ from engines.backends.tensorrt.bindings import VERSION, version_tuple
 from engines.backends.tensorrt.builder import build_plan, require_builder
 from engines.backends.tensorrt.host import open_engine
 from engines.backends.tensorrt.inspection import read_inspector, speed_warning, summarize
-from engines.backends.tensorrt.plan_store import PlanFacts, PlanStore, StoredPlan, plan_key
+from engines.backends.tensorrt.plan_store import PlanFacts, PlanRequest, PlanStore, StoredPlan, plan_key
 from engines.backends.tensorrt.preflight import (
     BuildEstimate,
     EngineMemory,
@@ -166,24 +166,17 @@ class TensorRtTarget:
 
     def _plan(self, job: EngineJob, shapes: Profile) -> StoredPlan:
         precision = (job.quantized or REFERENCE).value
-        options, gpu = self._settings.options, self._gpu
-        key = plan_key(
-            job.onnx_file, precision=precision, profile=shapes, options=options, gpu=gpu, tensorrt_version=VERSION
-        )
+        asked = PlanRequest(job.onnx_file, precision, shapes, self._settings.options, self._gpu)
 
         def build(target: Path) -> PlanFacts:
             return build_plan(
-                job.onnx_file,
+                asked,
                 target,
-                precision=precision,
-                profile=shapes,
-                options=options,
-                gpu=gpu,
-                timing_cache=timing_cache_path(self._cache, VERSION, gpu),
+                timing_cache=timing_cache_path(self._cache, VERSION, self._gpu),
                 progress=lambda stage, done, total: self._progress(f"{job.name}: {stage}", done, total),
             )
 
-        return self._store.put(key, build)
+        return self._store.put(plan_key(asked, VERSION), build)
 
 
 def _seen_sizes(specs: Sequence[TensorSpec], job: EngineJob) -> dict[str, ShapeRange]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,36 +12,13 @@ from torch.overrides import TorchFunctionMode
 
 from engines.backends.torch.attention import attention_fp8
 from engines.errors import BuildError
-from engines.precision import Precision
 from tmpdiff_export.devices import CPU, Batch, on, placed
-from tmpdiff_export.quantization.codes import CODE_MAX
+from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
 
 LEAST_TOKENS = 256  # shorter attention is no cost
 HEAD_SIZES = (64, 128)  # that cuDNN's FP8 attention was run with
-_LEAST_SCALE = 1e-6
 _TORCHS = F.scaled_dot_product_attention
-
-
-@dataclass(frozen=True)
-class AttentionRange:
-    """Largest magnitudes (amax) of what an attention layer takes."""
-
-    query: float
-    key: float
-    value: float
-
-    def joined(self, other: AttentionRange) -> AttentionRange:
-        """Of both."""
-        return AttentionRange(max(self.query, other.query), max(self.key, other.key), max(self.value, other.value))
-
-    @property
-    def scales(self) -> tuple[float, float, float]:
-        """Static scales of query, key and value: code times scale is what a code stands for."""
-        query, key, value = (
-            max(amax / CODE_MAX[Precision.FP8], _LEAST_SCALE) for amax in (self.query, self.key, self.value)
-        )
-        return query, key, value
 
 
 class Fp8Processor:

@@ -13,8 +13,9 @@ from diffusers.models.transformers.transformer_flux import (
 from torch.nn import functional as F
 
 from engines.backends.torch.attention import attention_fp8
+from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
-from tmpdiff_export.targets.torch.attention import AttentionRange, Fp8Processor, result_of
+from tmpdiff_export.targets.torch.attention import Fp8Processor, result_of
 from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
 from tmpdiff_export.targets.torch.layers import makes_codes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import numpy as np
@@ -22,6 +23,23 @@ FP8_COMPUTE_CAPABILITY = (8, 9)
 FP8_ALIGNMENT = 16
 
 
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """What the codes of a layer and of its input are multiplied by.
+
+    Attributes:
+        weight: see the subclasses of `QuantizedLinear`.
+        input: float32 [], or None where only weights have codes.
+        smoothing: [K] that multiplies the input (SmoothQuant, AWQ), or None.
+        block: of NVFP4's blocks, float8_e4m3fn [N, K / 16]; None for other layers.
+    """
+
+    weight: torch.Tensor
+    input: torch.Tensor | None = None
+    smoothing: torch.Tensor | None = None
+    block: torch.Tensor | None = None
+
+
 class QuantizedLinear(torch.nn.Module, ABC):
     """A linear layer over codes; the subclasses say which.
 
@@ -29,22 +47,21 @@ class QuantizedLinear(torch.nn.Module, ABC):
     precision from the same stored weights.
 
     Buffers: `codes`, `weight_scale`, `input_scale` (float32 [], but for weight-only layers), `smoothing`
-    ([K] in the layer's 16-bit type, or absent) and `bias` ([N] in that type, or absent).
+    ([K] in the layer's 16-bit type, or absent), `block_scale` (NVFP4 only) and `bias` ([N] in that type, or absent).
     """
 
     float32_buffers = ("weight_scale", "input_scale")
     codes: torch.Tensor
     weight_scale: torch.Tensor
     input_scale: torch.Tensor
+    block_scale: torch.Tensor
     smoothing: torch.Tensor | None
     bias: torch.Tensor | None
 
     def __init__(
         self,
         codes: torch.Tensor,
-        weight_scale: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        smoothing: torch.Tensor | None,
+        scales: Scales,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> None:
@@ -52,9 +69,7 @@ class QuantizedLinear(torch.nn.Module, ABC):
 
         Args:
             codes: see the subclasses.
-            weight_scale: see the subclasses.
-            input_scale: float32 [] or None.
-            smoothing: [K] that multiplies the input (SmoothQuant, AWQ), or None.
+            scales: theirs, and the input's.
             bias: [N] or None.
             dtype: float16 or bfloat16, of results.
         """
@@ -62,9 +77,10 @@ class QuantizedLinear(torch.nn.Module, ABC):
         self.dtype = dtype
         self.sixteen_bit = False
         self.register_buffer("codes", codes)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("input_scale", input_scale)
-        self.register_buffer("smoothing", None if smoothing is None else smoothing.to(dtype))
+        self.register_buffer("weight_scale", scales.weight)
+        self.register_buffer("input_scale", scales.input)
+        self.register_buffer("block_scale", scales.block)
+        self.register_buffer("smoothing", None if scales.smoothing is None else scales.smoothing.to(dtype))
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
@@ -170,22 +186,6 @@ class Nvfp4Linear(QuantizedLinear):
     Weights and activations take the values that NVFP4 gives them, the product is a 16-bit one: its error, not its speed.
     """
 
-    block_scale: torch.Tensor
-
-    def __init__(
-        self,
-        codes: torch.Tensor,
-        weight_scale: torch.Tensor,
-        block_scale: torch.Tensor,
-        input_scale: torch.Tensor,
-        smoothing: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        """As `QuantizedLinear`, with block scales."""
-        super().__init__(codes, weight_scale, input_scale, smoothing, bias, dtype)
-        self.register_buffer("block_scale", block_scale)
-
     def weight(self) -> torch.Tensor:
         """See `QuantizedLinear.weight`."""
         return torch_nvfp4.dequantize(self.codes, self.block_scale, self.weight_scale).to(self.dtype)
@@ -214,20 +214,20 @@ def linear_from(layer: QuantizedLayer, bias: torch.Tensor | None, dtype: torch.d
     """
     input_scale = None if layer.input_scale is None else torch.tensor(float(layer.input_scale))
     smoothing = None if layer.pre_quant_scale is None else torch.from_numpy(layer.pre_quant_scale)
-    scale = torch.from_numpy(np.asarray(layer.weight_scale, np.float32))
+    scales = Scales(torch.from_numpy(np.asarray(layer.weight_scale, np.float32)), input_scale, smoothing)
     if layer.precision is Precision.NVFP4:
         assert layer.block_scale is not None  # as the precision has it
         assert input_scale is not None
         packed = np.frombuffer(nvfp4.packed(layer.codes), np.uint8).reshape(len(layer.codes), -1)
         blocks = torch.from_numpy(layer.block_scale.view(np.uint8)).view(FP8)
-        return Nvfp4Linear(torch.from_numpy(packed.copy()), scale, blocks, input_scale, smoothing, bias, dtype)
+        return Nvfp4Linear(torch.from_numpy(packed.copy()), replace(scales, block=blocks), bias, dtype)
     codes = np.ascontiguousarray(layer.codes.T)
     if layer.precision is Precision.FP8:
         fp8 = torch.from_numpy(codes.view(np.uint8)).view(FP8)
-        return Fp8Linear(fp8, scale, input_scale, smoothing, bias, dtype)
+        return Fp8Linear(fp8, scales, bias, dtype)
     if layer.precision is Precision.INT8:
-        return Int8Linear(torch.from_numpy(codes), scale, input_scale, smoothing, bias, dtype)
+        return Int8Linear(torch.from_numpy(codes), scales, bias, dtype)
     if layer.precision is Precision.INT4:
-        blocks = scale.T.contiguous().to(dtype)
-        return Int4Linear(pack_int4(torch.from_numpy(codes)), blocks, None, smoothing, bias, dtype)
+        blocks = scales.weight.T.contiguous().to(dtype)
+        return Int4Linear(pack_int4(torch.from_numpy(codes)), replace(scales, weight=blocks), bias, dtype)
     raise ValueError(f"precision {layer.precision.value} has no codes; choose from fp8, int8, int4, nvfp4")

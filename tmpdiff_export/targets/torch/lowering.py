@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from engines.precision import Precision
-from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer
 from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
-from tmpdiff_export.targets.torch.attention import AttentionRange, use_fp8_attention
+from tmpdiff_export.targets.torch.attention import use_fp8_attention
 from tmpdiff_export.targets.torch.fusion import fuse
 from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, linear_from
 

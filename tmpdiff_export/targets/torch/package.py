@@ -15,7 +15,8 @@ from engines.backends.choose import open_host
 from engines.backends.torch.library import VERSION
 from engines.errors import BuildError
 from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
-from tmpdiff_export.targets.target import AccuracyCheck, file_entry
+from tmpdiff_export.targets.accuracy import AccuracyCheck
+from tmpdiff_export.targets.target import file_entry
 from tmpdiff_export.targets.torch.compile import EngineModule, compile_package
 
 

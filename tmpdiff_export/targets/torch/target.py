@@ -14,7 +14,7 @@ from engines.errors import BackendError, BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry
 from engines.precision import Precision
-from tmpdiff_export.pipelines.families import DENOISER
+from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
 from tmpdiff_export.targets.torch.layers import FP8_COMPUTE_CAPABILITY

@@ -1,6 +1,6 @@
 """Worker processes that make engines of a build, on a `ProcessPoolExecutor`.
 
-Chosen over the dask workers of `sample_workers`: nothing has to stay with a worker, a worker that dies ends the build,
+Chosen over the dask workers of `calibrate.dask_pool`: nothing has to stay with a worker, a worker that dies ends the build,
 and the standard library's executor is there without the extra `distributed`.
 
 Workers talk to this process through pipes that nobody else can open. What goes to them is pickled here and read there

@@ -25,7 +25,7 @@ from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.onnx_graphs import export as onnx_export
 from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
 from tmpdiff_export.quantization.recipes import RECIPES, Variant
-from tmpdiff_export.targets.accuracy import engine_sqnr_db, torch_outputs
+from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.onnxruntime import cpu as cpu_target
 from tmpdiff_export.targets.onnxruntime import lowering as cpu_lowering
 
@@ -34,21 +34,19 @@ FLOORS_DB = {Precision.FP16: 60.0, Precision.FP8: 30.0, Precision.INT8: 28.0, Pr
 
 
 @pytest.fixture(scope="module")
-def real_inputs(demo_pipeline: Path):
-    """The FP32 torch denoiser on inputs of a run that range calibration has not seen."""
+def real_check(demo_pipeline: Path):
+    """What the FP32 torch denoiser makes of inputs of a run that range calibration has not seen."""
     source = load_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
     batches = gather_batches(
         source, ["a large yellow triangle in the center"], NUM_STEPS, seed=77, on_step=lambda: None
     )
     module = source.family.wrap(source.pipe, source.height, source.width).eval()
-    return list(source.family.inputs), batches[::2], torch_outputs(module, batches[::2])
+    return AccuracyCheck.of(module, list(source.family.inputs), MODEL_OUTPUT, batches[::2])
 
 
 @pytest.mark.parametrize("precision", DEFAULT_PRECISIONS)
-def test_sqnr_against_fp32_torch_on_real_inputs(precision: Precision, demo_bundle: Path, real_inputs) -> None:
-    names, batches, references = real_inputs
-    engine = DenoiseRuntime.load(demo_bundle).denoiser(precision.value)
-    measured = engine_sqnr_db(engine, names, MODEL_OUTPUT, batches, references)
+def test_sqnr_against_fp32_torch_on_real_check(precision: Precision, demo_bundle: Path, real_check) -> None:
+    measured = real_check.sqnr_db(DenoiseRuntime.load(demo_bundle).denoiser(precision.value))
     print(f"{precision.value}: SQNR {measured:.1f} dB, floor {FLOORS_DB[precision]:.1f} dB")
     assert measured >= FLOORS_DB[precision]
 
@@ -220,18 +218,20 @@ def test_a_miscompiled_engine_is_caught(tmp_path: Path, tiny_pipeline: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ["_tokenizers", "_text_encoder", "_vae", "_export_denoiser"])
+STAGES = ["write_tokenizers", "_Build._text_encoder", "_Build._vae", "_Build._export_denoiser"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_build_leaves_nothing(
     stage: str, tmp_path: Path, demo_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundle_build._Build, stage, interrupt)
+    monkeypatch.setattr(f"{bundle_build.__name__}.{stage}", interrupt)
     monkeypatch.setattr(bundle_build._Build, "_gather", lambda self: ([], []))
-    order = ["_tokenizers", "_text_encoder", "_vae", "_export_denoiser"]
-    for before in order[: order.index(stage)]:
-        monkeypatch.setattr(bundle_build._Build, before, lambda *_: None)
+    for before in STAGES[: STAGES.index(stage)]:
+        monkeypatch.setattr(f"{bundle_build.__name__}.{before}", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         build(demo_pipeline, tmp_path / "bundle", _options(onnx_dir=tmp_path / "onnx"))
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, manifest_identity
 from engines.sampler import SamplerRow, SamplerTable
 from tmpdiff_export import attach, detach
 from tmpdiff_export.drop_in.step_finder import StepFinder
-from tmpdiff_export.pipelines.families import FAMILIES
+from tmpdiff_export.pipelines.families.table import FAMILIES
 from tmpdiff_export.pipelines.load import load_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 

@@ -20,17 +20,18 @@ from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.errors import BuildError
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import Precision
-from tmpdiff_export.bundling.engine import start_denoiser
+from tmpdiff_export.bundling.engine import DenoiserJob, Workplace, start_denoiser
+from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser
 from tmpdiff_export.devices import Batch
-from tmpdiff_export.onnx_graphs.export import export_graph, save_graph
-from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
-from tmpdiff_export.pipelines.families import DENOISER, DENOISERS, FAMILIES, Family, denoiser_family, family_of
+from tmpdiff_export.onnx_graphs.export import save_graph
+from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.families.flux import pack
+from tmpdiff_export.pipelines.families.table import DENOISERS, FAMILIES, family_of
 from tmpdiff_export.pipelines.load import load_pipeline
-from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
+from tmpdiff_export.targets.accuracy import AccuracyCheck, sqnr_db, torch_outputs
 from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
-from tmpdiff_export.targets.target import AccuracyCheck, at_once
+from tmpdiff_export.targets.target import at_once
 from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
 from tmpdiff_export.targets.torch.lowering import lower_for_torch
 from tools.acceptance.miniatures import TEXT_TOKENS, Miniature, miniature
@@ -69,9 +70,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
             small = miniature(name)
             module, batches = small.wrap(), small.batches(4, seed=1)
             folder = tmp_path_factory.mktemp(name)
-            inputs = small.family.export_inputs(batches[0])
-            graph = export_graph(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, folder / "export.onnx", half=True)
-            fold_shapes(graph, folder / "shapes.onnx")
+            graph = export_denoiser(module, small.family, batches[0], folder)
             made[name] = Exported(small, module, graph, batches)
         return made[name]
 
@@ -85,11 +84,17 @@ def rows(batch: Batch, count: int) -> Batch:
     return (latents + torch.arange(count).reshape(-1, 1, 1, 1), *rest)
 
 
+def fits(small: Miniature, key: str) -> bool:
+    """Whether a family takes a denoiser."""
+    family = DENOISERS[key]
+    return type(small.denoiser).__name__ == family.denoiser_class and family.refusal(small.denoiser) is None
+
+
 def test_every_family_has_a_miniature() -> None:
     for name, family in DENOISERS.items():
         small = miniature(name)
         assert type(small.denoiser).__name__ == family.denoiser_class
-        assert denoiser_family(small.denoiser) == (name, family)
+        assert next(key for key in DENOISERS if fits(small, key)) == name
 
 
 @pytest.mark.parametrize("name", DENOISERS)
@@ -153,10 +158,11 @@ def test_quantized_engines_reach_their_floor_and_leave_no_layer_out(
     check = AccuracyCheck.of(
         export.module, list(export.small.family.inputs), MODEL_OUTPUT, [rows(export.batches[2], 3)]
     )
-    start_denoiser(
-        at_once(CpuTarget()), export.module, DENOISER, export.graph, precision, export.batches, check, tmp_path, tmp_path,
-        batch_per_picture=2, float32_inputs=export.small.family.float32_inputs,
-    ).finish()  # fmt: skip
+    place = Workplace(at_once(CpuTarget()), tmp_path, tmp_path)
+    exported_model = ExportedModel(
+        export.module, export.graph, check, 2, half=True, float32_inputs=export.small.family.float32_inputs
+    )
+    start_denoiser(place, exported_model, DenoiserJob(precision, export.batches)).finish()
     model = onnx.load(tmp_path / "onnx" / f"{precision.value}.onnx")
     codes = {
         Precision.FP8: TensorProto.FLOAT8E4M3FN,
@@ -248,6 +254,9 @@ def test_a_pipeline_of_which_only_the_denoiser_is_supported_is_refused_before_it
 def test_denoisers_that_are_called_otherwise_are_refused(name: str, changes: dict, reason: str) -> None:
     small = miniature(name)
     small.denoiser.register_to_config(**changes)
-    with pytest.raises(BuildError, match="cannot be exported") as caught:
-        denoiser_family(small.denoiser)
-    assert reason in str(caught.value)
+    of_class = {
+        key: family for key, family in DENOISERS.items() if type(small.denoiser).__name__ == family.denoiser_class
+    }
+    refusals = [f"family {key}: {family.refusal(small.denoiser)}" for key, family in of_class.items()]
+    assert not any(fits(small, key) for key in DENOISERS)
+    assert reason in "; ".join(refusals)

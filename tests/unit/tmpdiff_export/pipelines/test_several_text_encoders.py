@@ -22,8 +22,8 @@ from engines.precision import Precision
 from tmpdiff_export import attach
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
-from tmpdiff_export.pipelines.families import family_of
 from tmpdiff_export.pipelines.families.flux import pack, unpack
+from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.load import SourcePipeline, load_pipeline
 
 PROMPTS = ("a red circle", "A small BLUE square!")

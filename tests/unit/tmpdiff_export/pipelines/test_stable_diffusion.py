@@ -18,7 +18,7 @@ from engines.text import encode_prompts, load_tokenizer
 from tmpdiff_export import attach
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
-from tmpdiff_export.pipelines.families import family_of
+from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.load import SourcePipeline, load_pipeline
 
 PROMPTS = ("a red circle", "A small BLUE square, in the center!")

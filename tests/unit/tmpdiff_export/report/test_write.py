@@ -29,8 +29,8 @@ from calibration.document import CheckRecord, TransferRecord
 from engines.bundle import SCHEDULE_NAME, SENSITIVITY_NAME, Bundle
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
+from tmpdiff_export.report.figures import rule_points, ruled_precision
 from tmpdiff_export.report.page import page
-from tmpdiff_export.report.rules import rule_points, ruled_precision
 
 SOURCE = ROOT
 SECTIONS = ("what", "schedule", "precisions", "scores", "fit", "pareto", "search", "validation", "cost", "pictures")
@@ -385,20 +385,20 @@ def test_intervals_are_those_of_the_ratio_over_prompts(bundle: Bundle) -> None:
     assert not any("[" in cells[3] for cells in without_samples.tables["validation"][1:])
 
 
-def test_prompts_that_end_at_another_picture_are_counted(bundle: Bundle) -> None:
+def test_departures_are_counted(bundle: Bundle) -> None:
     found = planted(num_samples=5, budget=HighSteps(4))
-    words = "Prompts that ended more than ten medians away"
+    words = "Departures, prompts that ended more than ten medians away"
     assert words not in Parsed(page(bundle.manifest, found)).text["validation"]
     row = found.validation[2]
     far = row.model_copy(update={"sample_errors": (*row.sample_errors[:-1], 100 * max(row.sample_errors))})
     rows = tuple(far if item is row else item for item in found.validation)
     text = Parsed(page(bundle.manifest, found.model_copy(update={"validation": rows}))).text["validation"]
-    assert f"{words}, at another picture, and weigh in the mean: {row.name} (1)." in text
+    assert f"{words}, weigh in the mean: {row.name} (1)." in text
 
 
 def test_risk_is_drawn_said_and_part_of_predictions(bundle: Bundle) -> None:
     found = planted(budget=HighSteps(4))
-    words = "sends a prompt to another picture"
+    words = "the risk of a departure"
     assert words not in Parsed(page(bundle.manifest, found)).text["scores"]
     records = tuple(
         record.model_copy(update={"risk": tuple(max(score, 0.0) / 2 for score in record.scores)})

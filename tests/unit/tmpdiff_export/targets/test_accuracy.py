@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,11 @@ from engines.engine import Engine
 from engines.manifest import MODEL_OUTPUT
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export.bundling.bundle import CHECK_BATCHES
-from tmpdiff_export.bundling.engine import with_larger_batch
+from tmpdiff_export.bundling.exported import with_larger_batch
 from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.quantization.ranges import spread
-from tmpdiff_export.targets.accuracy import engine_sqnr_db, step_sizes, torch_outputs
-from tmpdiff_export.targets.target import AccuracyCheck
+from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes, torch_outputs
 
 T = 20
 
@@ -135,10 +135,11 @@ def test_a_build_weighs_its_check_by_the_bundle_s_own_sampler(built, tiny_pipeli
     weights = [np.full(len(calls[index][0]), sizes[index]) for index in checked]
     weights.append(np.concatenate([weights[0], weights[-1]]))  # the batch of twice the size
     references = torch_outputs(module, batches)
+    alike = AccuracyCheck(tuple(source.family.inputs), MODEL_OUTPUT, tuple(batches), tuple(references))
     for name, entry in manifest.denoisers.items():
         engine = runtime.denoiser(name)
-        measured = engine_sqnr_db(engine, list(source.family.inputs), MODEL_OUTPUT, batches, references, weights)
+        measured = replace(alike, weights=tuple(weights)).sqnr_db(engine)
         assert measured == pytest.approx(entry.sqnr_db, abs=0.02)
-        plain = engine_sqnr_db(engine, list(source.family.inputs), MODEL_OUTPUT, batches, references)
+        plain = alike.sqnr_db(engine)
         print(f"{name}: SQNR {measured:.1f} dB, with all calls alike {plain:.1f} dB")
         assert abs(plain - entry.sqnr_db) > 0.1  # so that a build without weights would fail here

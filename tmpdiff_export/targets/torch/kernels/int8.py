@@ -1,7 +1,7 @@
 """INT8 products of the `torch` backend: a Triton kernel on a GPU, torch's own product on a CPU.
 
 cuBLAS's INT8 product (`torch._int_mm`) writes INT32 and leaves scales and bias to another kernel; on an H100 it was no
-faster than BF16 at the shapes of FLUX.1 (docs/performance.md). Here the INT32 sums never leave the chip.
+faster than BF16 at the shapes of FLUX.1 (docs/results.md). Here the INT32 sums never leave the chip.
 """
 
 from __future__ import annotations

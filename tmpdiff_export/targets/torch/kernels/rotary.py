@@ -1,7 +1,7 @@
 """Normalization and rotation of FLUX.1's queries and keys in one kernel, for the `torch` backend.
 
 Inductor makes three to four kernels of them, whose reads of neighbouring pairs lie apart, and which took twice as long
-(docs/performance.md). Here a token is read once and written once.
+(docs/results.md). Here a token is read once and written once.
 """
 
 from __future__ import annotations

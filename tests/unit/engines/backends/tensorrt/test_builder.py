@@ -1,73 +1,22 @@
-"""Building plans against the fake TensorRT: flags, progress, refusals, timing cache, resumed builds."""
+"""Building plans against the fake TensorRT: what comes out, flags, refusals."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
-from fakes.install import Fakes, install
+from fakes.install import install
 from helpers.linear_denoiser import PROFILE, save_model
+from helpers.plan_bench import Bench, MakeBench
 
 from engines.errors import BackendError, BuildError
 
 PRECISION_FLAGS = {"FP16", "BF16", "INT8", "FP8", "INT4", "FP4"}
-
-
-class Bench:
-    """The build side of the backend on one fake installation."""
-
-    def __init__(self, fakes: Fakes, folder: Path) -> None:
-        self.fakes, self.folder = fakes, folder
-        names = ("builder", "options", "plan_store", "timing_cache", "build_progress")
-        modules = {name: importlib.import_module(f"engines.backends.tensorrt.{name}") for name in names}
-        modules["gpu"] = importlib.import_module("engines.backends.cuda.gpu")
-        self.code = SimpleNamespace(**modules)
-        self.gpu = self.code.gpu.current_gpu()
-        self.timing_cache = self.code.timing_cache.timing_cache_path(folder, fakes.settings.version, self.gpu)
-        self.target = folder / "engine.plan"
-
-    def build(
-        self, precision: str = "fp16", onnx: Path | None = None, target: Path | None = None, **options: Any
-    ) -> Any:
-        progress = options.pop("progress", None)
-        profile = options.pop("profile", PROFILE)
-        return self.code.builder.build_plan(
-            onnx or save_model(self.folder / f"{precision}.onnx", precision),
-            target or self.target,
-            precision=precision,
-            profile=profile,
-            options=self.code.options.PlanOptions(**options),
-            gpu=self.gpu,
-            timing_cache=self.timing_cache,
-            progress=progress,
-        )
-
-    def left_behind(self) -> set[str]:
-        """Files besides ONNX files and the timing cache."""
-        names = {path.name for path in self.folder.iterdir()}
-        return {name for name in names if ".onnx" not in name and not name.startswith(self.timing_cache.name)}
-
-
-MakeBench = Callable[..., Bench]
-
-
-@pytest.fixture
-def make_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MakeBench:
-    return lambda **options: Bench(install(monkeypatch, **options), tmp_path)
-
-
-@pytest.fixture
-def bench(make_bench: MakeBench) -> Bench:
-    return make_bench()
 
 
 # --- what a build gives
@@ -86,7 +35,7 @@ def test_a_plan_its_inspector_json_and_facts(bench: Bench) -> None:
     assert [(item.name, item.dtype) for item in facts.outputs] == [("model_output", "float16")]
     assert facts.weights_bytes > 0
     assert facts.scratch_bytes > 0
-    assert facts.streamable_weights_bytes == facts.stripped_weights_bytes == 0
+    assert facts.streamable_weights_bytes == 0
     assert bench.left_behind() == {bench.target.name, inspector.name}
 
 
@@ -145,9 +94,6 @@ def test_a_library_that_does_not_tell_weight_sizes(make_bench: MakeBench, monkey
     monkeypatch.delattr(bench.fakes.tensorrt, "EngineStat")
     facts = bench.build("fp16")
     assert facts.weights_bytes == facts.bytes
-    path = bench.folder / "fp16.onnx"
-    stripped = bench.build("fp16", stripped=True)
-    assert (stripped.weights_bytes, stripped.stripped_weights_bytes) == (path.stat().st_size,) * 2
 
 
 def test_tensorrt_s_warnings_are_passed_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +137,6 @@ def test_networks_are_strongly_typed_and_no_precision_flag_is_set(
         ({"weight_streaming": True}, {"WEIGHT_STREAMING"}),
         ({"version_compatible": True}, {"VERSION_COMPATIBLE"}),
         ({"refittable": True}, {"REFIT"}),
-        ({"stripped": True}, {"STRIP_PLAN", "REFIT_IDENTICAL"}),
-        ({"stripped": True, "refittable": True}, {"STRIP_PLAN", "REFIT"}),
     ],
 )
 @pytest.mark.parametrize("version", ["10.16.1.11", "11.4.0.106"])
@@ -223,9 +167,6 @@ def test_options_become_settings(bench: Bench, options: dict[str, Any], expected
 
 def test_what_options_do_to_the_facts(bench: Bench) -> None:
     assert bench.build(weight_streaming=True).streamable_weights_bytes > 0
-    whole, stripped = bench.build(), bench.build(stripped=True)
-    assert stripped.stripped_weights_bytes >= 64 * 64 * 2
-    assert stripped.bytes < whole.bytes
 
 
 # --- refusals
@@ -318,227 +259,9 @@ def test_nothing_is_printed(bench: Bench, capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr() == ("", "")
 
 
-# --- progress
-
-
-def test_progress_is_reported_in_nested_stages(bench: Bench) -> None:
-    seen: list[tuple[str, int, int]] = []
-    bench.build(progress=lambda *step: seen.append(step))
-    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
-    assert stages[1].startswith(f"{stages[0]} > ")
-    for stage in stages:
-        steps = [(done, total) for name, done, total in seen if name == stage]
-        total = steps[0][1]
-        assert steps == [(done, total) for done in range(total + 1)]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the display broke")])
-def test_what_the_progress_callback_raises_ends_the_build(bench: Bench, error: BaseException) -> None:
-    calls = []
-
-    def progress(stage: str, done: int, total: int) -> None:
-        calls.append(done)
-        if done == 1:
-            raise error
-
-    with pytest.raises(type(error)) as caught:
-        bench.build(progress=progress)
-    assert caught.value is error
-    assert calls.count(1) == 1
-    assert bench.fakes.settings.builds == []  # the fake notes only builds that were not cancelled
-    assert bench.left_behind() == set()
-
-
-def test_ctrl_c_ends_the_build_at_the_next_step(bench: Bench) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    survived = []
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if done == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-            survived.append(done)  # it does not raise here, inside TensorRT's call
-
-    with pytest.raises(KeyboardInterrupt):
-        bench.build(progress=progress)
-    assert survived == [1]
-    assert signal.getsignal(signal.SIGINT) is before
-    assert bench.left_behind() == set()
-
-
-# --- timing cache
-
-
-def test_timings_are_kept_and_reused(bench: Bench) -> None:
-    bench.build()
-    bench.build()
-    first, second = bench.fakes.settings.builds
-    assert first.timed == first.layers > 0
-    assert second.timed == 0
-
-
-def test_timings_of_a_cancelled_build_are_kept(bench: Bench) -> None:
-    def progress(stage: str, done: int, total: int) -> None:
-        if " > " in stage and done == total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        bench.build(progress=progress)
-    bench.build()
-    assert bench.fakes.settings.builds[0].timed == 0
-
-
-def test_timing_caches_are_apart_per_version_and_gpu(make_bench: MakeBench) -> None:
-    paths = {
-        make_bench(**options).timing_cache.name
-        for options in (
-            {},
-            {"version": "10.16.1.11"},
-            {"name": "Fake B200"},
-            {"compute_capability": (10, 0)},
-        )
-    }
-    assert len(paths) == 4
-    assert "timing-11.4.0.106-Fake-H200-sm90.cache" in paths
-
-
-@pytest.mark.parametrize("content", [b"rubbish", b"ftrtCACH{", b""])
-def test_a_corrupt_timing_cache_costs_time_only(bench: Bench, content: bytes) -> None:
-    bench.timing_cache.write_bytes(content)
-    facts = bench.build()
-    assert facts.bytes > 0
-    if content:
-        assert any("is corrupt or of another TensorRT or GPU" in warning for warning in facts.warnings)
-    assert bench.fakes.settings.builds[0].timed > 0
-    assert bench.build().warnings == ()
-    assert bench.fakes.settings.builds[1].timed == 0
-
-
-def test_a_timing_cache_that_tensorrt_only_warns_of_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT-RTX 1.7 gives an empty cache and a warning for one it cannot read."""
-    bench.timing_cache.write_bytes(b"rubbish")
-    trt: Any = bench.fakes.tensorrt
-    create = trt.IBuilderConfig.create_timing_cache
-
-    def lenient(config: Any, data: Any) -> Any:
-        if bytes(data) == b"rubbish":
-            config._logger.log(
-                trt.ILogger.WARNING, "Failed to deserialize timing cache. Returning an empty timing cache."
-            )
-            return create(config, b"")
-        return create(config, data)
-
-    monkeypatch.setattr(trt.IBuilderConfig, "create_timing_cache", lenient)
-    (warning,) = bench.build().warnings
-    assert "Failed to deserialize timing cache" in warning
-
-
-def test_a_timing_cache_of_another_gpu_under_this_name_is_not_used(make_bench: MakeBench) -> None:
-    other = make_bench(name="Fake B200")
-    other.build()
-    here = make_bench()
-    here.timing_cache.write_bytes(other.timing_cache.read_bytes())
-    assert any("another TensorRT or GPU" in warning for warning in here.build().warnings)
-    assert here.fakes.settings.builds[0].timed > 0
-
-
-def test_timings_written_meanwhile_are_not_lost(bench: Bench) -> None:
-    """Two builds that start together: the second to end keeps the timings of the first."""
-    inner = Bench.__new__(Bench)
-    inner.__dict__.update(bench.__dict__)
-    started = []
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if not started:
-            started.append(stage)
-            inner.build("int8", target=bench.folder / "other.plan")
-
-    bench.build("fp16", progress=progress)
-    bench.build("int8")
-    bench.build("fp16")
-    assert [build.timed for build in bench.fakes.settings.builds[2:]] == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("broken", "words"),
-    [("atomic_write_bytes", "cannot be written"), ("locked", "cannot be used")],
-)
-def test_a_timing_cache_that_cannot_be_kept_is_a_warning(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, broken: str, words: str
-) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(bench.code.timing_cache, broken, fail)
-    warnings = bench.build().warnings
-    assert f"{words} (Read-only file system)" in warnings[0]
-    assert bench.target.exists()
-
-
-# --- resumed builds
-
-
-def test_an_interrupted_build_of_several_precisions_goes_on_where_it_was(bench: Bench) -> None:
-    store_code: ModuleType = bench.code.plan_store
-    options = bench.code.options.PlanOptions()
-    models = {name: save_model(bench.folder / f"{name}.onnx", name) for name in ("fp16", "fp8", "int8")}
-
-    def run(interrupt_at: str | None) -> dict[str, Any]:
-        store, stored = store_code.PlanStore(bench.folder / "plans"), {}
-        for precision, path in models.items():
-
-            def progress(stage: str, done: int, total: int, stop: bool = precision == interrupt_at) -> None:
-                if stop and done == 1:
-                    raise KeyboardInterrupt
-
-            def build(target: Path, path: Path = path, precision: str = precision, progress: Any = progress) -> Any:
-                return bench.build(precision, path, target, progress=progress)
-
-            key = store_code.plan_key(
-                path,
-                precision=precision,
-                profile=PROFILE,
-                options=options,
-                gpu=bench.gpu,
-                tensorrt_version=bench.fakes.settings.version,
-            )
-            stored[precision] = store.put(key, build)
-        return stored
-
-    with pytest.raises(KeyboardInterrupt):
-        run("fp8")
-    (finished,) = (bench.folder / "plans").glob("*.plan")
-    before = finished.stat().st_ino, finished.read_bytes()
-    assert not list((bench.folder / "plans").glob(".*.partial"))
-    stored = run(None)
-    assert {name: plan.reused for name, plan in stored.items()} == {"fp16": True, "fp8": False, "int8": False}
-    assert (stored["fp16"].path.stat().st_ino, stored["fp16"].path.read_bytes()) == before
-    assert all(plan.reused for plan in run(None).values())
-    assert len(bench.fakes.settings.builds) == 3
-    assert stored["fp8"].facts.layers["fp8"].layers == 1
-    assert json.loads(stored["fp8"].inspector.read_text())["Layers"]
-
-
 def test_the_oldest_supported_version_is_refused_below(make_bench: MakeBench) -> None:
     with pytest.raises(BackendError, match=r"needs 10\.13 or newer"):
         make_bench(version="10.12.0.36").build()
-
-
-def test_no_step_is_reported_after_the_build_was_stopped(bench: Bench) -> None:
-    """TensorRT's threads may complete steps that were under way."""
-    calls = []
-
-    def progress(stage: str, done: int, total: int) -> None:
-        calls.append(done)
-        raise KeyboardInterrupt
-
-    monitor = bench.code.build_progress.BuildProgress(progress)
-    monitor.phase_start("Building engine", None, 3)
-    assert monitor.step_complete("Building engine", 0) is False
-    assert monitor.step_complete("Building engine", 1) is False
-    monitor.phase_finish("Building engine")
-    assert calls == [0]
-    with pytest.raises(KeyboardInterrupt):
-        monitor.raise_stopped()
 
 
 def test_a_missing_file_that_the_parser_only_logs_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,15 @@ from engines.backends.tensorrt.inspection import (
     summarize,
 )
 from engines.backends.tensorrt.options import PlanOptions
-from engines.backends.tensorrt.plan_store import PlanFacts, PlanKey, PlanStore, data_file, inspector_file, plan_key
+from engines.backends.tensorrt.plan_store import (
+    PlanFacts,
+    PlanKey,
+    PlanRequest,
+    PlanStore,
+    data_file,
+    inspector_file,
+    plan_key,
+)
 from engines.errors import BackendError, BuildError
 from engines.files import sha256_bytes
 from engines.manifest import LayerShare
@@ -173,9 +181,10 @@ def key_of(onnx: Path, **changes: Any) -> PlanKey:
         "profile": {"latents": ((2, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8))},
         "options": PlanOptions(),
         "gpu": GPU,
-        "tensorrt_version": "11.4.0.106",
+        **changes,
     }
-    return plan_key(onnx, **{**values, **changes})
+    version = values.pop("tensorrt_version", "11.4.0.106")
+    return plan_key(PlanRequest(onnx, **values), version)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +201,6 @@ def key_of(onnx: Path, **changes: Any) -> PlanKey:
         {"options": PlanOptions(weight_streaming=True)},
         {"options": PlanOptions(version_compatible=True)},
         {"options": PlanOptions(hardware_compatibility="ampere_plus")},
-        {"options": PlanOptions(stripped=True)},
         {"options": PlanOptions(refittable=True)},
     ],
 )
@@ -202,7 +210,7 @@ def test_everything_that_shapes_a_plan_changes_its_key(onnx: Path, changes: dict
 
 def test_a_change_of_the_stored_format_changes_the_key(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of(onnx).digest
-    monkeypatch.setitem(plan_key.__globals__, "PLAN_FORMAT", 2)
+    monkeypatch.setitem(plan_key.__globals__, "PLAN_FORMAT", 3)
     assert key_of(onnx).digest != before
 
 
@@ -233,7 +241,6 @@ def facts_of(plan: bytes) -> PlanFacts:
         bytes=len(plan),
         inspector_sha256=sha256_bytes(INSPECTOR.encode()),
         weights_bytes=1,
-        stripped_weights_bytes=0,
         streamable_weights_bytes=0,
         scratch_bytes=2,
         inputs=(),

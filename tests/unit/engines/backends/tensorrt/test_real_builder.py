@@ -23,6 +23,8 @@ from helpers.tensorrt_conformance import BINDINGS, ROOT, prepare
 
 from engines.errors import BackendError, BuildError
 
+pytestmark = pytest.mark.long
+
 AS_VERSION = "11.4.0.106"  # the API it is nearest to; Polygraphy looks at it
 
 Build = Callable[..., tuple[bytes, list[str]]]

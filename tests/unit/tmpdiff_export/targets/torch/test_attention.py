@@ -20,16 +20,17 @@ from engines.errors import BackendError, BuildError
 from engines.manifest import Manifest, manifest_identity
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
+from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch import attention as torch_attention
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
 from tmpdiff_export.targets.torch.attention import (
-    AttentionRange,
     Fp8Processor,
     attend_fp8,
     attention_ranges,
     use_fp8_attention,
 )
 from tmpdiff_export.targets.torch.flux import RotaryProcessor, use_rotary_kernel
+from tmpdiff_export.targets.torch.settings import PackageSettings
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler to build packages with"
@@ -194,13 +195,12 @@ def test_an_operator_that_this_release_does_not_know_is_refused(torch_variants: 
 
 
 def test_what_cannot_have_it_is_refused() -> None:
-    from tmpdiff_export.targets.choose import require_fp8_attention
-
     built = (Precision.FP16, Precision.FP8)
-    require_fp8_attention("onnxruntime", (), built)
-    require_fp8_attention("torch", (Precision.FP8,), built)
+    PackageSettings().require_unset("onnxruntime")
+    settings = PackageSettings(fp8_attention=(Precision.FP8,))
+    settings.require_built(built)
     with pytest.raises(BackendError, match="of the torch backend; engines of 'tensorrt' have 16-bit attention"):
-        require_fp8_attention("tensorrt", (Precision.FP8,), built)
+        settings.require_unset("tensorrt")
     for wrong in (Precision.INT8, Precision.FP16):
         with pytest.raises(BackendError, match=f"names {wrong.value}, expected quantized precisions .*: fp8"):
-            require_fp8_attention("torch", (Precision.FP8, wrong), built)
+            PackageSettings(fp8_attention=(Precision.FP8, wrong)).require_built(built)

@@ -432,20 +432,21 @@ def test_weights_in_another_folder_than_their_package_are_refused(torch_variants
 
 
 def test_what_cannot_share_weights_is_refused() -> None:
-    from tmpdiff_export.targets.choose import require_shareable
+    from tmpdiff_export.targets.torch.settings import PackageSettings
 
     built = (Precision.FP16, Precision.FP8)
-    require_shareable("onnxruntime", None, built)
-    require_shareable("torch", Precision.FP8, built)
+    PackageSettings().require_unset("onnxruntime")
+    settings = PackageSettings(share_weights=Precision.FP8)
+    settings.require_built(built)
     with pytest.raises(
         BackendError, match="is for packages of the torch backend; engines of 'tensorrt' hold their own"
     ):
-        require_shareable("tensorrt", Precision.FP8, built)
+        settings.require_unset("tensorrt")
     for wrong in (Precision.INT8, Precision.FP16):
         with pytest.raises(
             BackendError, match=f"names {wrong.value}, expected a quantized precision that is built: fp8"
         ):
-            require_shareable("torch", wrong, built)
+            PackageSettings(share_weights=wrong).require_built(built)
 
 
 @needs_compiler

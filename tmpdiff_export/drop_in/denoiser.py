@@ -1,0 +1,190 @@
+"""What stands in a diffusers pipeline in place of its denoiser, and runs a bundle's engines."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
+from engines.runtime import DenoiseRuntime
+from engines.schedule import Schedule
+from tmpdiff_export.drop_in.fit import require_scheduler
+from tmpdiff_export.drop_in.step_finder import StepFinder
+from tmpdiff_export.pipelines.families.family import Family, bind_call
+
+OUTPUTS = {"transformer": Transformer2DModelOutput, "unet": UNet2DConditionOutput}
+
+LATENTS_ARGUMENTS = {"hidden_states", "sample"}  # of transformers, of UNets
+# The picture size is part of the engine; of FLUX, so are the positions of its tokens.
+CONSTANT_ARGUMENTS = {"return_dict", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
+
+
+class BundleDenoiser(torch.nn.Module):
+    """Takes the place of a pipeline's denoiser and runs a bundle's engines; made by `attach`. Not thread-safe.
+
+    Attributes:
+        config: the configuration of the denoiser it replaces.
+        schedule: the schedule that is followed.
+        runtime: the bundle and its loaded engines.
+        last_run: (step index, precision) of every denoiser call of the last run, or of the current one.
+    """
+
+    def __init__(
+        self, pipe: Any, denoiser: torch.nn.Module, family: Family, runtime: DenoiseRuntime, schedule: Schedule
+    ) -> None:
+        """Everything has been checked by `attach`."""
+        super().__init__()
+        self.config = denoiser.config
+        self.schedule = schedule
+        self.runtime = runtime
+        self.last_run: list[tuple[int, str]] = []
+        self._original = [denoiser]  # in a list, so that moving this module leaves it where it is
+        self._family = family
+        self._finder = StepFinder(runtime.table)
+        self._pipe = weakref.ref(pipe)
+        self._scheduler = pipe.scheduler
+        self._timesteps: torch.Tensor | None = None
+        # Pipelines read dtype and device of a denoiser and set them with to(); this buffer holds them.
+        self.register_buffer("_place", torch.empty(0, dtype=denoiser.dtype, device=denoiser.device), persistent=False)
+        self.eval()
+
+    @property
+    def original(self) -> Any:
+        """The denoiser that was replaced."""
+        return self._original[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The pipeline's dtype; engines compute in their own."""
+        return self._place.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The pipeline's device; engines run on their own."""
+        return self._place.device
+
+    @property
+    def add_embedding(self) -> Any:
+        """The replaced UNet's; SDXL pipelines read its width."""
+        return self.original.add_embedding
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """What FLUX pipelines call their denoiser in; engines cache nothing between calls."""
+        yield
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Denoiser calls of `last_run` per precision."""
+        return Counter(precision for _, precision in self.last_run)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One denoiser call, at the precision that the schedule has for its timestep.
+
+        Args:
+            args, kwargs: what the replaced denoiser takes; latents [B, C, h, w] of the bundle's size, any
+                floating dtype and device, and one timestep for the whole batch.
+
+        Returns:
+            What the replaced denoiser returns (a tuple with `return_dict=False`, an output object otherwise),
+            [B, `config.out_channels`, h, w] (of FLUX as tokens) in the dtype and on the device of the latents. Engines
+            do not compute the learned variance, which no deterministic scheduler reads: those channels are zero.
+
+        Raises:
+            ValueError: latents of another size, different timesteps in one batch, or an argument that the
+                engines do not take.
+            ScheduleError: a timestep, or a loop, that the schedule does not cover.
+            SamplerError: the pipeline was given another scheduler.
+        """
+        call = bind_call(self.original, args, kwargs)
+        del call["self"]
+        inputs = self._inputs(call)
+        latents = inputs[LATENTS]
+        step_index = self._step_index(inputs[TIMESTEP], call["timestep"])
+        precision = self.schedule.precisions[step_index]
+        inputs[TIMESTEP] = torch.full((len(latents),), float(self.runtime.table.timesteps[step_index]))
+        arrays = {
+            spec.name: np.ascontiguousarray(inputs[spec.name].detach().to("cpu", getattr(torch, spec.dtype)).numpy())
+            for spec in self.runtime.manifest.denoisers[precision].inputs
+        }
+        values = torch.from_numpy(self.runtime.denoiser(precision).run(arrays)[MODEL_OUTPUT])
+        self.last_run.append((step_index, precision))
+        output = self._family.returned(values, self.config).to(latents.device, latents.dtype)
+        return OUTPUTS[self._family.component](sample=output) if call.get("return_dict", True) else (output,)
+
+    def _inputs(self, call: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Engine inputs by name, still as the pipeline passed them."""
+        taken = LATENTS_ARGUMENTS | CONSTANT_ARGUMENTS | set(self._family.inputs)
+        passed = {**call, **(call.get("added_cond_kwargs") or {})}
+        passed.pop("added_cond_kwargs", None)
+        given = {
+            name for name, value in passed.items() if not (value is None or (isinstance(value, dict) and not value))
+        }
+        if given - taken:
+            raise ValueError(
+                f"the denoiser was called with {', '.join(sorted(given - taken))}, which the bundle's engines do not "
+                "take; call the pipeline without it, or detach the bundle"
+            )
+        needed = set(self._family.inputs) - {LATENTS}
+        if needed - given or not given & LATENTS_ARGUMENTS:
+            raise ValueError(
+                f"the denoiser was called with {', '.join(sorted(given))} only; the bundle's engines take latents and "
+                f"{', '.join(sorted(needed))}"
+            )
+        inputs = dict(zip(self._family.inputs, self._family.arguments(call), strict=True))
+        sampling = self.runtime.manifest.sampling
+        shape = tuple(inputs[LATENTS].shape)
+        if shape[1:] != sampling.latents_shape:
+            raise ValueError(
+                f"latents have shape {shape}, the bundle's engines take {('batch', *sampling.latents_shape)}; call the "
+                f"pipeline with height={sampling.height}, width={sampling.width} (and use_resolution_binning=False "
+                "where it has that), or build a bundle of that size"
+            )
+        return inputs
+
+    def _step_index(self, timestep: torch.Tensor, called: Any) -> int:
+        """The position in the loop; notes where a run begins.
+
+        Args:
+            timestep: in the scheduler's units.
+            called: as the pipeline passed it; of a 16-bit FLUX pipeline it is rounded to its dtype.
+        """
+        values = set(timestep.reshape(-1).tolist())
+        if len(values) != 1:
+            raise ValueError(
+                f"the denoiser was called with timesteps {sorted(values)} in one batch; a schedule has one precision "
+                "per step, so every sample of a batch must be at the same timestep"
+            )
+        self._follow_scheduler()
+        handed = torch.from_numpy(self.runtime.table.timesteps.astype(np.float32))
+        if isinstance(called, torch.Tensor):
+            handed = self._family.called_timesteps(handed, called.dtype)
+        step_index, new_run = self._finder.find(values.pop(), handed.numpy())
+        if new_run:
+            self.last_run = []
+        return step_index
+
+    def _follow_scheduler(self) -> None:
+        """Begins a run when the pipeline's scheduler was set up for one, after checking what it will run."""
+        pipe = self._pipe()
+        if pipe is None:  # its components live on in another pipeline
+            return
+        scheduler = pipe.scheduler
+        if scheduler is not self._scheduler:
+            require_scheduler(pipe, self._family, self.runtime)
+            self._scheduler = scheduler
+        # set_timesteps() makes a new tensor every time; before the first one there is nothing to check
+        if getattr(scheduler, "num_inference_steps", None) is None or scheduler.timesteps is self._timesteps:
+            return
+        start = self._finder.offset(scheduler.timesteps.cpu().numpy())
+        self._finder.begin_run(start + (getattr(scheduler, "begin_index", None) or 0))
+        self._timesteps = scheduler.timesteps
+        self.last_run = []

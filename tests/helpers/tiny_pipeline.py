@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from helpers.demo_build import linked_copy
 
+from engines.manifest import LATENTS, TIMESTEP
+
 if TYPE_CHECKING:
+    from engines.runtime import DenoiseRuntime
     from tmpdiff_export.bundling.options import BuildOptions
 
 PROMPTS = ("a red circle", "a small blue square in the center", "a green triangle")
@@ -67,3 +71,16 @@ def build_torch_variants(pipeline: Path, out: Path) -> None:
         patch.setattr(attention, "LEAST_TOKENS", 1)
         patch.setattr(attention, "HEAD_SIZES", (8, 16, 24, 32, 64))
         build(pipeline, out, options)
+
+
+def denoiser_inputs(runtime: DenoiseRuntime, rows: int) -> dict[str, np.ndarray]:
+    """Inputs for an engine of such a bundle, every row its own."""
+    rng = np.random.default_rng(1)
+    text = runtime.encode(list(PROMPTS)).guided
+    whole = {name: np.concatenate([values, values])[:rows] for name, values in text.items()}
+    shape = (rows, *runtime.manifest.sampling.latents_shape)
+    return {
+        LATENTS: rng.standard_normal(shape, dtype=np.float32),
+        TIMESTEP: np.full(rows, runtime.table.timesteps[1], np.float32),
+        **whole,
+    }

@@ -8,11 +8,13 @@ BINDINGS := $(VENV)/tensorrt/.installed
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --root-user-action=ignore \
 	--constraint constraints.txt --editable
 
-.PHONY: help setup demo test lint runtime-binary clean
+.PHONY: help setup demo test test-long test-all lint runtime-binary clean
 
 help:
 	@echo "make demo            build, calibrate and run the embedded pipeline into build/demo"
-	@echo "make test            lint, types and the CPU test suite"
+	@echo "make test            lint, types and the CPU test suite but for its long tests"
+	@echo "make test-long       the long tests alone: they rarely break"
+	@echo "make test-all        make test, and the long tests"
 	@echo "make runtime-binary  freeze tmpdiff-runtime into build/runtime/tmpdiff-runtime"
 
 # What building, calibrating and reporting need; a changed pyproject.toml or constraints.txt updates it.
@@ -43,8 +45,18 @@ lint: $(DEV_INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# What is slow to make is made once for both workers; so tests go to whichever is free.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: lint $(BINDINGS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not long"
+	@echo "The long tests were left out; make test-all runs them too, make test-long them alone."
+
+test-long: $(BINDINGS)
+	$(PYTEST) -m long
+
+test-all: lint $(BINDINGS)
+	$(PYTEST)
 
 runtime-binary: $(DEV_INSTALLED)
 	$(BIN)/python tools/release/freeze_runtime.py --out build/runtime

@@ -248,12 +248,11 @@ def measurements(evaluator: Evaluator, name: str = "calibration") -> Measurement
     return Measurements(name, samples, Journal.in_memory("key"), SampleBatches({name: samples}))
 
 
-def calibrate_loops(
-    evaluator, latencies_ms, *, validation=None, decode=None, journal=None, pool=None, progress=None, **options
-) -> CalibrationResult:
-    """`calibrate` of planted loops; `options` are those of `CalibrationOptions`."""
+def calibrate_loops(evaluator, latencies_ms, *, validation=None, decode=None, **options) -> CalibrationResult:
+    """`calibrate` of planted loops; `options` are its own, and those of `CalibrationOptions`."""
+    own = {name: options.pop(name) for name in ("journal", "pool", "progress") if name in options}
     sets = SampleSets(SampleSet(evaluator), SampleSet(validation, decode) if validation else None)
-    return calibrate(sets, latencies_ms, CalibrationOptions(**options), journal=journal, pool=pool, progress=progress)
+    return calibrate(sets, latencies_ms, CalibrationOptions(**options), **own)
 
 
 FragileState = tuple[int, int, float, float]

@@ -30,7 +30,7 @@ from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
-from tmpdiff_export.calibrate import dask_pool as sample_workers
+from tmpdiff_export.calibrate import dask_pool
 from tmpdiff_export.calibrate import workers as bundle_workers
 from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
 from tmpdiff_export.calibrate.dask_pool import SampleWorkers
@@ -133,7 +133,7 @@ def test_measurement_that_kills_every_worker_is_given_up_and_the_rest_is_kept(tm
 
 
 def test_a_port_that_somebody_else_took_meanwhile_is_replaced(tmp_path, monkeypatch):
-    free_ports, asked = sample_workers._free_ports, []
+    free_ports, asked = dask_pool._free_ports, []
     with socket.create_server(("127.0.0.1", 0)) as taken:
 
         def ports(count):
@@ -141,7 +141,7 @@ def test_a_port_that_somebody_else_took_meanwhile_is_replaced(tmp_path, monkeypa
             found = free_ports(count)
             return [taken.getsockname()[1], *found[1:]] if len(asked) == 1 else found
 
-        monkeypatch.setattr(sample_workers, "_free_ports", ports)
+        monkeypatch.setattr(dask_pool, "_free_ports", ports)
         with open_planted(tmp_path / "opened", 2) as pool:
             result = calibrated(pool=pool)
     assert asked == [2, 2]

@@ -1,6 +1,6 @@
 """Times one calibration with one worker and with several, and says whether they agree.
 
-    python tools/gpu_bench/calibration.py BUNDLE --workers 1,2 [--samples 8] [--method sweep] [--json OUT.json]
+    python -m tools.gpu_bench.calibration BUNDLE --workers 1,2 [--samples 8] [--method sweep] [--json OUT.json]
 
 BUNDLE is calibrated in copies, from nothing but step latencies, which the first run measures and the others are given
 so that all choose alike. The ratio is of wall seconds without the latencies, start of the workers included; a table has

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from tmpdiff_export.report.rules import LOOKS
+from tmpdiff_export.report.figures import LOOKS
 
 from calibration.choose.baselines import RULES
 from calibration.choose.pareto import Allocation

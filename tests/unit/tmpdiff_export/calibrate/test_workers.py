@@ -17,12 +17,8 @@ from helpers.children import start, wait_for
 from helpers.commands import started
 from helpers.demo_build import linked_copy
 from helpers.paths import ROOT
-<<<<<<< HEAD
 from helpers.planted import measurements
-from helpers.tiny_pipeline import PROMPTS
-=======
 from helpers.tiny_pipeline import PROMPTS, tiny_options
->>>>>>> w/suite
 from helpers.worker_samples import SAMPLES, STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
 
 from calibration import open_journal
@@ -34,13 +30,7 @@ from engines.backends.cuda import gpu
 from engines.errors import BackendError, BundleError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
-<<<<<<< HEAD
-from tmpdiff_export.bundling.bundle import build
-from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.calibrate import dask_pool
-=======
-from tmpdiff_export.calibrate import dask_pool as sample_workers
->>>>>>> w/suite
 from tmpdiff_export.calibrate import workers as bundle_workers
 from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
 from tmpdiff_export.calibrate.dask_pool import SampleWorkers
@@ -312,18 +302,7 @@ def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle
 @pytest.mark.usefixtures("all_cores")
 def test_bench_times_the_same_calibration_with_one_and_two_workers(tmp_path, bundle):
     out = tmp_path / "out.json"
-<<<<<<< HEAD
-    command = [sys.executable, "-m", "tools.gpu_bench.calibration", bundle, "--samples", "2", "--json", out]
-    done = subprocess.run(
-        [*command, "--validation-samples", "2"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-=======
     done = started("tools.gpu_bench.calibration", bundle, "--samples", 2, "--validation-samples", 2, "--json", out)
->>>>>>> w/suite
     assert done.returncode == 0, done.stderr
     assert "results equal bit for bit" in done.stdout
     result = json.loads(out.read_text())

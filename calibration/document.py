@@ -54,7 +54,7 @@ class FitRecord(_Record):
     """How well a predictor describes the measured E of random schedules.
 
     Attributes:
-        predictor: see `calibration.scores.single_step`.
+        predictor: see `calibration.scores.predictors`.
         r2: of the regression line of measured on predicted; None with fewer than three schedules or
             where either does not vary.
         spearman: rank correlation; None as `r2`.
@@ -206,8 +206,8 @@ class Sensitivity(_Record):
         latencies_ms: measured step latency by precision, as given to `calibrate`.
         swap_ms: "before after" -> ms that a change of precision was charged, where any was.
         max_engines: most distinct precisions that a schedule was allowed, None for any number.
-        uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference; scores, fit and predictions
-            are limited means like these (`calibration.measure.metrics.limited`).
+        uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference; scores, fit and
+            predictions are limited means like these (`calibration.measure.metrics.limited`).
         calls: denoiser calls by stage and precision, everything included.
         search_calls: those spent on scores; `sweep_calls` is what full sweeps would take instead.
         predictor: the predictor that allocation used; `fit` has its figures and those of the others.

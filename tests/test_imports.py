@@ -94,8 +94,8 @@ ROOMS = {
         release demo acceptance
     """,
 }
-"""The rooms of each package, a floor a line, from the top down. A room imports from the floors below its own, never from above
-and never from a room beside it."""
+"""The rooms of each package, a floor a line, from the top down. A room imports from the floors below its own, never
+from above and never from a room beside it."""
 
 TORCH_LIBRARY = ROOT / "engines" / "backends" / "torch" / "library.py"  # the torch backend imports them from here
 GPU_LIBRARIES = {"cuda"}  # imported by what runs on a GPU; tensorrt as well, which is not installed here

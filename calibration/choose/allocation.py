@@ -1,7 +1,7 @@
 """Allocation: the schedule with the least predicted error, or the least latency, under a budget.
 
-Latency and error budgets are answered from the exact Pareto front, see `calibration.choose.pareto`; changes of precision and
-the engines that fit into memory are described by `calibration.choose.costs`.
+Latency and error budgets are answered from the exact Pareto front, see `calibration.choose.pareto`; changes of
+precision and the engines that fit into memory are described by `calibration.choose.costs`.
 """
 
 from __future__ import annotations

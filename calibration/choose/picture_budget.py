@@ -1,8 +1,8 @@
 """Budgets in picture quality: the fastest schedule whose pictures, measured, are good enough.
 
 Scores predict latent error, not SSIM or PSNR. So the Pareto front says in which order to try schedules, and each one
-that matters is run: a bisection over the front, since quality rises along it but for noise. The fixed rules are tried in
-the same way: where predictions mislead, one of them may do with fewer steps at the reference.
+that matters is run: a bisection over the front, since quality rises along it but for noise. The fixed rules are tried
+in the same way: where predictions mislead, one of them may do with fewer steps at the reference.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def meet_quality(
 
 
 def rule_schedules(predictions: Predictions) -> dict[str, list[Allocation]]:
-    """The fixed rules by name, each with every number of steps at the reference and the others at the fastest precision.
+    """The fixed rules by name, with every number of steps at the reference and the others at the fastest precision.
 
     Returns:
         Schedules fastest first; no rules where no precision is faster than the reference, or none may join it.
@@ -119,8 +119,8 @@ def fastest_meeting(
         front: fastest first, as `pareto_front` returns it.
         rules: the schedules of each rule, fastest first; only those faster than the best so far are tried.
         budget: what has to be met.
-        measure: quality of a schedule; asked for about log2(len(front)) schedules, each once, and as many of every rule.
-            Infinite for pictures that are identical to the reference's.
+        measure: quality of a schedule; asked for about log2(len(front)) schedules, each once, and as many of every
+            rule. Infinite for pictures that are identical to the reference's.
 
     Returns:
         The schedule and its measured quality. Every faster schedule that was measured falls short; where quality

@@ -23,7 +23,8 @@ class Measurements:
     Attributes:
         calls: denoiser calls per stage and precision of all measurements asked for so far, taken from the
             journal: the same whether a measurement was made now or by an earlier run.
-        recomputed: denoiser calls that a resumed run, or another worker, repeated because states are kept in memory only.
+        recomputed: denoiser calls that a resumed run, or another worker, repeated because states are kept in memory
+            only.
     """
 
     def __init__(

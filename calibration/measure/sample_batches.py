@@ -31,8 +31,8 @@ class SampleBatches:
         Args:
             sets: by name.
             at_once: samples in a call at most.
-            threads: that compare pictures, None for one per core: SSIM of one takes longer than many denoiser calls, and
-                leaves the interpreter free.
+            threads: that compare pictures, None for one per core: SSIM of one takes longer than many denoiser calls,
+                and leaves the interpreter free.
 
         Raises:
             ValueError: `at_once` is below 1.

@@ -16,9 +16,9 @@ log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an
    Bisect the interval where that sum is largest; stop when the mean over steps is small, or at a budget.
 
 What is guaranteed: no step is evaluated twice, evaluated scores are reported as they came, and both ends are right, as
-is the step before the last with a budget above three. What is not: a spike of a single step further inside is found only
-if it is hit (its neighbours do not show it), and the edge of a plateau is located to within an interval. `full_sweep` has
-neither limit.
+is the step before the last with a budget above three. What is not: a spike of a single step further inside is found
+only if it is hit (its neighbours do not show it), and the edge of a plateau is located to within an interval.
+`full_sweep` has neither limit.
 
 Preferring cheap steps (a downcast at step i costs T - i denoiser calls) was tried: dividing the gain by
 the cost saved 5 to 25 % of the calls and worsened ranks as much as a smaller budget of evaluations did.

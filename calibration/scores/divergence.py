@@ -17,7 +17,8 @@ mean
 beyond what a limited mean counts. That is the *risk* of a step; risks of steps are added up. The law and its constants
 are this project's own; docs/results.md, "Departures", has the evidence.
 
-Sparing a risky step leaves another one at the low precision, and all samples pay for that. `affordable` keeps it to `PRICE`.
+Sparing a risky step leaves another one at the low precision, and all samples pay for that. `affordable` keeps it to
+`PRICE`.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def risk_curve(errors: Mapping[int, Sequence[float]], num_steps: int) -> np.ndar
     """The risk of every step, in units of E, float64 [T].
 
     Args:
-        errors: E of every sample with only that step at the low precision, by step index; at least one step. Between those
-            steps medians are interpolated by their logarithms and shares linearly.
+        errors: E of every sample with only that step at the low precision, by step index; at least one step. Between
+            those steps medians are interpolated by their logarithms and shares linearly.
         num_steps: T.
     """
     steps = np.array(sorted(errors))
@@ -86,8 +87,8 @@ def affordable(
 ) -> dict[str, np.ndarray]:
     """Risks, those of a precision halved until they cost at most `PRICE` of E.
 
-    The cost is that of schedules of the reference and the precision that have K steps at the reference, from T/5 to 4T/5:
-    by how much the one chosen with risk has more E, as predicted without, than the one chosen without.
+    The cost is that of schedules of the reference and the precision that have K steps at the reference, from T/5 to
+    4T/5: by how much the one chosen with risk has more E, as predicted without, than the one chosen without.
 
     Args:
         found: contributions without risk.

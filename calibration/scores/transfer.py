@@ -30,7 +30,8 @@ from engines.sampler import SamplerTable
 
 CHECKED_STEPS = 6
 """Steps measured at the target. With six, the limit below passes at least nine in ten curves that are right but for
-noise of 40 % on both sides, and at most one in ten that have nothing to do with the truth (tests/unit/calibration/scores/test_transfer.py)."""
+noise of 40 % on both sides, and at most one in ten that have nothing to do with the truth
+(tests/unit/calibration/scores/test_transfer.py)."""
 
 MAX_SCATTER = 0.9
 """Largest standard deviation of log(measured / carried) for scores that hold: a typical factor of 2.5 either way."""

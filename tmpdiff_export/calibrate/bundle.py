@@ -77,8 +77,8 @@ def calibrate_bundle(
         prompts: calibration and validation prompts, one sample each.
         options: what is asked for.
         how: the bundle is run.
-        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.scores.transfer`. It may be
-            `bundle` itself, for another guidance scale.
+        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.scores.transfer`. It
+            may be `bundle` itself, for another guidance scale.
         progress: called with (stage, done, total).
 
     Raises:

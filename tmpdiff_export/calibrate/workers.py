@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from calibration.measure.bundle_evaluator import BundleSamples
 from calibration.measure.latency import runs_on_gpu
 from calibration.measure.sample_batches import SampleBatches
+from engines.backends.cuda.gpu import VISIBLE_DEVICES, visible_gpus
 from engines.errors import BackendError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
     from tmpdiff_export.calibrate.dask_pool import SampleWorkers
 
 MODULES = ("distributed", "cryptography")
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-def require_engine() -> None:
+def require_libraries() -> None:
     """Checks that what runs worker processes is installed.
 
     Raises:
@@ -39,17 +39,15 @@ def require_workers(runtime: DenoiseRuntime, workers: int, threads: int | None) 
     """Checks, before any work, that this host can have so many workers for a bundle.
 
     Raises:
-        BackendError: the engine is not installed.
+        BackendError: a library that they need is not installed.
         TmpDiffError: there are fewer GPUs, or on a CPU fewer threads.
     """
     if workers < 1:
         raise TmpDiffError(f"workers is {workers}, expected 1 or more")
     if workers == 1:
         return
-    require_engine()
+    require_libraries()
     if runs_on_gpu(runtime):
-        from engines.backends.cuda.gpu import visible_gpus
-
         gpus = visible_gpus()
         if workers > len(gpus):
             limit = f" ({VISIBLE_DEVICES} is {os.environ[VISIBLE_DEVICES]!r})" if VISIBLE_DEVICES in os.environ else ""
@@ -82,8 +80,6 @@ def open_workers(
 
     share = None
     if runs_on_gpu(runtime):
-        from engines.backends.cuda.gpu import visible_gpus
-
         environments = [{VISIBLE_DEVICES: gpu} for gpu in visible_gpus()[:workers]]
     else:
         share = max(_threads(threads) // workers, 1)

@@ -198,7 +198,7 @@ def _row_style(row: ValidationRow, place: dict[str, int], others: Iterator[str])
 
 
 def ruled_precision(found: Sensitivity) -> str | None:
-    """The low precision that the rules are drawn for: most of the schedule's low steps, or the fastest that is scored."""
+    """The low precision that rules are drawn for: of most of the schedule's low steps, or the fastest scored one."""
     scored = Prediction(found).precisions[1:]
     used = [name for name in scored if name in found.schedule]
     if used:

@@ -108,8 +108,9 @@ class Fit:
 
     Attributes:
         r2: over all schedules.
-        r2_within: among schedules that agree on the heaviest step, the one with the largest contribution. Where one step
-            dwarfs the others, `r2` says little more than whether it was spared; this is what is left to the others.
+        r2_within: among schedules that agree on the heaviest step, the one with the largest contribution. Where one
+            step dwarfs the others, `r2` says little more than whether it was spared; this is what is left to the
+            others.
         ratio: sum of predicted over sum of measured.
     """
 

@@ -85,7 +85,7 @@ def table(fits: dict[str, Any], quality: dict[str, Any] | None) -> list[list[str
 
 
 def tails(fits: dict[str, Any]) -> list[list[str]]:
-    """A row of words per precision and tail: calibration samples whose downcast score is above so many medians, by step."""
+    """A row per precision and tail: calibration samples whose downcast score is above so many medians, by step."""
     rows = []
     for precision, measured in fits["data"].items():
         scores = np.array(measured["downcast"])
@@ -96,7 +96,7 @@ def tails(fits: dict[str, Any]) -> list[list[str]]:
 
 
 def choices(fits: dict[str, Any]) -> list[list[str]]:
-    """A row of words per precision and K = T/5, 2T/5, 3T/5, 4T/5: schedules without risk and with it, and what that costs."""
+    """A row per precision and K = T/5, 2T/5, 3T/5, 4T/5: schedules without risk and with it, and what that costs."""
     rows = []
     num_steps, reference = fits["setting"]["num_steps"], fits["setting"]["reference"]
     for precision, measured in fits["data"].items():

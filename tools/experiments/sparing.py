@@ -4,10 +4,11 @@
         --prompts FILE --samples 94,180,0,1,2 --validation-samples 114,24,0,1,2 --out sparing.json
 
 One sample in a hundred departs, so that few samples show nothing and many take a GPU. Which ones do is much the same on
-other machines: a run on a GPU says which, and a CPU can look at these and a few others, one at a time. Takes scores from a
-result file of `single_steps`, and repeats from there what calibration does at K steps at the reference
-(`calibration.choose.race`), on the samples named by their index in the prompt file; `additivity` says which predictor fits.
-Prints every schedule that ran on all of them, and on unseen ones what was found, what scores chose, and the fixed rules.
+other machines: a run on a GPU says which, and a CPU can look at these and a few others, one at a time. Takes scores
+from a result file of `single_steps`, and repeats from there what calibration does at K steps at the reference
+(`calibration.choose.race`), on the samples named by their index in the prompt file; `additivity` says which predictor
+fits. Prints every schedule that ran on all of them, and on unseen ones what was found, what scores chose, and the fixed
+rules.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Study:
         ]
 
     def validation_errors(self, stage: str, schedules: Sequence[Schedule], *, pictures: bool) -> list[list[Values]]:
-        """ "error" of each schedule on every validation sample, with pictures "ssim", "mse" and, where asked for, "lpips" too."""
+        """Of each schedule and validation sample "error", with pictures "ssim", "mse" and, if asked for, "lpips"."""
         return self._errors(self.validation, self.validation_samples, stage, schedules, pictures=pictures)
 
     def _errors(

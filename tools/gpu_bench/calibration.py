@@ -139,4 +139,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("bench_calibration", main))
+    sys.exit(guarded("gpu_bench.calibration", main))

@@ -24,7 +24,7 @@ class RotaryProcessor:
     """diffusers' attention processor for FLUX.1, with `norm_rotary`; without IP adapters and attention masks."""
 
     def __init__(self, limits: AttentionRange | None = None) -> None:
-        """limits: of the layer, whose attention is then in FP8, queries and keys leaving their kernel as codes; or None."""
+        """limits: of a layer with attention in FP8, whose queries and keys leave their kernel as codes; or None."""
         self.limits = limits
 
     def __call__(

@@ -42,11 +42,9 @@ class Study:
     """What an experiment measures on.
 
     Attributes:
-        calibration: of the calibration prompts.
+        calibration: of the calibration prompts; sample i is prompt i with seed + i.
         validation: of prompts that calibration does not use; their pictures are compared too.
         precisions: the low precisions studied.
-        samples: number of calibration samples used; sample i is prompt i with seed + i.
-        validation_samples: number of validation samples used.
         at_once: samples measured together; what one engine call is compiled for.
         setting: what was run on what, for the result file.
     """
@@ -56,8 +54,6 @@ class Study:
     calibration: Measurements
     validation: Measurements
     precisions: tuple[str, ...]
-    samples: int
-    validation_samples: int
     at_once: int
     setting: dict[str, Any]
     report: Report
@@ -82,17 +78,18 @@ class Study:
         Costs T (T + 1) / 2 denoiser calls per direction and sample.
         """
         found: dict[str, list[list[float]]] = {}
+        samples = self.calibration.num_samples
         for direction in directions:
             base, changed = (self.reference, precision) if direction == "downcast" else (precision, self.reference)
-            rows: list[list[float]] = [[] for _ in range(self.samples)]
+            rows: list[list[float]] = [[] for _ in range(samples)]
             done = 0
-            for block in self._blocks(self.samples):
+            for block in self._blocks(samples):
                 for step in range(self.num_steps):
                     self.calibration.expect_changed(base, step, changed, samples=block)
                     for sample in block:
                         rows[sample].append(self._score(precision, direction, step, sample))
                     done += len(block)
-                    self.report(f"{direction} {precision}", done, self.samples * self.num_steps)
+                    self.report(f"{direction} {precision}", done, samples * self.num_steps)
             found[direction] = rows
         return found
 
@@ -105,19 +102,18 @@ class Study:
     def calibration_errors(self, stage: str, schedules: Sequence[Schedule]) -> list[list[float]]:
         """E of each schedule on every calibration sample."""
         return [
-            [row["error"] for row in rows]
-            for rows in self._errors(self.calibration, self.samples, stage, schedules, pictures=False)
+            [row["error"] for row in rows] for rows in self._errors(self.calibration, stage, schedules, pictures=False)
         ]
 
     def validation_errors(self, stage: str, schedules: Sequence[Schedule], *, pictures: bool) -> list[list[Values]]:
         """Of each schedule and validation sample "error", with pictures "ssim", "mse" and, if asked for, "lpips"."""
-        return self._errors(self.validation, self.validation_samples, stage, schedules, pictures=pictures)
+        return self._errors(self.validation, stage, schedules, pictures=pictures)
 
     def _errors(
-        self, measurements: Measurements, samples: int, stage: str, schedules: Sequence[Schedule], *, pictures: bool
+        self, measurements: Measurements, stage: str, schedules: Sequence[Schedule], *, pictures: bool
     ) -> list[list[Values]]:
         rows: list[list[Values]] = [[] for _ in schedules]
-        done = 0
+        samples, done = measurements.num_samples, 0
         for block in self._blocks(samples):
             for index, schedule in enumerate(schedules):
                 measurements.expect([schedule], pictures=pictures, samples=block)
@@ -217,8 +213,6 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                 calibration=Measurements("calibration", named["calibration"], journal, pool, args.samples),
                 validation=Measurements("validation", named["validation"], journal, pool, args.validation_samples),
                 precisions=precisions,
-                samples=args.samples,
-                validation_samples=args.validation_samples,
                 at_once=at_once,
                 setting={
                     "num_steps": runtime.num_steps,

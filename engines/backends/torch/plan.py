@@ -12,7 +12,7 @@ from engines.backends.cuda.memory import SharedMemory, Stream
 from engines.backends.cuda.plan import Shapes, Tensor
 from engines.backends.torch.library import torch
 from engines.backends.torch.package import package_of
-from engines.backends.torch.pieces import Runner, run_in_pieces
+from engines.backends.torch.runner import Runner, run_in_pieces
 from engines.errors import BackendError, first_line
 from engines.manifest import EngineEntry
 

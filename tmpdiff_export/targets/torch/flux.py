@@ -55,7 +55,7 @@ class RotaryProcessor:
         dtype = hidden_states.dtype if self.limits is None else FP8
         scales = (1.0, 1.0) if self.limits is None else self.limits.scales[:2]
         query, key = (
-            norm_rotary(text, text_norm.weight, image, norm.weight, image_rotary_emb, norm.eps, dtype, 1.0 / scale)
+            norm_rotary((text, text_norm.weight), (image, norm.weight), image_rotary_emb, norm.eps, dtype, 1.0 / scale)
             for text, text_norm, image, norm, scale in (
                 (text_query, text_norms[0], query, attn.norm_q, scales[0]),
                 (text_key, text_norms[1], key, attn.norm_k, scales[1]),

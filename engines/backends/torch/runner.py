@@ -1,4 +1,4 @@
-"""Calls of any batch size, made of calls of the one batch size that a package is compiled for."""
+"""A package as a function, and calls of any batch size, made of calls of the one that it is compiled for."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from calibration.scores.divergence import with_risk
 from calibration.scores.predictors import contributions, predict
 
 
-class Prediction:
+class StoredPrediction:
     """Error and latency of schedules by the scores, predictor and latencies of a calibration.
 
     Attributes:

@@ -43,7 +43,7 @@ class ScoreRecord(_Record):
 
 
 class DroppedRecord(_Record):
-    """A built precision that is left out because `by` is no slower and errs no more."""
+    """A built precision that is left out: `by` is no slower, errs no more, and is no costlier to change to or from."""
 
     precision: str
     by: str

@@ -17,7 +17,6 @@ from calibration.choose.picture_budget import QualityBudget, meet_quality
 from calibration.choose.predictions import Predictions, predicted_best
 from calibration.choose.rivals import STAGE, refine_schedule
 from calibration.document import (
-    DroppedRecord,
     ParetoPoint,
     RefinementRecord,
     Sensitivity,
@@ -116,9 +115,9 @@ def calibrate(
     """Measures how each step suffers from each precision and finds a schedule under a budget.
 
     Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
-    downcast and upcast scores; the predictor that fits random schedules best (on the validation samples); allocation,
-    by its predictions and the risk of departures (`calibration.scores.divergence`); a local search around its choice,
-    measured on the calibration samples; the schedule that comes out and the baselines on the validation samples.
+    downcast and upcast scores; the predictor that fits random schedules best (on the validation samples);
+    allocation, by its predictions and the risk of departures (`calibration.scores.divergence`); a local search around its
+    choice, measured on the calibration samples; the schedule that comes out and the baselines on the validation samples.
 
     Args:
         sets: what is measured on.
@@ -197,7 +196,7 @@ def calibrate(
             max_engines=options.costs.max_engines,
             latencies_ms={name: float(latencies_ms[name]) for name in built.precisions},
             uniform_errors=uniform,
-            dropped=tuple(DroppedRecord(**asdict(loser)) for loser in dropped),
+            dropped=dropped,
             scores=records,
             calls=calibration.calls | (held_out.calls if held_out else {}),
             search_calls=search_calls,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from calibration.choose.costs import NO_COSTS, AllocationCosts, Candidates
 from calibration.choose.pareto import Allocation, integers, pareto_front
+from calibration.document import DroppedRecord
 from calibration.scores.predictors import Contributions
 from engines.errors import BudgetError
 
@@ -59,18 +60,9 @@ class HighSteps:
 Budget = LatencyBudget | ErrorBudget | HighSteps
 
 
-@dataclass(frozen=True)
-class Dominated:
-    """A precision that `by` beats: no slower, no larger error, no costlier to change to or from."""
-
-    precision: str
-    by: str
-    reason: str
-
-
 def drop_dominated(
     candidates: Candidates, errors: Mapping[str, float]
-) -> tuple[tuple[str, ...], tuple[Dominated, ...]]:
+) -> tuple[tuple[str, ...], tuple[DroppedRecord, ...]]:
     """Sorts out the precisions that are no use: putting another one in their place is no slower and errs no more.
 
     Where changes cost differently by pair, the other precision must not be costlier to change to or from.
@@ -84,7 +76,7 @@ def drop_dominated(
     """
     precisions, latencies_ms = candidates.precisions, candidates.latencies_ms
     left: list[str] = []
-    dropped: list[Dominated] = []
+    dropped: list[DroppedRecord] = []
     for index, name in enumerate(precisions):
 
         def beats(other: str, rank: int, name: str = name, index: int = index) -> bool:
@@ -104,7 +96,7 @@ def drop_dominated(
             f"{rival} is no slower ({latencies_ms[rival]:.4g} ms against {latencies_ms[name]:.4g} ms a step) "
             f"and errs no more (E {errors[rival]:.3g} against {errors[name]:.3g})"
         )
-        dropped.append(Dominated(name, rival, reason))
+        dropped.append(DroppedRecord(precision=name, by=rival, reason=reason))
     return tuple(left), tuple(dropped)
 
 

@@ -4,8 +4,8 @@ Scores predict what a schedule does by adding up what single steps do. Where the
 where few samples leave the scores noisy, the best of the predictions need not be the best schedule, and a fixed rule
 can beat it. So the schedule that was chosen has to win against its rivals on the calibration samples:
 
-1. Where samples depart under it, it is replaced by one that spares the first steps (`calibration.choose.sparing`), if
-   that has a smaller mean of E; rivals then have to spare them, too.
+1. Where samples depart under it (`calibration.scores.divergence`), it is replaced by one that spares the first steps
+   (`calibration.choose.sparing`), if that has a smaller mean of E; rivals then have to spare them, too.
 2. A race against rivals (successive halving: Jamieson and Talwalkar, AISTATS 2016): all run on the first samples, the
    better half goes on to twice as many, until those left have run on all.
 3. The winner is the one to beat in the next round, among the rivals nearest to it. It ends when nobody wins or the
@@ -15,9 +15,9 @@ Schedules are compared by the logarithm of their E, sample by sample: E varies b
 samples, and a mean of E would be decided by the one or two with the largest. The schedule to beat gives way only if
 chance alone would give such a mean of the differences with a probability below `CONVINCING`: the least mean of few
 samples would choose the luckiest rival, which does worse on others. Departures are too few to be compared so: no rival
-wins that has more of them, their share is predicted as well (`calibration.scores.divergence`), and E of every sample
-counts by the factor that it adds to the schedule's prediction. That the winner is the best of several rivals is not
-allowed for, so that two or three samples are too few to rely on.
+wins that has more of them, their share is predicted as well, and E of every sample counts by the factor that it adds to
+the schedule's prediction. That the winner is the best of several rivals is not allowed for, so that two or three samples
+are too few to rely on.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def refine(
         rivals: see `Rivals`.
         runs: how schedules are run.
         max_calls: denoiser calls, never exceeded. Where a race against one rival might, none is held.
-        spares: schedules to try, in this order, where a sample departs under the one before, each with the number of
-            first steps that it holds at the reference. Of those that ran, and `start`, the one with the least mean of E
+        spares: schedules to try, in this order, where a sample departs under the one before, each with the number
+            of first steps that it holds at the reference. Of those that ran, and `start`, the one with the least mean of E
             is the one to beat, and its rivals leave those steps alone.
     """
     search = _Search(Trial(start, "scores", runs.weight(start)), runs, max_calls)
@@ -215,7 +215,7 @@ class _Search:
             trial.errors.append(self.runs.measure(trial.precisions, len(trial.errors)))
 
     def _lost(self, trial: Trial) -> int:
-        """How many departures more than the incumbent it has, of the samples it ran on."""
+        """How many samples more than under the incumbent depart, of those it ran on."""
         beside = np.array(self.incumbent.errors[: len(trial.errors)])
         return max(0, departed(np.array(trial.errors), beside) - departed(beside))
 

@@ -1,11 +1,11 @@
 """Schedules that spare the first steps, for where samples depart.
 
-Where a run ends is decided in its first steps: an error there can make it depart, whatever the steps after it do.
-`calibration.scores.divergence` predicts how many samples that happens to, from the spread of single-step scores; one
-that has departed shows beyond doubt. Where one has, the same budget is allocated again with the first steps held at the
-reference, as few of them as it takes (`calibration.choose.race` measures it). Other steps pay: all other samples have
-somewhat more E, which is little beside the E near 1 of the one that departs. The search is this project's own;
-docs/results.md has the evidence.
+Which picture a run draws is decided in its first steps: an error there can make it depart, whatever the steps after it
+do. `calibration.scores.divergence` predicts how many samples do, from the spread of single-step scores; a sample that has
+departed shows beyond doubt. Where one has, the same budget is allocated again with the first steps held at the reference,
+as few of them as it takes (`calibration.choose.race` measures it). Other steps pay: all other samples have somewhat more E,
+which is little beside the E of a departure. The search is this project's own; docs/results.md, "Sparing the first steps",
+has the evidence.
 """
 
 from __future__ import annotations

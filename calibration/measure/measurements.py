@@ -14,8 +14,8 @@ from calibration.measure.requests import Pool, Request
 class Measurements:
     """E of uniform runs, of runs with one step changed, and of any schedule, sample by sample.
 
-    A run that leaves a uniform one at step i costs T - i denoiser calls, as a pool keeps the states of those.
-    Every sample of every measurement is one line of the journal.
+    A run that leaves a uniform one at step i costs T - i denoiser calls, as a pool keeps the states of those. Every
+    sample of every measurement is one line of the journal.
 
     Measurements are asked of the pool and kept here. `expect` and `expect_changed` say what will be asked for next, so
     that the pool can take it all at once; a measurement that was not announced is taken when it is asked for.
@@ -150,7 +150,7 @@ class Measurements:
         self._ask([request])
         while (entry := self._journal.get(request.name)) is None:
             arrived = self._pool.finished(self.name)
-            self._journal.record_all({done.name: Entry(outcome.value, outcome.calls) for done, outcome in arrived})
+            self._journal.record({done.name: Entry(outcome.value, outcome.calls) for done, outcome in arrived})
             for done, outcome in arrived:
                 self._pending.discard(done.name)
                 self.recomputed.update(outcome.recomputed)

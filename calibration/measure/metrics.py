@@ -29,15 +29,14 @@ def relative_error(latents: np.ndarray, reference: np.ndarray) -> float:
 
 
 LIMIT_MEDIANS = 10.0
-"""A run this many times further from the reference than half of the samples ends elsewhere: it has departed."""
+"""A run with an E more than so many times the median of all samples is a departure (`calibration.scores.divergence`)."""
 
 
 def limited(errors: np.ndarray) -> np.ndarray:
     """E of samples, none counting for more than `LIMIT_MEDIANS` medians: for means that one sample does not decide.
 
-    Now and then a small error makes a run end elsewhere altogether. Its E is then near 1 whatever the error was,
-    hundreds of times that of the other samples, and errors of different steps no longer add up: what scores say about
-    all others would drown in it. Winsorizing by the median (Tukey's term) leaves everything else as it is.
+    E of a departure is hundreds of times that of the other samples, and errors of different steps no longer add up in it:
+    what scores say about all others would drown. Winsorizing by the median (Tukey's term) leaves everything else as it is.
 
     Args:
         errors: float64 [S, ...], non-negative; samples along the first axis.
@@ -60,7 +59,7 @@ def level(errors: Sequence[float]) -> float:
 
 
 def departed(errors: np.ndarray, beside: np.ndarray | None = None) -> int:
-    """How many samples have departed: those that `limited` limits.
+    """How many samples departed: those that `limited` limits.
 
     Args:
         errors: float64 [S].

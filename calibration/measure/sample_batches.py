@@ -70,7 +70,7 @@ class SampleBatches:
 
 
 class _KeptSet:
-    """A set of samples with the states of its uniform runs, so that a run that leaves one costs its last steps only."""
+    """A set of samples with the states of its uniform runs, so that a run that leaves one costs only what follows."""
 
     def __init__(self, name: str, samples: SampleSet, threads: int | None) -> None:
         self._name = name

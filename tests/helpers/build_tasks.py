@@ -49,14 +49,14 @@ def compile_for_ever(folder: Path) -> None:
 
     lock = multiprocessing.RLock()  # as tqdm does
     assert lock
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) as child:
         (folder / f"compiler-{child.pid}").touch()
         child.wait()
 
 
 def die_compiling(folder: Path) -> None:
     """Starts a compiler, says so, and is killed."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     (folder / f"compiler-{child.pid}").touch()
     die()
 

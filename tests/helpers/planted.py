@@ -16,7 +16,7 @@ from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.requests import Outcome, Request
 from calibration.measure.sample_batches import SampleBatches
-from calibration.scores.divergence import DEPARTED_ERROR
+from calibration.scores.divergence import DEPARTED
 
 DECADE = float(np.log(10))
 Curve = Callable[[np.random.Generator, int], np.ndarray]
@@ -248,12 +248,11 @@ def measurements(evaluator: Evaluator, name: str = "calibration") -> Measurement
     return Measurements(name, samples, Journal.in_memory("key"), SampleBatches({name: samples}))
 
 
-def calibrate_loops(
-    evaluator, latencies_ms, *, validation=None, decode=None, journal=None, pool=None, progress=None, **options
-) -> CalibrationResult:
-    """`calibrate` of planted loops; `options` are those of `CalibrationOptions`."""
+def calibrate_loops(evaluator, latencies_ms, *, validation=None, decode=None, **options) -> CalibrationResult:
+    """`calibrate` of planted loops; `options` are its own, and those of `CalibrationOptions`."""
+    own = {name: options.pop(name) for name in ("journal", "pool", "progress") if name in options}
     sets = SampleSets(SampleSet(evaluator), SampleSet(validation, decode) if validation else None)
-    return calibrate(sets, latencies_ms, CalibrationOptions(**options), journal=journal, pool=pool, progress=progress)
+    return calibrate(sets, latencies_ms, CalibrationOptions(**options), **own)
 
 
 FragileState = tuple[int, int, float, float]
@@ -284,7 +283,7 @@ class FragileLoop(OneByOne):
 
     def pushed(self, push: float, distance: float) -> float:
         """What a push does to a sample at this distance, in units of E."""
-        return min(push / distance**2, DEPARTED_ERROR)
+        return min(push / distance**2, DEPARTED)
 
     def latents(self, state: FragileState) -> np.ndarray:
         sample, _, push, error = state

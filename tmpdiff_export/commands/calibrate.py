@@ -229,8 +229,8 @@ def _cautions(found: Sensitivity) -> Iterator[str]:
     errors = np.array(found.validation[0].sample_errors if found.validation else ())
     if len(errors) and (count := departed(errors)):
         yield (
-            f"{count} of {len(errors)} validation prompts departed: they ended elsewhere, more than ten times as far off as "
-            "half of them, and weigh in the measured E"
+            f"{count} of {len(errors)} validation prompts departed: their E is more than ten times the median, and weighs in "
+            "the measured E"
         )
     ratio = next((fit.ratio for fit in found.fit if fit.predictor == found.predictor), None)
     if ratio is not None and not 0.5 <= ratio <= 2:

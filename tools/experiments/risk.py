@@ -3,10 +3,10 @@
     python -m tools.experiments.risk ADDITIVITY.json [QUALITY.json]
 
 Takes the scores of the first file, and every schedule that either file ran on unseen prompts: random ones, fixed rules,
-calibrated ones. Prints Spearman's correlation of their plain mean of E, which departures decide, with what is
-predicted: by limited scores alone, with all of the risk, and with as much as calibration affords. Repeated with fewer
-calibration samples, drawn at random. Then the tails that risk is read off, and the schedules that scores choose with
-risk and without, before any local search, and by how much the former have more limited E, as predicted.
+calibrated ones. Prints Spearman's correlation of their plain mean of E, which departures decide, with what is predicted: by
+limited scores alone, with all of the risk, and with as much as calibration affords. Repeated with fewer calibration
+samples, drawn at random. Then the tails that risk is read off, and the schedules that scores choose with risk and
+without, before any local search, and by how much the former have more limited E, as predicted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does sparing the first steps keep samples from departing? On chosen samples, with scores of any machine.
+"""Does sparing the first steps keep samples that would depart? On chosen samples, with scores of any machine.
 
     python -m tools.experiments.sparing BUNDLE --scores single_steps.json --precision int4 --high-steps 8,16 \\
         --prompts FILE --samples 94,180,0,1,2 --validation-samples 114,24,0,1,2 --out sparing.json

@@ -17,7 +17,7 @@ from helpers.planted_calibration import STEPS, loop, pictures, run
 from calibration import (
     open_journal,
 )
-from calibration.measure.journal import JournalError
+from calibration.measure.journal import Entry, JournalError
 
 
 def document(result):
@@ -110,9 +110,6 @@ def test_damaged_or_foreign_journal_is_refused(tmp_path):
     path.write_text("a letter to a friend")
     with pytest.raises(JournalError, match="no calibration journal"):
         open_journal(path, loop(), loop(seed=1))
-    fresh = open_journal(path, loop(seed=5), loop(seed=1), restart=True)
-    assert path.read_bytes().count(b"\n") == 1
-    assert fresh.get("calibration/uniform/fp16/0") is None
 
 
 def test_named_measurements_are_remembered_bit_for_bit(tmp_path):
@@ -123,9 +120,9 @@ def test_named_measurements_are_remembered_bit_for_bit(tmp_path):
     again = open_journal(path, loop())
     assert again.remember("latencies_ms", lambda: pytest.fail("measured twice")) == value
     with pytest.raises(ValueError, match="recorded already"):
-        again.record("latencies_ms", {})
+        again.record({"latencies_ms": Entry({})})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        again.record("broken", float("nan"))
+        again.record({"broken": Entry(float("nan"))})
     assert open_journal(path, loop()).get("broken") is None
 
 

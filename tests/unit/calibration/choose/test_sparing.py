@@ -46,7 +46,7 @@ def letters(schedule: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("budget", [HighSteps(6), LatencyBudget(0.8), ErrorBudget(8e-4)])
-def test_a_sample_that_departs_makes_the_search_spare_the_first_steps(
+def test_a_departure_makes_the_search_spare_the_first_steps(
     budget: HighSteps | LatencyBudget | ErrorBudget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near = Parting(offset=0.05, push=7.5e-7)
@@ -72,7 +72,7 @@ def test_a_sample_that_departs_makes_the_search_spare_the_first_steps(
     assert not spares.loses_to
 
 
-def test_where_none_goes_nothing_more_is_run() -> None:
+def test_where_none_departs_nothing_more_is_run() -> None:
     far = found(Parting(push=1e-9))
     assert letters(far.schedule).startswith("LL")
     assert far.refinement is not None
@@ -145,7 +145,7 @@ def steady(level: float, *lost: int) -> list[float]:
     return [0.5 if sample in lost else level * (1 + 0.01 * sample) for sample in range(6)]
 
 
-def test_rivals_leave_spared_steps_alone_and_send_nobody_away() -> None:
+def test_rivals_leave_spared_steps_alone_and_make_nobody_depart() -> None:
     errors = {"LLH": steady(1e-4, 3), "HLL": steady(3e-4), "LHL": steady(0.5e-4), "HLH": steady(2e-4, 5)}
     result, _ = race(errors, [(1, "HLL")])
     assert "".join(result.best.precisions) == "HLL"

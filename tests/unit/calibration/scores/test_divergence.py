@@ -10,7 +10,7 @@ from helpers.planted import FragileLoop, calibrate_loops
 
 from calibration import HighSteps
 from calibration.measure.metrics import limited
-from calibration.scores.divergence import DEPARTED_ERROR, PRICE, affordable, risk_curve, with_risk
+from calibration.scores.divergence import DEPARTED, PRICE, affordable, risk_curve, with_risk
 from calibration.scores.predictors import Contributions
 
 NAMES = ("fp16", "int8")
@@ -20,7 +20,7 @@ def fragile(median: float, samples: int, seed: int | None = None) -> np.ndarray:
     """E of samples at distances spread evenly over (0, 1]: in inverse proportion to the distance's square, until it parts."""
     spread = (np.arange(samples) + 0.5) / samples
     distance = spread if seed is None else np.random.default_rng(seed).uniform(size=samples)
-    return np.minimum(median * (0.5 / distance) ** 2, DEPARTED_ERROR)
+    return np.minimum(median * (0.5 / distance) ** 2, DEPARTED)
 
 
 @pytest.mark.parametrize("median", [1e-6, 1e-5, 1e-4])

@@ -87,7 +87,7 @@ def test_schedules_share_prefixes_and_are_run_once():
     for _ in range(2):
         error = found.schedule_error("schedules", schedule, 0, pictures=False)["error"]
     assert error == pytest.approx(counted.inner.true_error(schedule), rel=1e-4)
-    assert counted.calls == {"fp16": STEPS, "int8": STEPS - 5}, "the reference run, and what departs from it"
+    assert counted.calls == {"fp16": STEPS, "int8": STEPS - 5}, "the reference run, and the steps after it is left"
 
 
 def test_bisection_measures_what_the_sweep_measures():
@@ -263,7 +263,7 @@ class Departing(PlantedEvaluator):
         return index, x + 40.0 * self._direction(self.num_steps + 1) if away else x
 
 
-def test_a_sample_that_departs_does_not_set_the_scores():
+def test_a_departure_does_not_set_the_scores():
     options = {"errors": loop().errors, "gains": loop().gains, "num_samples": 9}
     plain, departing = PlantedEvaluator(**options), Departing(**options)
     found, curves = measured(departing, method="sweep")

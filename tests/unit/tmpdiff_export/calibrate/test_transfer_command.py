@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.demo_build import linked_copy
 from helpers.experiments import command
-from helpers.tiny_pipeline import PROMPTS
+from helpers.tiny_pipeline import PROMPTS, UNSEEN, tiny_options
 
 from calibration.document import Sensitivity
 from calibration.scores.transfer import carry, check_steps, step_axes
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export import cli
 
-UNSEEN = ("a large yellow ring", "a tiny white square at the top")
 SHORT, LONG = 8, 11
 
 
@@ -31,21 +32,20 @@ class Bundles:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path, planted_latencies: None) -> Bundles:
-    from engines.precision import Precision
-    from tmpdiff_export.bundling.bundle import build
-    from tmpdiff_export.bundling.options import BuildOptions
+def bundles(tmp_path_factory: pytest.TempPathFactory, made_once, built, planted_latencies: None) -> Bundles:
+    def within(folder: Path) -> Bundles:
+        return Bundles(folder / str(SHORT), folder / str(LONG), folder / "prompts.txt")
 
-    folder = tmp_path_factory.mktemp("transfer")
-    prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(["[calibration]", *PROMPTS, "[validation]", *UNSEEN]))
-    for steps in (SHORT, LONG):
-        precisions = (Precision.FP16, Precision.INT8)
-        options = BuildOptions(precisions=precisions, prompts=PROMPTS, num_steps=steps, backend="onnxruntime")
-        build(tiny_pipeline, folder / str(steps), options)
-    found = Bundles(folder / str(SHORT), folder / str(LONG), prompts)
-    assert cli.main(["calibrate", str(found.short), *arguments(found), "--method", "sweep"]) == 0
-    return found
+    def make(folder: Path) -> None:
+        found = within(folder)
+        found.prompts.write_text("\n".join(["[calibration]", *PROMPTS, "[validation]", *UNSEEN]))
+        for steps in (SHORT, LONG):
+            linked_copy(built(tiny_options(num_steps=steps)), folder / str(steps))
+        assert cli.main(["calibrate", str(found.short), *arguments(found), "--method", "sweep"]) == 0
+
+    folder = tmp_path_factory.mktemp("transfer") / "own"  # it is calibrated further
+    shutil.copytree(made_once("transfer", make), folder)
+    return within(folder)
 
 
 def arguments(bundles: Bundles) -> tuple[str, ...]:

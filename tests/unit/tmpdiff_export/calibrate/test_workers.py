@@ -8,15 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
+from helpers.children import start, wait_for
+from helpers.commands import started
+from helpers.demo_build import linked_copy
 from helpers.paths import ROOT
 from helpers.planted import measurements
-from helpers.tiny_pipeline import PROMPTS
+from helpers.tiny_pipeline import PROMPTS, tiny_options
 from helpers.worker_samples import SAMPLES, STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
 
 from calibration import open_journal
@@ -28,9 +30,7 @@ from engines.backends.cuda import gpu
 from engines.errors import BackendError, BundleError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
-from tmpdiff_export.bundling.bundle import build
-from tmpdiff_export.bundling.options import BuildOptions
-from tmpdiff_export.calibrate import dask_pool as sample_workers
+from tmpdiff_export.calibrate import dask_pool
 from tmpdiff_export.calibrate import workers as bundle_workers
 from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
 from tmpdiff_export.calibrate.dask_pool import SampleWorkers
@@ -56,7 +56,13 @@ def alone(tmp_path_factory):
     return calibrated(open_journal(path, loop(), loop(seed=1))), path
 
 
-@pytest.mark.parametrize(("workers", "at_once"), [(1, 1), (2, 1), (2, 2), (1, 8)])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("workers", "at_once"),
+    [pytest.param(1, 1, marks=LONG), pytest.param(2, 1, marks=LONG), (2, 2), pytest.param(1, 8, marks=LONG)],
+)
 def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, alone, workers, at_once):
     expected, alone_path = alone
     environment = dict(os.environ)
@@ -93,7 +99,9 @@ def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
     assert not here.recomputed
 
 
-@pytest.mark.parametrize(("workers", "fatal_call"), [(1, 7), (2, 7), (2, 400)])
+@pytest.mark.parametrize(
+    ("workers", "fatal_call"), [pytest.param(1, 7, marks=LONG), (2, 7), pytest.param(2, 400, marks=LONG)]
+)
 def test_worker_killed_on_the_way_changes_nothing(tmp_path, alone, workers, fatal_call):
     expected, alone_path = alone
     trace, path = tmp_path / "trace", tmp_path / "journal"
@@ -122,6 +130,7 @@ def test_resumed_calibration_repeats_no_finished_measurement(tmp_path, alone):
     assert spent(path) == spent(alone_path)
 
 
+@LONG
 def test_measurement_that_kills_every_worker_is_given_up_and_the_rest_is_kept(tmp_path):
     path = tmp_path / "journal"
     with (
@@ -132,8 +141,9 @@ def test_measurement_that_kills_every_worker_is_given_up_and_the_rest_is_kept(tm
     open_journal(path, loop(), loop(seed=1))
 
 
+@LONG
 def test_a_port_that_somebody_else_took_meanwhile_is_replaced(tmp_path, monkeypatch):
-    free_ports, asked = sample_workers._free_ports, []
+    free_ports, asked = dask_pool._free_ports, []
     with socket.create_server(("127.0.0.1", 0)) as taken:
 
         def ports(count):
@@ -141,7 +151,7 @@ def test_a_port_that_somebody_else_took_meanwhile_is_replaced(tmp_path, monkeypa
             found = free_ports(count)
             return [taken.getsockname()[1], *found[1:]] if len(asked) == 1 else found
 
-        monkeypatch.setattr(sample_workers, "_free_ports", ports)
+        monkeypatch.setattr(dask_pool, "_free_ports", ports)
         with open_planted(tmp_path / "opened", 2) as pool:
             result = calibrated(pool=pool)
     assert asked == [2, 2]
@@ -175,37 +185,31 @@ if __name__ == "__main__":  # worker processes import this file as well: what is
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=LONG)])
 def test_interrupted_calibration_leaves_no_process_and_a_sound_journal(tmp_path, alone, sent):
     path, trace, script = tmp_path / "journal", tmp_path / "trace", tmp_path / "child.py"
     script.write_text(CHILD)
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"
     }  # fmt: skip
-    child = subprocess.Popen(
+    with start(
         [sys.executable, script, path, trace],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not (path.exists() and path.read_bytes().count(b"\n") >= 30):
-            assert child.poll() is None, child.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    ) as child:
+        wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= 30, child)
         family = psutil.Process(child.pid).children(recursive=True)
         assert len(family) >= 2
         if sent == signal.SIGINT:
             os.killpg(child.pid, sent)  # as a terminal does
         else:
             child.send_signal(sent)
-        _, errors = child.communicate(timeout=30)
-    finally:
-        child.kill()
-        child.wait()
-    _, alive = psutil.wait_procs(family, timeout=15)
+        _, errors = child.communicate()
+    _, alive = psutil.wait_procs(family, timeout=300)
+    for process in alive:
+        process.kill()
     assert alive == []
     if sent == signal.SIGKILL:
         assert child.returncode == -sent
@@ -222,25 +226,18 @@ def test_interrupted_calibration_leaves_no_process_and_a_sound_journal(tmp_path,
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory, tiny_pipeline):
-    folder = tmp_path_factory.mktemp("workers")
-    from engines.precision import Precision
-
-    options = BuildOptions(precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=4)
-    build(tiny_pipeline, folder / "bundle", options)
-    return folder / "bundle"
+def bundle(built):
+    return built(tiny_options())
 
 
 @pytest.mark.usefixtures("planted_latencies", "all_cores")
 def test_bundle_calibrated_by_two_workers_is_the_same(tmp_path, bundle, capsys):
-    import shutil
-
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("[calibration]\n" + "\n".join(PROMPTS) + "\n[validation]\na yellow ring\na white square\n")
     found = []
     for workers in (1, 2):
         copy = tmp_path / str(workers)
-        shutil.copytree(bundle, copy)
+        linked_copy(bundle, copy)
         arguments = ["calibrate", str(copy), "--prompts", str(prompts), "--high-steps", "2", "--json"]
         assert main([*arguments, "--workers", str(workers)]) == 0
         printed = json.loads(capsys.readouterr().out)
@@ -305,14 +302,7 @@ def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle
 @pytest.mark.usefixtures("all_cores")
 def test_bench_times_the_same_calibration_with_one_and_two_workers(tmp_path, bundle):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "tools.gpu_bench.calibration", bundle, "--samples", "2", "--json", out]
-    done = subprocess.run(
-        [*command, "--validation-samples", "2"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = started("tools.gpu_bench.calibration", bundle, "--samples", 2, "--validation-samples", 2, "--json", out)
     assert done.returncode == 0, done.stderr
     assert "results equal bit for bit" in done.stdout
     result = json.loads(out.read_text())

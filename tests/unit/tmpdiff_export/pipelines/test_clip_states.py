@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import pickle
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.needs_compiler import needs_compiler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tmpdiff_export.pipelines.families.components import ClipT5TextEncoder, SdxlTextEncoder, clip_states
@@ -44,27 +46,58 @@ def test_they_are_those_that_transformers_records(kind: type[torch.nn.Module], t
     assert not [hook for part in encoder.modules() for hook in part._forward_pre_hooks], "no hook is left"
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling packages needs g++")
-def test_a_worker_compiles_both_text_encoders(tmp_path: Path, tokens: torch.Tensor) -> None:
+@dataclass(frozen=True)
+class Packed:
+    """A text encoder without its weights, which lie in a file."""
+
+    module: EngineModule
+    weights: Path
+    inputs: tuple[torch.Tensor, ...]
+
+
+@pytest.fixture
+def packed(tmp_path: Path, tokens: torch.Tensor) -> dict[str, Packed]:
     first = clip(CLIPTextModelWithProjection, 1)
     with torch.no_grad():  # as the runs of a pipeline before it is built
         first(tokens, output_hidden_states=True)
-    encoders = {
-        "sd3": ClipT5TextEncoder(
-            first, clip(CLIPTextModelWithProjection, 2), None, width=3 * WIDTH, max_sequence_length=TOKENS
-        ),
-        "sdxl": SdxlTextEncoder(
-            clip(CLIPTextModel, 3), clip(CLIPTextModelWithProjection, 4), end_token_id=2, second_pad_token_id=0,
-            zero_empty=True, size=(64, 64),
-        ),
-    }  # fmt: skip
-    inputs = {"sd3": (tokens, tokens.flip(0)), "sdxl": (tokens,)}
+    sd3 = ClipT5TextEncoder(
+        first, clip(CLIPTextModelWithProjection, 2), None, width=3 * WIDTH, max_sequence_length=TOKENS
+    )
+    sdxl = SdxlTextEncoder(
+        clip(CLIPTextModel, 3), clip(CLIPTextModelWithProjection, 4), end_token_id=2, second_pad_token_id=0,
+        zero_empty=True, size=(64, 64),
+    )  # fmt: skip
+    made = {}
+    for name, encoder, inputs in (("sd3", sd3, (tokens, tokens.flip(0))), ("sdxl", sdxl, (tokens,))):
+        weights = tmp_path / f"{name}.safetensors"
+        module = store_weights(EngineModule(encoder, torch.float32, [True] * len(inputs)), weights)
+        made[name] = Packed(module, weights, inputs)
+    return made
+
+
+SHAPES = {
+    "sd3": ((2, 2 * TOKENS, 3 * WIDTH), (2, 2 * WIDTH)),
+    "sdxl": ((2, TOKENS, 2 * WIDTH), (2, WIDTH), (2, 6)),
+}
+
+
+def test_both_text_encoders_are_exported_where_they_arrive(
+    packed: dict[str, Packed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = []
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: exported.append(program))
+    for name, one in packed.items():
+        arrived = pickle.loads(pickle.dumps(one.module))
+        assert compile_package(arrived, one.weights, "cpu", one.inputs, tmp_path / "none.pt2") == SHAPES[name]
+    assert len(exported) == 2
+
+
+@needs_compiler
+@pytest.mark.long
+def test_a_worker_compiles_both_text_encoders(packed: dict[str, Packed], tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
-        made = {}
-        for name, encoder in encoders.items():
-            weights = tmp_path / f"{name}.safetensors"
-            module = store_weights(EngineModule(encoder, torch.float32, [True] * len(inputs[name])), weights)
-            made[name] = workers.submit(compile_package, module, weights, "cpu", inputs[name], tmp_path / f"{name}.pt2")
-        shapes = {name: one.result() for name, one in made.items()}
-    assert shapes["sd3"] == ((2, 2 * TOKENS, 3 * WIDTH), (2, 2 * WIDTH))
-    assert shapes["sdxl"] == ((2, TOKENS, 2 * WIDTH), (2, WIDTH), (2, 6))
+        made = {
+            name: workers.submit(compile_package, one.module, one.weights, "cpu", one.inputs, tmp_path / f"{name}.pt2")
+            for name, one in packed.items()
+        }
+        assert {name: one.result() for name, one in made.items()} == SHAPES

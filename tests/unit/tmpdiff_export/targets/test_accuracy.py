@@ -16,7 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from helpers.demo_build import DEMO_PROMPTS, DemoBuild
+from helpers.tiny_pipeline import PROMPTS, tiny_options
 
 from engines.engine import Engine
 from engines.manifest import MODEL_OUTPUT
@@ -120,14 +120,14 @@ def test_rows_that_are_grouped_anew_keep_their_weights() -> None:
     assert check.sqnr_db(rounding, batch_size=4) == pytest.approx(check.sqnr_db(rounding), abs=1e-3)
 
 
-def test_a_build_weighs_its_check_by_the_bundle_s_own_sampler(demo_build: DemoBuild, demo_pipeline: Path) -> None:
+def test_a_build_weighs_its_check_by_the_bundle_s_own_sampler(built, tiny_pipeline: Path) -> None:
     """The manifest's SQNR, made again from the pipeline: the last prompt's run, some of its calls, all row by row."""
-    runtime = DenoiseRuntime.load(demo_build.bundle)
+    runtime = DenoiseRuntime.load(built(tiny_options(num_steps=8)))
     manifest = runtime.bundle.manifest
     sampling, ranges = manifest.sampling, manifest.range_calibration
-    source = load_pipeline(demo_pipeline, guidance_scale=sampling.guidance_scale)
+    source = load_pipeline(tiny_pipeline, guidance_scale=sampling.guidance_scale)
     seed = ranges.seed + ranges.num_prompts
-    calls = gather_batches(source, DEMO_PROMPTS[-1:], sampling.num_inference_steps, seed, lambda: None)
+    calls = gather_batches(source, PROMPTS[-1:], sampling.num_inference_steps, seed, lambda: None)
     checked = spread(range(len(calls)), CHECK_BATCHES)
     module = source.family.wrap(source.pipe, source.height, source.width).eval()
     batches = with_larger_batch([calls[index] for index in checked])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_processor import Attention
+from helpers.needs_compiler import needs_compiler
 from torch.nn import functional as F
 
 from engines.backends.torch.attention import attention_fp8
@@ -32,9 +33,6 @@ from tmpdiff_export.targets.torch.attention import (
 from tmpdiff_export.targets.torch.flux import RotaryProcessor, use_rotary_kernel
 from tmpdiff_export.targets.torch.settings import PackageSettings
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler to build packages with"
-)
 PROMPTS = ("a large red circle", "a small blue square in the center", "a large green ring", "a white diamond")
 
 

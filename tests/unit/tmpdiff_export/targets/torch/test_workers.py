@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers.build_tasks import compile_for_ever, die, die_compiling, fail, plant, seen, slow
+from helpers.children import start, wait_for
 from helpers.paths import ROOT
 from helpers.tiny_pipeline import PROMPTS
 
@@ -48,8 +48,7 @@ def test_workers_see_gpus_in_turn_and_share_the_threads_out(monkeypatch: pytest.
         pool.submit("one more", partial(slow, 0.0))
         assert any(item.done() for item in made), "no more engines are in the making than there are workers"
         found: dict[int, dict[str, Any]] = {}
-        deadline = time.monotonic() + 60
-        while len(found) < 3 and time.monotonic() < deadline:
+        while len(found) < 3:
             futures = [pool.submit("seen", seen) for _ in range(3)]
             found |= {said["process"]: said for said in (future.result() for future in futures)}  # type: ignore[index]
     assert sorted(said["gpu"] for said in found.values()) == ["5", "GPU-a", "GPU-a"]
@@ -58,21 +57,21 @@ def test_workers_see_gpus_in_turn_and_share_the_threads_out(monkeypatch: pytest.
     assert workers_left() == []
 
 
-@pytest.mark.parametrize("then", ["start", "wait"])
+@pytest.mark.parametrize("then", [pytest.param("start", marks=pytest.mark.long), "wait"])
 def test_a_failed_engine_ends_the_others(then: str) -> None:
+    """Waiting for them would outlast the limit of a test."""
+
     def work() -> None:
         with open_build_workers(2, None) as pool:
-            pool.submit("fp16", partial(slow, 300.0))  # type: ignore[arg-type]
+            pool.submit("fp16", partial(slow, 3600.0))  # type: ignore[arg-type]
             failing = pool.submit("int8", fail)  # type: ignore[arg-type]
             if then == "start":
                 pool.submit("vae_decoder", seen)  # type: ignore[arg-type]
             else:
                 failing.result()
 
-    begin = time.monotonic()
     with pytest.raises(BuildError, match="torch cannot compile int8: planted"):
         work()
-    assert time.monotonic() - begin < 200
     assert workers_left() == []
 
 
@@ -88,10 +87,8 @@ def test_a_large_task_on_its_way_does_not_hold_up_the_end() -> None:
             pool.submit("fp16", partial(len, bytes(1 << 24)))  # type: ignore[arg-type]
             raise KeyboardInterrupt  # no worker has begun to read
 
-    begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         work()
-    assert time.monotonic() - begin < 100
     assert workers_left() == []
 
 
@@ -116,6 +113,7 @@ if __name__ == "__main__":  # worker processes import this file as well: what is
 """
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_leaves_no_compiler_of_any_worker(tmp_path: Path) -> None:
     def work() -> None:
         with open_build_workers(3, None) as pool:
@@ -135,38 +133,25 @@ def test_a_worker_that_is_killed_leaves_no_compiler_of_any_worker(tmp_path: Path
     )
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_an_interrupted_build_leaves_no_process(tmp_path: Path, sent: signal.Signals) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    child = subprocess.Popen(
+    with start(
         [sys.executable, script, tmp_path], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("compiler-*"))) < 2:
-            assert child.poll() is None, child.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    ) as child:
+        wait_for(lambda: len(list(tmp_path.glob("compiler-*"))) == 2, child)
         family = psutil.Process(child.pid).children(recursive=True)
         assert len(family) >= 4  # two workers with a compiler each
         if sent == signal.SIGINT:
             os.killpg(child.pid, sent)  # as a terminal does
         else:
             child.send_signal(sent)
-        _, errors = child.communicate(timeout=60)
-    finally:
-        child.kill()
-        child.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
+        _, errors = child.communicate()
+    _, alive = psutil.wait_procs(family, timeout=300)  # they would live for an hour
+    for process in alive:
+        process.kill()
     assert alive == []
     if sent == signal.SIGINT:
         assert child.returncode == 130
@@ -228,7 +213,7 @@ def test_the_best_variant_is_kept_whichever_is_made_first(
             {"before": die},
             r"^a worker process died while .*int8.* was compiled \(out of memory\?\); use fewer --workers$",
         ),
-        ({"before": fail}, "^torch cannot compile int8: planted$"),
+        pytest.param({"before": fail}, "^torch cannot compile int8: planted$", marks=pytest.mark.long),
         ({"sqnr_db": 3.0}, r"^int8: the built engine has an SQNR of 3\.0 dB .*, its floor is 22\.0 dB"),
     ],
 )

@@ -1,0 +1,187 @@
+"""`tmpdiff-export build`: what it refuses before the work, and what it leaves behind when it is cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.children import start, wait_for
+from helpers.commands import EXPORT, assert_refused, called, save_prompts, started
+from helpers.paths import ROOT
+
+
+def refused(*args: object, says: str) -> None:
+    assert_refused(called(EXPORT, *args), says)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return save_prompts(tmp_path)
+
+
+def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Path, demo_pipeline: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    bundle = out / "bundle"
+    build = ("--out", bundle, "--prompts", prompts)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline", "_diffusers_version": "0.42.1"}')
+    blank = tmp_path / "blank.txt"
+    blank.write_text("# nothing\n\n")
+    absent = tmp_path / "absent"
+    assert_refused(started(EXPORT, "build", absent, *build), "does not exist; pass a folder written by save_pretrained")
+    refused("build", empty, *build, says="it holds no model_index.json")
+    refused("build", broken, *build, says="a pipeline without a transformer or unet is not supported")
+    refused(
+        "build",
+        demo_pipeline,
+        *build,
+        "--precisions",
+        "fp16,fp7",
+        says="unknown precision 'fp7'; choose from fp16, fp8, int8, int4",
+    )
+    refused("build", demo_pipeline, *build, "--precisions", "int8", says="lacks fp16")
+    refused("build", demo_pipeline, *build, "--precisions", "fp16,fp16", says="repeats a name")
+    refused(
+        "build",
+        demo_pipeline,
+        *build,
+        "--backend",
+        "cuda",
+        says="backend is 'cuda', expected one of auto, onnxruntime, ",
+    )
+    refused("build", demo_pipeline, *build, "--backend", "tensorrt", says="needs the module tensorrt or tensorrt_lean")
+    refused("build", demo_pipeline, *build, "--backend", "torch", says="--device cpu compiles torch packages for this")
+    refused(
+        "build",
+        demo_pipeline,
+        *build,
+        "--backend",
+        "onnxruntime",
+        "--device",
+        "cuda",
+        says="needs CUDAExecutionProvider",
+    )
+    refused("build", demo_pipeline, *build, "--version-compatible", says="are settings of TensorRT plans")
+    refused("build", demo_pipeline, *build, "--steps", "0", says="number of steps is 0, expected 1 to 1000")
+    refused(
+        "build",
+        demo_pipeline,
+        *build,
+        "--height",
+        "250",
+        says="height 250 does not fit this pipeline; give a positive multiple of 16",
+    )
+    refused("build", demo_pipeline, *build, "--height", "0", says="height 0 does not fit this pipeline")
+    refused("build", demo_pipeline, *build, "--onnx-dir", blank, says="blank.txt is a file; name a folder")
+    refused("build", demo_pipeline, *build, "--onnx-dir", bundle / "onnx", says="is inside the bundle")
+    refused("build", demo_pipeline, "--out", tmp_path, "--prompts", prompts, "--force", says="is no bundle")
+    refused("build", demo_pipeline, "--out", bundle, "--prompts", blank, says="holds no prompts")
+    refused("build", demo_pipeline, "--out", bundle, "--prompts", tmp_path / "no.txt", says="no.txt does not exist")
+    refused("build", empty, "--out", out / "deep" / "er" / "bundle", "--prompts", prompts, says="model_index.json")
+    assert list(out.iterdir()) == []
+
+
+def test_build_refuses_an_unsupported_denoiser(tmp_path: Path, prompts: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "pipe")
+    refused(
+        "build", tmp_path / "pipe", "--out", tmp_path / "bundle", "--prompts", prompts,
+        says="denoiser class UNet2DModel is not supported; this release exports PixArtTransformer2DModel",
+    )  # fmt: skip
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_build_refuses_a_scheduler_that_draws_noise(tmp_path: Path, prompts: Path, demo_pipeline: Path) -> None:
+    pipeline = tmp_path / "pipe"
+    shutil.copytree(demo_pipeline, pipeline)
+    config = pipeline / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "algorithm_type": "sde-dpmsolver++"}))
+    refused("build", pipeline, "--out", tmp_path / "bundle", "--prompts", prompts, says="DPMSolverMultistepScheduler")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_build_refuses_to_overwrite(tiny_bundle: Path, copy_of, prompts: Path, tiny_pipeline: Path) -> None:
+    bundle = copy_of(tiny_bundle)
+    refused("build", tiny_pipeline, "--out", bundle, "--prompts", prompts, says="already exists")
+    assert called(EXPORT, "verify", bundle).returncode == 0
+
+
+def test_build_refuses_to_overwrite_before_its_slow_imports(tmp_path: Path, prompts: Path, demo_pipeline: Path) -> None:
+    script = (
+        "import sys; from tmpdiff_export.cli import main; "
+        "assert main(sys.argv[1:]) == 1; assert 'torch' not in sys.modules"
+    )
+    words = ["build", demo_pipeline, "--out", tmp_path, "--prompts", prompts]
+    result = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "already exists" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "says"),
+    [
+        ("build", signal.SIGINT, "nothing half-written is left"),
+        ("build", signal.SIGTERM, "nothing half-written is left"),
+        ("demo", signal.SIGINT, "the demo starts over when it is run again"),
+    ],
+)
+def test_an_interrupted_build_leaves_nothing(
+    name: str, how: signal.Signals, says: str, tmp_path: Path, prompts: Path, tiny_pipeline: Path
+) -> None:
+    out = tmp_path / "out"
+    words, middle = {  # the embedded pipeline runs for a while before anything is exported
+        "build": (
+            (tiny_pipeline, "--out", out / "bundle", "--prompts", prompts, "--onnx-dir", out / "onnx"),
+            ".bundle*/.scratch-*/export.onnx",
+        ),
+        "demo": (("--out", out), ".bundle*/.scratch-*"),
+    }[name]
+    with start(
+        [sys.executable, "-m", EXPORT, name, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        wait_for(lambda: list(out.glob(middle)), process)
+        process.send_signal(how)
+        _, errors = process.communicate()
+    assert process.returncode == 130
+    assert f"tmpdiff-export: interrupted; {says}" in errors
+    assert "Traceback" not in errors
+    assert not out.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_during_a_build_leaves_nothing(tmp_path: Path, prompts: Path, tiny_pipeline: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        result = called(EXPORT, "build", tiny_pipeline, "--out", disk / "bundle", "--prompts", prompts, "--steps", "2")
+        assert result.returncode == 1
+        assert "disk is full" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,98 @@
+"""`tmpdiff-export calibrate`: what it refuses, and that it goes on where it was interrupted or killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers.children import start, wait_for
+from helpers.commands import EXPORT, assert_refused, called, save_prompts
+from helpers.demo_build import linked_copy
+from helpers.paths import ROOT
+from helpers.tiny_pipeline import tiny_options
+
+from engines.bundle import Bundle
+
+
+def refused(*args: object, says: str) -> None:
+    assert_refused(called(EXPORT, *args), says)
+
+
+def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path) -> None:
+    bundle, prompts = copy_of(tiny_bundle), save_prompts(tmp_path)
+    before = (bundle / "schedule.json").read_bytes()
+    calibrate = ("calibrate", bundle, "--prompts", prompts)
+    refused(*calibrate, "--budget-latency", "0.01", says="the fastest takes 0.")
+    refused(*calibrate, "--high-steps", "99", says="ask for at most that")
+    refused(*calibrate, "--budget-latency", "nan", says="expected a positive number")
+    refused(*calibrate, "--high-steps", "-1", says="expected a whole number from 0")
+    refused(*calibrate, "--samples", "0", says="--samples is 0")
+    prompts.write_text("one\none\n")
+    refused(*calibrate, says="repeats 'one'")
+    prompts.write_text("a red circle\na blue square\n")
+    refused(
+        *calibrate,
+        says="has 'a red circle' before its first section; head the prompts to calibrate with by a line [cal",
+    )
+    prompts.write_text("[calibration]\n" + "word " * 400 + "\n[validation]\nc\n")
+    refused(*calibrate, says="tokens, this bundle takes at most")
+    refused("calibrate", tmp_path, "--prompts", prompts, says="it holds no manifest.json")
+    assert (bundle / "schedule.json").read_bytes() == before
+    assert Bundle.open(bundle).verify() > 0
+
+
+SLOWED = """
+import sys, time
+from engines.runtime import DenoiseRuntime
+from tmpdiff_export.cli import main
+
+step = DenoiseRuntime.step
+
+def slowed(*arguments, **options):
+    time.sleep(0.05)
+    return step(*arguments, **options)
+
+DenoiseRuntime.step = slowed
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_calibration_goes_on_and_ends_the_same(built, tmp_path: Path) -> None:
+    prompts = save_prompts(tmp_path)
+    interrupted, straight = (
+        linked_copy(built(tiny_options()), tmp_path / name) for name in ("interrupted", "straight")
+    )
+    arguments = ("--prompts", prompts, "--samples", "1", "--validation-samples", "1", "--high-steps", "2")
+    for measured, how in ((4, signal.SIGINT), (8, signal.SIGKILL)):
+        with start(
+            [sys.executable, "-c", SLOWED, "calibrate", interrupted, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        ) as process:
+            wait_for(lambda lines=measured: lines_of_journal(interrupted) >= lines, process)
+            process.send_signal(how)
+            _, errors = process.communicate()
+        if how == signal.SIGINT:
+            assert process.returncode == 130
+            assert errors.endswith(
+                "interrupted; finished measurements are kept, and the same command goes on from them\n"
+            )
+        assert not (interrupted / "schedule.json").exists()
+    # The other starts from the same measured latencies: its header and first line.
+    journal = next(interrupted.glob("calibration/*.journal"))
+    (straight / "calibration").mkdir()
+    (straight / "calibration" / journal.name).write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:2]))
+    for bundle in (interrupted, straight):
+        result = called(EXPORT, "calibrate", bundle, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert "schedule:" in result.stdout
+    for name in ("schedule.json", "sensitivity.json"):
+        assert (interrupted / name).read_bytes() == (straight / name).read_bytes()
+
+
+def lines_of_journal(bundle: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in bundle.glob("calibration/*.journal"))

@@ -1,0 +1,225 @@
+"""Packages that are compiled for the CPU, and a bundle of them: what they compute, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.needs_compiler import needs_compiler
+from helpers.paths import ROOT
+from helpers.tiny_pipeline import PROMPTS, denoiser_inputs, tiny_options
+
+from calibration import CalibrationOptions, HighSteps
+from engines import DenoiseRuntime
+from engines.errors import BackendError, BundleError
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, Manifest, manifest_identity
+from engines.text import PromptFile
+
+pytestmark = needs_compiler
+TEXT = "encoder_hidden_states"
+
+
+@pytest.fixture(scope="module")
+def bundles(torch_bundle: Path, built: Any) -> dict[str, Path]:
+    """The tiny pipeline as torch packages, and for ONNX Runtime."""
+    return {"torch": torch_bundle, "onnxruntime": built(tiny_options("fp16", "fp8", "int8"))}
+
+
+@pytest.fixture(scope="module")
+def runtime(bundles: dict[str, Path]) -> Iterator[DenoiseRuntime]:
+    """The torch bundle, loaded."""
+    with DenoiseRuntime.load(bundles["torch"]) as loaded:
+        yield loaded
+
+
+def test_a_bundle_says_what_its_packages_are(bundles: dict[str, Path]) -> None:
+    import torch
+
+    manifest = Manifest.model_validate_json((bundles["torch"] / "manifest.json").read_text())
+    assert manifest.version == 4
+    assert list(manifest.denoisers) == ["fp16", "fp8", "int8"]
+    for name, entry in manifest.engines().items():
+        assert (entry.backend, entry.device, entry.backend_version) == ("torch", "cpu", torch.__version__), name
+        assert entry.file.path.endswith(".pt2")
+        assert entry.weights is not None
+        assert entry.weights.path.endswith(".safetensors")
+        assert entry.package is not None
+        assert entry.package.batch == (1 if name == "VAE decoder" else 2)
+        assert entry.sqnr_db > entry.sqnr_floor_db
+    assert manifest.denoisers["int8"].lowering == {"int8 linear": manifest.denoisers["fp8"].lowering["fp8 linear"]}
+    stored = {name: entry.bytes for name, entry in manifest.denoisers.items()}
+    assert manifest.denoisers["fp8"].weights.bytes < 0.7 * manifest.denoisers["fp16"].weights.bytes, stored  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "floor"), [("fp16", 55.0), ("fp8", 28.0), ("int8", 30.0)])
+def test_engines_agree_with_the_onnx_file_of_their_precision(
+    runtime: DenoiseRuntime, bundles: dict[str, Path], name: str, floor: float
+) -> None:
+    with DenoiseRuntime.load(bundles["onnxruntime"]) as other:
+        assert runtime.manifest.denoisers[name].onnx_sha256 == other.manifest.denoisers[name].onnx_sha256
+        inputs = denoiser_inputs(runtime, 2)
+        expected = other.denoiser(name).run(inputs)[MODEL_OUTPUT]
+    found = runtime.denoiser(name).run(inputs)[MODEL_OUTPUT]
+    assert -10 * np.log10(np.square(found - expected).sum() / np.square(expected).sum()) > floor
+
+
+def test_any_batch_is_made_of_the_compiled_one(runtime: DenoiseRuntime) -> None:
+    engine = runtime.denoiser("int8")
+    whole = denoiser_inputs(runtime, 5)
+    expected = engine.run(whole)[MODEL_OUTPUT]
+    for rows in (1, 2, 3, 4):
+        found = engine.run({name: values[:rows] for name, values in whole.items()})[MODEL_OUTPUT]
+        assert found.shape == expected[:rows].shape
+        assert np.array_equal(found, expected[:rows])
+
+
+def test_the_runtime_command_runs_a_torch_bundle_and_imports_no_compiler(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "picture.png"
+    script = (
+        "import sys; from engines.cli import main; assert main() == 0\n"
+        "print([name for name in ('torch._inductor.codecache', 'torch._dynamo', 'triton') if name in sys.modules])"
+    )
+    words = ["run", bundles["torch"], "--prompt", "a red circle", "--seed", "1", "--schedule", "uniform:int8"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words), "--out", str(out)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert done.stdout.endswith("\n[]\n")
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long  # the program's own compilation
+def test_a_package_runs_without_python(runtime: DenoiseRuntime, bundles: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+    from safetensors.numpy import save_file
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    program, source = tmp_path / "run_package", ROOT / "tools" / "cpp" / "run_package.cpp"
+    folders = [f"-I{path}" for path in include_paths()]
+    libraries = [word for path in library_paths() for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    command = ["g++", "-std=c++20", "-O0", abi, *folders, str(source), "-o", str(program), *libraries]
+    subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
+    entry = runtime.manifest.denoisers["int8"]
+    inputs = denoiser_inputs(runtime, entry.package.batch)  # type: ignore[union-attr]
+    save_file(
+        {str(position): np.ascontiguousarray(inputs[spec.name]) for position, spec in enumerate(entry.inputs)},
+        tmp_path / "inputs.safetensors",
+    )
+    files = [bundles["torch"] / file.path for file in entry.files()]
+    words = [program, *files, tmp_path / "inputs.safetensors", tmp_path / "outputs.bin"]
+    subprocess.run(list(map(str, words)), check=True)
+    found = np.fromfile(tmp_path / "outputs.bin", np.float32)
+    expected = runtime.denoiser("int8").run(inputs)[MODEL_OUTPUT]
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+    missing = subprocess.run(
+        [str(program), *map(str, files), str(tmp_path / "none"), "x"], capture_output=True, text=True
+    )
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("run_package: ")
+    assert "none cannot be read" in missing.stderr
+
+
+def test_wrong_inputs_are_refused(runtime: DenoiseRuntime) -> None:
+    engine, inputs = runtime.denoiser("fp16"), denoiser_inputs(runtime, 2)
+    with pytest.raises(BackendError, match=f"needs input {TEXT}; received latents, timestep"):
+        engine.run({name: inputs[name] for name in (LATENTS, TIMESTEP)})
+    with pytest.raises(BackendError, match=r"latents has shape \(2, 4, 8, 8\), expected"):
+        engine.run({**inputs, LATENTS: inputs[LATENTS][:, :, :8, :8]})
+
+
+def test_a_mixed_schedule_draws_the_picture_that_onnx_runtime_draws(bundles: dict[str, Path]) -> None:
+    pictures = {}
+    for backend, folder in bundles.items():
+        with DenoiseRuntime.load(folder) as loaded:
+            pictures[backend] = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:fp16"))
+    difference = np.abs(pictures["torch"].astype(int) - pictures["onnxruntime"].astype(int))
+    assert difference.max() <= 2
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tmpdiff_export.calibrate import bundle as calibration_run
+
+    found, rows = [], []
+    options = CalibrationOptions(HighSteps(2))
+    run = DenoiseRuntime.step
+
+    def counted(self: DenoiseRuntime, state: Any, *others: Any) -> Any:
+        rows[-1].append(len(state.latents))
+        return run(self, state, *others)
+
+    monkeypatch.setattr(DenoiseRuntime, "step", counted)
+    for at_once in (2, 1):
+        folder = tmp_path / str(at_once)
+        shutil.copytree(bundles["torch"], folder)
+        rows.append([])
+        if at_once == 1:
+            monkeypatch.setattr(calibration_run, "samples_per_call", lambda *_: 1)
+        prompts = PromptFile(PROMPTS[:2], PROMPTS[2:])
+        monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
+        how = calibration_run.RunOptions(guidance_scale=1.0)
+        result = calibration_run.calibrate_bundle(folder, prompts, options, how)
+        found.append(result.model_dump(exclude={"settings", "latencies_ms"}))
+    assert set(rows[0]) == {2, 1}  # two samples of calibration, one of validation
+    assert set(rows[1]) == {1}
+    assert sum(rows[0]) == sum(rows[1])
+    assert found[0] == found[1]
+    folder = tmp_path / "workers"
+    shutil.copytree(bundles["torch"], folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
+    result = calibration_run.calibrate_bundle(folder, prompts, options, replace(how, workers=2))
+    assert result.model_dump(exclude={"settings", "latencies_ms"}) == found[0]
+
+
+def test_a_limit_on_resident_engines_needs_a_gpu(bundles: dict[str, Path]) -> None:
+    with pytest.raises(BackendError, match=r"on a GPU; this one's engines run on torch \(cpu\)"):
+        DenoiseRuntime.load(bundles["torch"], resident_engines=1)
+
+
+def test_damage_is_found_before_anything_is_loaded(bundles: dict[str, Path], tmp_path: Path) -> None:
+    for suffix in (".pt2", ".safetensors"):
+        copy = tmp_path / suffix
+        shutil.copytree(bundles["torch"], copy)
+        path = copy / "engines" / f"int8{suffix}"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with DenoiseRuntime.load(copy) as loaded, pytest.raises(BundleError, match=f"int8{suffix}"):
+            loaded.denoiser("int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"backend_version": "2.0.1"}, "was compiled by torch 2.0.1, installed is .*; install torch 2.0, or build"),
+        ({"package": None}, "the manifest does not describe its torch package"),
+        ({"device": "sm90 NVIDIA H100"}, "found no NVIDIA GPU|cuda.bindings"),
+    ],
+)
+def test_a_package_that_cannot_run_here_is_refused(
+    bundles: dict[str, Path], tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundles["torch"], copy)
+    data = json.loads((copy / "manifest.json").read_text())
+    for entry in data["denoisers"].values():
+        entry.update(change)
+    data["bundle_id"] = manifest_identity(data)
+    (copy / "manifest.json").write_text(json.dumps(data))
+    with DenoiseRuntime.load(copy) as loaded, pytest.raises(BackendError, match=says):
+        loaded.denoiser("fp16")

@@ -1,9 +1,9 @@
 """Departures, and the risk of them, read off the tail of downcast scores.
 
 A *departure* is a run that ends elsewhere than the reference run of its sample: now and then a small error decides early
-in the loop which picture is drawn, and E is then near `DEPARTED`, however small the error was. A run counts as one where
-its E exceeds ten medians over samples (`calibration.measure.metrics.departed`); the limited means that scores are made of leave
-departures out.
+in the loop which picture is drawn, and E is then near `DEPARTED`, however small the error was. A run counts as one
+where its E exceeds ten medians over samples (`calibration.measure.metrics.departed`); the limited means that scores are
+made of leave departures out.
 
 A sample departs if its reference run passes close by a place where two pictures part, and it takes a low step before
 that place. Near such a place errors grow: in inverse proportion to the distance from it. Distances of samples are spread

@@ -72,7 +72,7 @@ class SampleScores:
         return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(self.uniform[rows]).mean())})
 
     def risks(self, predictor: str, *, afford: bool = True) -> dict[str, np.ndarray]:
-        """The risk of departures (`calibration.scores.divergence`), all or as much of it as the predictor's schedules afford."""
+        """The risk of departures (`calibration.scores.divergence`), or as much of it as the predictor's schedules afford."""
         errors = self.scores["downcast"]
         risks = {_NAMES[1]: risk_curve(dict(enumerate(errors.T)), errors.shape[1])}
         return affordable(self.contributions(predictor), _NAMES, risks) if afford else risks

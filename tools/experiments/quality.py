@@ -1,8 +1,9 @@
 """Quality against latency on prompts never seen: our schedule beside the baselines (figure 4 of the paper).
 
 At every K the calibration's schedule (what full score curves and the risk of departures choose, after the local search
-that `calibrate` makes on the calibration samples), that schedule before the search ("scores alone"), the fixed rules and random schedules have
-K steps at the reference, so that their latency is the same; uniform precisions are baselines where they are no slower.
+that `calibrate` makes on the calibration samples), that schedule before the search ("scores alone"), the fixed rules and
+random schedules have K steps at the reference, so that their latency is the same; uniform precisions are baselines
+where they are no slower.
 Differences are paired: all run on the same samples. Goal, for K from T/5 to 4T/5: E and 1 - SSIM at least 20 % below the
 best baseline, and never above any; also for E in which no sample counts for more than ten medians ("limited E"). Where a
 95 % confidence interval does not settle it, the result is "not distinguishable".

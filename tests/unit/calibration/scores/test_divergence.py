@@ -17,7 +17,7 @@ NAMES = ("fp16", "int8")
 
 
 def fragile(median: float, samples: int, seed: int | None = None) -> np.ndarray:
-    """E of samples at distances spread evenly over (0, 1]: in inverse proportion to the distance's square, until it parts."""
+    """E of samples at distances spread evenly over (0, 1]: inverse to the distance's square, until the sample parts."""
     spread = (np.arange(samples) + 0.5) / samples
     distance = spread if seed is None else np.random.default_rng(seed).uniform(size=samples)
     return np.minimum(median * (0.5 / distance) ** 2, DEPARTED)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.paths import ROOT
 
+from engines.bundle import Bundle
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
@@ -20,6 +21,7 @@ from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.readback import judge, read_picture, score
 from tmpdiff_export.demo.scenes import has_held_out_pair, held_out_captions, is_held_out, parse_caption
+from tools.experiments.steps import with_steps
 
 GUIDANCE_SCALE = 4.5
 STEPS = 20
@@ -113,7 +115,18 @@ def test_text_encoder_activations_fit_fp16(pipeline: Any) -> None:
     assert max(extremes) < 6000
 
 
-@pytest.mark.timeout(900, func_only=True)
+def test_pictures_of_the_fp16_engine_read_back(demo_bundle: Path, tmp_path: Path) -> None:
+    """A few; the gate below has a hundred."""
+    captions = held_out_captions("plain", 2, seed=1) + held_out_captions("composed", 1, seed=1)
+    with_steps(Bundle.open(demo_bundle), pipeline_folder(), STEPS, tmp_path / "bundle")
+    runtime = DenoiseRuntime.load(tmp_path / "bundle")
+    pictures = list(runtime.generate(captions, range(len(captions)), runtime.bundle.schedule("uniform:fp16")))
+    assert score(pictures, captions)["colour_and_position"] == 1.0
+    assert score(pictures, captions[1:] + captions[:1])["colour_and_position"] == 0.0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_gate_pictures_of_unseen_captions_read_back(tmp_path: Path) -> None:
     """Through the FP16 engine and the runtime: the pipeline as users get it, and twice as fast here as FP32 torch."""
     captions = held_out_captions("plain", 50, seed=0) + held_out_captions("composed", 50, seed=0)
@@ -130,6 +143,7 @@ def test_gate_pictures_of_unseen_captions_read_back(tmp_path: Path) -> None:
     assert score(pictures, captions[1:] + captions[:1])["colour_and_position"] <= 0.10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["plain", "composed"])
 def test_the_diffusers_pipeline_itself_draws_what_is_asked_for(pipeline: Any, kind: str) -> None:
     captions = held_out_captions(kind, 4, seed=1)

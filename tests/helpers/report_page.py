@@ -1,0 +1,86 @@
+"""Pages that `tmpdiff-export report` writes, taken apart, and calibrations to write them of."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from helpers.planted import PlantedEvaluator, calibrate_loops
+
+from calibration import Sensitivity
+
+SECTIONS = ("what", "schedule", "precisions", "scores", "fit", "pareto", "search", "validation", "cost", "pictures")
+HOSTILE = '<img src=x onerror="alert(1)"> </title></style><script>alert(2)</script> & $x^2$'
+
+
+class Parsed(HTMLParser):
+    """Elements of a page, and its text by section (the header under "")."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str], str]] = []
+        self.text: dict[str, str] = {"": ""}
+        self.tables: dict[str, list[list[str]]] = {}
+        self._section = ""
+        self._table: list[list[str]] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        if tag == "section":
+            self._section = values["id"]
+            self.text[self._section] = ""
+        self.elements.append((tag, values, self._section))
+        if values.get("role") == "region":
+            self._table = self.tables.setdefault(values["aria-label"], [])
+        if tag == "tr" and self._table is not None:
+            self._table.append([])
+        if tag in ("td", "th") and self._table:
+            self._table[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self._table = None
+        if tag == "section":
+            self._section = ""
+
+    def handle_data(self, data: str) -> None:
+        self.text[self._section] += data
+        if self._table and self._table[-1]:
+            self._table[-1][-1] += data
+
+    def named(self, tag: str, section: str | None = None) -> list[dict[str, str]]:
+        return [a for name, a, where in self.elements if name == tag and section in (None, where)]
+
+
+def figures(text: str) -> dict[str, ElementTree.Element]:
+    """The SVG elements of a page by the prefix of their ids."""
+    found = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)]
+    return {str(svg.find("g").get("id")).removesuffix("-figure_1"): svg for svg in found}  # type: ignore[union-attr]
+
+
+def marks(svg: ElementTree.Element, name: str) -> list[tuple[float, float, str]]:
+    """(x, y, style) of the markers of the curves, those of the legend and the ticks left out."""
+    axes = next(group for group in svg.iter("g") if group.get("id") == f"{name}-axes_1")
+    lines = [group for group in axes if str(group.get("id")).startswith(f"{name}-line2d")]
+    return [
+        (float(use.get("x", "nan")), float(use.get("y", "nan")), use.get("style", ""))
+        for line in lines
+        for use in line.iter("use")
+    ]
+
+
+def planted(num_steps: int = 10, num_samples: int = 1, **options: Any) -> Sensitivity:
+    """A calibration of a planted loop with the demo bundle's precisions."""
+
+    def loop(seed: int) -> PlantedEvaluator:
+        shape = np.exp(2 * np.linspace(-0.7, 1.1, num_steps) ** 2)
+        errors = {"fp8": 0.05 * shape, "int8": 0.1 * shape, "int4": 0.3 * shape}
+        return PlantedEvaluator(errors, gains=[0.95] * num_steps, correlation=0.3, num_samples=num_samples, seed=seed)
+
+    latencies = options.pop("latencies", {"fp16": 8.0, "fp8": 6.0, "int8": 4.0, "int4": 3.0})
+    validation = loop(1) if options.pop("validated", True) else None
+    return calibrate_loops(loop(0), latencies, validation=validation, **options).sensitivity

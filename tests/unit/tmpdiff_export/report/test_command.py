@@ -1,0 +1,101 @@
+"""`tmpdiff-export report`: the pictures in it, the same bytes every time, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.commands import EXPORT, called, error_lines, started
+from helpers.demo_build import linked_copy
+from helpers.report_page import HOSTILE, Parsed, planted
+from PIL import Image
+
+from engines.bundle import SCHEDULE_NAME, SENSITIVITY_NAME, Bundle
+from engines.runtime import DenoiseRuntime
+from engines.schedule import Schedule
+
+
+def test_pictures_are_the_runtimes(parsed: Parsed, bundle: Bundle, written: tuple[Path, dict[str, Any]]) -> None:
+    runtime = DenoiseRuntime(bundle, threads=2)
+    images = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(a["src"].partition(",")[2]))).convert("RGB"))
+        for a in parsed.named("img")
+    ]
+    names = [*runtime.precisions, "schedule"]
+    assert len(images) == 2 * len(names) == 2 * written[1]["pictures"]
+    drawn = dict(zip(names, images[::2], strict=True))
+    heat = dict(zip(names, images[1::2], strict=True))
+    for name, schedule in (("fp16", bundle.schedule("uniform:fp16")), ("schedule", bundle.schedule())):
+        expected = runtime.generate([HOSTILE], [0], schedule)[0]
+        assert np.abs(drawn[name].astype(int) - expected).max() <= 1  # another number of threads may round otherwise
+    assert len(np.unique(heat["fp16"].reshape(-1, 3), axis=0)) == 1
+    for name in names[1:]:
+        difference = np.abs(drawn[name].astype(float) - drawn["fp16"]).mean(axis=-1)
+        brightness = heat[name].astype(int).sum(axis=-1)
+        assert brightness.flat[difference.argmax()] == brightness.max() > heat["fp16"].max()
+
+
+def test_same_documents_give_same_bytes(demo_bundle: Path, tmp_path: Path) -> None:
+    pages = []
+    for seed in ("1", "2"):
+        out = tmp_path / f"{seed}.html"
+        assert started(EXPORT, "report", demo_bundle, "--out", out, PYTHONHASHSEED=seed).returncode == 0
+        pages.append(out.read_bytes())
+    assert pages[0] == pages[1]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda bundle: (bundle / name).unlink()
+
+
+def other_schedule(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    Schedule.uniform(opened.manifest.bundle_id, "fp16", opened.manifest.sampling.num_steps).save(opened.schedule_path)
+
+
+def other_calibration(bundle: Path) -> None:
+    planted(num_steps=5).save(bundle / SENSITIVITY_NAME)
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "words"),
+    [
+        (without(SENSITIVITY_NAME), (), "not calibrated: it holds no sensitivity.json; run `tmpdiff-export calibrate"),
+        (without(SCHEDULE_NAME), (), "not calibrated: it holds no schedule.json; run `tmpdiff-export calibrate"),
+        (other_schedule, (), "is not the schedule that sensitivity.json describes"),
+        (other_calibration, (), "has 5 steps"),
+        (None, ("--pictures", "2"), "add --prompt TEXT"),
+        (None, ("--pictures", "-1", "--prompt", "a"), "--pictures is -1"),
+        (None, ("--prompt", "word " * 500), "token"),
+    ],
+    ids=["no sensitivity", "no schedule", "other schedule", "other T", "no prompt", "negative", "long prompt"],
+)
+def test_refusals(
+    demo_bundle: Path, tmp_path: Path, damage: Callable[[Path], None] | None, arguments: tuple[str, ...], words: str
+) -> None:
+    bundle = linked_copy(demo_bundle, tmp_path / "bundle")
+    if damage:
+        damage(bundle)
+    out = tmp_path / "out" / "report.html"
+    out.parent.mkdir()
+    out.write_text("the old one")
+    result = called(EXPORT, "report", bundle, "--out", out, *arguments)
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert len(error_lines(result.stderr)) == 1
+    assert result.stdout == ""
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+    assert out.read_text() == "the old one"
+
+
+@pytest.mark.parametrize(("out", "words"), [("missing/report.html", "does not exist"), (".", "is a folder")])
+def test_refuses_where_it_cannot_write(demo_bundle: Path, tmp_path: Path, out: str, words: str) -> None:
+    result = called(EXPORT, "report", demo_bundle, "--out", tmp_path / out)
+    assert (result.returncode, words in result.stderr) == (1, True)
+    assert not list(tmp_path.iterdir())

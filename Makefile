@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.installed-dev
 BINDINGS := $(VENV)/tensorrt/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --root-user-action=ignore \
+	--constraint constraints.txt --editable
 
 .PHONY: help setup demo test test-long test-all lint runtime-binary clean
 
@@ -15,24 +17,30 @@ help:
 	@echo "make test-all        make test, and the long tests"
 	@echo "make runtime-binary  freeze tmpdiff-runtime into build/runtime/tmpdiff-runtime"
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tmpdiff-export needs Python 3.11 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $(STAMP)
+# What building, calibrating and reporting need; a changed pyproject.toml or constraints.txt updates it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tmpdiff-export needs Python 3.11 or newer")'
+	@echo "installing pinned packages into $(VENV): 1.7 GB and a few minutes, less if it is there and only updated"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) '.[export]'
+	@touch $@
 
-setup: $(STAMP)
+$(DEV_INSTALLED): $(INSTALLED)
+	@echo "installing pinned tools for development into $(VENV): about a minute"
+	@$(INSTALL) '.[dev]'
+	@touch $@
+
+setup: $(DEV_INSTALLED)
 
 # The real TensorRT bindings of several versions, to check our calls against; no TensorRT library.
-$(BINDINGS): $(STAMP) tools/release/fetch_bindings.py tools/release/bindings_typing.py
+$(BINDINGS): $(DEV_INSTALLED) tools/release/fetch_bindings.py tools/release/bindings_typing.py
 	$(BIN)/python tools/release/fetch_bindings.py --into $(VENV)/tensorrt
 	touch $(BINDINGS)
 
-demo: $(STAMP)
+demo: $(INSTALLED)
 	$(BIN)/tmpdiff-export demo --out build/demo
 
-lint: $(STAMP)
+lint: $(DEV_INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -50,7 +58,7 @@ test-long: $(BINDINGS)
 test-all: lint $(BINDINGS)
 	$(PYTEST)
 
-runtime-binary: $(STAMP)
+runtime-binary: $(DEV_INSTALLED)
 	$(BIN)/python tools/release/freeze_runtime.py --out build/runtime
 
 clean:

@@ -22,8 +22,8 @@ class ScoreRecord(_Record):
 
     Attributes:
         scores: length T, a mean over the calibration samples; interpolated where not `measured`.
-        risk: of another picture, in units of E, length T (`calibration.scores.divergence`); empty for upcast scores and in documents that
-            lack it.
+        risk: of a departure, in units of E, length T (`calibration.scores.divergence`); empty for upcast scores and in
+            documents that lack it.
         measured: length T.
         order: the step indices measured, in order.
         settled: the search stopped because the ranking was settled, not because its budget ran out.
@@ -43,7 +43,7 @@ class ScoreRecord(_Record):
 
 
 class DroppedRecord(_Record):
-    """A built precision that is left out because `by` is no slower and errs no more."""
+    """A built precision that is left out: `by` is no slower, errs no more, and is no costlier to change to or from."""
 
     precision: str
     by: str
@@ -54,7 +54,7 @@ class FitRecord(_Record):
     """How well a predictor describes the measured E of random schedules.
 
     Attributes:
-        predictor: see `calibration.scores.single_step`.
+        predictor: see `calibration.scores.predictors`.
         r2: of the regression line of measured on predicted; None with fewer than three schedules or
             where either does not vary.
         spearman: rank correlation; None as `r2`.
@@ -206,8 +206,8 @@ class Sensitivity(_Record):
         latencies_ms: measured step latency by precision, as given to `calibrate`.
         swap_ms: "before after" -> ms that a change of precision was charged, where any was.
         max_engines: most distinct precisions that a schedule was allowed, None for any number.
-        uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference; scores, fit and predictions
-            are limited means like these (`calibration.measure.metrics.limited`).
+        uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference; scores, fit and
+            predictions are limited means like these (`calibration.measure.metrics.limited`).
         calls: denoiser calls by stage and precision, everything included.
         search_calls: those spent on scores; `sweep_calls` is what full sweeps would take instead.
         predictor: the predictor that allocation used; `fit` has its figures and those of the others.

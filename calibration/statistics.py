@@ -9,6 +9,7 @@ import numpy as np
 
 DRAWS = 1000
 CONFIDENCE = 0.95
+"""Probability that an interval is to cover."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,7 @@ class Interval:
     high: float
 
 
-def bootstrap_interval(
-    statistic: Callable[..., float], *sizes: int, draws: int = DRAWS, confidence: float = CONFIDENCE, seed: int = 0
-) -> Interval:
+def bootstrap_interval(statistic: Callable[..., float], *sizes: int, draws: int = DRAWS) -> Interval:
     """Percentile bootstrap (Efron, Annals of Statistics 7, 1979) over samples.
 
     What was measured on the same samples stays paired: the statistic gets indices, and picks with them from as many
@@ -32,22 +31,18 @@ def bootstrap_interval(
         statistic: called with one int64 [n] array of sample indices per entry of `sizes`. May return NaN where it is
             not defined for a draw; such draws are left out.
         sizes: number of samples of each set; sets are drawn from independently.
-        draws: number of resampled sets.
-        confidence: probability that the interval is to cover.
-        seed: of the draws; equal arguments give equal intervals.
+        draws: number of resampled sets; equal arguments give equal ones.
 
     Raises:
-        ValueError: no set, one of fewer than two samples, or a confidence outside (0, 1).
+        ValueError: no set, or one of fewer than two samples.
     """
     if not sizes or min(sizes) < 2:
         raise ValueError(f"a confidence interval over {sizes} samples was asked for, expected 2 or more in every set")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     values = np.array([statistic(*(generator.integers(size, size=size) for size in sizes)) for _ in range(draws)])
     value = float(statistic(*(np.arange(size) for size in sizes)))
     values = values[np.isfinite(values)]
     if not len(values):
         return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(value, float(low), float(high))

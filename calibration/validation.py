@@ -11,10 +11,10 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from calibration.choose import baselines
-from calibration.choose.costs import NO_COSTS, AllocationCosts, relative_latency
+from calibration.choose.costs import Candidates
 from calibration.document import FitPoint, FitRecord, ValidationRow
-from calibration.measure.measurements import Measurements, level, mean
-from calibration.measure.metrics import psnr_db
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import level, mean, psnr_db
 from calibration.scores.predictors import PREDICTORS, Contributions, predict
 
 FIT_SCHEDULES = 8
@@ -50,7 +50,7 @@ def random_schedules(precisions: Sequence[str], num_steps: int) -> tuple[Schedul
 def schedule_errors(
     measurements: Measurements, stage: str, schedules: Sequence[Schedule], on_run: OnRun | None = None
 ) -> list[float]:
-    """Measured E of each schedule, as scores have it (`calibration.measure.measurements.level`)."""
+    """Measured E of each schedule, as scores have it (`calibration.measure.metrics.level`)."""
     runs = [(schedule, sample) for schedule in schedules for sample in range(measurements.num_samples)]
     errors: dict[Schedule, list[float]] = {schedule: [] for schedule in schedules}
     measurements.expect(schedules, pictures=False)
@@ -123,26 +123,23 @@ def best_fit(records: Sequence[FitRecord]) -> str:
 def validation_rows(
     measurements: Measurements,
     chosen: Schedule,
-    precisions: Sequence[str],
-    latencies_ms: Mapping[str, float],
+    candidates: Candidates,
     on_run: OnRun | None = None,
-    costs: AllocationCosts = NO_COSTS,
 ) -> tuple[ValidationRow, ...]:
     """Runs the chosen schedule and every baseline on the validation samples.
 
     Args:
         measurements: of the validation samples.
         chosen: the schedule under test.
-        precisions: all built precisions in order of precision (the pool of the baselines is sorted by it).
-        latencies_ms: step latency by precision.
+        candidates: all built precisions in order of precision (the pool of the baselines is sorted by it).
         on_run: see `OnRun`.
-        costs: what changes of precision cost.
 
     Returns:
         The chosen schedule first, then uniform schedules, then baselines with the same number of steps per
         precision: of the same latency, unless changes cost something. A schedule that several names stand for
         is run once.
     """
+    precisions = candidates.precisions
     pool = sorted(chosen, key=list(precisions).index)
     generator = np.random.default_rng(SEED)
     count = chosen.count(precisions[0])
@@ -168,7 +165,7 @@ def validation_rows(
                 if on_run:
                     on_run(done, total)
             draws.append(values)
-        latency = mean([relative_latency(drawn, latencies_ms, precisions[0], costs) for drawn in named[name]])
+        latency = mean([candidates.latency(drawn) for drawn in named[name]])
         rows[name] = _row(name, named[name], draws, latency)
     schedule_row = rows["schedule"]
     winners = tuple(

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engines.errors import TmpDiffError
+from engines.errors import TmpDiffError, first_line
 from engines.files import atomic_write_text, sha256_bytes
 
 MAX_DOCUMENT_BYTES = 64 << 20
@@ -44,7 +44,7 @@ def read_document(path: Path, kind: str, version: int, error: type[TmpDiffError]
     try:
         found = sha256_bytes(canonical_json(data))
     except (ValueError, RecursionError) as reason:  # infinities such as 1e999, or nested too deeply
-        raise error(f"{kind} {path} is malformed: {str(reason).splitlines()[0]}; make it again") from None
+        raise error(f"{kind} {path} is malformed: {first_line(reason)}; make it again") from None
     if digest != found:
         raise error(f"{kind} {path} was altered after it was written (its sha256 does not match); make it again")
     return data
@@ -65,7 +65,7 @@ def read_json(path: Path, kind: str, error: type[TmpDiffError]) -> dict[str, Any
     except FileNotFoundError:
         raise error(f"{kind} {path} does not exist") from None
     except (ValueError, RecursionError) as reason:
-        raise error(f"{kind} {path} is not valid JSON: {str(reason).splitlines()[0]}") from None
+        raise error(f"{kind} {path} is not valid JSON: {first_line(reason)}") from None
     except OSError as reason:
         raise error(f"{kind} {path} cannot be read: {reason.strerror}") from reason
     if not isinstance(data, dict):

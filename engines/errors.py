@@ -5,6 +5,11 @@ caller cannot check beforehand: files, budgets, devices, builds.
 """
 
 
+def first_line(error: Exception) -> str:
+    """What a library said in one line of a message: the first of its text, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class TmpDiffError(Exception):
     """Root of every error this project raises on purpose; its text is one actionable line."""
 

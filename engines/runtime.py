@@ -44,10 +44,6 @@ class Conditioning:
             arrays[GUIDANCE] = np.full(self.size, guidance_scale, np.float32)
         return arrays
 
-    def sample(self, index: int) -> Conditioning:
-        """The conditioning of one of the N prompts."""
-        return self.select([index])
-
     def select(self, indices: Sequence[int]) -> Conditioning:
         """The conditioning of some of the N prompts, in the order given."""
         rows = [*indices, *(self.size + index for index in indices)]
@@ -185,7 +181,7 @@ class DenoiseRuntime:
         return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
 
     def step(self, state: SamplerState, precision: str, conditioning: Arrays, guidance_scale: float) -> SamplerState:
-        """One loop iteration: one denoiser call (with classifier-free guidance: one batch of 2 N), and the sampler update.
+        """One loop iteration: a denoiser call (with classifier-free guidance: one batch of 2 N) and the sampler update.
 
         Args:
             state: latents [N, C, h, w] and history; not changed.

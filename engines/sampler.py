@@ -149,7 +149,7 @@ class SamplerTable:
         return max(k - min(row.indices) for k, row in enumerate(self.rows))
 
     def own_coefficients(self) -> NDArray[np.float64]:
-        """The coefficient of each loop iteration's own model output, of m_k in x_{k+1}: float64 [T], 0 where it has none."""
+        """The coefficient of each step's own model output, of m_k in x_{k+1}: float64 [T], 0 where it has none."""
         return np.array([dict(row.outputs).get(k, 0.0) for k, row in enumerate(self.rows)])
 
     def initial(self, noise: ArrayLike) -> SamplerState:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.errors import BackendError, BundleError, PromptError
+from engines.errors import BackendError, BundleError, PromptError, first_line
 from engines.manifest import TextEntry
 
 SECTION = re.compile(r"\[(\w+)\]")
@@ -56,7 +56,7 @@ def load_tokenizer(data: bytes) -> Any:
     try:
         tokenizer = Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises bare Exception
-        raise BundleError(f"tokenizer file is not readable: {str(error).splitlines()[0]}") from error
+        raise BundleError(f"tokenizer file is not readable: {first_line(error)}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -98,8 +98,8 @@ def read_prompts(path: Path) -> PromptFile:
     Lines `[calibration]` and `[validation]` head the two sections.
 
     Raises:
-        PromptError: the file is missing, empty, not text, has an unknown section, a prompt outside its sections or twice,
-            or leaves a section without prompts.
+        PromptError: the file is missing, empty, not text, has an unknown section, a prompt outside its sections or
+            twice, or leaves a section without prompts.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

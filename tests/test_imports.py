@@ -94,8 +94,8 @@ ROOMS = {
         release demo acceptance
     """,
 }
-"""The rooms of each package, a floor a line, from the top down. A room imports from the floors below its own, never from above
-and never from a room beside it."""
+"""The rooms of each package, a floor a line, from the top down. A room imports from the floors below its own, never
+from above and never from a room beside it."""
 
 TORCH_LIBRARY = ROOT / "engines" / "backends" / "torch" / "library.py"  # the torch backend imports them from here
 GPU_LIBRARIES = {"cuda"}  # imported by what runs on a GPU; tensorrt as well, which is not installed here
@@ -188,6 +188,12 @@ def test_no_room_imports_from_above_or_beside(package: str) -> None:
             if inner != room and floors.get(inner, -1) >= floors[room]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert wrong == []
+
+
+def test_the_map_names_every_room() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = [room for floors in ROOMS.values() for room in floors.split() if room != "__main__"]
+    assert [room for room in rooms if f"`{room}`" not in text and f"`{room}/`" not in text] == []
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 PIPED_WIDTH = 120
 LINE_SECONDS = 30.0
-"""Without a terminal: at most one line of progress in this time, so that short commands print none and logs stay short."""
+"""Without a terminal: at most one line of progress in this time, so that short commands print none."""
 Report = Callable[[str, int, int], None]
 
 

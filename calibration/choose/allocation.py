@@ -1,7 +1,7 @@
 """Allocation: the schedule with the least predicted error, or the least latency, under a budget.
 
-Latency and error budgets are answered from the exact Pareto front, see `calibration.choose.pareto`; changes of precision and
-the engines that fit into memory are described by `calibration.choose.costs`.
+Latency and error budgets are answered from the exact Pareto front, see `calibration.choose.pareto`; changes of
+precision and the engines that fit into memory are described by `calibration.choose.costs`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from calibration.choose.costs import NO_COSTS, AllocationCosts, relative_latency
+from calibration.choose.costs import NO_COSTS, AllocationCosts, Candidates
 from calibration.choose.pareto import Allocation, integers, pareto_front
+from calibration.document import DroppedRecord
+from calibration.scores.predictors import Contributions
 from engines.errors import BudgetError
-
-__all__ = [
-    "Allocation",
-    "AllocationCosts",
-    "Budget",
-    "Dominated",
-    "ErrorBudget",
-    "HighSteps",
-    "LatencyBudget",
-    "allocate",
-    "drop_dominated",
-    "pareto_front",
-    "relative_latency",
-    "require_reachable",
-]
 
 BUDGET_TOLERANCE = 1e-12
 """Relative rounding of a budget that a caller computed from a reachable value."""
@@ -75,40 +60,28 @@ class HighSteps:
 Budget = LatencyBudget | ErrorBudget | HighSteps
 
 
-@dataclass(frozen=True)
-class Dominated:
-    """A precision that `by` beats: no slower, no larger error, no costlier to change to or from."""
-
-    precision: str
-    by: str
-    reason: str
-
-
 def drop_dominated(
-    precisions: Sequence[str],
-    latencies_ms: Mapping[str, float],
-    errors: Mapping[str, float],
-    costs: AllocationCosts = NO_COSTS,
-) -> tuple[tuple[str, ...], tuple[Dominated, ...]]:
+    candidates: Candidates, errors: Mapping[str, float]
+) -> tuple[tuple[str, ...], tuple[DroppedRecord, ...]]:
     """Sorts out the precisions that are no use: putting another one in their place is no slower and errs no more.
 
+    Where changes cost differently by pair, the other precision must not be costlier to change to or from.
+
     Args:
-        precisions: the reference first; it is always kept. Of two that are equal the first is kept.
-        latencies_ms: step latency by precision.
+        candidates: the reference is always kept; of two that are equal the first is.
         errors: E of the uniform schedule by precision, 0 for the reference.
-        costs: of changes; where they differ by pair, the other precision must not be costlier to change to or from.
 
     Returns:
         The precisions left, in order, and the others, each with what beats it.
     """
+    precisions, latencies_ms = candidates.precisions, candidates.latencies_ms
     left: list[str] = []
-    dropped: list[Dominated] = []
+    dropped: list[DroppedRecord] = []
     for index, name in enumerate(precisions):
 
         def beats(other: str, rank: int, name: str = name, index: int = index) -> bool:
             mine, theirs = (
-                (latencies_ms[one], errors[one], *_changes_ns(one, {name, other}, precisions, costs))
-                for one in (name, other)
+                (latencies_ms[one], errors[one], *_changes_ns(one, {name, other}, candidates)) for one in (name, other)
             )
             no_worse = all(their <= my for their, my in zip(theirs, mine, strict=True))
             return no_worse and (theirs != mine or rank < index)
@@ -123,28 +96,25 @@ def drop_dominated(
             f"{rival} is no slower ({latencies_ms[rival]:.4g} ms against {latencies_ms[name]:.4g} ms a step) "
             f"and errs no more (E {errors[rival]:.3g} against {errors[name]:.3g})"
         )
-        dropped.append(Dominated(name, rival, reason))
+        dropped.append(DroppedRecord(precision=name, by=rival, reason=reason))
     return tuple(left), tuple(dropped)
 
 
-def _changes_ns(name: str, pair: set[str], precisions: Sequence[str], costs: AllocationCosts) -> list[int]:
+def _changes_ns(name: str, pair: set[str], candidates: Candidates) -> list[int]:
     """What changes between `name` and every precision outside `pair` cost, both ways."""
-    others = [other for other in precisions if other not in pair]
-    return [costs.swap_ns(*change) for other in others for change in ((name, other), (other, name))]
+    others = [other for other in candidates.precisions if other not in pair]
+    return [candidates.costs.swap_ns(*change) for other in others for change in ((name, other), (other, name))]
 
 
 def allocate(
-    precisions: Sequence[str],
-    latencies_ms: Mapping[str, float],
-    contributions: np.ndarray,
-    budget: Budget,
-    power: float = 1.0,
-    front: Sequence[Allocation] | None = None,
-    costs: AllocationCosts = NO_COSTS,
+    candidates: Candidates, found: Contributions, budget: Budget, front: Sequence[Allocation] | None = None
 ) -> Allocation:
-    """The best schedule under a budget; arguments as in `pareto_front`.
+    """The best schedule under a budget.
 
     Args:
+        candidates: see `pareto_front`.
+        found: see `pareto_front`.
+        budget: what the schedule has to meet.
         front: what `pareto_front` returned for the same arguments, if it is at hand.
 
     Returns:
@@ -156,8 +126,8 @@ def allocate(
         ValueError: shapes or values out of range.
     """
     if isinstance(budget, HighSteps):
-        return _high_steps(precisions, latencies_ms, contributions, budget, power, costs)
-    front = front or pareto_front(precisions, latencies_ms, contributions, power, costs)
+        return _high_steps(candidates, found, budget)
+    front = front or pareto_front(candidates, found)
     if isinstance(budget, LatencyBudget):
         require_reachable(budget, front[0].latency, len(front[0].precisions))
         return [entry for entry in front if entry.latency <= budget.ratio * (1 + BUDGET_TOLERANCE)][-1]
@@ -199,17 +169,10 @@ def require_reachable(budget: Budget | None, fastest: float, num_steps: int, cos
         )
 
 
-def _high_steps(
-    precisions: Sequence[str],
-    latencies_ms: Mapping[str, float],
-    contributions: np.ndarray,
-    budget: HighSteps,
-    power: float,
-    costs: AllocationCosts,
-) -> Allocation:
-    problem = integers(precisions, latencies_ms, contributions, costs)
+def _high_steps(candidates: Candidates, found: Contributions, budget: HighSteps) -> Allocation:
+    precisions, problem = candidates.precisions, integers(candidates, found.values)
     num_steps = len(problem.errors)
-    require_reachable(budget, 0.0, num_steps, costs)
+    require_reachable(budget, 0.0, num_steps, candidates.costs)
     if len(precisions) == 1 and budget.count < num_steps:
         raise BudgetError(
             f"{budget.count} high-precision steps asked for, but no low precision is faster than "
@@ -220,8 +183,8 @@ def _high_steps(
     picked = _place_high_steps(problem.errors[:, pair].tolist(), problem.swaps_ns[pair][:, pair].tolist(), budget.count)
     choices = [pair[choice] for choice in picked]
     schedule = tuple(precisions[choice] for choice in choices)
-    error = math.fsum(float(contributions[step, choice]) for step, choice in enumerate(choices))
-    return Allocation(schedule, error**power, relative_latency(schedule, latencies_ms, precisions[0], costs))
+    error = math.fsum(float(found.values[step, choice]) for step, choice in enumerate(choices))
+    return Allocation(schedule, error**found.power, candidates.latency(schedule))
 
 
 def _place_high_steps(errors: list[list[int]], swaps_ns: list[list[int]], count: int) -> list[int]:

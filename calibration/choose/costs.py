@@ -1,4 +1,4 @@
-"""What a schedule takes beyond its steps: changes of precision, and engines that stay in device memory."""
+"""What a schedule takes: its steps, changes of precision, and engines that stay in device memory."""
 
 from __future__ import annotations
 
@@ -76,13 +76,27 @@ def step_ns(latency_ms: float) -> int:
     return round(latency_ms * NANOSECONDS_PER_MS)
 
 
-def relative_latency(
-    schedule: Sequence[str],
-    latencies_ms: Mapping[str, float],
-    reference: str,
-    costs: AllocationCosts = NO_COSTS,
-) -> float:
-    """Mean step latency of a schedule, its changes of precision included, relative to the reference's."""
-    total = sum(step_ns(latencies_ms[name]) for name in schedule)
-    total += sum(costs.swap_ns(before, after) for before, after in pairwise(schedule))
-    return total / (len(schedule) * step_ns(latencies_ms[reference]))
+@dataclass(frozen=True)
+class Candidates:
+    """The precisions that schedules may be made of, and what those take.
+
+    Attributes:
+        precisions: the reference first.
+        latencies_ms: step latency by precision.
+        costs: of changes of precision, and the limit on precisions.
+    """
+
+    precisions: tuple[str, ...]
+    latencies_ms: Mapping[str, float]
+    costs: AllocationCosts = NO_COSTS
+
+    @property
+    def reference(self) -> str:
+        """What latencies and errors are relative to."""
+        return self.precisions[0]
+
+    def latency(self, schedule: Sequence[str]) -> float:
+        """Mean step latency of a schedule, its changes of precision included, relative to the reference's."""
+        total = sum(step_ns(self.latencies_ms[name]) for name in schedule)
+        total += sum(self.costs.swap_ns(before, after) for before, after in pairwise(schedule))
+        return total / (len(schedule) * step_ns(self.latencies_ms[self.reference]))

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from calibration.choose.costs import NO_COSTS, AllocationCosts, step_ns
+from calibration.choose.costs import Candidates, step_ns
+from calibration.scores.predictors import Contributions
 
 log = logging.getLogger(__name__)
 
@@ -75,20 +76,23 @@ class _Points:
     choices: np.ndarray
 
 
-def integers(
-    precisions: Sequence[str], latencies_ms: Mapping[str, float], contributions: np.ndarray, costs: AllocationCosts
-) -> Problem:
-    """Rounds an allocation to integers; arguments as in `pareto_front`.
+def integers(candidates: Candidates, contributions: np.ndarray) -> Problem:
+    """Rounds an allocation to integers.
+
+    Args:
+        candidates: P precisions.
+        contributions: float64 [T, P], as in `Contributions.values`.
 
     Raises:
         ValueError: shapes or values out of range.
     """
+    precisions, costs = candidates.precisions, candidates.costs
     values = np.asarray(contributions, dtype=np.float64)
     if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] != len(precisions):
         raise ValueError(f"contributions have shape {values.shape}, expected [T, {len(precisions)}]")
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise ValueError("contributions hold negative or non-finite values; clip scores at 0 first")
-    steps_ns = [step_ns(latencies_ms[name]) for name in precisions]
+    steps_ns = [step_ns(candidates.latencies_ms[name]) for name in precisions]
     swaps_ns = [[costs.swap_ns(before, after) for after in precisions] for before in precisions]
     longest = len(values) * (max(steps_ns) + max(map(max, swaps_ns)))
     if longest >= 2**63:
@@ -101,21 +105,12 @@ def integers(
     )
 
 
-def pareto_front(
-    precisions: Sequence[str],
-    latencies_ms: Mapping[str, float],
-    contributions: np.ndarray,
-    power: float = 1.0,
-    costs: AllocationCosts = NO_COSTS,
-) -> tuple[Allocation, ...]:
+def pareto_front(candidates: Candidates, found: Contributions) -> tuple[Allocation, ...]:
     """Every schedule that no other one beats in latency and predicted error, fastest first.
 
     Args:
-        precisions: P names, the reference first.
-        latencies_ms: step latency by precision.
-        contributions: float64 [T, P], what step i at precision p adds; non-negative.
-        power: the predicted error is the sum of contributions to this power; positive.
-        costs: of changes between precisions, and the most precisions of one schedule.
+        candidates: P precisions.
+        found: contributions of T steps to the error, a column per precision.
 
     Returns:
         Allocations of strictly rising latency and strictly falling error, one for each such pair.
@@ -127,10 +122,10 @@ def pareto_front(
     Raises:
         ValueError: shapes or values out of range.
     """
-    problem = integers(precisions, latencies_ms, contributions, costs)
+    problem = integers(candidates, found.values)
     num_steps, count = problem.errors.shape
     reference_ns = num_steps * int(problem.steps_ns[0])
-    limit = min(costs.max_engines or count, count)
+    limit = min(candidates.costs.max_engines or count, count)
     solved = [_solve(problem, np.array(allowed, dtype=np.uint8)) for allowed in combinations(range(count), limit)]
     slack_ns = max(given_up_ns for _, given_up_ns in solved)
     if slack_ns:
@@ -141,9 +136,11 @@ def pareto_front(
             slack_ns / reference_ns,
         )
     points = _merged([front for front, _ in solved])
-    picked = np.asarray(contributions, dtype=np.float64)[np.arange(num_steps), points.choices]
+    picked = np.asarray(found.values, dtype=np.float64)[np.arange(num_steps), points.choices]
     return tuple(
-        Allocation(tuple(map(precisions.__getitem__, row)), math.fsum(parts) ** power, total / reference_ns)
+        Allocation(
+            tuple(map(candidates.precisions.__getitem__, row)), math.fsum(parts) ** found.power, total / reference_ns
+        )
         for row, parts, total in zip(points.choices.tolist(), picked.tolist(), points.total_ns.tolist(), strict=True)
     )
 

@@ -1,21 +1,22 @@
 """Budgets in picture quality: the fastest schedule whose pictures, measured, are good enough.
 
 Scores predict latent error, not SSIM or PSNR. So the Pareto front says in which order to try schedules, and each one
-that matters is run: a bisection over the front, since quality rises along it but for noise. The fixed rules are tried in
-the same way: where predictions mislead, one of them may do with fewer steps at the reference.
+that matters is run: a bisection over the front, since quality rises along it but for noise. The fixed rules are tried
+in the same way: where predictions mislead, one of them may do with fewer steps at the reference.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from calibration.choose.baselines import RULES
-from calibration.choose.costs import AllocationCosts, relative_latency
 from calibration.choose.pareto import Allocation
-from calibration.scores.predictors import Contributions, predict
+from calibration.choose.predictions import Predictions
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import mean, psnr_db
 from engines.errors import BudgetError
 
 QualityMetric = Literal["ssim", "psnr"]
@@ -46,32 +47,63 @@ class QualityBudget:
         return f"ssim at least {self.target:g}" if self.metric == "ssim" else f"psnr at least {self.target:g} dB"
 
 
-def rule_schedules(
-    precisions: tuple[str, ...], latencies_ms: Mapping[str, float], found: Contributions, costs: AllocationCosts
-) -> dict[str, list[Allocation]]:
-    """The fixed rules by name, each with every number of steps at the reference and the others at the fastest precision.
+def meet_quality(
+    predictions: Predictions,
+    budget: QualityBudget,
+    measurements: Measurements,
+    on_run: Callable[[int, int], None],
+) -> tuple[Allocation, str]:
+    """The fastest schedule that meets a quality budget when it is run, of the Pareto front and the fixed rules.
 
     Args:
-        precisions: the reference first.
-        latencies_ms: step latency by precision.
-        found: contributions, for what is predicted of them.
-        costs: of changes of precision, and the limit on precisions.
+        predictions: say what the front is.
+        budget: what has to be met.
+        measurements: of the validation samples.
+        on_run: called after every run of a schedule on a sample with (done, at most).
+
+    Returns:
+        The schedule, and the budget in words.
+
+    Raises:
+        BudgetError: see `fastest_meeting`.
+    """
+    front, rules = predictions.front, rule_schedules(predictions)
+    done, total = 0, (sum(len(tried).bit_length() for tried in (front, *rules.values())) + 1) * measurements.num_samples
+
+    def measure(allocation: Allocation) -> float:
+        nonlocal done
+        measurements.expect([allocation.precisions], pictures=True)
+        results = []
+        for sample in range(measurements.num_samples):
+            results.append(measurements.schedule_error("quality", allocation.precisions, sample, pictures=True))
+            done += 1
+            on_run(done, total)
+        if budget.metric == "ssim":
+            return mean([result["ssim"] for result in results])
+        found = psnr_db([result["mse"] for result in results])
+        return math.inf if found is None else found
+
+    chosen, quality = fastest_meeting(front, rules.values(), budget, measure)
+    name = next((name for name, rule in rules.items() if chosen in rule and chosen not in front), None)
+    by_rule = f", by the rule {name!r}" if name else ""
+    return chosen, f"{budget} on the validation samples (measured: {quality:.4g}{by_rule})"
+
+
+def rule_schedules(predictions: Predictions) -> dict[str, list[Allocation]]:
+    """The fixed rules by name, with every number of steps at the reference and the others at the fastest precision.
 
     Returns:
         Schedules fastest first; no rules where no precision is faster than the reference, or none may join it.
     """
-    reference, low = precisions[0], min(precisions, key=latencies_ms.__getitem__)
+    candidates, num_steps = predictions.candidates, len(predictions.found.values)
+    reference, low = candidates.reference, min(candidates.precisions, key=candidates.latencies_ms.__getitem__)
     rules: dict[str, list[Allocation]] = {}
-    if low == reference or costs.max_engines == 1:
+    if low == reference or candidates.costs.max_engines == 1:
         return rules
-    num_steps = len(found.values)
     for count in range(1, num_steps):
         pool = (reference,) * count + (low,) * (num_steps - count)
         for name, rule in RULES.items():
-            schedule = rule(pool)
-            latency = relative_latency(schedule, latencies_ms, reference, costs)
-            allocation = Allocation(schedule, predict(found, precisions, schedule), latency)
-            rules.setdefault(name, []).append(allocation)
+            rules.setdefault(name, []).append(predictions.allocation(rule(pool)))
     return {name: sorted(schedules, key=lambda allocation: allocation.latency) for name, schedules in rules.items()}
 
 
@@ -87,8 +119,8 @@ def fastest_meeting(
         front: fastest first, as `pareto_front` returns it.
         rules: the schedules of each rule, fastest first; only those faster than the best so far are tried.
         budget: what has to be met.
-        measure: quality of a schedule; asked for about log2(len(front)) schedules, each once, and as many of every rule.
-            Infinite for pictures that are identical to the reference's.
+        measure: quality of a schedule; asked for about log2(len(front)) schedules, each once, and as many of every
+            rule. Infinite for pictures that are identical to the reference's.
 
     Returns:
         The schedule and its measured quality. Every faster schedule that was measured falls short; where quality

@@ -4,7 +4,7 @@ Scores predict what a schedule does by adding up what single steps do. Where the
 where few samples leave the scores noisy, the best of the predictions need not be the best schedule, and a fixed rule
 can beat it. So the schedule that was chosen has to win against its rivals on the calibration samples:
 
-1. Where samples go to another picture under it, it is replaced by one that spares the first steps
+1. Where samples depart under it (`calibration.scores.divergence`), it is replaced by one that spares the first steps
    (`calibration.choose.sparing`), if that has a smaller mean of E; rivals then have to spare them, too.
 2. A race against rivals (successive halving: Jamieson and Talwalkar, AISTATS 2016): all run on the first samples, the
    better half goes on to twice as many, until those left have run on all.
@@ -14,10 +14,10 @@ can beat it. So the schedule that was chosen has to win against its rivals on th
 Schedules are compared by the logarithm of their E, sample by sample: E varies by an order of magnitude between
 samples, and a mean of E would be decided by the one or two with the largest. The schedule to beat gives way only if
 chance alone would give such a mean of the differences with a probability below `CONVINCING`: the least mean of few
-samples would choose the luckiest rival, which does worse on others. Samples that go to another picture are too few to be
-compared so: no rival wins that sends more of them there, their share is predicted as well (`calibration.scores.divergence`), and E of
-every sample counts by the factor that it adds to the schedule's prediction. That the winner is the best of several
-rivals is not allowed for, so that two or three samples are too few to rely on.
+samples would choose the luckiest rival, which does worse on others. Departures are too few to be compared so: no rival
+wins that has more of them, their share is predicted as well, and E of every sample counts by the factor that it adds to
+the schedule's prediction. That the winner is the best of several rivals is not allowed for, so that two or three samples
+are too few to rely on.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import t as student_t
 
-from calibration.measure.measurements import mean
-from calibration.measure.metrics import departed
+from calibration.measure.metrics import departed, mean
 
 Schedule = tuple[str, ...]
 Rivals = Callable[[Schedule], Iterable[tuple[str, Schedule]]]
@@ -88,35 +87,42 @@ class Refinement:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Runs:
+    """How schedules are run, and what their errors count for.
+
+    Attributes:
+        measure: E of a schedule on a sample; asked for once each.
+        cost: denoiser calls that takes, at most.
+        num_samples: samples 0..num_samples-1 can be asked for. With a single one nothing is raced: no difference
+            would be known to be more than chance.
+        expect: told which schedules will be measured on which samples, before they are.
+        weight: factor, at least 1, that a schedule's errors count by.
+    """
+
+    measure: Callable[[Schedule, int], float]
+    cost: Callable[[Schedule], int]
+    num_samples: int
+    expect: Callable[[Sequence[Schedule], range], None]
+    weight: Callable[[Schedule], float]
+
+
 def refine(
-    start: Schedule,
-    rivals: Rivals,
-    measure: Callable[[Schedule, int], float],
-    cost: Callable[[Schedule], int],
-    num_samples: int,
-    max_calls: int,
-    expect: Callable[[Sequence[Schedule], range], None] = lambda schedules, samples: None,
-    weight: Callable[[Schedule], float] = lambda schedule: 1.0,
-    spares: Iterable[tuple[int, Schedule]] = (),
+    start: Schedule, rivals: Rivals, runs: Runs, max_calls: int, spares: Iterable[tuple[int, Schedule]]
 ) -> Refinement:
     """Races a schedule against its rivals, and the winner against its own, until nobody wins.
 
     Args:
         start: the schedule to beat.
         rivals: see `Rivals`.
-        measure: E of a schedule on a sample; asked for once each.
-        cost: denoiser calls that takes, at most.
-        num_samples: samples 0..num_samples-1 can be asked for. With a single one nothing is raced: no difference
-            would be known to be more than chance.
-        max_calls: never exceeded. Where a race against one rival might, none is held.
-        expect: told which schedules will be measured on which samples, before they are.
-        weight: factor, at least 1, that a schedule's errors count by.
-        spares: schedules to try, in this order, where a sample goes to another picture under the one before, each with
-            the number of first steps that it holds at the reference. Of those that ran, and `start`, the one with the
-            least mean of E is the one to beat, and its rivals leave those steps alone.
+        runs: how schedules are run.
+        max_calls: denoiser calls, never exceeded. Where a race against one rival might, none is held.
+        spares: schedules to try, in this order, where a sample departs under the one before, each with the number
+            of first steps that it holds at the reference. Of those that ran, and `start`, the one with the least mean of E
+            is the one to beat, and its rivals leave those steps alone.
     """
-    search = _Search(Trial(start, "scores", weight(start)), measure, cost, num_samples, max_calls, expect, weight)
-    if num_samples < 2:
+    search = _Search(Trial(start, "scores", runs.weight(start)), runs, max_calls)
+    if runs.num_samples < 2:
         return Refinement(search.incumbent, (), 0)
     search.spare(spares)
     while search.race(rivals(search.incumbent.precisions)):
@@ -126,10 +132,11 @@ def refine(
 
 @dataclass
 class _Search:
-    """A search in progress: its arguments as in `refine`, and what it has come to.
+    """A search in progress.
 
     Attributes:
         incumbent: the schedule to beat.
+        runs: how schedules are run.
         left: denoiser calls that may still be spent.
         trials: every schedule entered, by itself.
         rounds: races held.
@@ -137,12 +144,8 @@ class _Search:
     """
 
     incumbent: Trial
-    measure: Callable[[Schedule, int], float]
-    cost: Callable[[Schedule], int]
-    num_samples: int
+    runs: Runs
     left: int
-    expect: Callable[[Sequence[Schedule], range], None]
-    weight: Callable[[Schedule], float]
     trials: dict[Schedule, Trial] = field(default_factory=dict)
     rounds: int = 0
     spared: int = 0
@@ -156,13 +159,13 @@ class _Search:
         for first, schedule in spares:
             if schedule in self.trials:
                 continue
-            if self.num_samples * self.cost(schedule) > self._left_for_others():
+            if self.runs.num_samples * self.runs.cost(schedule) > self._left_for_others():
                 break
             self._run_all(self.incumbent)
             _, last = tried[-1]
             if not departed(np.array(last.errors)):
                 break
-            trial = Trial(schedule, f"spares the first {first}", self.weight(schedule))
+            trial = Trial(schedule, f"spares the first {first}", self.runs.weight(schedule))
             self.trials[schedule] = trial
             self._run_all(trial)
             tried.append((first, trial))
@@ -172,9 +175,9 @@ class _Search:
     def race(self, rivals: Iterable[tuple[str, Schedule]]) -> bool:
         """Races rivals against the incumbent; whether one of them has taken its place."""
         kept = self.incumbent.precisions[: self.spared]
-        racing = _fresh((rival for rival in rivals if rival[1][: self.spared] == kept), self.trials, self.weight)
-        costs = [self.cost(trial.precisions) for trial in racing]
-        heats = _heats(self.num_samples)
+        racing = _fresh((rival for rival in rivals if rival[1][: self.spared] == kept), self.trials, self.runs.weight)
+        costs = [self.runs.cost(trial.precisions) for trial in racing]
+        heats = _heats(self.runs.num_samples)
         racing = racing[: _affordable(costs, heats, self._left_for_others())]
         if not racing:
             return False
@@ -182,12 +185,12 @@ class _Search:
         self.trials |= {trial.precisions: trial for trial in racing}
         self._run_all(self.incumbent)
         for samples in heats:
-            self.expect([trial.precisions for trial in racing], range(len(racing[0].errors), samples))
+            self.runs.expect([trial.precisions for trial in racing], range(len(racing[0].errors), samples))
             for trial in racing:
                 self._run(trial, samples)
             # stable: of equal ones the more promising
             racing.sort(key=lambda trial: (self._lost(trial), _level(trial.weighed())))
-            if samples < self.num_samples:
+            if samples < self.runs.num_samples:
                 racing = racing[: _survivors(len(racing))]
         best = racing[0]
         if self._lost(best) or not beats(best.weighed(), self.incumbent.weighed()):
@@ -197,20 +200,22 @@ class _Search:
 
     def _left_for_others(self) -> int:
         """Denoiser calls that are left when the incumbent has run."""
-        return self.left - (0 if self.incumbent.errors else self.num_samples * self.cost(self.incumbent.precisions))
+        return self.left - (
+            0 if self.incumbent.errors else self.runs.num_samples * self.runs.cost(self.incumbent.precisions)
+        )
 
     def _run_all(self, trial: Trial) -> None:
-        if len(trial.errors) < self.num_samples:
-            self.expect([trial.precisions], range(len(trial.errors), self.num_samples))
-            self._run(trial, self.num_samples)
+        if len(trial.errors) < self.runs.num_samples:
+            self.runs.expect([trial.precisions], range(len(trial.errors), self.runs.num_samples))
+            self._run(trial, self.runs.num_samples)
 
     def _run(self, trial: Trial, samples: int) -> None:
         while len(trial.errors) < samples:
-            self.left -= self.cost(trial.precisions)
-            trial.errors.append(self.measure(trial.precisions, len(trial.errors)))
+            self.left -= self.runs.cost(trial.precisions)
+            trial.errors.append(self.runs.measure(trial.precisions, len(trial.errors)))
 
     def _lost(self, trial: Trial) -> int:
-        """How many samples more than the incumbent it sends to another picture, of those it ran on."""
+        """How many samples more than under the incumbent depart, of those it ran on."""
         beside = np.array(self.incumbent.errors[: len(trial.errors)])
         return max(0, departed(np.array(trial.errors), beside) - departed(beside))
 

@@ -1,31 +1,24 @@
 """Refinement: the local search, from what allocation chose, on the calibration samples.
 
 Rivals are the fixed rules at the same step counts, the choices of the other predictors, and what the predictor holds to
-be nearly as good: points of the Pareto front, and two steps trading their precisions. Where samples go to another
-picture, the schedules of `calibration.choose.sparing` come first. What decides is in `calibration.choose.race`.
+be nearly as good: points of the Pareto front, and two steps trading their precisions. Where samples depart, the
+schedules of `calibration.choose.sparing` come first. What decides is in `calibration.choose.race`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
-from calibration.choose.allocation import (
-    BUDGET_TOLERANCE,
-    Allocation,
-    AllocationCosts,
-    Budget,
-    HighSteps,
-    LatencyBudget,
-    allocate,
-    relative_latency,
-)
+from calibration.choose.allocation import BUDGET_TOLERANCE, Budget, HighSteps, LatencyBudget, allocate
 from calibration.choose.baselines import fixed_rules
-from calibration.choose.race import MOST_RIVALS, Schedule, refine
+from calibration.choose.pareto import Allocation
+from calibration.choose.predictions import Predictions
+from calibration.choose.race import MOST_RIVALS, Runs, Schedule, refine
 from calibration.choose.sparing import sparing
 from calibration.document import RefinementRecord, TrialRecord
 from calibration.measure.measurements import Measurements
-from calibration.scores.predictors import Contributions, predict
+from calibration.scores.predictors import predict
 
 STAGE = "refinement"
 
@@ -34,13 +27,7 @@ def refine_schedule(
     measurements: Measurements,
     chosen: Allocation,
     budget: Budget | None,
-    kept: tuple[str, ...],
-    latencies_ms: Mapping[str, float],
-    costs: AllocationCosts,
-    values: Mapping[str, Contributions],
-    fitted: Contributions,
-    predictor: str,
-    front: Sequence[Allocation],
+    predictions: Predictions,
     max_calls: int,
     on_run: Callable[[int, int], None] | None = None,
 ) -> tuple[Allocation, RefinementRecord]:
@@ -51,20 +38,14 @@ def refine_schedule(
         chosen: allocation's choice under `budget`.
         budget: rivals keep to it: no slower than a latency budget allows, the same number of steps per precision for
             `HighSteps`. For an error budget, which the prediction meets, no slower than `chosen`.
-        kept: the precisions that schedules may use, the reference first.
-        latencies_ms: step latency by precision.
-        costs: of changes of precision, and the limit on precisions.
-        values: contributions by predictor, with risk (`calibration.scores.divergence`).
-        fitted: those of `predictor` without it.
-        predictor: the one that `chosen` and `front` come from.
-        front: the Pareto front.
+        predictions: what `chosen` comes from.
         max_calls: denoiser calls to spend at most; 0 measures nothing.
         on_run: called after every run of a schedule on a sample with (done, at most).
 
     Returns:
         The schedule that no rival beat, and the record of the search.
     """
-    found, reference = values[predictor], kept[0]
+    candidates, costs = predictions.candidates, predictions.candidates.costs
     limit = budget.ratio if isinstance(budget, LatencyBudget) else chosen.latency
 
     def allowed(schedule: Schedule) -> bool:
@@ -72,21 +53,21 @@ def refine_schedule(
             return False
         if isinstance(budget, HighSteps):
             return sorted(schedule) == sorted(chosen.precisions)
-        return relative_latency(schedule, latencies_ms, reference, costs) <= limit * (1 + BUDGET_TOLERANCE)
+        return candidates.latency(schedule) <= limit * (1 + BUDGET_TOLERANCE)
 
     same = budget if isinstance(budget, HighSteps) else LatencyBudget(limit)
     others = [
-        (f"{name} scores", allocate(kept, latencies_ms, other.values, same, other.power, costs=costs).precisions)
-        for name, other in values.items()
-        if name != predictor
+        (f"{name} scores", allocate(candidates, other, same).precisions)
+        for name, other in predictions.weighed.items()
+        if name != predictions.predictor
     ]
-
-    nearest = [("front", point.precisions) for point in front if allowed(point.precisions)][-MOST_RIVALS:]
+    nearest = [("front", point.precisions) for point in predictions.front if allowed(point.precisions)][-MOST_RIVALS:]
 
     def rivals(schedule: Schedule) -> Iterator[tuple[str, Schedule]]:
         near = [*nearest, *(("exchange", traded) for traded in _exchanges(schedule))]
-        near.sort(key=lambda rival: predict(found, kept, rival[1]))
-        yield from (rival for rival in (*fixed_rules(schedule, kept).items(), *others, *near) if allowed(rival[1]))
+        near.sort(key=lambda rival: predictions.error(rival[1]))
+        rules = fixed_rules(schedule, candidates.precisions)
+        yield from (rival for rival in (*rules.items(), *others, *near) if allowed(rival[1]))
 
     done = 0
 
@@ -102,27 +83,19 @@ def refine_schedule(
         measurements.expect(schedules, pictures=False, samples=samples)
 
     def weight(schedule: Schedule) -> float:
-        level = predict(fitted, kept, schedule)
-        return predict(found, kept, schedule) / level if level > 0 else 1.0
+        level = predict(predictions.fitted, candidates.precisions, schedule)
+        return predictions.error(schedule) / level if level > 0 else 1.0
 
-    result = refine(
-        chosen.precisions,
-        rivals,
-        measure,
-        measurements.schedule_calls,
-        measurements.num_samples,
-        max_calls,
-        expect,
-        weight,
-        sparing(kept, latencies_ms, found, same, costs),
-    )
+    runs = Runs(measure, measurements.schedule_calls, measurements.num_samples, expect, weight)
+    spares = sparing(candidates, predictions.found, same)
+    result = refine(chosen.precisions, rivals, runs, max_calls, spares)
     record = RefinementRecord(
         trials=tuple(
             TrialRecord(
                 precisions=trial.precisions,
                 origin=trial.origin,
-                latency=relative_latency(trial.precisions, latencies_ms, reference, costs),
-                predicted_error=predict(found, kept, trial.precisions),
+                latency=candidates.latency(trial.precisions),
+                predicted_error=predictions.error(trial.precisions),
                 errors=tuple(trial.errors),
             )
             for trial in result.trials
@@ -132,8 +105,7 @@ def refine_schedule(
         calls=measurements.calls.get(f"{measurements.name}: {STAGE}", {}),
         origin=result.best.origin,
     )
-    best = result.best.precisions
-    return Allocation(best, predict(found, kept, best), relative_latency(best, latencies_ms, reference, costs)), record
+    return predictions.allocation(result.best.precisions), record
 
 
 def _exchanges(schedule: Schedule) -> Iterator[Schedule]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.measure.evaluator import State
+from calibration.measure.evaluator import SampleSet, SampleSets, State
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerState, split, stacked
+from engines.text import PromptFile
 
 # Validation noise is drawn from seeds far from those of calibration, so that no sample is shared.
 VALIDATION_SEED_OFFSET = 1_000_000
@@ -47,14 +49,10 @@ class BundleEvaluator:
         """The state before step 0."""
         return self._runtime.table.initial(self._noise[sample : sample + 1])
 
-    def step(self, sample: int, state: SamplerState, precision: str) -> State:
-        """One denoiser call and sampler update."""
-        return self._runtime.step(state, precision, self._batch((sample,)), self._guidance_scale)
-
     def steps(self, samples: Sequence[int], states: Sequence[SamplerState], precision: str) -> list[State]:
-        """`step` of several samples, all at the same step, in one engine call and one sampler update.
+        """One engine call and one sampler update.
 
-        Equal to `step` of each but for what the engine's rounding owes to the size of its batch.
+        Equal to steps of each sample by itself but for what the engine's rounding owes to the size of its batch.
 
         Raises:
             ValueError: the states stand at different steps.
@@ -77,6 +75,32 @@ class BundleEvaluator:
     def key(self) -> str:
         """Digest of the bundle, the prompts, the seed and the guidance scale."""
         return self._key
+
+
+@dataclass(frozen=True)
+class BundleSamples:
+    """Which samples a bundle is measured on; data that can travel to a worker process.
+
+    Attributes:
+        prompts: of calibration and validation, one sample each.
+        seed: of the first calibration sample's starting noise; validation samples have seeds far from it.
+        guidance_scale: of every run.
+    """
+
+    prompts: PromptFile
+    seed: int
+    guidance_scale: float
+
+    def open(self, runtime: DenoiseRuntime) -> SampleSets:
+        """The samples of a loaded bundle; pictures of validation samples are compared.
+
+        Raises:
+            PromptError: a prompt cannot be encoded.
+        """
+        apart = self.seed + VALIDATION_SEED_OFFSET
+        calibration = BundleEvaluator(runtime, self.prompts.calibration, self.seed, self.guidance_scale)
+        validation = BundleEvaluator(runtime, self.prompts.validation, apart, self.guidance_scale)
+        return SampleSets(SampleSet(calibration), SampleSet(validation, runtime.decode))
 
 
 def samples_per_call(runtime: DenoiseRuntime, guidance_scale: float) -> int:

@@ -1,22 +1,29 @@
-"""What calibration needs from a model, and the counting of denoiser calls."""
+"""What calibration needs from a model: a loop over samples that can be entered at any step."""
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from calibration.measure.metrics import picture_errors
+
 State = Any
 """Everything the loop carries from one step to the next; opaque here, immutable, safe to keep and reuse."""
+
+Decode = Callable[[np.ndarray], np.ndarray]
+"""Final latents float32 [N, C, H, W] -> pictures uint8 [N, H, W, 3]."""
+
+Compare = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+"""Errors by name of a picture and the reference's, uint8 [H, W, 3]."""
 
 
 class Evaluator(Protocol):
     """A denoising loop over fixed samples (prompt and starting noise) that can be entered at any step.
 
-    `step` is deterministic: the same state and precision give the same next state, bit for bit. The
+    `steps` is deterministic: the same samples, states and precision give the same next states, bit for bit. The
     resumption of an interrupted calibration and the reuse of shared prefixes rest on it.
 
     Attributes:
@@ -38,8 +45,11 @@ class Evaluator(Protocol):
         """The state before step 0."""
         ...
 
-    def step(self, sample: int, state: State, precision: str) -> State:
-        """The state after one more step: one denoiser call (with guidance, one batch of 2)."""
+    def steps(self, samples: Sequence[int], states: Sequence[State], precision: str) -> list[State]:
+        """The state of every sample after one more step, all at the same one: one denoiser call for all of them.
+
+        Counted as a call per sample; with guidance it is a batch of twice as many.
+        """
         ...
 
     def latents(self, state: State) -> np.ndarray:
@@ -51,42 +61,40 @@ class Evaluator(Protocol):
         ...
 
 
-class CountingEvaluator:
-    """An evaluator that counts the denoiser calls of another one, per precision.
+@dataclass(frozen=True)
+class SampleSet:
+    """Samples to measure on.
 
     Attributes:
-        spent: calls that belong to a measurement.
-        recomputed: calls inside `aside`, which repeat what an earlier, interrupted run had already done.
+        evaluator: their loop.
+        decode: of their final latents; None where no pictures are compared.
+        compare: decoded pictures; a journal holds the errors of one way to compare only.
     """
 
-    def __init__(self, inner: Evaluator) -> None:
-        self.inner = inner
-        self.num_steps = inner.num_steps
-        self.precisions = inner.precisions
-        self.num_samples = inner.num_samples
-        self.spent: Counter[str] = Counter()
-        self.recomputed: Counter[str] = Counter()
-        self._current = self.spent
+    evaluator: Evaluator
+    decode: Decode | None = None
+    compare: Compare = picture_errors
 
-    def start(self, sample: int) -> State:
-        return self.inner.start(sample)
 
-    def step(self, sample: int, state: State, precision: str) -> State:
-        after = self.inner.step(sample, state, precision)
-        self._current[precision] += 1
-        return after
+@dataclass(frozen=True)
+class SampleSets:
+    """What a calibration measures on.
 
-    def latents(self, state: State) -> np.ndarray:
-        return self.inner.latents(state)
+    Attributes:
+        calibration: the samples that scores are measured on.
+        validation: others, of the same steps and precisions, with a decoder where SSIM and PSNR are wanted. None:
+            predictors are compared on the calibration samples, and no schedule is validated.
+    """
 
-    def key(self) -> str:
-        return self.inner.key()
+    calibration: SampleSet
+    validation: SampleSet | None = None
 
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Counts the calls of the block as recomputed."""
-        previous, self._current = self._current, self.recomputed
-        try:
-            yield
-        finally:
-            self._current = previous
+    @property
+    def evaluators(self) -> tuple[Evaluator, Evaluator | None]:
+        """Those of the calibration and the validation samples."""
+        return self.calibration.evaluator, self.validation.evaluator if self.validation else None
+
+    def named(self) -> dict[str, SampleSet]:
+        """The sets by name, as pools and journals have them."""
+        sets = {"calibration": self.calibration, "validation": self.validation}
+        return {name: samples for name, samples in sets.items() if samples}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibration.measure.evaluator import Evaluator
 from engines.documents import canonical_json
 from engines.errors import TmpDiffError
 from engines.files import fsync_folder, sha256_bytes
@@ -53,7 +54,7 @@ class Journal:
         return cls(key, None, {})
 
     @classmethod
-    def open(cls, path: Path, key: str, parameters: Mapping[str, Any], *, restart: bool = False) -> Journal:
+    def open(cls, path: Path, key: str, parameters: Mapping[str, Any]) -> Journal:
         """Opens the journal at `path`, or starts one.
 
         Args:
@@ -61,14 +62,13 @@ class Journal:
             key: digest of everything that shapes the measurements.
             parameters: further settings that have to agree, and that a reader of the file wants to see;
                 JSON data.
-            restart: throw away what is there and start fresh.
 
         Raises:
             JournalError: the file belongs to another key or other parameters, or is damaged before its
                 last line.
         """
         header = {"journal": JOURNAL_VERSION, "key": key, "parameters": dict(parameters)}
-        data = path.read_bytes() if path.exists() and not restart else b""
+        data = path.read_bytes() if path.exists() else b""
         records, sound_bytes = _read(path, data)
         if not records:
             if not _line(header).startswith(data):
@@ -91,21 +91,15 @@ class Journal:
         """The entry called `name`, None if it has not been measured."""
         return self._entries.get(name)
 
-    def record(self, name: str, value: Any, calls: Mapping[str, int] | None = None) -> Entry:
-        """Writes a finished measurement; it is on disk when this returns.
+    def record(self, measured: Mapping[str, Entry]) -> None:
+        """Writes measurements that were taken together; they are on disk when this returns.
+
+        Args:
+            measured: by name.
 
         Raises:
-            ValueError: `value` is no JSON data or holds NaN or Infinity, or `name` was recorded before.
+            ValueError: a value is no JSON data or holds NaN or Infinity, or a name was recorded before.
             OSError: the disk is full or the file cannot be written.
-        """
-        self.record_all({name: Entry(value, calls or {})})
-        return self._entries[name]
-
-    def record_all(self, measured: Mapping[str, Entry]) -> None:
-        """`record` for several measurements that were taken together: synced to disk once.
-
-        Raises:
-            ValueError: a name is recorded already.
         """
         for name in measured:
             if name in self._entries:
@@ -121,8 +115,9 @@ class Journal:
 
         For what calibration is given from outside, as step latencies: a resumed run then uses the same.
         """
-        entry = self.get(name)
-        return (entry or self.record(name, measure())).value
+        if name not in self._entries:
+            self.record({name: Entry(measure())})
+        return self._entries[name].value
 
     def _append(self, *records: dict[str, Any]) -> None:
         if self.path is None:
@@ -131,6 +126,29 @@ class Journal:
             stream.write(b"".join(map(_line, records)))
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def journal_key(evaluator: Evaluator, validation: Evaluator | None) -> str:
+    """What the measurements of a calibration with these evaluators belong to."""
+    return sha256_bytes(f"{evaluator.key()} {validation.key() if validation else ''}".encode())
+
+
+def open_journal(path: Path, evaluator: Evaluator, validation: Evaluator | None = None) -> Journal:
+    """The journal for a calibration with these evaluators; pass it to `calibrate`.
+
+    Method and budget are no part of its key: a measurement does not depend on them, so another budget or a
+    full sweep after a bisection reuses what is there (and counts it as its own).
+
+    Raises:
+        JournalError: the file belongs to other evaluators, or is damaged.
+    """
+    parameters = {
+        "num_steps": evaluator.num_steps,
+        "num_samples": evaluator.num_samples,
+        "validation_samples": validation.num_samples if validation else 0,
+        "precisions": list(evaluator.precisions),
+    }
+    return Journal.open(path, journal_key(evaluator, validation), parameters)
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -28,7 +28,6 @@ class Timing:
 
     median_ms: float
     min_ms: float
-    rounds: int
 
 
 def interleaved(
@@ -52,7 +51,7 @@ def interleaved(
                 times[name].append((time.perf_counter() - begin) * 1e3)
         if on_round:
             on_round(number + 1, WARM_UP_ROUNDS + rounds)
-    return {name: Timing(statistics.median(values), min(values), rounds) for name, values in times.items()}
+    return {name: Timing(statistics.median(values), min(values)) for name, values in times.items()}
 
 
 def step_latencies(
@@ -111,7 +110,7 @@ def _device_step_latencies(
                 kept += steps
         if on_round:
             on_round(number + 1, WARM_UP_ROUNDS + rounds)
-    return {name: Timing(statistics.median(values), min(values), rounds) for name, values in times.items()}
+    return {name: Timing(statistics.median(values), min(values)) for name, values in times.items()}
 
 
 def runs_on_gpu(runtime: DenoiseRuntime) -> bool:

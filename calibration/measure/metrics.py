@@ -29,15 +29,14 @@ def relative_error(latents: np.ndarray, reference: np.ndarray) -> float:
 
 
 LIMIT_MEDIANS = 10.0
-"""A run this many times further from the reference than half of the samples has left for another picture."""
+"""A run with an E more than so many times the median of all samples is a departure (`calibration.scores.divergence`)."""
 
 
 def limited(errors: np.ndarray) -> np.ndarray:
     """E of samples, none counting for more than `LIMIT_MEDIANS` medians: for means that one sample does not decide.
 
-    Now and then a small error sends a run to another picture altogether. Its E is then near 1 whatever the error was,
-    hundreds of times that of the other samples, and errors of different steps no longer add up: what scores say about
-    all others would drown in it. Winsorizing by the median (Tukey's term) leaves everything else as it is.
+    E of a departure is hundreds of times that of the other samples, and errors of different steps no longer add up in it:
+    what scores say about all others would drown. Winsorizing by the median (Tukey's term) leaves everything else as it is.
 
     Args:
         errors: float64 [S, ...], non-negative; samples along the first axis.
@@ -49,8 +48,18 @@ def limited(errors: np.ndarray) -> np.ndarray:
     return np.minimum(errors, np.where(medians > 0, LIMIT_MEDIANS * medians, np.inf))
 
 
+def mean(values: Sequence[float]) -> float:
+    """Mean of an exactly rounded sum: does not depend on the order of the values."""
+    return math.fsum(values) / len(values)
+
+
+def level(errors: Sequence[float]) -> float:
+    """Mean of E over samples, `limited`: what scores and predictions are made of."""
+    return mean(limited(np.array(errors)).tolist())
+
+
 def departed(errors: np.ndarray, beside: np.ndarray | None = None) -> int:
-    """How many samples have left for another picture: those that `limited` limits.
+    """How many samples departed: those that `limited` limits.
 
     Args:
         errors: float64 [S].
@@ -73,14 +82,19 @@ def picture_mse(picture: np.ndarray, reference: np.ndarray) -> float:
     return float(mean_squared_error(reference, picture))
 
 
+def picture_errors(picture: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """ "ssim" and "mse" of two pictures, uint8 [H, W, 3]."""
+    return {"ssim": picture_ssim(picture, reference), "mse": picture_mse(picture, reference)}
+
+
 def psnr_db(mses: Sequence[float]) -> float | None:
     """PSNR in dB of a set of pictures from their mean squared differences.
 
     The differences are averaged before the logarithm: one picture that comes out identical, with its
     infinite PSNR, then does not drown the others. None when all are identical.
     """
-    mean = math.fsum(mses) / len(mses)
-    return 10 * math.log10(255**2 / mean) if mean > 0 else None
+    squared = mean(mses)
+    return 10 * math.log10(255**2 / squared) if squared > 0 else None
 
 
 def _check_pictures(picture: np.ndarray, reference: np.ndarray) -> None:

@@ -6,7 +6,7 @@ log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an
 
 1. Evaluate both ends, the middle, and the step before the last, which costs two denoiser calls a sample: which of the
    last two has the spike is a matter of the scheduler. Flow matching in few steps ends with one too short to matter,
-   after the one that matters most (docs/experiments.md, "Rank deviation").
+   after the one that matters most (docs/results.md, "How few measurements are enough?").
 2. Where the first step towers over its nearest evaluated neighbour, evaluate the one beside it, so that a
    spike of one step does not lift the interpolation of the steps next to it.
 3. Between evaluated steps, interpolate the log score with a monotone cubic (PCHIP; Fritsch and Butland,
@@ -16,9 +16,9 @@ log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an
    Bisect the interval where that sum is largest; stop when the mean over steps is small, or at a budget.
 
 What is guaranteed: no step is evaluated twice, evaluated scores are reported as they came, and both ends are right, as
-is the step before the last with a budget above three. What is not: a spike of a single step further inside is found only
-if it is hit (its neighbours do not show it), and the edge of a plateau is located to within an interval. `full_sweep` has
-neither limit.
+is the step before the last with a budget above three. What is not: a spike of a single step further inside is found
+only if it is hit (its neighbours do not show it), and the edge of a plateau is located to within an interval.
+`full_sweep` has neither limit.
 
 Preferring cheap steps (a downcast at step i costs T - i denoiser calls) was tried: dividing the gain by
 the cost saved 5 to 25 % of the calls and worsened ranks as much as a smaller budget of evaluations did.

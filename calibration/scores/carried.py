@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.document import CheckRecord, Sensitivity, TransferRecord
-from calibration.measure.measurements import Measurements, level
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import level
 from calibration.scores.bisection import Search
 from calibration.scores.single_step import DIRECTIONS, Direction, ScoreCurve
 from calibration.scores.transfer import MAX_SCATTER, StepAxis, TransferError, carry, check_steps, compare

@@ -1,19 +1,24 @@
-"""The risk that a step at a low precision sends a sample to another picture, read off the tail of its downcast scores.
+"""Departures, and the risk of them, read off the tail of downcast scores.
 
-Now and then a small error sends a run to another picture, with an E near `OTHER_PICTURE` however small the error was
-(`calibration.measure.metrics.limited`, which scores leave that out with). It happens to samples whose reference run passes close by
-a place where two pictures part, and it takes a low step before that place. Near such a place errors grow: in inverse
-proportion to the distance from it. Distances of samples are spread evenly, so that a share of samples proportional to
-1 / g has an error g times the usual one, and E, a square, exceeds y medians for a share proportional to y ** -0.5. That law
-shows in single-step scores long before anything departs, and extends to where it does. With f, the share beyond `TAIL` t
-medians m, the departures and the tail before them add to the mean
+A *departure* is a run that ends elsewhere than the reference run of its sample: now and then a small error decides early
+in the loop which picture is drawn, and E is then near `DEPARTED`, however small the error was. A run counts as one
+where its E exceeds ten medians over samples (`calibration.measure.metrics.departed`); the limited means that scores are
+made of leave departures out.
 
-    r = 2 f sqrt(t m) (sqrt(OTHER_PICTURE) - sqrt(t m))
+A sample departs if its reference run passes close by a place where two pictures part, and it takes a low step before
+that place. Near such a place errors grow: in inverse proportion to the distance from it. Distances of samples are spread
+evenly, so that a share of samples proportional to 1 / g has an error g times the usual one, and E, a square, exceeds y
+medians for a share proportional to y ** -0.5. That law shows in single-step scores long before anything departs, and
+extends to where it does. With f, the share beyond `TAIL` t medians m, the departures and the tail before them add to the
+mean
 
-beyond what a limited mean counts. Risks of steps are added up. That law and its constants are this project's own;
-docs/experiments.md has the evidence.
+    r = 2 f sqrt(t m) (sqrt(DEPARTED) - sqrt(t m))
 
-Sparing a risky step leaves another one at the low precision, and all samples pay for that. `affordable` keeps it to `PRICE`.
+beyond what a limited mean counts. That is the *risk* of a step; risks of steps are added up. The law and its constants
+are this project's own; docs/results.md, "Departures", has the evidence.
+
+Sparing a risky step leaves another one at the low precision, and all samples pay for that. `affordable` keeps it to
+`PRICE`.
 """
 
 from __future__ import annotations
@@ -31,14 +36,14 @@ from calibration.scores.predictors import Contributions
 TAIL = 5.0
 """Medians beyond which a sample counts as one of the tail."""
 
-OTHER_PICTURE = 0.3
-"""E of a sample at another picture; measured ones lie between 0.05 and 0.75."""
+DEPARTED = 0.3
+"""E of a departure; measured ones lie between 0.05 and 0.75."""
 
 TAILLESS_SAMPLES = 40
 """As if so many samples without a tail had been seen too: one outlier of few samples says little."""
 
 PRICE = 0.1
-"""Share of limited E that may be paid for fewer samples at another picture."""
+"""Share of limited E that may be paid for fewer departures."""
 
 HALVINGS = 8
 """Risks are tried at 1, 1/2, ..., 1/128 of their size, and then left out."""
@@ -48,8 +53,8 @@ def risk_curve(errors: Mapping[int, Sequence[float]], num_steps: int) -> np.ndar
     """The risk of every step, in units of E, float64 [T].
 
     Args:
-        errors: E of every sample with only that step at the low precision, by step index; at least one step. Between those
-            steps medians are interpolated by their logarithms and shares linearly.
+        errors: E of every sample with only that step at the low precision, by step index; at least one step. Between
+            those steps medians are interpolated by their logarithms and shares linearly.
         num_steps: T.
     """
     steps = np.array(sorted(errors))
@@ -62,7 +67,7 @@ def risk_curve(errors: Mapping[int, Sequence[float]], num_steps: int) -> np.ndar
     if not medians.all():
         return np.zeros(num_steps)  # a step without error has no scale to tell a tail by
     amplitudes = np.sqrt(TAIL * np.exp(np.interp(np.arange(num_steps), steps, np.log(medians))))
-    return np.asarray(2 * shares * amplitudes * np.maximum(np.sqrt(OTHER_PICTURE) - amplitudes, 0.0))
+    return np.asarray(2 * shares * amplitudes * np.maximum(np.sqrt(DEPARTED) - amplitudes, 0.0))
 
 
 def measured_risk(measurements: Measurements, precision: str, search: Search) -> np.ndarray:
@@ -82,8 +87,8 @@ def affordable(
 ) -> dict[str, np.ndarray]:
     """Risks, those of a precision halved until they cost at most `PRICE` of E.
 
-    The cost is that of schedules of the reference and the precision that have K steps at the reference, from T/5 to 4T/5:
-    by how much the one chosen with risk has more E, as predicted without, than the one chosen without.
+    The cost is that of schedules of the reference and the precision that have K steps at the reference, from T/5 to
+    4T/5: by how much the one chosen with risk has more E, as predicted without, than the one chosen without.
 
     Args:
         found: contributions without risk.

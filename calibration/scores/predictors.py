@@ -18,20 +18,21 @@ one describes the model best:
   Errors that point the same way add up before they are squared, so that E goes with the square of the sum,
   and the u (each the slope of E at its upper end) add up to twice E(all p); uncorrelated errors give power
   1 and the predictor above. Still exact at every uniform schedule, and its slope there is right too.
-- "mixed-power": c in proportion to (d - floor + u) / 2, power = sum of all u / sum of all (d - floor + u) / 2. Downcasts
-  are right where few steps are low, upcasts where nearly all are: to second order, with z[i] = 1 where step i is at p,
+- "mixed-power": c in proportion to (d - floor + u) / 2, power = sum of all u / sum of all (d - floor + u) / 2.
+  Downcasts are right where few steps are low, upcasts where nearly all are: to second order, with z[i] = 1 where step i
+  is at p,
 
       E(z) = floor + sum of a[i] z[i] + sum over i < j of b[i, j] z[i] z[j]     (z not all zero)
 
   so that d[i] = floor + a[i], u[i] = a[i] + sum over j other than i of b[i, j], and E(all p) = floor + sum of
   (d - floor + u) / 2. The floor is what any change costs, however small, as all later steps round otherwise; it is
   in every downcast but the last step's, after which nothing rounds, and once in E. The last equation gives it, bounded
-  by 0 and the least of those downcasts; with fewer than five steps none is taken. After a transfer, what is wrong with the
-  level of carried scores is in it, too. Predictions are shares of E(all p), in which the floor is part of the whole, so
-  that schedules of few low steps come out too low by up to the floor. The expansion is this project's own
-  (docs/experiments.md, "Additivity", has what it is worth).
+  by 0 and the least of those downcasts; with fewer than five steps none is taken. After a transfer, what is wrong with
+  the level of carried scores is in it, too. Predictions are shares of E(all p), in which the floor is part of the
+  whole, so that schedules of few low steps come out too low by up to the floor. The expansion is this project's own
+  (docs/results.md, "Do predictions hold?", has what it is worth).
 
-What E of samples at another picture adds, `calibration.scores.divergence` predicts; allocation gets both.
+What departures add to E, `calibration.scores.divergence` predicts; allocation gets both.
 """
 
 from __future__ import annotations

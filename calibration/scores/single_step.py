@@ -11,12 +11,16 @@ Negative scores (noise; an error that cancels another) count as 0: no step is pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from calibration.measure.measurements import Measurements, level
+import numpy as np
+
+from calibration.document import ScoreRecord
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import level
 from calibration.scores.bisection import Search, adaptive_bisection, default_evaluations, full_sweep
 
 METHODS = ("bisection", "sweep")
@@ -33,6 +37,24 @@ class ScoreCurve:
     precision: str
     direction: Direction
     search: Search
+
+    def calls(self, measurements: Measurements) -> dict[str, int]:
+        """Denoiser calls by precision that its measurements took; a carried curve may have cost none."""
+        return measurements.calls.get(f"{measurements.name}: {self.direction} {self.precision}", {})
+
+    def record(self, measurements: Measurements, risks: Mapping[str, np.ndarray]) -> ScoreRecord:
+        """What is stored of it, with the risk of its precision, float64 [T], where it is of downcasts."""
+        return ScoreRecord(
+            precision=self.precision,
+            direction=self.direction,
+            scores=tuple(self.search.scores.tolist()),
+            risk=tuple(risks[self.precision].tolist()) if self.direction == "downcast" else (),
+            measured=tuple(self.search.measured.tolist()),
+            order=self.search.order,
+            settled=self.search.settled,
+            calls=self.calls(measurements),
+            sweep_calls=sweep_calls(measurements.num_steps, measurements.num_samples),
+        )
 
 
 def sweep_calls(num_steps: int, num_samples: int) -> int:

@@ -30,7 +30,8 @@ from engines.sampler import SamplerTable
 
 CHECKED_STEPS = 6
 """Steps measured at the target. With six, the limit below passes at least nine in ten curves that are right but for
-noise of 40 % on both sides, and at most one in ten that have nothing to do with the truth (tests/unit/calibration/scores/test_transfer.py)."""
+noise of 40 % on both sides, and at most one in ten that have nothing to do with the truth
+(tests/unit/calibration/scores/test_transfer.py)."""
 
 MAX_SCATTER = 0.9
 """Largest standard deviation of log(measured / carried) for scores that hold: a typical factor of 2.5 either way."""
@@ -95,23 +96,6 @@ def output_weights(table: SamplerTable) -> np.ndarray:
         for j, coefficient in table.rows[k].samples:
             of_sample[j] += of_sample[k + 1] * coefficient
     return np.abs(weights)
-
-
-def carried_weights(table: SamplerTable) -> np.ndarray:
-    """How much a change of x_{i+1} by step i's own output counts in x_T while later outputs are held, float64 [T].
-
-    |dx_T / dm_i| / |dx_{i+1} / dm_i|, a property of the table alone.
-
-    Raises:
-        TransferError: a step does not use its own output.
-    """
-    own = table.own_coefficients()
-    if not own.all():
-        raise TransferError(
-            f"step {int(np.flatnonzero(own == 0)[0])} of {table.scheduler} does not use its own model output, so that its "
-            "error by itself says nothing; use a scheduler whose steps do"
-        )
-    return output_weights(table) / np.abs(own)
 
 
 def step_axes(source: SamplerTable, target: SamplerTable) -> tuple[StepAxis, StepAxis]:

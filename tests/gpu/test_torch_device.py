@@ -101,12 +101,13 @@ def test_the_rotary_kernel_computes_what_torch_does(
     parts = [torch.randn(2, tokens, heads, size, generator=generator).to(model) for tokens in (text, image)]
     weights = [torch.rand(size, generator=generator).add(0.5).to(model) for _ in range(2)]
     angle = torch.rand(text + image, size // 2, generator=generator).mul(6.0).repeat_interleave(2, dim=1)
-    arguments = (parts[0], weights[0], parts[1], weights[1])
+    first, second = zip(parts, weights, strict=True)
     factor = 1.0 if kind is model else 200.0
-    expected = norm_rotary(*arguments, (angle.cos(), angle.sin()), 1e-6, torch.float32, factor)
+    expected = norm_rotary(first, second, (angle.cos(), angle.sin()), 1e-6, torch.float32, factor)
     torch._dynamo.reset()  # it compiles one function so many times only
     call = torch.compile(norm_rotary, fullgraph=True, dynamic=False) if compiled else norm_rotary
-    found = call(*(item.cuda() for item in arguments), (angle.cos().cuda(), angle.sin().cuda()), 1e-6, kind, factor)
+    on_gpu = [tuple(item.cuda() for item in items) for items in (first, second, (angle.cos(), angle.sin()))]
+    found = call(*on_gpu, 1e-6, kind, factor)
     assert found.dtype == kind
     limit = torch.finfo(kind).max
     half_step = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float8_e4m3fn: 2.0**-4}[kind] * 1.01

@@ -40,7 +40,7 @@ def linked_copy(bundle: Path, target: Path) -> Path:
 
 def build_demo(pipeline: Path, folder: Path) -> None:
     """Fills a folder as `DemoBuild` has it."""
-    from calibration import HighSteps
+    from calibration import CalibrationOptions, HighSteps
     from engines.precision import DEFAULT_PRECISIONS
     from engines.text import PromptFile
     from tmpdiff_export.bundling.bundle import build
@@ -50,4 +50,4 @@ def build_demo(pipeline: Path, folder: Path) -> None:
     options = BuildOptions(DEFAULT_PRECISIONS, DEMO_PROMPTS, num_steps=NUM_STEPS, onnx_dir=folder / "onnx")
     build(pipeline, folder / "bundle", options)
     prompts = PromptFile(DEMO_PROMPTS[:1], ("a large cyan square in the top right",))
-    calibrate_bundle(folder / "bundle", prompts, budget=HighSteps(HIGH_STEPS))
+    calibrate_bundle(folder / "bundle", prompts, CalibrationOptions(HighSteps(HIGH_STEPS)))

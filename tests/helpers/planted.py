@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from calibration import CalibrationOptions, CalibrationResult, calibrate
+from calibration.measure.evaluator import Evaluator, SampleSet, SampleSets
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.requests import Outcome, Request
-from calibration.scores.divergence import OTHER_PICTURE
+from calibration.measure.sample_batches import SampleBatches
+from calibration.scores.divergence import DEPARTED
 
 DECADE = float(np.log(10))
 Curve = Callable[[np.random.Generator, int], np.ndarray]
@@ -111,8 +114,15 @@ def regret(truth: np.ndarray, found: np.ndarray) -> float:
     return float(np.mean(kept / best - 1))
 
 
+class OneByOne:
+    """An evaluator whose `steps` are a `step` of each sample."""
+
+    def steps(self, samples, states, precision):
+        return [self.step(sample, state, precision) for sample, state in zip(samples, states, strict=True)]
+
+
 @dataclass(frozen=True)
-class PlantedEvaluator:
+class PlantedEvaluator(OneByOne):
     """A linear loop x <- gain[i] * x + drift, where step i at precision p adds a known error vector.
 
     The reference adds none. With `correlation` 0 the errors of different steps are orthogonal, so that E is
@@ -191,7 +201,7 @@ class Interrupted(Exception):
     """What `Counted` raises when its calls are used up."""
 
 
-class Counted:
+class Counted(OneByOne):
     """Another evaluator, its calls counted independently of the calibrator, and cut off after `limit`."""
 
     def __init__(self, inner: PlantedEvaluator, limit: int | None = None) -> None:
@@ -216,7 +226,7 @@ class PoolHere:
     """A `calibration.measure.requests.Pool` in this process; `together` says how many measurements each wait found."""
 
     def __init__(self, **evaluators):
-        self._sets = {name: Measurements(name, one, Journal.in_memory("")) for name, one in evaluators.items()}
+        self._samples = SampleBatches({name: SampleSet(one) for name, one in evaluators.items()})
         self._waiting: dict[str, list[Request]] = {name: [] for name in evaluators}
         self.together: list[int] = []
 
@@ -226,17 +236,30 @@ class PoolHere:
     def finished(self, samples: str) -> list[tuple[Request, Outcome]]:
         requests, self._waiting[samples] = self._waiting[samples], []
         self.together.append(len(requests))
-        return [(request, self._sets[samples].perform(request)) for request in requests]
+        return [(request, self._samples.perform(samples, [request])[0]) for request in requests]
 
     def forget(self, samples: str, precision: str) -> None:
-        self._sets[samples].forget(precision)
+        self._samples.forget(samples, precision)
+
+
+def measurements(evaluator: Evaluator, name: str = "calibration") -> Measurements:
+    """Of an evaluator in this process, kept in memory."""
+    samples = SampleSet(evaluator)
+    return Measurements(name, samples, Journal.in_memory("key"), SampleBatches({name: samples}))
+
+
+def calibrate_loops(evaluator, latencies_ms, *, validation=None, decode=None, **options) -> CalibrationResult:
+    """`calibrate` of planted loops; `options` are its own, and those of `CalibrationOptions`."""
+    own = {name: options.pop(name) for name in ("journal", "pool", "progress") if name in options}
+    sets = SampleSets(SampleSet(evaluator), SampleSet(validation, decode) if validation else None)
+    return calibrate(sets, latencies_ms, CalibrationOptions(**options), **own)
 
 
 FragileState = tuple[int, int, float, float]
 
 
 @dataclass(frozen=True)
-class FragileLoop:
+class FragileLoop(OneByOne):
     """Samples at evenly spread distances from where two pictures part, which low steps 0 and 1 push them towards.
 
     The state is (sample, step index, push squared, error squared); the others add an error and no more.
@@ -260,7 +283,7 @@ class FragileLoop:
 
     def pushed(self, push: float, distance: float) -> float:
         """What a push does to a sample at this distance, in units of E."""
-        return min(push / distance**2, OTHER_PICTURE)
+        return min(push / distance**2, DEPARTED)
 
     def latents(self, state: FragileState) -> np.ndarray:
         sample, _, push, error = state

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from helpers.planted import PlantedEvaluator
+from helpers.planted import PlantedEvaluator, calibrate_loops
 
-from calibration import HighSteps, calibrate
+from calibration import HighSteps
 
 STEPS = 10
 LATENCIES_MS = {"fp16": 8.0, "fp8": 9.0, "int8": 4.0, "int4": 3.0}
@@ -18,10 +18,10 @@ def loop(*, seed=0, correlation=0.3, scale=U_SHAPE, num_samples=2):
     return PlantedEvaluator(errors, gains=[0.95] * STEPS, correlation=correlation, num_samples=num_samples, seed=seed)
 
 
-def picture(latents):
-    return np.clip(128 + 40 * np.moveaxis(latents, 0, -1), 0, 255).astype(np.uint8)
+def pictures(latents):
+    return np.clip(128 + 40 * np.moveaxis(latents, 1, -1), 0, 255).astype(np.uint8)
 
 
 def run(evaluator=None, **options):
     options = {"validation": loop(seed=1), "budget": HighSteps(4)} | options
-    return calibrate(evaluator or loop(), LATENCIES_MS, **options)
+    return calibrate_loops(evaluator or loop(), LATENCIES_MS, **options)

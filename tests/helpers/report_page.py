@@ -8,9 +8,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-from helpers.planted import PlantedEvaluator
+from helpers.planted import PlantedEvaluator, calibrate_loops
 
-from calibration import Sensitivity, calibrate
+from calibration import Sensitivity
 
 SECTIONS = ("what", "schedule", "precisions", "scores", "fit", "pareto", "search", "validation", "cost", "pictures")
 HOSTILE = '<img src=x onerror="alert(1)"> </title></style><script>alert(2)</script> & $x^2$'
@@ -83,4 +83,4 @@ def planted(num_steps: int = 10, num_samples: int = 1, **options: Any) -> Sensit
 
     latencies = options.pop("latencies", {"fp16": 8.0, "fp8": 6.0, "int8": 4.0, "int4": 3.0})
     validation = loop(1) if options.pop("validated", True) else None
-    return calibrate(loop(0), latencies, validation=validation, **options).sensitivity
+    return calibrate_loops(loop(0), latencies, validation=validation, **options).sensitivity

@@ -42,14 +42,14 @@ def tiny_options(*precisions: str, num_steps: int = 4, backend: str = "onnxrunti
 
 def calibrate_tiny(bundle: Path, copy: Path) -> None:
     """Makes a copy of a bundle of FP16 and INT8 and calibrates it; INT8 is said to be twice as fast."""
-    from calibration import HighSteps
+    from calibration import CalibrationOptions, HighSteps
     from engines.text import PromptFile
     from tmpdiff_export.calibrate.bundle import calibrate_bundle
 
     linked_copy(bundle, copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tmpdiff_export.calibrate.bundle._latencies", lambda *arguments: {"fp16": 2.0, "int8": 1.0})
-        calibrate_bundle(copy, PromptFile(PROMPTS, UNSEEN), budget=HighSteps(2))
+        calibrate_bundle(copy, PromptFile(PROMPTS, UNSEEN), CalibrationOptions(HighSteps(2)))
 
 
 def build_torch_variants(pipeline: Path, out: Path) -> None:

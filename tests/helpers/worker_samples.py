@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from helpers.planted import PlantedEvaluator
+from helpers.planted import OneByOne, PlantedEvaluator, calibrate_loops
 
-from calibration import HighSteps, calibrate
+from calibration import HighSteps
+from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
-from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.measure.sample_batches import SampleBatches
 
 if TYPE_CHECKING:
     from tmpdiff_export.calibrate.dask_pool import SampleWorkers
@@ -31,11 +32,11 @@ def loop(seed=0, num_samples=SAMPLES):
     return PlantedEvaluator(errors, [0.95] * STEPS, correlation=0.3, num_samples=num_samples, seed=seed)
 
 
-def picture(latents):
-    return np.clip(128 + 40 * np.moveaxis(latents, 0, -1), 0, 255).astype(np.uint8)
+def pictures(latents):
+    return np.clip(128 + 40 * np.moveaxis(latents, 1, -1), 0, 255).astype(np.uint8)
 
 
-class Traced:
+class Traced(OneByOne):
     """Writes a line for every step; the process that takes away the file `fatal` at step `fatal_call` dies."""
 
     def __init__(self, inner, folder: Path, fatal_call: int, seconds: float):
@@ -58,7 +59,7 @@ class Traced:
     def steps(self, samples, states, precision):
         with open(self.folder / f"together-{os.getpid()}", "a") as stream:
             stream.write(f"{len(samples)}\n")
-        return [self.step(sample, state, precision) for sample, state in zip(samples, states, strict=True)]
+        return super().steps(samples, states, precision)
 
     def _taken(self) -> bool:
         try:
@@ -66,10 +67,6 @@ class Traced:
         except FileNotFoundError:
             return False
         return True
-
-
-def pictures(latents):
-    return np.stack([picture(item) for item in latents])
 
 
 def planted_samples(folder: Path, fatal_call: int, seconds: float, at_once: int):
@@ -90,11 +87,8 @@ def not_finite_samples():
         def latents(self, state):
             return super().latents(state) * np.nan
 
-        def steps(self, samples, states, precision):
-            return [self.step(sample, state, precision) for sample, state in zip(samples, states, strict=True)]
-
     evaluator = Overflowing(loop().errors, loop().gains, num_samples=SAMPLES)
-    return SampleBatches({"calibration": SampleSet(evaluator)}, 1)
+    return SampleBatches({"calibration": SampleSet(evaluator)})
 
 
 def open_planted(
@@ -108,5 +102,6 @@ def open_planted(
 
 
 def calibrated(journal: Journal | None = None, pool: SampleWorkers | None = None, **options):
-    options = {"budget": HighSteps(4), "decode": picture} | options
-    return calibrate(loop(), LATENCIES_MS, validation=loop(seed=1), journal=journal, pool=pool, **options).sensitivity
+    options = {"budget": HighSteps(4), "decode": pictures} | options
+    options |= {"validation": loop(seed=1), "journal": journal, "pool": pool}
+    return calibrate_loops(loop(), LATENCIES_MS, **options).sensitivity

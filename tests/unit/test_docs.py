@@ -1,4 +1,4 @@
-"""What the pages name exists: links, options, commands, files; and the README stays short."""
+"""What the pages and docstrings name exists: links, options, commands, files, modules; and the README stays short."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from tmpdiff_export.cli import COMMANDS
 
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
+PACKAGES = ("engines", "calibration", "tmpdiff_export", "tools", "tests")
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODULE = re.compile(r"python -m (tools[.\w]*)")
+NAME = re.compile(r"`((?:engines|calibration|tmpdiff_export|tools)(?:\.\w+)+)`")
 PATH = re.compile(r"(?<![\w./-])(?:tools|tests|engines|calibration|tmpdiff_export|docs)/[\w./-]*\w/?")
 
 
@@ -95,3 +97,25 @@ def test_modules_and_files_that_are_named_exist(page: Path) -> None:
     missing = [name for name in files if not (ROOT / name).is_dir() and not (ROOT / f"{name}.py").is_file()]
     missing += [path for path in PATH.findall(text) if not (ROOT / path).exists()]
     assert missing == []
+
+
+def test_modules_and_names_that_the_code_speaks_of_exist() -> None:
+    """Such as `engines.loop.host_loop` in a docstring: the module is there, and the name stands in it."""
+    missing = []
+    for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
+        for name in NAME.findall(path.read_text(encoding="utf-8")):
+            file, names = source_of(name)
+            if file is None or not all(re.search(rf"\b{part}\b", file.read_text(encoding="utf-8")) for part in names):
+                missing.append(f"{path.relative_to(ROOT)}: {name}")
+    assert missing == []
+
+
+def source_of(name: str) -> tuple[Path | None, list[str]]:
+    """The file of the innermost module in a dotted name, and what comes behind it."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:count])
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file():
+                return file, parts[count:]
+    return None, parts

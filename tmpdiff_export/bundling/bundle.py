@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from engines.documents import canonical_json
-from engines.errors import BuildError
+from engines.errors import BuildError, first_line
 from engines.files import sha256_bytes, staged_folder
 from engines.manifest import MODEL_OUTPUT, Manifest, RangeCalibrationEntry
 from engines.precision import REFERENCE, Precision
@@ -98,8 +98,9 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
                     place = Workplace(start, bundle, Path(scratch))
                     manifest = _Build(source, table, options, place, note).run()
             except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise BuildError(f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first}") from error
+                raise BuildError(
+                    f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first_line(error)}"
+                ) from error
             if options.onnx_dir is not None:
                 _keep_onnx(Path(scratch) / "onnx", options.onnx_dir)
     return manifest

@@ -46,7 +46,7 @@ def export_folded(
     *,
     half: bool,
 ) -> onnx.ModelProto:
-    """The graph of a module, without arithmetic on shapes; arguments as for `export_graph`, but for a folder of scratch files.
+    """The graph of a module, without arithmetic on shapes; arguments as for `export_graph`, but for a scratch folder.
 
     Raises:
         BuildError: the exporter does not support the module.

@@ -36,13 +36,13 @@ class BuildOptions:
         plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
             packages have too.
         share_weights: for torch packages; see `PackageSettings`.
-        device: "cuda" or "cpu", what engines of the torch and onnxruntime backends are for; None for the GPU with torch, for
-            the CPU with ONNX Runtime, and for other backends.
-        workers: for torch packages; see `PackageSettings`. The script that asks for more than one has to start its work under
-            `if __name__ == "__main__"`: workers import it.
+        device: "cuda" or "cpu", what engines of the torch and onnxruntime backends are for; None for the GPU with
+            torch, for the CPU with ONNX Runtime, and for other backends.
+        workers: for torch packages; see `PackageSettings`. The script that asks for more than one has to start its work
+            under `if __name__ == "__main__"`: workers import it.
         fp8_attention: for torch packages; see `PackageSettings`.
-        range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are checked
-            against, whatever the backend.
+        range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are
+            checked against, whatever the backend.
     """
 
     precisions: tuple[Precision, ...]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from calibration import Sensitivity, calibrate, open_journal
-from calibration.choose.allocation import Budget
-from calibration.choose.costs import NO_COSTS, AllocationCosts
-from calibration.choose.picture_budget import QualityBudget
+from calibration import CalibrationOptions, Sensitivity, calibrate, open_journal
 from calibration.document import CalibrationSettings
-from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
+from calibration.measure.bundle_evaluator import BundleSamples, samples_per_call
 from calibration.measure.latency import machine, step_latencies
 from calibration.measure.requests import Pool
-from calibration.measure.sample_batches import SampleBatches, SampleSet
-from calibration.run import Progress
+from calibration.measure.sample_batches import SampleBatches
+from calibration.run import DEFAULT_OPTIONS, Progress
 from calibration.scores.carried import CarriedScores, carried_scores
 from calibration.scores.transfer import TransferError, step_axes
 from engines.bundle import Bundle
@@ -23,25 +20,50 @@ from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.text import PromptFile
-from tmpdiff_export.calibrate.workers import decoder, open_workers, require_workers
+from tmpdiff_export.calibrate.workers import open_workers, require_workers
 
 JOURNAL_FOLDER = "calibration"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a bundle is run to be calibrated.
+
+    Attributes:
+        seed: of the first sample's noise.
+        guidance_scale: of every run; None for the bundle's.
+        batch: pictures at once, for which latencies are measured; scores do not depend on it.
+        threads: of a CPU backend, and for comparing pictures; shared out among the workers; None for one per core.
+        workers: processes that share the samples out, each with a GPU of its own where the bundle runs on one; 1 does
+            everything in this process. Latencies are measured before they start, by this process alone.
+
+    Raises:
+        TmpDiffError: a negative seed, or a batch below 1.
+    """
+
+    seed: int = 0
+    guidance_scale: float | None = None
+    batch: int = 1
+    threads: int | None = None
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise TmpDiffError(f"seed is {self.seed}, expected 0 or more")
+        if self.batch < 1:
+            raise TmpDiffError(f"batch is {self.batch}, expected 1 or more")
+
+
+ONE_PROCESS = RunOptions()
 
 
 def calibrate_bundle(
     bundle: Path,
     prompts: PromptFile,
+    options: CalibrationOptions = DEFAULT_OPTIONS,
+    how: RunOptions = ONE_PROCESS,
     *,
-    budget: Budget | QualityBudget | None = None,
-    method: Literal["bisection", "sweep"] = "bisection",
-    seed: int = 0,
-    guidance_scale: float | None = None,
-    threads: int | None = None,
-    costs: AllocationCosts = NO_COSTS,
-    workers: int = 1,
-    batch: int = 1,
     source: Path | None = None,
-    refine_calls: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
@@ -53,18 +75,10 @@ def calibrate_bundle(
     Args:
         bundle: bundle folder.
         prompts: calibration and validation prompts, one sample each.
-        budget: what the schedule has to meet, None for the default of `calibration.calibrate`.
-        method: "bisection" or "sweep".
-        seed: seed of the first sample's noise.
-        guidance_scale: None for the bundle's.
-        threads: of a CPU backend, and for comparing pictures; shared out among the workers; None for one per core.
-        costs: what a change of precision costs, and how many precisions a schedule may use.
-        workers: processes that share the samples out, each with a GPU of its own where the bundle runs on one; 1 does
-            everything in this process. Latencies are measured before they start, by this process alone.
-        batch: pictures at once, for which latencies are measured; scores do not depend on it.
-        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.scores.transfer`. It may be
-            `bundle` itself, for another guidance scale.
-        refine_calls: denoiser calls of the local search, see `calibration.calibrate`.
+        options: what is asked for.
+        how: the bundle is run.
+        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.scores.transfer`. It
+            may be `bundle` itself, for another guidance scale.
         progress: called with (stage, done, total).
 
     Raises:
@@ -74,31 +88,12 @@ def calibrate_bundle(
         TmpDiffError: the bundle is damaged, or a run gave latents that are not finite.
     """
     report = progress or (lambda stage, done, total: None)
-    if seed < 0:
-        raise TmpDiffError(f"seed is {seed}, expected 0 or more")
-    if batch < 1:
-        raise TmpDiffError(f"batch is {batch}, expected 1 or more")
-    with DenoiseRuntime.load(bundle, threads=threads) as runtime:
-        require_workers(runtime, workers, threads)
-        carried = None
+    with DenoiseRuntime.load(bundle, threads=how.threads) as runtime:
+        require_workers(runtime, how.workers, how.threads)
         if source is not None:
             calibrated = Bundle.open(source)
-            carried = scores_from(calibrated, read_calibration(calibrated), runtime)
-        return _calibrate(
-            runtime,
-            prompts,
-            budget,
-            method,
-            seed,
-            guidance_scale,
-            threads,
-            costs,
-            workers,
-            batch,
-            carried,
-            refine_calls,
-            report,
-        )
+            options = replace(options, carried=scores_from(calibrated, read_calibration(calibrated), runtime))
+        return _calibrate(runtime, prompts, options, how, report)
 
 
 def read_calibration(bundle: Bundle) -> Sensitivity:
@@ -148,65 +143,39 @@ def scores_from(source: Bundle, found: Sensitivity, target: DenoiseRuntime) -> C
 
 
 def _calibrate(
-    runtime: DenoiseRuntime,
-    prompts: PromptFile,
-    budget: Budget | QualityBudget | None,
-    method: Literal["bisection", "sweep"],
-    seed: int,
-    guidance_scale: float | None,
-    threads: int | None,
-    costs: AllocationCosts,
-    workers: int,
-    batch: int,
-    carried: CarriedScores | None,
-    refine_calls: int | None,
-    report: Progress,
+    runtime: DenoiseRuntime, prompts: PromptFile, options: CalibrationOptions, how: RunOptions, report: Progress
 ) -> Sensitivity:
     runtime.bundle.verify(runtime.manifest.files())
-    scale = runtime.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
-    evaluator = BundleEvaluator(runtime, prompts.calibration, seed, scale)
-    held_out = BundleEvaluator(runtime, prompts.validation, seed + VALIDATION_SEED_OFFSET, scale)
+    scale = runtime.manifest.sampling.guidance_scale if how.guidance_scale is None else how.guidance_scale
+    samples = BundleSamples(prompts, how.seed, scale)
+    sets = samples.open(runtime)
     folder = runtime.bundle.folder / JOURNAL_FOLDER
     folder.mkdir(exist_ok=True)
-    name = f"{evaluator.key()[:12]}-{held_out.key()[:12]}.journal"
-    journal = open_journal(folder / name, evaluator, held_out)
+    name = "-".join(found.evaluator.key()[:12] for found in sets.named().values())
+    journal = open_journal(folder / f"{name}.journal", *sets.evaluators)
     latencies = journal.remember(
         # A bundle moves between machines with its journal; latencies hold where they were measured.
-        f"step latencies in ms, {machine(runtime, threads)}" + (f", batch {batch}" if batch > 1 else ""),
-        lambda: _latencies(runtime, [prompts.calibration[0]] * batch, scale, report),
+        f"step latencies in ms, {machine(runtime, how.threads)}" + (f", batch {how.batch}" if how.batch > 1 else ""),
+        lambda: _latencies(runtime, [prompts.calibration[0]] * how.batch, scale, report),
     )
     with ExitStack() as stack:
-        pool: Pool | None = None
+        pool: Pool
         at_once = samples_per_call(runtime, scale)
-        if workers > 1:
+        if how.workers > 1:
             runtime.close()  # this process runs no engine from here on; the first worker's GPU is the one it used
-            report("start workers", 0, workers)
-            pool = stack.enter_context(open_workers(runtime, prompts, seed, scale, workers, threads, at_once))
-            report("start workers", workers, workers)
-        elif at_once > 1:
-            sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode)}
-            pool = SampleBatches(sets, at_once, threads)
-        result = calibrate(
-            evaluator,
-            latencies,
-            method=method,
-            budget=budget,
-            validation=held_out,
-            decode=decoder(runtime),
-            journal=journal,
-            progress=report,
-            costs=costs,
-            pool=pool,
-            carried=carried,
-            refine_calls=refine_calls,
-        )
+            report("start workers", 0, how.workers)
+            pool = stack.enter_context(open_workers(runtime, samples, how.workers, how.threads, at_once))
+            report("start workers", how.workers, how.workers)
+        else:
+            pool = SampleBatches(sets.named(), at_once, how.threads)
+        result = calibrate(sets, latencies, options, journal=journal, pool=pool, progress=report)
     bundle_id = runtime.manifest.bundle_id
     settings = CalibrationSettings(
         bundle_id=bundle_id,
-        machine=machine(runtime, threads),
-        batch=batch,
+        machine=machine(runtime, how.threads),
+        batch=how.batch,
         guidance_scale=scale,
-        seed=seed,
+        seed=how.seed,
         calibration_prompts=prompts.calibration,
         validation_prompts=prompts.validation,
     )

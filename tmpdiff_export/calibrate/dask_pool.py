@@ -8,7 +8,7 @@ task stays with a worker): it is pure Python and small, and a task can prefer a 
 Processes talk over TLS sockets on the loopback interface, with keys made for this run and kept in memory: dask's
 messages are pickles, and another user of the host must not be able to send one. None is ever written to a file.
 
-Importing this module imports dask.distributed; `bundle_workers.require_engine` says what to install.
+Importing this module imports dask.distributed; `workers.require_engine` says what to install.
 """
 
 from __future__ import annotations
@@ -108,10 +108,7 @@ class SampleWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends every worker process; what they have in hand is lost. May be called twice."""
+        # ends every worker process; what they have in hand is lost
         self._waiting.clear()
         self._pending.clear()
         self._owned.close()
@@ -151,7 +148,7 @@ class SampleWorkers:
         return self._client.submit(
             function,
             *arguments,
-            workers=[_address(self._ports[worker])],
+            workers=[f"tls://{LOOPBACK}:{self._ports[worker]}"],
             allow_other_workers=True,
             priority=-self._asked,
             pure=False,
@@ -207,10 +204,6 @@ def _start_on_free_ports(
         cluster, client = _start(environments, ports, folder, started)
         owned.enter_context(started.pop_all())
     return cluster, client, ports
-
-
-def _address(port: int) -> str:
-    return f"tls://{LOOPBACK}:{port}"
 
 
 def _start(

@@ -8,22 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.measure.bundle_evaluator import BundleSamples
 from calibration.measure.latency import runs_on_gpu
-from calibration.measure.measurements import Decode
-from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.measure.sample_batches import SampleBatches
+from engines.backends.cuda.gpu import VISIBLE_DEVICES, visible_gpus
 from engines.errors import BackendError, TmpDiffError
 from engines.runtime import DenoiseRuntime
-from engines.text import PromptFile
 
 if TYPE_CHECKING:
     from tmpdiff_export.calibrate.dask_pool import SampleWorkers
 
 MODULES = ("distributed", "cryptography")
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-def require_engine() -> None:
+def require_libraries() -> None:
     """Checks that what runs worker processes is installed.
 
     Raises:
@@ -41,17 +39,15 @@ def require_workers(runtime: DenoiseRuntime, workers: int, threads: int | None) 
     """Checks, before any work, that this host can have so many workers for a bundle.
 
     Raises:
-        BackendError: the engine is not installed.
+        BackendError: a library that they need is not installed.
         TmpDiffError: there are fewer GPUs, or on a CPU fewer threads.
     """
     if workers < 1:
         raise TmpDiffError(f"workers is {workers}, expected 1 or more")
     if workers == 1:
         return
-    require_engine()
+    require_libraries()
     if runs_on_gpu(runtime):
-        from engines.backends.cuda.gpu import visible_gpus
-
         gpus = visible_gpus()
         if workers > len(gpus):
             limit = f" ({VISIBLE_DEVICES} is {os.environ[VISIBLE_DEVICES]!r})" if VISIBLE_DEVICES in os.environ else ""
@@ -66,21 +62,13 @@ def require_workers(runtime: DenoiseRuntime, workers: int, threads: int | None) 
 
 
 def open_workers(
-    runtime: DenoiseRuntime,
-    prompts: PromptFile,
-    seed: int,
-    guidance_scale: float,
-    workers: int,
-    threads: int | None,
-    at_once: int = 1,
+    runtime: DenoiseRuntime, samples: BundleSamples, workers: int, threads: int | None, at_once: int
 ) -> SampleWorkers:
     """Starts the workers; each sees one GPU, or gets its share of the threads, and loads the bundle for itself.
 
     Args:
         runtime: the bundle, open in this process; free its engines first, or they stay on the first GPU.
-        prompts: calibration and validation prompts, one sample each.
-        seed: seed of the first calibration sample.
-        guidance_scale: of every run.
+        samples: those of the bundle that are measured on.
         workers: as checked by `require_workers`.
         threads: of a CPU backend, for all workers together; None for one per core.
         at_once: samples that a denoiser call takes.
@@ -92,33 +80,17 @@ def open_workers(
 
     share = None
     if runs_on_gpu(runtime):
-        from engines.backends.cuda.gpu import visible_gpus
-
         environments = [{VISIBLE_DEVICES: gpu} for gpu in visible_gpus()[:workers]]
     else:
         share = max(_threads(threads) // workers, 1)
         environments = [{"OMP_NUM_THREADS": str(share)}] * workers
-    open_samples = partial(
-        bundle_samples,
-        runtime.bundle.folder.absolute(),
-        prompts,
-        seed,
-        guidance_scale,
-        share,
-        runtime.manifest.bundle_id,
-        at_once,
-    )
+    bundle = runtime.bundle.folder.absolute()
+    open_samples = partial(bundle_samples, bundle, runtime.manifest.bundle_id, samples, share, at_once)
     return SampleWorkers(open_samples, environments, at_once)
 
 
 def bundle_samples(
-    bundle: Path,
-    prompts: PromptFile,
-    seed: int,
-    guidance_scale: float,
-    threads: int | None,
-    bundle_id: str,
-    at_once: int,
+    bundle: Path, bundle_id: str, samples: BundleSamples, threads: int | None, at_once: int
 ) -> SampleBatches:
     """The samples of a bundle, for as long as the process lives; what a worker calls.
 
@@ -129,22 +101,7 @@ def bundle_samples(
     runtime = DenoiseRuntime.load(bundle, threads=threads)
     if runtime.manifest.bundle_id != bundle_id:
         raise TmpDiffError(f"bundle {bundle} was replaced while it was calibrated; run the command again")
-    return SampleBatches(
-        {
-            "calibration": SampleSet(BundleEvaluator(runtime, prompts.calibration, seed, guidance_scale)),
-            "validation": SampleSet(
-                BundleEvaluator(runtime, prompts.validation, seed + VALIDATION_SEED_OFFSET, guidance_scale),
-                runtime.decode,
-            ),
-        },
-        at_once,
-        threads,
-    )
-
-
-def decoder(runtime: DenoiseRuntime) -> Decode:
-    """Final latents float32 [C, h, w] of one sample to its picture, uint8 [H, W, 3]."""
-    return lambda latents: runtime.decode(latents[None])[0]
+    return SampleBatches(samples.open(runtime).named(), at_once, threads)
 
 
 def _threads(threads: int | None) -> int:

@@ -80,13 +80,13 @@ def bench(
         rounds: timed rounds.
         threads: worker threads, None for one per core; torch gets as many.
         report: called with (stage, done, total).
-        resident_engines: on a GPU, a limit under which mixed loops are timed as well; every engine has to fit beside the
-            limited ones.
+        resident_engines: on a GPU, a limit under which mixed loops are timed as well; every engine has to fit beside
+            the limited ones.
 
     Returns:
-        JSON data: "machine", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for torch: median
-        and least ms, speed-up over the FP16 engine, and what the engine runs, in words) and "loops" (whole loops that
-        swap at every step, with a limit also once, against uniform ones).
+        JSON data: "machine", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for torch:
+        median and least ms, speed-up over the FP16 engine, and what the engine runs, in words) and "loops" (whole loops
+        that swap at every step, with a limit also once, against uniform ones).
     """
     with ExitStack() as opened:
         runtime = opened.enter_context(DenoiseRuntime.load(bundle, threads=threads))

@@ -125,7 +125,7 @@ def print_engines(manifest: Manifest) -> None:
 
 
 def what_runs(entry: EngineEntry) -> str:
-    """What the backend made of the graph, in words: its rewrites and fused operators, or the layers of a plan by precision."""
+    """What the backend made of the graph, in words: rewrites and fused operators, or a plan's layers by precision."""
     if entry.plan is None:
         return ", ".join(f"{count} x {what}" for what, count in entry.lowering.items()) or "the ONNX graph as it is"
     return ", ".join(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
+from calibration import CalibrationOptions, ErrorBudget, HighSteps, LatencyBudget, Sensitivity
 from calibration.choose.allocation import Budget
 from calibration.choose.costs import AllocationCosts
 from calibration.choose.picture_budget import METRICS, QualityBudget
@@ -112,10 +112,16 @@ def budget_of(args: argparse.Namespace) -> Budget | QualityBudget | None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, stores schedule and sensitivity in the bundle, and prints them."""
-    from tmpdiff_export.calibrate.bundle import calibrate_bundle
+    from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
     from tmpdiff_export.display import print_json, progress_bar
 
-    budget = budget_of(args)
+    options = CalibrationOptions(
+        budget=budget_of(args),
+        method=args.method,
+        costs=AllocationCosts(args.swap_ms, args.resident_engines),
+        refine_calls=args.refine_calls,
+    )
+    how = RunOptions(args.seed, args.guidance_scale, args.batch, args.threads, args.workers)
     prompts = read_prompts(args.prompts)
     for name, count in (("--samples", args.samples), ("--validation-samples", args.validation_samples)):
         if count < 1:
@@ -124,21 +130,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     try:
         with progress_bar() as report:
-            found = calibrate_bundle(
-                args.bundle,
-                chosen,
-                budget=budget,
-                method=args.method,
-                seed=args.seed,
-                guidance_scale=args.guidance_scale,
-                threads=args.threads,
-                costs=AllocationCosts(args.swap_ms, args.resident_engines),
-                workers=args.workers,
-                refine_calls=args.refine_calls,
-                batch=args.batch,
-                source=args.source,
-                progress=report,
-            )
+            found = calibrate_bundle(args.bundle, chosen, options, how, source=args.source, progress=report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished measurements are kept, and the same command goes on from them") from None
     if args.json:
@@ -237,8 +229,8 @@ def _cautions(found: Sensitivity) -> Iterator[str]:
     errors = np.array(found.validation[0].sample_errors if found.validation else ())
     if len(errors) and (count := departed(errors)):
         yield (
-            f"{count} of {len(errors)} validation prompts ended at another picture, more than ten times as far off as half of "
-            "them, and weigh in the measured E"
+            f"{count} of {len(errors)} validation prompts departed: their E is more than ten times the median, and weighs in "
+            "the measured E"
         )
     ratio = next((fit.ratio for fit in found.fit if fit.predictor == found.predictor), None)
     if ratio is not None and not 0.5 <= ratio <= 2:

@@ -4,117 +4,172 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from calibration import Sensitivity
-from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET
+from calibration import CalibrationOptions, Sensitivity
 from engines.arguments import parse_seed
 from engines.files import atomic_write_text
 from engines.manifest import Manifest
-from engines.pictures import write_pictures
-from engines.precision import DEFAULT_PRECISIONS, REFERENCE
-from engines.runtime import DenoiseRuntime
+from engines.precision import REFERENCE, Precision
 from engines.text import PromptFile, read_prompts
+
+if TYPE_CHECKING:
+    from tmpdiff_export.demo.gallery import Gallery
 
 PROMPT_SETS = ("plain", "composed", "unusual")
 NUM_STEPS = 20
-SHEET_NAME = "side_by_side.png"
+
+PRECISIONS = (REFERENCE, Precision.INT8)
+"""FP8 and INT4 are emulated on a CPU: slower there than INT8, and dropped as soon as they are measured."""
+
+BUILD_PROMPTS = 3
+"""Prompts that the build runs in FP32: two for the ranges, one to check the engines with."""
+
+REFINE_CALLS = 240
+"""Denoiser calls of the local search: enough to run the schedule beside the fixed rules."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="default build/demo")
     parser.add_argument("--prompt-set", choices=PROMPT_SETS, default="composed", help="default composed")
-    parser.add_argument("--samples", type=int, default=6, metavar="N", help="calibration and validation prompts each")
-    parser.add_argument("--pictures", type=int, default=4, metavar="N", help="validation prompts drawn (default 4)")
+    parser.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="calibration and validation prompts each (default 3)"
+    )
+    parser.add_argument("--pictures", type=int, default=2, metavar="N", help="validation prompts drawn (default 2)")
     parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="default 0")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Builds, calibrates, draws and writes `summary.json`."""
-    from tmpdiff_export.bundling.bundle import build
-    from tmpdiff_export.bundling.options import BuildOptions
-    from tmpdiff_export.calibrate.bundle import calibrate_bundle
-    from tmpdiff_export.commands.build import print_engines
-    from tmpdiff_export.commands.calibrate import print_sensitivity
-    from tmpdiff_export.demo import pipeline_folder
-    from tmpdiff_export.display import print_json, progress_bar
-
+    """Builds, draws a first picture, calibrates, draws the others, writes report and summary, prints what came out."""
+    begin = time.perf_counter()
+    # Before torch loads OpenMP, whose waiting threads would spin on cores that other threads and programs need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("samples", "pictures"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected 1 or more")
-    begin = time.perf_counter()
+
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.bundling.options import BuildOptions
+    from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
+    from tmpdiff_export.demo import pipeline_folder
+    from tmpdiff_export.demo.gallery import SCHEDULE, Gallery
+    from tmpdiff_export.display import print_json, progress_bar
+
     prompts = read_prompts(Path(str(files("calibration") / "prompts" / f"{args.prompt_set}.txt")))
     used = PromptFile(prompts.calibration[: args.samples], prompts.validation[: args.samples])
-    bundle = args.out / "bundle"
+    bundle, report, summary_file = args.out / "bundle", args.out / "report.html", args.out / "summary.json"
+    options = BuildOptions(
+        precisions=PRECISIONS,
+        prompts=prompts.calibration[:BUILD_PROMPTS],
+        num_steps=NUM_STEPS,
+        seed=args.seed,
+        onnx_dir=args.out / "onnx",
+        force=True,
+    )
+    uniform = [precision.value for precision in PRECISIONS]
+    gallery = Gallery(bundle, args.out / "pictures", used.validation[: args.pictures], args.seed)
     try:
-        with progress_bar() as report:
-            manifest = build(
-                pipeline_folder(),
-                bundle,
-                BuildOptions(
-                    precisions=DEFAULT_PRECISIONS,
-                    prompts=prompts.calibration,
-                    num_steps=NUM_STEPS,
-                    seed=args.seed,
-                    onnx_dir=args.out / "onnx",
-                    force=True,
-                ),
-                report,
+        with progress_bar() as progress:
+            manifest = build(pipeline_folder(), bundle, options, progress)
+            gallery.draw(uniform, 1, progress)
+            print(
+                f"first picture after {time.perf_counter() - begin:.0f} s: {gallery.path(0, REFERENCE)}, "
+                f"uniform {uniform[-1]} beside it in {gallery.path(0, uniform[-1]).name}",
+                file=sys.stderr,
+                flush=True,
             )
-            found = calibrate_bundle(bundle, used, seed=args.seed, progress=report)
-            pictures = draw(args.out, bundle, used.validation[: args.pictures], args.seed, report)
+            found = calibrate_bundle(
+                bundle,
+                used,
+                CalibrationOptions(refine_calls=REFINE_CALLS),
+                RunOptions(seed=args.seed),
+                progress=progress,
+            )
+            gallery.draw([*uniform, SCHEDULE], len(gallery.prompts), progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the demo starts over when it is run again") from None
-    summary = summarise(args.prompt_set, used, manifest, found, pictures, time.perf_counter() - begin)
-    atomic_write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    gallery.write_sheet([*uniform, SCHEDULE])
+    write_report(report, manifest, found, gallery)
+    summary = summarise(args.prompt_set, used, manifest, found, gallery.files(), time.perf_counter() - begin)
+    atomic_write_text(summary_file, json.dumps(summary, indent=1) + "\n")
     if args.json:
         print_json(summary)
         return 0
-    print_engines(manifest)
-    print_sensitivity(found)
-    print(f"bundle: {bundle}")
-    print(f"pictures: {args.out / 'pictures' / SHEET_NAME}")
-    print(f"summary: {args.out / 'summary.json'}")
+    print_found(found)
+    for what, path in (
+        ("report", report),
+        ("pictures", gallery.sheet_path),
+        ("bundle", bundle),
+        ("summary", summary_file),
+    ):
+        print(f"{what}: {path}")
     print(f"took {summary['seconds']:.0f} s")
     return 0
 
 
-def draw(
-    out: Path, bundle: Path, prompts: tuple[str, ...], seed: int, report: Callable[[str, int, int], None]
-) -> list[str]:
-    """Draws validation prompts at every uniform precision and with the schedule; returns the file names.
+def write_report(path: Path, manifest: Manifest, found: Sensitivity, gallery: Gallery) -> None:
+    """The page that `tmpdiff-export report` writes, of pictures that are drawn already."""
+    from tmpdiff_export.report.page import page
+    from tmpdiff_export.report.pictures import Row, compare
 
-    The starting noise is that of the validation samples, so that the pictures are the ones that were
-    measured.
+    rows = []
+    for index, (prompt, seed) in enumerate(zip(gallery.prompts, gallery.seeds, strict=True)):
+        drawn = {name: picture for (row, name), picture in gallery.drawn.items() if row == index}
+        reference = drawn[REFERENCE]
+        rows.append(Row(prompt, seed, tuple(compare(name, picture, reference) for name, picture in drawn.items())))
+    atomic_write_text(path, page(manifest, found, rows))
+
+
+def print_found(found: Sensitivity) -> None:
+    """The schedule beside uniform precisions and fixed rules as one table, and what it says in words."""
+    from tmpdiff_export.commands.calibrate import print_validation
+
+    print_validation(found)
+    for line in verdict(found):
+        print(line)
+
+
+def verdict(found: Sensitivity) -> Iterator[str]:
+    """What the validation rows say of the schedule, in words.
+
+    Args:
+        found: a calibration with validation rows.
     """
-    with DenoiseRuntime.load(bundle) as runtime:
-        schedules = {
-            **{name: runtime.bundle.schedule(f"uniform:{name}") for name in runtime.precisions},
-            "schedule": runtime.bundle.schedule(),
-        }
-        folder = out / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        rows: dict[str, list[np.ndarray]] = {}
-        names = []
-        total = len(prompts) * len(schedules)
-        for index, prompt in enumerate(prompts):
-            for name, schedule in schedules.items():
-                picture = runtime.generate([prompt], [seed + VALIDATION_SEED_OFFSET + index], schedule)
-                path = folder / f"{index}-{name}.png"
-                write_pictures([path], picture)
-                names.append(path.name)
-                rows.setdefault(name, []).append(picture[0])
-                report("pictures", len(names), total)
-        _sheet(folder / SHEET_NAME, prompts, rows)
-        return [*names, SHEET_NAME]
+    from tmpdiff_export.display import schedule_strip
+
+    yield f"schedule: {schedule_strip(found.schedule)}"
+    rows = {row.name: row for row in found.validation}
+    chosen = rows["schedule"]
+    if chosen.error == 0:
+        yield from (f"{item.precision}: {item.reason}" for item in found.dropped)
+        return
+    fastest = min((row for name, row in rows.items() if name.startswith("uniform ")), key=lambda row: row.latency)
+    yield (
+        f"it has {chosen.error / fastest.error:.2f} of the E of {fastest.name}, at {chosen.latency / fastest.latency:.2f} "
+        "times its latency"
+    )
+    if found.loses_to:
+        better = min((rows[name] for name in found.loses_to), key=lambda row: row.error)
+        yield (
+            f"it LOSES to {', '.join(found.loses_to)}: no slower, smaller E ({better.name}: {better.error / chosen.error:.2f} "
+            "of the schedule's)"
+        )
+    else:
+        rules = [row for name, row in rows.items() if name != "schedule" and not name.startswith("uniform ")]
+        best = min(rules, key=lambda row: row.error)
+        yield f"no rule at its latency does better; the nearest, {best.name}, has {best.error / chosen.error:.2f} times its E"
+    yield (
+        f"all of it measured on {len(chosen.sample_errors)} prompts that calibration has not seen; more of them "
+        "(`--samples N`) tell close rows apart"
+    )
 
 
 def summarise(
@@ -161,33 +216,3 @@ def summarise(
         "pictures": pictures,
         "seconds": seconds,
     }
-
-
-def _sheet(path: Path, prompts: tuple[str, ...], rows: dict[str, list[np.ndarray]]) -> None:
-    """Pictures side by side: a row per prompt, a column per schedule."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from engines.files import atomic_write_bytes
-
-    figure, axes = pyplot.subplots(
-        len(prompts), len(rows), figsize=(1.9 * len(rows), 2.1 * len(prompts)), squeeze=False
-    )
-    for column, (name, pictures) in enumerate(rows.items()):
-        for row, picture in enumerate(pictures):
-            axis = axes[row][column]
-            axis.imshow(picture)
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(name if name in (REFERENCE.value, "schedule") else f"uniform {name}", fontsize=10)
-    for row, prompt in enumerate(prompts):
-        axes[row][0].annotate(prompt, (0, -0.06), xycoords="axes fraction", fontsize=7, va="top", annotation_clip=False)
-    figure.subplots_adjust(left=0, right=1, bottom=0.02, top=0.96, wspace=0.03, hspace=0.14)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", pad_inches=0.05)
-    pyplot.close(figure)
-    atomic_write_bytes(path, buffer.getvalue())

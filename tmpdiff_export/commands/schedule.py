@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows the schedule and writes what was asked for."""
-    from calibration.choose.stored import Prediction
+    from calibration.choose.stored_prediction import StoredPrediction
     from tmpdiff_export.calibrate.bundle import read_calibration
     from tmpdiff_export.display import print_json
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.nearest and args.export_policy is None:
         raise ValueError("--nearest says what to export; add --export-policy FILE")
     bundle = Bundle.open(args.bundle)
-    prediction = Prediction(read_calibration(bundle)) if bundle.sensitivity_path.exists() else None
+    prediction = StoredPrediction(read_calibration(bundle)) if bundle.sensitivity_path.exists() else None
     schedule = bundle.schedule(args.schedule) if args.import_policy is None else _imported(bundle, args)
     if prediction:
         schedule = schedule.model_copy(

@@ -83,6 +83,7 @@ def close(timesteps: ArrayLike, other: ArrayLike) -> np.ndarray[Any, np.dtype[np
 
 
 def listed(timesteps: ArrayLike) -> str:
+    """Timesteps for a message: all of a few, else the first three and the last."""
     values = [f"{value:g}" for value in np.asarray(timesteps)]
     return ", ".join(values if len(values) <= 4 else [*values[:3], "...", values[-1]])
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.choose.stored import Prediction
+from calibration.choose.stored_prediction import StoredPrediction
 from engines.documents import read_json
 from engines.errors import ScheduleError
 from engines.files import atomic_write_text
@@ -131,7 +131,7 @@ def exact_policy(schedule: Sequence[str], reference: str) -> tuple[StepPolicy, s
     return (policy, native) if matches else None
 
 
-def nearest_policy(prediction: Prediction, schedule: Sequence[str]) -> Nearest | None:
+def nearest_policy(prediction: StoredPrediction, schedule: Sequence[str]) -> Nearest | None:
     """The policy of least predicted error among those no slower than a schedule; of equal ones the fastest.
 
     Args:

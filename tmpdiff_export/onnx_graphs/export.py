@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
-from engines.errors import BuildError
+from engines.errors import BuildError, first_line
 from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
 
 EXPORT_OPSET = 20
@@ -88,8 +88,7 @@ def export_graph(
                 dynamic_axes=axes,
             )
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, torch.onnx.OnnxExporterError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BuildError(f"ONNX export of {type(module).__name__} failed: {first}") from error
+        raise BuildError(f"ONNX export of {type(module).__name__} failed: {first_line(error)}") from error
     model = onnx.load(path)
     tidy(model)
     return model
@@ -172,7 +171,7 @@ def save_checked(model: onnx.ModelProto, path: Path) -> Path | None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BuildError(f"ONNX file {path.name} is not valid: {str(error).strip().splitlines()[0]}") from error
+        raise BuildError(f"ONNX file {path.name} is not valid: {first_line(error)}") from error
     return data
 
 

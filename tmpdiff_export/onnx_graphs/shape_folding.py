@@ -90,8 +90,8 @@ def _values(
 ) -> dict[str, np.ndarray]:
     """The tensors called `names`, and the shape of each of `ends` as `<name>_size`, at `sizes` of the symbolic axes.
 
-    Shapes are read off a float32 copy of the graph: ONNX Runtime 1.30 refuses SD3's in FP16, where its own casts do not fit
-    together. What is computed from them keeps its types, in a graph of its own.
+    Shapes are read off a float32 copy of the graph: ONNX Runtime 1.30 refuses SD3's in FP16, where its own casts do not
+    fit together. What is computed from them keeps its types, in a graph of its own.
     """
     shapes = [name for node in model.graph.node if node.op_type == "Shape" for name in node.output]
     probe = onnx.ModelProto()

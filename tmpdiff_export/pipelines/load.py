@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engines.errors import BuildError
+from engines.errors import BuildError, first_line
 from engines.files import sha256_bytes, sha256_file
 from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch, placed
@@ -243,8 +243,7 @@ def _load(folder: Path, absent: Sequence[str]) -> Any:
                 folder, local_files_only=True, torch_dtype=torch.float32, **dict.fromkeys(absent)
             )
     except Exception as error:  # diffusers and transformers raise many classes for a broken folder
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BuildError(f"pipeline {folder} cannot be loaded: {first}") from error
+        raise BuildError(f"pipeline {folder} cannot be loaded: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

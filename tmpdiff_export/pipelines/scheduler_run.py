@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engines.errors import SamplerError
+from engines.errors import SamplerError, first_line
 from engines.sampler import SamplerTable
 
 CHECK_SHAPE = (2, 4, 8, 8)
@@ -35,7 +35,7 @@ def prepared(scheduler: Any, num_inference_steps: int, options: dict[str, Any]) 
         ready.set_timesteps(num_inference_steps, **options)
     except Exception as error:
         raise SamplerError(
-            f"scheduler {type(scheduler).__name__} refused {num_inference_steps} steps: {_reason(error)}"
+            f"scheduler {type(scheduler).__name__} refused {num_inference_steps} steps: {first_line(error)}"
         ) from error
     if hasattr(ready, "set_begin_index"):
         ready.set_begin_index(0)  # the position counts, also where rounded timesteps repeat
@@ -81,7 +81,7 @@ def step(scheduler: Any, model_output: torch.Tensor, timestep: torch.Tensor, sam
         stepped = scheduler.step(model_output=model_output, timestep=timestep, sample=sample, return_dict=False)
     except Exception as error:
         raise SamplerError(
-            f"scheduler {type(scheduler).__name__} failed at timestep {float(timestep):g}: {_reason(error)}"
+            f"scheduler {type(scheduler).__name__} failed at timestep {float(timestep):g}: {first_line(error)}"
         ) from error
     previous: torch.Tensor = stepped[0]
     return previous
@@ -168,7 +168,3 @@ class Trajectory:
 def _relative_error(got: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     reference = expected.astype(np.float64)
     return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from calibration import Sensitivity
 from calibration.choose import baselines
-from calibration.choose.stored import Prediction
+from calibration.choose.stored_prediction import StoredPrediction
 from calibration.document import ValidationRow
 from calibration.scores.bisection import adaptive_bisection
 from tmpdiff_export.report.svg import INK, MUTED, PAPER, SHADES, error_tick, floor_of, log_axis, places, svg_figure
@@ -198,8 +198,8 @@ def _row_style(row: ValidationRow, place: dict[str, int], others: Iterator[str])
 
 
 def ruled_precision(found: Sensitivity) -> str | None:
-    """The low precision that the rules are drawn for: most of the schedule's low steps, or the fastest that is scored."""
-    scored = Prediction(found).precisions[1:]
+    """The low precision that rules are drawn for: of most of the schedule's low steps, or the fastest scored one."""
+    scored = StoredPrediction(found).precisions[1:]
     used = [name for name in scored if name in found.schedule]
     if used:
         return max(used, key=found.schedule.count)
@@ -208,7 +208,7 @@ def ruled_precision(found: Sensitivity) -> str | None:
 
 def rule_points(found: Sensitivity, precision: str) -> dict[str, list[tuple[float, float]]]:
     """(latency, predicted E) of every rule with K = 0..T steps at the reference; random: the mean of 20 draws."""
-    prediction, generator = Prediction(found), np.random.default_rng(0)
+    prediction, generator = StoredPrediction(found), np.random.default_rng(0)
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in (*baselines.RULES, "random")}
     for count in range(found.num_steps + 1):
         pool = (found.precisions[0],) * count + (precision,) * (found.num_steps - count)

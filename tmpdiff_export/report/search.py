@@ -1,4 +1,4 @@
-"""The section of the report on what was tried after the scores: the local search, and carried scores."""
+"""The section of the report on what was tried after the scores: the local search."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from html import escape
 import numpy as np
 
 from calibration import Sensitivity
-from calibration.document import TransferRecord, TrialRecord
-from tmpdiff_export.display import number
-from tmpdiff_export.report.pieces import BY_STEP, precision_name, strip, table
+from calibration.document import TrialRecord
+from tmpdiff_export.report.pieces import BY_STEP, strip, table
 
 
 def search(found: Sensitivity) -> str:
@@ -53,8 +52,7 @@ def search(found: Sensitivity) -> str:
         f"{'race' if record.rounds == 1 else 'races'}.</p>{table(head, rows, 'local search')}"
         '<p class="note">The worse half of a race runs on a part of the prompts only. "Of the first" compares with the '
         "predicted best on the same prompts: the geometric mean of the ratios of E, by which races are decided. Where a run "
-        "departs, schedules that spare the first steps run on all prompts, and the mean of E "
-        "decides.</p>"
+        "departs, schedules that spare the first steps run on all prompts, and the mean of E decides.</p>"
     )
 
 
@@ -73,19 +71,3 @@ def _trial(found: Sensitivity, trial: TrialRecord, first: TrialRecord) -> str:
 
 def _logs(errors: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(np.maximum(errors, 1e-300)))
-
-
-def carried(found: Sensitivity, record: TransferRecord) -> str:
-    """Where carried scores come from, and how they compare with what was measured here."""
-    rows = [
-        f"<tr><td>{precision_name(found, check.precision)}</td><td class=left>{', '.join(map(str, check.steps))}</td>"
-        f"<td>{check.level:.2f}</td><td>&times; {math.exp(check.scatter):.2f}</td>"
-        f"<td>{number(check.spearman, '.2f')}</td></tr>"
-        for check in record.checks
-    ]
-    head = ("precision", "checked steps", "measured / carried", "scatter", "Spearman")
-    return (
-        f"<h3>Carried scores</h3><p>These scores were measured on bundle {escape(record.bundle_id[:12])} with T = "
-        f"{record.num_steps} and guidance scale {record.guidance_scale:g}, and carried over through noise level. They were "
-        f"measured again at the checked steps and brought to the level found there.</p>{table(head, rows, 'carried scores')}"
-    )

@@ -7,6 +7,7 @@ from html import escape
 from calibration import Sensitivity
 from engines.manifest import Manifest
 from tmpdiff_export.display import number, schedule_strip
+from tmpdiff_export.report.carried import carried
 from tmpdiff_export.report.figures import (
     error_rows,
     fit_scatter,
@@ -17,10 +18,10 @@ from tmpdiff_export.report.figures import (
     trade_off,
 )
 from tmpdiff_export.report.pieces import ORDER, error_cell, precision_name, strip, table
-from tmpdiff_export.report.search import carried
 
 
 def what(manifest: Manifest, found: Sensitivity) -> str:
+    """What was calibrated, and what this page is about."""
     engine, sampling, model = manifest.denoisers[found.precisions[0]], manifest.sampling, manifest.model
     facts = {
         "pipeline": f"{model.pipeline_class}, {model.denoiser_class} with {model.parameters:,} parameters",
@@ -47,6 +48,7 @@ def what(manifest: Manifest, found: Sensitivity) -> str:
 
 
 def schedule(found: Sensitivity) -> str:
+    """The schedule, step by step."""
     every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if found.num_steps / step <= 11)
     marks = "".join(f"<span>{k if k % every == 0 else ''}</span>" for k in range(found.num_steps))
     keys = "".join(
@@ -63,6 +65,7 @@ def schedule(found: Sensitivity) -> str:
 
 
 def precisions(manifest: Manifest, found: Sensitivity) -> str:
+    """What a step takes at each precision, and how wrong the picture becomes."""
     reference = found.precisions[0]
     dropped = {item.precision: f"dropped: {item.reason}" for item in found.dropped}
     rows = []
@@ -104,6 +107,7 @@ RISK = (
 
 
 def scores(found: Sensitivity) -> str:
+    """Score curves, where they come from, and how soon the ranking of steps settles."""
     text = (
         '<p class="lead">The score of a step says how much the final latents change when only that step changes its '
         "precision.</p>"
@@ -143,6 +147,7 @@ def _rank_deviation(found: Sensitivity) -> str:
 
 
 def fit(found: Sensitivity) -> str:
+    """How well the predictors foretell random schedules."""
     rows = [
         f"<tr{' class=chosen' if fit.predictor == found.predictor else ''}><td>{escape(fit.predictor)}"
         f"{' (used)' if fit.predictor == found.predictor else ''}</td><td>{number(fit.r2, '.3f')}</td>"
@@ -173,6 +178,7 @@ def fit(found: Sensitivity) -> str:
 
 
 def pareto(found: Sensitivity) -> str:
+    """Error against latency: the front, the schedule and the fixed rules."""
     shown = "" if len(found.pareto) == found.pareto_size else f" ({len(found.pareto)} of {found.pareto_size} points)"
     measured = ""
     if found.validation:
@@ -205,6 +211,7 @@ def _rules(found: Sensitivity) -> str:
 
 
 def cost(found: Sensitivity) -> str:
+    """The denoiser calls that calibration took."""
     curves = [
         f"<tr><td>{precision_name(found, record.precision)} {record.direction}</td>"
         f"<td>{sum(record.measured)} of {found.num_steps}</td><td>{sum(record.calls.values()):,}</td>"

@@ -1,4 +1,4 @@
-"""The report of a calibrated bundle: reads its documents, draws pictures where prompts are given, writes one HTML file."""
+"""Writes the report of a calibrated bundle: one HTML file from its documents, with pictures of prompts if asked."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A denoiser's output counts for as much as its loop step moves the latents with it. Flow matching shows why: at a last
 sigma of 0.009 the flow is the little noise that is left, divided by 0.009, so that rounding nothing but the latents to
-BF16 leaves that call 20 to 30 dB; the step then multiplies the error by 0.009. Unweighed, that one call would decide the
-SQNR of an engine whose pictures are as good.
+BF16 leaves that call 20 to 30 dB; the step then multiplies the error by 0.009. Unweighed, that one call would decide
+the SQNR of an engine whose pictures are as good.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ BACKEND_CHOICES = (AUTO, *BACKENDS)
 
 
 def resolve_backend(backend: str) -> str:
-    """The backend a build is for; "auto" is TensorRT where its builder and a GPU are, torch where it sees a GPU, ONNX Runtime elsewhere.
+    """The backend a build is for.
+
+    "auto" is TensorRT where its builder and a GPU are, torch where it sees a GPU, ONNX Runtime elsewhere.
 
     Raises:
         BackendError: unknown, not built by this release, or not installed.

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import onnx
 import torch
 
+from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
@@ -41,8 +42,8 @@ class EngineJob:
         layers: its quantized layers by name.
         half: whether the engine computes in a 16-bit type; text encoder and VAE decoder do not.
         float32_inputs: inputs that are not rounded to that type.
-        weights_of: the engine whose weights file the reference reads, in which `layers` are; None where every engine has its
-            own. Only the torch backend can do this.
+        weights_of: the engine whose weights file the reference reads, in which `layers` are; None where every engine
+            has its own. Only the torch backend can do this.
         attention: by name, the attention layers that compute in FP8; only the torch backend can do this.
     """
 
@@ -107,6 +108,19 @@ def at_once(target: Target) -> Start:
         return made
 
     return start
+
+
+def require_weights_fit(parameters: int, gpu_bytes: int) -> None:
+    """Refuses a denoiser whose 16-bit weights alone would not fit in the memory of the GPU.
+
+    Raises:
+        BuildError: saying what they take.
+    """
+    if 2 * parameters > gpu_bytes:
+        raise BuildError(
+            f"{parameters} parameters take {2 * parameters} bytes in 16 bit, the GPU has {gpu_bytes}; "
+            "use a GPU with more memory"
+        )
 
 
 def file_entry(bundle: Path, path: Path) -> FileEntry:

@@ -125,7 +125,7 @@ def _pieces(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 def make_clip_text_encoder(
     tokenizer: CLIPTokenizer, *, projection: bool
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """Returns an untrained CLIP text encoder of width 128, 3 layers; with a projection of the pooled text or without."""
+    """Returns an untrained CLIP text encoder, width 128, 3 layers, with a projection of the pooled text or without."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=CLIP_TOKENS, projection_dim=128, bos_token_id=tokenizer.bos_token_id,

@@ -19,6 +19,7 @@ from tools.demo.families import DemoFamily
 from tools.demo.networks import LATENT_CHANNELS
 
 UNCONDITIONAL_FRACTION = 0.1
+ENCODE_BATCH = 256
 
 
 def draw_batch(arrays: dict[str, torch.Tensor], index: torch.Tensor | slice, size: int = IMAGE_SIZE) -> torch.Tensor:
@@ -63,20 +64,18 @@ def train_vae(
     vae.register_to_config(scaling_factor=round(1 / std.item(), 4))
 
 
-def encode(
-    vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE, batch: int = 256
-) -> torch.Tensor:
-    """Returns the mean latents of the first `count` placed scenes: [count, 4, size / 8, size / 8], float16, unscaled."""
+def encode(vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE) -> torch.Tensor:
+    """Returns mean latents of the first `count` placed scenes: [count, 4, size / 8, size / 8], float16, unscaled."""
     device = arrays["centre"].device
 
     def mean_of(x: torch.Tensor) -> torch.Tensor:
         return vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
 
-    run = torch.compile(mean_of) if device.type == "cuda" and count >= 10 * batch else mean_of
+    run = torch.compile(mean_of) if device.type == "cuda" and count >= 10 * ENCODE_BATCH else mean_of
     latents = torch.empty(count, LATENT_CHANNELS, size // 8, size // 8, dtype=torch.float16, device=device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        for start in range(0, count, batch):
-            part = slice(start, min(start + batch, count))
+        for start in range(0, count, ENCODE_BATCH):
+            part = slice(start, min(start + ENCODE_BATCH, count))
             latents[part] = run(draw_batch(arrays, part, size)).half()
     return latents
 

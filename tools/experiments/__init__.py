@@ -10,5 +10,7 @@ kept in a journal beside the bundle that all four share, so that an interrupted 
 none measures what another has. Where the bundle's packages are compiled for several pictures at once, so many samples
 are measured together. `--redraw FILE.json` analyses and draws again without a bundle.
 
-`python -m tools.experiments.prompts --kinds plain,composed,unusual --out FILE` draws prompts in any number.
+`python -m tools.experiments.prompts --kinds plain,composed,unusual --out FILE` draws prompts in any number. `agreement`
+and `risk` read result files, `sparing` measures chosen samples, `transfer` a pair of bundles; `steps` makes a bundle of
+another number of steps, and `fetch_lpips` fetches what `--lpips` takes. Each says how it is called.
 """

@@ -2,8 +2,9 @@
 
     python -m tools.experiments.agreement docs/results/experiments/single_steps.json OTHER.json
 
-Per precision and direction: Spearman's correlation of the two curves; by how many steps the first one's order is off in the
-second; and how much more error the first one's choice of K steps leaves, from K = T/5 to 4T/5, judged by the second.
+Per precision and direction: Spearman's correlation of the two curves; by how many steps the first one's order is off in
+the second; and how much more error the first one's choice of K steps leaves, from K = T/5 to 4T/5, judged by the
+second.
 """
 
 from __future__ import annotations

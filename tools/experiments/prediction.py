@@ -72,7 +72,7 @@ class SampleScores:
         return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(self.uniform[rows]).mean())})
 
     def risks(self, predictor: str, *, afford: bool = True) -> dict[str, np.ndarray]:
-        """The risk of another picture (`calibration.scores.divergence`), all or as much of it as the predictor's schedules afford."""
+        """The risk of departures (`calibration.scores.divergence`), or as much of it as the predictor's schedules afford."""
         errors = self.scores["downcast"]
         risks = {_NAMES[1]: risk_curve(dict(enumerate(errors.T)), errors.shape[1])}
         return affordable(self.contributions(predictor), _NAMES, risks) if afford else risks
@@ -108,8 +108,9 @@ class Fit:
 
     Attributes:
         r2: over all schedules.
-        r2_within: among schedules that agree on the heaviest step, the one with the largest contribution. Where one step
-            dwarfs the others, `r2` says little more than whether it was spared; this is what is left to the others.
+        r2_within: among schedules that agree on the heaviest step, the one with the largest contribution. Where one
+            step dwarfs the others, `r2` says little more than whether it was spared; this is what is left to the
+            others.
         ratio: sum of predicted over sum of measured.
     """
 
@@ -166,7 +167,7 @@ def plain_agreement(
 ) -> dict[str, Interval]:
     """Spearman of predictions with plain means of E, `measured` [N, samples]: without risk and with it.
 
-    Samples that went to another picture decide these means; intervals are over the samples of `measured`.
+    Departures decide these means; intervals are over the samples of `measured`.
     """
     low = ~high_steps(patterns)
     return {

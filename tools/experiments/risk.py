@@ -1,12 +1,12 @@
-"""Whether the risk of another picture (`calibration.scores.divergence`) foretells plain means of E, from result files alone.
+"""Whether the risk of departures (`calibration.scores.divergence`) foretells plain means of E, from result files alone.
 
     python -m tools.experiments.risk ADDITIVITY.json [QUALITY.json]
 
 Takes the scores of the first file, and every schedule that either file ran on unseen prompts: random ones, fixed rules,
-calibrated ones. Prints Spearman's correlation of their plain mean of E, which the samples at another picture decide, with what
-is predicted: by limited scores alone, with all of the risk, and with as much as calibration affords. Repeated with fewer
-calibration samples, drawn at random. Then the tails that risk is read off, and the schedules that scores choose with risk and without, before any local search, and
-by how much the former have more limited E, as predicted.
+calibrated ones. Prints Spearman's correlation of their plain mean of E, which departures decide, with what is predicted: by
+limited scores alone, with all of the risk, and with as much as calibration affords. Repeated with fewer calibration
+samples, drawn at random. Then the tails that risk is read off, and the schedules that scores choose with risk and
+without, before any local search, and by how much the former have more limited E, as predicted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from calibration.choose.allocation import HighSteps, allocate
+from calibration.choose.costs import Candidates
 from calibration.measure.metrics import limited
 from calibration.scores.predictors import predict
 from engines.cli import guarded
@@ -84,7 +85,7 @@ def table(fits: dict[str, Any], quality: dict[str, Any] | None) -> list[list[str
 
 
 def tails(fits: dict[str, Any]) -> list[list[str]]:
-    """A row of words per precision and tail: calibration samples whose downcast score is above so many medians, by step."""
+    """A row per precision and tail: calibration samples whose downcast score is above so many medians, by step."""
     rows = []
     for precision, measured in fits["data"].items():
         scores = np.array(measured["downcast"])
@@ -95,7 +96,7 @@ def tails(fits: dict[str, Any]) -> list[list[str]]:
 
 
 def choices(fits: dict[str, Any]) -> list[list[str]]:
-    """A row of words per precision and K = T/5, 2T/5, 3T/5, 4T/5: schedules without risk and with it, and what that costs."""
+    """A row per precision and K = T/5, 2T/5, 3T/5, 4T/5: schedules without risk and with it, and what that costs."""
     rows = []
     num_steps, reference = fits["setting"]["num_steps"], fits["setting"]["reference"]
     for precision, measured in fits["data"].items():
@@ -103,11 +104,9 @@ def choices(fits: dict[str, Any]) -> list[list[str]]:
         plain = scores.contributions(predictor)
         weighed = scores.weighed(predictor, scores.risks(predictor))
         pair = (reference, precision)
+        equal = Candidates(pair, dict.fromkeys(pair, 1.0))  # K says it all: latency has no part in it
         for count in (round(num_steps * part / 5) for part in range(1, 5)):
-            chosen = [
-                allocate(pair, dict.fromkeys(pair, 1.0), found.values, HighSteps(count), found.power).precisions
-                for found in (plain, weighed)
-            ]
+            chosen = [allocate(equal, found, HighSteps(count)).precisions for found in (plain, weighed)]
             cost = predict(plain, pair, chosen[1]) / predict(plain, pair, chosen[0]) - 1
             patterns = [pattern_of(schedule, reference) for schedule in chosen]
             rows.append([precision, str(count), *patterns, f"{cost:+.0%}"])

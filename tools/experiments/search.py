@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from calibration.choose.allocation import Allocation, HighSteps, allocate
-from calibration.choose.costs import NO_COSTS
+from calibration.choose.allocation import HighSteps
+from calibration.choose.costs import Candidates
+from calibration.choose.pareto import Allocation
+from calibration.choose.predictions import Predictions, predicted_best
 from calibration.choose.rivals import refine_schedule
 from calibration.document import RefinementRecord
 from calibration.measure.measurements import Measurements
@@ -22,7 +24,7 @@ def search(
     count: int,
     on_run: Callable[[int, int], None],
 ) -> tuple[Allocation, Allocation, RefinementRecord]:
-    """What scores and the risk of another picture choose, what the local search makes of it, and its record.
+    """What scores and the risk of departures choose, what the local search makes of it, and its record.
 
     Args:
         calibration: of the samples to search on; the search may spend a sweep's calls.
@@ -33,23 +35,12 @@ def search(
         on_run: see `calibration.choose.rivals.refine_schedule`.
     """
     pair = (calibration.reference, precision)
-    equal = dict.fromkeys(pair, 1.0)  # K says it all: latency has no part in it
+    equal = Candidates(pair, dict.fromkeys(pair, 1.0))  # K says it all: latency has no part in it
     risks = scores.risks(predictor)
-    values = {name: scores.weighed(name, risks) for name in PREDICTORS}
+    weighed = {name: scores.weighed(name, risks) for name in PREDICTORS}
+    predictions = Predictions(equal, predictor, scores.contributions(predictor), weighed)
     budget = HighSteps(count)
-    start = allocate(pair, equal, values[predictor].values, budget, values[predictor].power)
-    best, record = refine_schedule(
-        calibration,
-        start,
-        budget,
-        pair,
-        equal,
-        NO_COSTS,
-        values,
-        scores.contributions(predictor),
-        predictor,
-        (),
-        sweep_calls(calibration.num_steps, calibration.num_samples),
-        on_run,
-    )
+    start, _ = predicted_best(predictions, budget)
+    max_calls = sweep_calls(calibration.num_steps, calibration.num_samples)
+    best, record = refine_schedule(calibration, start, budget, predictions, max_calls, on_run)
     return start, best, record

@@ -78,7 +78,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
             changed = uniform[sample] - np.array(measured["upcast"])[sample]
             undoing = np.flatnonzero(changed <= limited(uniform)[sample]).tolist()
             notes.append(
-                f"{precision}: sample {sample} ends at another picture, E = {uniform[sample]:.3f} with all steps at {precision}; "
+                f"{precision}: sample {sample} departs, E = {uniform[sample]:.3f} with all steps at {precision}; "
                 f"the reference at one of these steps undoes it: {', '.join(map(str, undoing)) or 'none'}"
             )
     return Analysis(findings, (), tuple(notes))

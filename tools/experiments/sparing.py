@@ -1,13 +1,14 @@
-"""Does sparing the first steps keep samples that would go to another picture? On chosen samples, with scores of any machine.
+"""Does sparing the first steps keep samples that would depart? On chosen samples, with scores of any machine.
 
     python -m tools.experiments.sparing BUNDLE --scores single_steps.json --precision int4 --high-steps 8,16 \\
         --prompts FILE --samples 94,180,0,1,2 --validation-samples 114,24,0,1,2 --out sparing.json
 
 One sample in a hundred departs, so that few samples show nothing and many take a GPU. Which ones do is much the same on
-other machines: a run on a GPU says which, and a CPU can look at these and a few others, one at a time. Takes scores from a
-result file of `single_steps`, and repeats from there what calibration does at K steps at the reference
-(`calibration.choose.race`), on the samples named by their index in the prompt file; `additivity` says which predictor fits.
-Prints every schedule that ran on all of them, and on unseen ones what was found, what scores chose, and the fixed rules.
+other machines: a run on a GPU says which, and a CPU can look at these and a few others, one at a time. Takes scores
+from a result file of `single_steps`, and repeats from there what calibration does at K steps at the reference
+(`calibration.choose.race`), on the samples named by their index in the prompt file; `additivity` says which predictor
+fits. Prints every schedule that ran on all of them, and on unseen ones what was found, what scores chose, and the fixed
+rules.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator
+from calibration.measure.bundle_evaluator import BundleSamples
+from calibration.measure.evaluator import Evaluator, SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.latency import machine
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import departed
+from calibration.measure.sample_batches import SampleBatches
 from calibration.scores.predictors import PREDICTORS
 from engines.cli import guarded
 from engines.documents import read_json
@@ -47,7 +50,7 @@ PROGRAM = "sparing"
 class Chosen:
     """Some samples of an evaluator, in the order given; with their own prompts and noise."""
 
-    whole: BundleEvaluator
+    whole: Evaluator
     samples: tuple[int, ...]
 
     @property
@@ -69,9 +72,9 @@ class Chosen:
         """The state before step 0."""
         return self.whole.start(self.samples[sample])
 
-    def step(self, sample: int, state: Any, precision: str) -> Any:
-        """The state after one more step."""
-        return self.whole.step(self.samples[sample], state, precision)
+    def steps(self, samples: Sequence[int], states: Sequence[Any], precision: str) -> list[Any]:
+        """The states after one more step."""
+        return self.whole.steps([self.samples[sample] for sample in samples], states, precision)
 
     def latents(self, state: Any) -> np.ndarray:
         """Latents of a state, float32 [C, H, W]."""
@@ -118,15 +121,20 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.precision} at T = {content['setting']['num_steps']}"
             )
         scale = runtime.manifest.sampling.guidance_scale
+        sets = BundleSamples(prompts, 0, scale).open(runtime).named()
 
-        def measurements(name: str, texts: Sequence[str], samples: tuple[int, ...], seed: int) -> Measurements:
-            if max(samples) >= len(texts):
-                raise TmpDiffError(f"{name} sample {max(samples)} is not in {args.prompts}, which has {len(texts)}")
-            evaluator = Chosen(BundleEvaluator(runtime, tuple(texts), seed, scale), samples)
-            return Measurements(name, evaluator, Journal.in_memory(evaluator.key()))
+        def measurements(name: str, samples: tuple[int, ...]) -> Measurements:
+            whole = sets[name].evaluator
+            if max(samples) >= whole.num_samples:
+                raise TmpDiffError(
+                    f"{name} sample {max(samples)} is not in {args.prompts}, which has {whole.num_samples}"
+                )
+            chosen = SampleSet(Chosen(whole, samples))
+            journal = Journal.in_memory(chosen.evaluator.key())
+            return Measurements(name, chosen, journal, SampleBatches({name: chosen}))
 
-        calibration = measurements("calibration", prompts.calibration, args.samples, 0)
-        unseen = measurements("validation", prompts.validation, args.validation_samples, VALIDATION_SEED_OFFSET)
+        calibration = measurements("calibration", args.samples)
+        unseen = measurements("validation", args.validation_samples)
         result: dict[str, Any] = {
             "experiment": PROGRAM,
             "command": f"python -m tools.experiments.{PROGRAM} BUNDLE --scores {args.scores.name} --precision "

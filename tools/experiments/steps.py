@@ -2,8 +2,8 @@
 
     python -m tools.experiments.steps BUNDLE PIPELINE_DIR --steps 50 --out OTHER_BUNDLE
 
-Engines know nothing of T; only the table, and what its hash is part of, changes. `build --steps 50` would take the ranges of
-activations from loops of 50 steps and compile everything again: experiments on T want the same engines.
+Engines know nothing of T; only the table, and what its hash is part of, changes. `build --steps 50` would take the
+ranges of activations from loops of 50 steps and compile everything again: experiments on T want the same engines.
 """
 
 from __future__ import annotations

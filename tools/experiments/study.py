@@ -7,8 +7,7 @@ import contextlib
 import fcntl
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from calibration import open_journal
-from calibration.measure.bundle_evaluator import VALIDATION_SEED_OFFSET, BundleEvaluator, samples_per_call
+from calibration.measure.bundle_evaluator import BundleSamples, samples_per_call
+from calibration.measure.evaluator import Compare
 from calibration.measure.journal import Journal
 from calibration.measure.latency import machine, step_latencies
-from calibration.measure.measurements import Compare, Measurements, picture_errors
-from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import picture_errors
+from calibration.measure.sample_batches import SampleBatches
 from calibration.scores.single_step import DIRECTIONS, Direction
 from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
@@ -41,11 +42,9 @@ class Study:
     """What an experiment measures on.
 
     Attributes:
-        calibration: of the calibration prompts.
+        calibration: of the calibration prompts; sample i is prompt i with seed + i.
         validation: of prompts that calibration does not use; their pictures are compared too.
         precisions: the low precisions studied.
-        samples: number of calibration samples used; sample i is prompt i with seed + i.
-        validation_samples: number of validation samples used.
         at_once: samples measured together; what one engine call is compiled for.
         setting: what was run on what, for the result file.
     """
@@ -55,8 +54,6 @@ class Study:
     calibration: Measurements
     validation: Measurements
     precisions: tuple[str, ...]
-    samples: int
-    validation_samples: int
     at_once: int
     setting: dict[str, Any]
     report: Report
@@ -81,17 +78,18 @@ class Study:
         Costs T (T + 1) / 2 denoiser calls per direction and sample.
         """
         found: dict[str, list[list[float]]] = {}
+        samples = self.calibration.num_samples
         for direction in directions:
             base, changed = (self.reference, precision) if direction == "downcast" else (precision, self.reference)
-            rows: list[list[float]] = [[] for _ in range(self.samples)]
+            rows: list[list[float]] = [[] for _ in range(samples)]
             done = 0
-            for block in self._blocks(self.samples):
+            for block in self._blocks(samples):
                 for step in range(self.num_steps):
                     self.calibration.expect_changed(base, step, changed, samples=block)
                     for sample in block:
                         rows[sample].append(self._score(precision, direction, step, sample))
                     done += len(block)
-                    self.report(f"{direction} {precision}", done, self.samples * self.num_steps)
+                    self.report(f"{direction} {precision}", done, samples * self.num_steps)
             found[direction] = rows
         return found
 
@@ -104,19 +102,18 @@ class Study:
     def calibration_errors(self, stage: str, schedules: Sequence[Schedule]) -> list[list[float]]:
         """E of each schedule on every calibration sample."""
         return [
-            [row["error"] for row in rows]
-            for rows in self._errors(self.calibration, self.samples, stage, schedules, pictures=False)
+            [row["error"] for row in rows] for rows in self._errors(self.calibration, stage, schedules, pictures=False)
         ]
 
     def validation_errors(self, stage: str, schedules: Sequence[Schedule], *, pictures: bool) -> list[list[Values]]:
-        """ "error" of each schedule on every validation sample, with pictures "ssim", "mse" and, where asked for, "lpips" too."""
-        return self._errors(self.validation, self.validation_samples, stage, schedules, pictures=pictures)
+        """Of each schedule and validation sample "error", with pictures "ssim", "mse" and, if asked for, "lpips"."""
+        return self._errors(self.validation, stage, schedules, pictures=pictures)
 
     def _errors(
-        self, measurements: Measurements, samples: int, stage: str, schedules: Sequence[Schedule], *, pictures: bool
+        self, measurements: Measurements, stage: str, schedules: Sequence[Schedule], *, pictures: bool
     ) -> list[list[Values]]:
         rows: list[list[Values]] = [[] for _ in schedules]
-        done = 0
+        samples, done = measurements.num_samples, 0
         for block in self._blocks(samples):
             for index, schedule in enumerate(schedules):
                 measurements.expect([schedule], pictures=pictures, samples=block)
@@ -198,29 +195,24 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
         precisions = _low_precisions(args.precisions, runtime.precisions)
         scale = runtime.manifest.sampling.guidance_scale if args.guidance_scale is None else args.guidance_scale
         # all prompts are samples, of which the first ones are used: more of them later reuse what was measured
-        evaluator = BundleEvaluator(runtime, prompts.calibration, args.seed, scale)
-        held_out = BundleEvaluator(runtime, prompts.validation, args.seed + VALIDATION_SEED_OFFSET, scale)
+        sets = BundleSamples(prompts, args.seed, scale).open(runtime)
         folder = runtime.bundle.folder / JOURNAL_FOLDER
         folder.mkdir(exist_ok=True)
         compare, compared = _comparison(args.lpips)
-        path = folder / f"{sha256_bytes(f'{evaluator.key()} {held_out.key()}{compared}'.encode())[:16]}.journal"
+        keys = " ".join(samples.evaluator.key() for samples in sets.named().values())
+        path = folder / f"{sha256_bytes(f'{keys}{compared}'.encode())[:16]}.journal"
         with _alone(path):
-            journal = open_journal(path, evaluator, held_out)
+            journal = open_journal(path, *sets.evaluators)
             at_once = samples_per_call(runtime, scale)
-            pool = None
-            if at_once > 1:
-                sets = {"calibration": SampleSet(evaluator), "validation": SampleSet(held_out, runtime.decode, compare)}
-                pool = SampleBatches(sets, at_once, args.threads)
+            named = sets.named()
+            named["validation"] = replace(named["validation"], compare=compare)
+            pool = SampleBatches(named, at_once, args.threads)
             yield Study(
                 runtime=runtime,
                 journal=journal,
-                calibration=Measurements("calibration", evaluator, journal, None, pool, args.samples),
-                validation=Measurements(
-                    "validation", held_out, journal, partial(_decode, runtime), pool, args.validation_samples, compare
-                ),
+                calibration=Measurements("calibration", named["calibration"], journal, pool, args.samples),
+                validation=Measurements("validation", named["validation"], journal, pool, args.validation_samples),
                 precisions=precisions,
-                samples=args.samples,
-                validation_samples=args.validation_samples,
                 at_once=at_once,
                 setting={
                     "num_steps": runtime.num_steps,
@@ -279,8 +271,3 @@ def _low_precisions(asked: str | None, built: tuple[str, ...]) -> tuple[str, ...
             f"low precision {unknown[0] if unknown else 'none'!r} is not in the bundle; choose from {', '.join(low)}"
         )
     return names
-
-
-def _decode(runtime: DenoiseRuntime, latents: np.ndarray) -> np.ndarray:
-    picture: np.ndarray = runtime.decode(latents[None])[0]
-    return picture

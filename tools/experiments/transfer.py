@@ -76,8 +76,8 @@ def _study(args: argparse.Namespace, bundle: Path, guidance_scale: float | None,
 
 def _setting(study: Study) -> dict[str, Any]:
     return {name: study.setting[name] for name in ("bundle_id", "num_steps", "guidance_scale", "machine")} | {
-        "samples": study.samples,
-        "validation_samples": study.validation_samples,
+        "samples": study.calibration.num_samples,
+        "validation_samples": study.validation.num_samples,
     }
 
 
@@ -113,8 +113,8 @@ def _compare(study: Study, precision: str, source: np.ndarray, axes: tuple[StepA
             "scatter": check.scatter,
             "spearman": check.spearman,
             "holds": check.holds,
-            "calls": sum(study.num_steps - step for step in steps) * study.samples,
-            "sweep_calls": study.samples * study.num_steps * (study.num_steps + 1) // 2,
+            "calls": sum(study.num_steps - step for step in steps) * study.calibration.num_samples,
+            "sweep_calls": study.calibration.num_samples * study.num_steps * (study.num_steps + 1) // 2,
         },
         "rankings": {name: _ranking(fresh, scores) for name, scores in rankings.items()},
         "fresh, half the samples against the other half": _ranking(*halves),

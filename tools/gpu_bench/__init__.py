@@ -1,1 +1,1 @@
-"""Parts of `tools/gpu_bench/__main__.py`: denoisers of full size, quantized rows, timing, floors, and the tables made of them."""
+"""Benchmarks on GPUs: `python -m tools.gpu_bench` of full-size denoisers, `tools.gpu_bench.calibration` of workers."""

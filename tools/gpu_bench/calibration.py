@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from calibration import Sensitivity
+from calibration import CalibrationOptions, Sensitivity
 from engines.cli import guarded
 from engines.errors import TmpDiffError
 from engines.files import atomic_write_text
 from engines.text import PromptFile, read_prompts
-from tmpdiff_export.calibrate.bundle import JOURNAL_FOLDER, calibrate_bundle
+from tmpdiff_export.calibrate.bundle import JOURNAL_FOLDER, RunOptions, calibrate_bundle
 from tmpdiff_export.display import print_table
 
 PROMPTS = Path(__file__).resolve().parents[2] / "calibration" / "prompts" / "plain.txt"
@@ -83,11 +83,9 @@ def main() -> int:
             if number:
                 give_latencies(Path(folder) / "0", copy)
             stages = Stages()
-            found.append(
-                calibrate_bundle(
-                    copy, chosen, method=args.method, threads=args.threads, workers=workers, progress=stages.report
-                )
-            )
+            how = RunOptions(threads=args.threads, workers=workers)
+            options = CalibrationOptions(method=args.method)
+            found.append(calibrate_bundle(copy, chosen, options, how, progress=stages.report))
             stages.end()
             timed = sum(seconds for stage, seconds in stages.seconds.items() if stage != LATENCIES)
             runs.append({"workers": workers, "seconds": timed, "stages": stages.seconds})
@@ -141,4 +139,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("bench_calibration", main))
+    sys.exit(guarded("gpu_bench.calibration", main))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from engines.errors import first_line
 from tmpdiff_export.targets.torch.activations import FP8
 from tmpdiff_export.targets.torch.kernels.int8 import int8_linear
 from tools.gpu_bench.timing import best_seconds
@@ -90,7 +91,7 @@ def _attempt(measure: Callable[[], float], errors: dict[str, str], name: str) ->
     try:
         return measure()
     except Exception as error:  # a device without this product: the rows that need it say the same
-        errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        errors[name] = f"{type(error).__name__}: {first_line(error)}"
         return None
 
 

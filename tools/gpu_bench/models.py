@@ -13,8 +13,9 @@ from engines.errors import BuildError
 Inputs = dict[str, Any]
 TOLERANCE = 0.02  # of the published number of stored elements
 SANE_RMS = (1e-3, 1e3)
-# Noise level of the two input sets; timesteps are 1000 times these. BF16 holds those exactly, as it does 1000 times FLUX.1's
-# guidance: eager denoisers round them before their embeddings, and would be a worse reference than what is compared.
+# Noise level of the two input sets; timesteps are 1000 times these. BF16 holds those exactly, as it does 1000 times
+# FLUX.1's guidance: eager denoisers round them before their embeddings, and would be a worse reference than what is
+# compared.
 SIGMAS = (0.5, 0.125)
 
 

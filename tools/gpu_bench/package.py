@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engines.backends.torch.pieces import Runner, load_runner
+from engines.backends.torch.runner import Runner, load_runner
 from engines.backends.torch.weights import Weights
 from tmpdiff_export.targets.torch.compile import EngineModule, compile_package, store_weights
 from tools.gpu_bench.models import Inputs

@@ -10,8 +10,8 @@ import torch
 from tools.gpu_bench.step import Step
 
 TOP = 25
-# First match wins. Inductor names its own kernels triton_<kind>_fused_<operations>: "tem" are products, and of the others
-# the names list operations that are long done elsewhere, such as the product whose bias they add.
+# First match wins. Inductor names its own kernels triton_<kind>_fused_<operations>: "tem" are products, and of the
+# others the names list operations that are long done elsewhere, such as the product whose bias they add.
 _CLASSES = (
     ("gemm", r"^triton_tem"),
     ("norm", r"^triton_.*(norm|rsqrt|welford|var_mean)"),

@@ -47,7 +47,8 @@ STUB_LIBRARIES = {
 }
 GENERATOR = Path(__file__).with_name("bindings_typing.py")
 
-# As the packages `tensorrt`, `tensorrt_lean` and `tensorrt_rtx` have it, which cannot be installed without their libraries.
+# As the packages `tensorrt`, `tensorrt_lean` and `tensorrt_rtx` have it, which cannot be installed without their
+# libraries.
 FRONTEND = "from {0}_bindings import *\nfrom {0}_bindings import __version__\n"
 
 

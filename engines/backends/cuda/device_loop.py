@@ -178,7 +178,7 @@ def _conditioning(loop: Loop, entries: Iterable[tuple[str, EngineEntry]]) -> dic
         if wanted != given:
             raise BackendError(f"engine {engine} takes inputs {sorted(wanted)}, received {sorted(given)}")
         for spec in entry.inputs:
-            tensor = Tensor(spec.name, np.dtype(spec.dtype), ())
+            tensor = Tensor.of(spec)
             if spec.name in loop.conditioning and tensor.buffer not in arrays:
                 arrays[tensor.buffer] = host_array(engine, tensor, loop.conditioning[spec.name])
     return arrays

@@ -16,15 +16,14 @@ from engines.backends.cuda.gpu import Gpu, cuda, current_gpu
 from engines.backends.cuda.kernels import Kernels
 from engines.backends.cuda.memory import Event, SharedMemory, Stream
 from engines.backends.cuda.plan import DeviceContext, DevicePlan
-from engines.backends.cuda.residency import Load as Exchange
-from engines.backends.cuda.residency import plan_loads
+from engines.backends.cuda.residency import Load, plan_loads
 from engines.backends.cuda.resident_plans import ResidentPlans
 from engines.errors import BackendError
 from engines.loop import Loop
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry
 
 Check = Callable[[str, EngineEntry, Gpu], None]
-Load = Callable[[str, EngineEntry, Path], DevicePlan]
+LoadPlan = Callable[[str, EngineEntry, Path], DevicePlan]
 
 
 class CudaHost:
@@ -38,7 +37,7 @@ class CudaHost:
     def __init__(
         self,
         require_runnable: Check,
-        load: Load,
+        load: LoadPlan,
         *,
         resident_engines: int | None = None,
         release: Callable[[], None] = lambda: None,
@@ -174,7 +173,7 @@ class CudaHost:
                 prepared.pop(load.evicts or "", None)
         return device.result()
 
-    def _start(self, loads: tuple[Exchange, ...], step_index: int, idle: Event | None) -> list[Exchange]:
+    def _start(self, loads: tuple[Load, ...], step_index: int, idle: Event | None) -> list[Load]:
         """Starts the loads that may begin behind a step."""
         started = [load for load in loads if load.after_step == step_index]
         for load in started:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engines.backends.cuda.memory import SharedMemory, Stream
+from engines.manifest import TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -20,6 +21,11 @@ class Tensor:
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> Tensor:
+        """The tensor that the manifest describes."""
+        return cls(spec.name, np.dtype(spec.dtype), tuple(-1 if isinstance(n, str) else n for n in spec.shape))
 
     @property
     def buffer(self) -> str:

@@ -14,14 +14,15 @@ from engines.backends.cuda.memory import Event
 from engines.backends.cuda.plan import DevicePlan, Shapes
 from engines.errors import BackendError
 
+WARM_UPS, REPEATS = 2, 20
 
-def latency_ms(engine: DeviceEngine, shapes: Shapes, *, repeats: int = 20) -> float:
+
+def latency_ms(engine: DeviceEngine, shapes: Shapes) -> float:
     """Median device time in ms of one inference, as the denoising loop runs it (with its CUDA graph).
 
     Args:
         engine: a loaded engine at rest.
         shapes: of all inputs; they are filled with normal noise, integers with ones.
-        repeats: inferences that count; two before them do not.
 
     Raises:
         BackendError: the plan does not take the shapes, or an inference failed.
@@ -30,8 +31,8 @@ def latency_ms(engine: DeviceEngine, shapes: Shapes, *, repeats: int = 20) -> fl
     events: list[Event] = []
     try:
         context, _ = engine.upload(plan, sample_inputs(plan, shapes))
-        events += [Event() for _ in range(repeats + 1)]
-        for _ in range(2):
+        events += [Event() for _ in range(REPEATS + 1)]
+        for _ in range(WARM_UPS):
             context.enqueue(stream)
         events[0].record(stream)
         for event in events[1:]:

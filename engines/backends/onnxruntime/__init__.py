@@ -1,4 +1,5 @@
-"""ONNX Runtime's CUDA execution provider: the exported ONNX graphs, as they are, on an NVIDIA GPU.
+"""ONNX Runtime: graphs lowered for the CPU (`cpu`), and exported graphs as they are on a GPU.
 
-Needs onnxruntime-gpu and cuda-bindings, not torch. Importing this package imports neither.
+There the provider is CUDA's (`provider`, `plan` and `host`, which need onnxruntime-gpu and cuda-bindings) or TensorRT
+for RTX (`tensorrt_rtx`, a plugin). Importing this package imports none of them.
 """

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the embedded default backend. For its CUDA provider see `onnxruntime_cuda`."""
+"""ONNX Runtime on the CPU: the backend of machines without a GPU."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from engines.backends.cuda.plan import Shapes, Tensor
 from engines.backends.onnxruntime.provider import memory_advice, open_session
 from engines.backends.onnxruntime.session import DTYPES, OnnxSession, axis_sizes, library, words
 from engines.errors import BackendError
-from engines.manifest import EngineEntry, TensorSpec
+from engines.manifest import EngineEntry
 
 Sizes = dict[str, int]  # of symbolic axes, by symbol
 # The sizes that engines were used with last, by their input names: all denoisers of a bundle have the same.
@@ -66,8 +66,8 @@ class OrtPlan:
             BackendError: as `provider.open_session`.
         """
         self.name = name
-        self.inputs = {spec.name: _tensor(spec) for spec in entry.inputs}
-        self.outputs = {spec.name: _tensor(spec) for spec in entry.outputs}
+        self.inputs = {spec.name: Tensor.of(spec) for spec in entry.inputs}
+        self.outputs = {spec.name: Tensor.of(spec) for spec in entry.outputs}
         self._specs, self._path, self._place = entry.inputs, path, place
         self._kind = tuple(self.inputs)
         self._closed = False
@@ -177,8 +177,8 @@ class OrtContext:
 def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:
     """Refuses a graph that was checked on a GPU of another architecture.
 
-    ONNX Runtime would load it: the file belongs to none. But which kernels it picks depends on the architecture, and the
-    manifest's SQNR would be that of others.
+    ONNX Runtime would load it: the file belongs to none. But which kernels it picks depends on the architecture, and
+    the manifest's SQNR would be that of others.
 
     Raises:
         BackendError: naming both.
@@ -187,11 +187,6 @@ def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:
         raise BackendError(
             f"engine {name} was built for {entry.device}; this GPU is {gpu.described}; build the bundle on such a GPU"
         )
-
-
-def _tensor(spec: TensorSpec) -> Tensor:
-    shape = tuple(-1 if isinstance(size, str) else size for size in spec.shape)
-    return Tensor(spec.name, np.dtype(spec.dtype), shape)
 
 
 def _require_same(engine: str, what: str, tensors: dict[str, Tensor], found: list[Any]) -> None:

@@ -64,19 +64,20 @@ def open_session(
 
     - The symbolic axes get their sizes now. The arithmetic on shapes that a traced graph keeps becomes constants; else
       ONNX Runtime would put it on the CPU, which no session may use here (`session.disable_cpu_ep_fallback`).
-    - Graph optimizations are on, those of Q/DQ pairs too: a 4-bit weight and its product become MatMulNBits, which reads
-      4-bit weights. The provider has no product of two 8-bit operands: there the pairs stay, an 8-bit weight is
-      dequantized at every call and the product is FP16's, which saves memory and not time. `DISABLED_OPTIMIZERS` are off.
-      What comes out is compared with torch when a bundle is built.
+    - Graph optimizations are on, those of Q/DQ pairs too: a 4-bit weight and its product become MatMulNBits, which
+      reads 4-bit weights. The provider has no product of two 8-bit operands: there the pairs stay, an 8-bit weight is
+      dequantized at every call and the product is FP16's, which saves memory and not time. `DISABLED_OPTIMIZERS` are
+      off. What comes out is compared with torch when a bundle is built.
     - FP32 products are FP32's, not TF32's, and layer norms add up in FP32.
     - cuDNN's algorithms come from its heuristics. The default, timing them, may choose another one, with other
       rounding, each time an engine comes back into memory.
     - Weights are allocated as large as they are, and scratch as it is asked for; no block is planned ahead per set of
       shapes, which would come on top of what the first call took. Sessions do not share scratch: their allocators know
-      nothing of each other's streams. `gpu_mem_limit` stays at the whole GPU: a share per session would refuse what fits.
+      nothing of each other's streams. `gpu_mem_limit` stays at the whole GPU: a share per session would refuse what
+      fits.
     - No CUDA graph. ONNX Runtime captures in CUDA's global mode, in which the allocations of an engine that is being
-      loaded by another thread end the capture; and some kernels copy from page-locked memory that is used again after the
-      call, which a replayed graph would read.
+      loaded by another thread end the capture; and some kernels copy from page-locked memory that is used again after
+      the call, which a replayed graph would read.
 
     Args:
         path: the ONNX file, whose hash has been checked.

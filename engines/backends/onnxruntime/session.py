@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from engines.engine import Arrays
-from engines.errors import BackendError
+from engines.errors import BackendError, first_line
 from engines.manifest import TensorSpec
 
 # ONNX Runtime's names of the tensor types that an engine may have.
@@ -136,10 +136,7 @@ def axis_sizes(engine: str, specs: Sequence[TensorSpec], shapes: Mapping[str, tu
 def words(error: Exception) -> str:
     """What the library said, cut to one line of a message: a failure of CUDA alone, else the beginning."""
     failure = _FAILURE.search(str(error))
-    if failure:
-        return failure.group().strip()
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return failure.group().strip() if failure else first_line(error)[:300]
 
 
 def _dtype(name: str) -> np.dtype:

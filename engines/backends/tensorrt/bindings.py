@@ -7,7 +7,7 @@ The full package is preferred where both are installed; it runs every plan that 
 
 from __future__ import annotations
 
-from engines.errors import BackendError
+from engines.errors import BackendError, first_line
 
 __all__ = ("INSTALL", "LEAN", "LIBRARIES", "OLDEST", "VERSION", "require_supported", "trt", "version_tuple")
 
@@ -26,9 +26,8 @@ except ModuleNotFoundError as error:
         f"backend 'tensorrt' needs the module {' or '.join(LIBRARIES)}, which is not installed; {INSTALL}"
     ) from error
 except (ImportError, OSError) as error:
-    first = str(error).strip().splitlines()[0]
     raise BackendError(
-        f"TensorRT is installed but cannot be loaded: {first}; reinstall tensorrt and its libs"
+        f"TensorRT is installed but cannot be loaded: {first_line(error)}; reinstall tensorrt and its libs"
     ) from error
 
 VERSION: str = trt.__version__
@@ -36,9 +35,9 @@ LEAN: bool = not hasattr(trt, "Builder")
 OLDEST = (10, 13)
 
 
-def version_tuple(version: str = VERSION) -> tuple[int, int]:
-    """Major and minor of a TensorRT version such as "10.16.1.11"."""
-    major, minor = version.split(".")[:2]
+def version_tuple() -> tuple[int, int]:
+    """Major and minor of `VERSION`, which is such as "10.16.1.11"."""
+    major, minor = VERSION.split(".")[:2]
     return int(major), int(minor)
 
 

@@ -24,7 +24,6 @@ from engines.errors import BackendError, BuildError
 from engines.files import atomic_write_bytes, atomic_write_text, sha256_bytes, sha256_file
 
 _SHOWN_ERRORS = 3
-# TensorRT warns if a Runtime with another logger is alive; this build's messages reach its own logger all the same.
 
 
 def build_plan(

@@ -62,7 +62,8 @@ def _merge(path: Path, config: trt.IBuilderConfig) -> str | None:
     with contextlib.suppress(TypeError, RuntimeError, ValueError):  # what pybind makes of a null or an exception
         found = config.create_timing_cache(data)
     merged = found is not None and cache is not None and cache.combine(found, False)
-    # TensorRT may also give an empty cache and warn "Failed to deserialize timing cache". Nothing of this is the build's.
+    # TensorRT may also give an empty cache and warn "Failed to deserialize timing cache". Nothing of this is the
+    # build's.
     words = [*LOG.errors[before[0] :], *LOG.warnings[before[1] :]]
     del LOG.errors[before[0] :], LOG.warnings[before[1] :]
     if merged and not words:

@@ -1,7 +1,7 @@
 """The operator `tmpdiff::attention_fp8`: attention over FP8 codes, through cuDNN's graph interface on a GPU.
 
-Importing this module registers it. A package that holds it calls back into this process for every attention, so that the
-process needs Python and, for a GPU, cuDNN's frontend.
+Importing this module registers it. A package that holds it calls back into this process for every attention, so that
+the process needs Python and, for a GPU, cuDNN's frontend.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 
 from engines.backends.torch.library import torch
 from engines.backends.torch.package import package_of
-from engines.backends.torch.pieces import load_runner, run_in_pieces
+from engines.backends.torch.runner import load_runner, run_in_pieces
 from engines.backends.torch.weights import Weights, weights_path
 from engines.engine import Arrays
 from engines.errors import BackendError

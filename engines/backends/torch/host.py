@@ -9,8 +9,8 @@ from weakref import WeakValueDictionary
 from engines.backends.cuda.gpu import Gpu, current_gpu
 from engines.backends.cuda.host import CudaHost
 from engines.backends.torch.library import torch
-from engines.backends.torch.pieces import Runner, load_runner
 from engines.backends.torch.plan import OwnedWeights, TorchPlan, require_runnable
+from engines.backends.torch.runner import Runner, load_runner
 from engines.backends.torch.weights import Weights, weights_path
 from engines.errors import BackendError
 from engines.manifest import EngineEntry

@@ -1,7 +1,4 @@
-"""torch and safetensors; the one place that says what to do when they are missing or of another version.
-
-from engines.backends.torch.library import torch
-"""
+"""torch and safetensors, imported from here by the whole backend; says what to do where they are missing."""
 
 from __future__ import annotations
 

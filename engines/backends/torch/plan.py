@@ -12,9 +12,9 @@ from engines.backends.cuda.memory import SharedMemory, Stream
 from engines.backends.cuda.plan import Shapes, Tensor
 from engines.backends.torch.library import torch
 from engines.backends.torch.package import package_of
-from engines.backends.torch.pieces import Runner, run_in_pieces
-from engines.errors import BackendError
-from engines.manifest import EngineEntry, TensorSpec
+from engines.backends.torch.runner import Runner, run_in_pieces
+from engines.errors import BackendError, first_line
+from engines.manifest import EngineEntry
 
 _MOST_CONTEXTS = 4  # per plan
 
@@ -38,8 +38,8 @@ class TorchPlan:
             graphs: the memory pool that the CUDA graphs of all plans share: they run one after the other.
         """
         self.name = name
-        self.inputs = {spec.name: _tensor(spec) for spec in entry.inputs}
-        self.outputs = {spec.name: _tensor(spec) for spec in entry.outputs}
+        self.inputs = {spec.name: Tensor.of(spec) for spec in entry.inputs}
+        self.outputs = {spec.name: Tensor.of(spec) for spec in entry.outputs}
         self._batch = package_of(name, entry).batch
         self._runner, self._graphs = runner, graphs
         self._weights: OwnedWeights | None = weights
@@ -130,7 +130,7 @@ class TorchContext:
             try:
                 self._plan.run(*self._tensors)
             except RuntimeError as error:
-                raise BackendError(f"engine {self._plan.name} failed to run: {_first(error)}") from error
+                raise BackendError(f"engine {self._plan.name} failed to run: {first_line(error)}") from error
             self._ready = True
 
     def size_bytes(self, tensor: Tensor) -> int:
@@ -153,7 +153,7 @@ class TorchContext:
                 graph.capture_end()
             self._graph = graph
         except RuntimeError as error:
-            self.note = f"engine {self._plan.name} runs without a CUDA graph: {_first(error)}"
+            self.note = f"engine {self._plan.name} runs without a CUDA graph: {first_line(error)}"
 
 
 class OwnedWeights:
@@ -201,11 +201,6 @@ def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:
         )
 
 
-def _tensor(spec: TensorSpec) -> Tensor:
-    shape = tuple(-1 if isinstance(size, str) else size for size in spec.shape)
-    return Tensor(spec.name, np.dtype(spec.dtype), shape)
-
-
 class _Memory:
     """Device memory that somebody else owns, as torch reads it."""
 
@@ -220,7 +215,3 @@ class _Memory:
 
 def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
     return torch.as_tensor(_Memory(address, shape, dtype), device="cuda")
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

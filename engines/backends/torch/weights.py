@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from engines.backends.torch.library import SafetensorError, safe_open, torch
-from engines.errors import BackendError
+from engines.errors import BackendError, first_line
 from engines.manifest import EngineEntry
 
 _ALIGNMENT = 256  # of every tensor, as an allocation of its own would have
@@ -89,5 +89,4 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BackendError(f"weights {path} cannot be read: {first}; copy the bundle again") from error
+        raise BackendError(f"weights {path} cannot be read: {first_line(error)}; copy the bundle again") from error

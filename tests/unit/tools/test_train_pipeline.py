@@ -129,7 +129,7 @@ def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    data = json.loads((tmp_path / "steps.json").read_text())["data"]["precisions"]["int8"]
+    data = json.loads((tmp_path / "steps.json").read_text())["data"]["int8"]
     assert np.shape(data["downcast"]) == (2, 3)
     assert np.min(data["downcast"]) > 0
     with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:

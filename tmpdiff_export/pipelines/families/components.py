@@ -127,8 +127,8 @@ class PooledT5TextEncoder(torch.nn.Module):
 def clip_states(encoder: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """int64 [B, L] -> hidden states before the last layer, [B, L, D], and all that the encoder returns.
 
-    They are not asked of transformers: what it records (seen in 5.17 and 5.23) it looks up in a table that only the process
-    has that made the model, and no worker of a build.
+    They are not asked of transformers: what it records (seen in 5.17 and 5.23) it looks up in a table that only the
+    process has that made the model, and no worker of a build.
     """
     last = [part for part in encoder.modules() if type(part).__name__ == "CLIPEncoderLayer"][-1]
     seen: list[torch.Tensor] = []

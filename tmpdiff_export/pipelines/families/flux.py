@@ -28,8 +28,8 @@ class FluxDenoiser(torch.nn.Module):
     """`FluxTransformer2DModel` as (latents, timestep, text, pooled text[, guidance]) -> flow prediction.
 
     The pipeline packs 2x2 latents into one token of 4 C channels; here that is done inside, so that latents are
-    [B, C, h, w] as everywhere. Positions depend on the picture's size only: their rotary table is a constant, in float32
-    as diffusers rotates.
+    [B, C, h, w] as everywhere. Positions depend on the picture's size only: their rotary table is a constant, in
+    float32 as diffusers rotates.
     """
 
     float32_buffers = ("cos", "sin")
@@ -54,7 +54,7 @@ class FluxDenoiser(torch.nn.Module):
         pooled_projections: torch.Tensor,
         guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """latents [B, C, h, w], timestep [B] in 0..1000, text [B, L, D], pooled [B, P], guidance [B] -> [B, C, h, w]."""
+        """latents [B, C, h, w], timestep [B] 0..1000, text [B, L, D], pooled [B, P], guidance [B] -> [B, C, h, w]."""
         no_ids = torch.zeros(1, 3, device=latents.device)
         with self._exportable(timestep, guidance, encoder_hidden_states.shape[1]):
             tokens = self.denoiser(

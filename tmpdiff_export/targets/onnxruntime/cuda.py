@@ -15,11 +15,11 @@ from onnx import TensorProto, helper
 from engines.backends.cuda.gpu import Gpu
 from engines.backends.onnxruntime.cpu import version
 from engines.backends.onnxruntime.provider import require_provider
-from engines.errors import BackendError, BuildError
+from engines.errors import BackendError
 from engines.manifest import EngineEntry
 from engines.precision import Precision
 from tmpdiff_export.targets.onnxruntime.graph_copy import copy_graph
-from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.targets.target import EngineJob, file_entry, require_weights_fit, tensor_specs
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 
@@ -51,11 +51,7 @@ class OnnxCudaTarget:
 
     def require_memory(self, parameters: int) -> None:
         """Refuses a denoiser whose 16-bit weights alone would not fit; see `Target.require_memory`."""
-        if 2 * parameters > self._gpu.total_bytes:
-            raise BuildError(
-                f"{parameters} parameters take {2 * parameters} bytes in 16 bit, the GPU has {self._gpu.total_bytes}; "
-                "use a GPU with more memory"
-            )
+        require_weights_fit(parameters, self._gpu.total_bytes)
 
     def make(self, job: EngineJob, folder: Path) -> EngineEntry:
         """Copies the graph, loads it as the runtime would and measures its SQNR; see `Target.make`."""

@@ -9,7 +9,7 @@ Same codes, same scales, other operators; the ONNX file for TensorRT is untouche
 - FP8: emulated. Weights are dequantized when the engine is loaded, activations are rounded to E4M3.
 - INT4: MatMulNBits on the packed codes.
 - NVFP4: emulated. Weights are dequantized when the engine is loaded, activations are quantized to E2M1 with
-  dynamic block scales and dequantized, in functions of standard operators (`cpu_nvfp4`).
+  dynamic block scales and dequantized, in functions of standard operators (`nvfp4`).
 
 The fused operators are ONNX Runtime's contrib operators, written explicitly and not left to its optimizer:
 its Q/DQ passes were seen to compute wrong results silently on such graphs.
@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tmpdiff_export.onnx_graphs.export import drop_unused
 from tmpdiff_export.onnx_graphs.fp32 import to_fp32
 from tmpdiff_export.onnx_graphs.qdq_nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN
-from tmpdiff_export.targets.onnxruntime import nvfp4 as cpu_nvfp4
+from tmpdiff_export.targets.onnxruntime import nvfp4
 from tmpdiff_export.targets.onnxruntime.convolution import gather_taps
 
 CONTRIB = "com.microsoft"
@@ -61,9 +61,9 @@ def lower_for_cpu(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, in
     domains = {node.domain for node in graph.node}
     if CONTRIB in domains:
         result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
-    if cpu_nvfp4.DOMAIN in domains:
-        result.opset_import.append(helper.make_opsetid(cpu_nvfp4.DOMAIN, 1))
-        result.functions.extend(cpu_nvfp4.functions(versions[""].version))
+    if nvfp4.DOMAIN in domains:
+        result.opset_import.append(helper.make_opsetid(nvfp4.DOMAIN, 1))
+        result.functions.extend(nvfp4.functions(versions[""].version))
     return result, dict(sorted(counts.items()))
 
 
@@ -166,7 +166,7 @@ class _Lowering:
         return [*nodes, *gathered.nodes, self._matmul_integer(node.name, inputs, product), back]
 
     def _unsigned_codes(self, activation: str) -> tuple[list[onnx.NodeProto], str, str, str]:
-        """The node that makes an activation's codes, unless they are made, and the names of codes, scale, zero point."""
+        """The node that makes an activation's codes, if they are not made yet; names of codes, scale, zero point."""
         dequantize = self.producers[activation]
         scale = dequantize.input[1]
         quantize = self.producers[dequantize.input[0]]
@@ -235,7 +235,7 @@ class _Lowering:
         quantize = self.producers.get(node.input[0])
         if quantize is not None:
             self.counts["nvfp4-emulated-activations"] += 1
-            return [cpu_nvfp4.fake_quantize_node(quantize.input[0], tensor_scale, output)]
+            return [nvfp4.fake_quantize_node(quantize.input[0], tensor_scale, output)]
         self.counts["nvfp4-emulated"] += 1
         codes = self.initializers[node.input[0]]
-        return [cpu_nvfp4.dequantize_node(codes, block_scale.input[0], tensor_scale, output)]
+        return [nvfp4.dequantize_node(codes, block_scale.input[0], tensor_scale, output)]

@@ -16,7 +16,7 @@ CODE_LIMITS = {
 
 
 def static_codes(rows: torch.Tensor, scale: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
-    """Any shape, floating -> the same shape in `dtype` (float8_e4m3fn or int8), saturated; scale float32 [] or a number."""
+    """Any floating shape -> the same in `dtype` (float8_e4m3fn or int8), saturated; scale: float32 [] or a number."""
     scaled = rows.float() * (1.0 / scale)
     if dtype is torch.int8:
         scaled = scaled.round()

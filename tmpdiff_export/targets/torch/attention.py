@@ -61,8 +61,8 @@ def attention_ranges(module: torch.nn.Module, batches: Sequence[Batch], device: 
         device: where it runs, "cpu" or "cuda".
 
     Returns:
-        By name of the attention layer, for those whose attention can be in FP8: head size 64 or 128, no mask, as many keys as
-        queries and at least `LEAST_TOKENS`.
+        By name of the attention layer, for those whose attention can be in FP8: head size 64 or 128, no mask, as many
+        keys as queries and at least `LEAST_TOKENS`.
 
     Raises:
         BuildError: there is none.

@@ -15,11 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engines.errors import BuildError
+from engines.errors import BuildError, first_line
 
 
 class EngineModule(torch.nn.Module):
-    """A wrapper as an engine: floating inputs and outputs are float32, inside they are of one 16-bit type or float32."""
+    """A wrapper as an engine: floating inputs and outputs are float32, inside all is 16-bit of one type, or float32."""
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype, kept: Sequence[bool]) -> None:
         """
@@ -132,6 +132,5 @@ def compile_package(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler of somebody else's model may raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BuildError(f"torch cannot compile {package.stem}: {type(error).__name__}: {first}") from error
+        raise BuildError(f"torch cannot compile {package.stem}: {type(error).__name__}: {first_line(error)}") from error
     return shapes

@@ -24,7 +24,7 @@ class RotaryProcessor:
     """diffusers' attention processor for FLUX.1, with `norm_rotary`; without IP adapters and attention masks."""
 
     def __init__(self, limits: AttentionRange | None = None) -> None:
-        """limits: of the layer, whose attention is then in FP8, queries and keys leaving their kernel as codes; or None."""
+        """limits: of a layer with attention in FP8, whose queries and keys leave their kernel as codes; or None."""
         self.limits = limits
 
     def __call__(
@@ -55,7 +55,7 @@ class RotaryProcessor:
         dtype = hidden_states.dtype if self.limits is None else FP8
         scales = (1.0, 1.0) if self.limits is None else self.limits.scales[:2]
         query, key = (
-            norm_rotary(text, text_norm.weight, image, norm.weight, image_rotary_emb, norm.eps, dtype, 1.0 / scale)
+            norm_rotary((text, text_norm.weight), (image, norm.weight), image_rotary_emb, norm.eps, dtype, 1.0 / scale)
             for text, text_norm, image, norm, scale in (
                 (text_query, text_norms[0], query, attn.norm_q, scales[0]),
                 (text_key, text_norms[1], key, attn.norm_k, scales[1]),

@@ -43,8 +43,8 @@ class Scales:
 class QuantizedLinear(torch.nn.Module, ABC):
     """A linear layer over codes; the subclasses say which.
 
-    With `sixteen_bit` set, the weight that the codes stand for takes part in a 16-bit product instead: an engine of higher
-    precision from the same stored weights.
+    With `sixteen_bit` set, the weight that the codes stand for takes part in a 16-bit product instead: an engine of
+    higher precision from the same stored weights.
 
     Buffers: `codes`, `weight_scale`, `input_scale` (float32 [], but for weight-only layers), `smoothing`
     ([K] in the layer's 16-bit type, or absent), `block_scale` (NVFP4 only) and `bias` ([N] in that type, or absent).
@@ -183,7 +183,8 @@ class Int4Linear(QuantizedLinear):
 class Nvfp4Linear(QuantizedLinear):
     """W4A4 NVFP4, emulated: codes uint8 [N, K / 2], weight_scale float32 [], block_scale float8_e4m3fn [N, K / 16].
 
-    Weights and activations take the values that NVFP4 gives them, the product is a 16-bit one: its error, not its speed.
+    Weights and activations take the values that NVFP4 gives them, the product is a 16-bit one: its error, not its
+    speed.
     """
 
     def weight(self) -> torch.Tensor:

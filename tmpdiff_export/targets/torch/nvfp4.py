@@ -1,6 +1,6 @@
 """NVFP4 for the `torch` backend, which has no 4-bit products: the values that codes and scales stand for.
 
-The arithmetic is that of `nvfp4`, in torch operators; products of these values run in 16 bit.
+The arithmetic is that of `quantization.nvfp4`, in torch operators; products of these values run in 16 bit.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class PackageTask:
         """Writes the package beside the weights, and measures it.
 
         Raises:
-            BuildError: torch cannot compile the module or the GPU's memory does not suffice, or this process sees a GPU of
-                another kind.
+            BuildError: torch cannot compile the module or the GPU's memory does not suffice, or this process sees a GPU
+                of another kind.
             BackendError: the package cannot be loaded.
         """
         try:

@@ -15,8 +15,8 @@ class PackageSettings:
     """Settings of torch packages.
 
     Attributes:
-        share_weights: the quantized precision whose stored weights the reference is made of as well, so that both need one
-            copy; None for weights of its own.
+        share_weights: the quantized precision whose stored weights the reference is made of as well, so that both need
+            one copy; None for weights of its own.
         fp8_attention: the quantized precisions whose attention is in FP8 as well.
         workers: processes that compile packages side by side; with 1 it is done in this process.
 

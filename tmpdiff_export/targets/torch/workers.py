@@ -1,7 +1,7 @@
 """Worker processes that make engines of a build, on a `ProcessPoolExecutor`.
 
-Chosen over the dask workers of `calibrate.dask_pool`: nothing has to stay with a worker, a worker that dies ends the build,
-and the standard library's executor is there without the extra `distributed`.
+Chosen over the dask workers of `calibrate.dask_pool`: nothing has to stay with a worker, a worker that dies ends the
+build, and the standard library's executor is there without the extra `distributed`.
 
 Workers talk to this process through pipes that nobody else can open. What goes to them is pickled here and read there
 at once; no pickle is ever written to a file.
@@ -23,7 +23,8 @@ from typing import Protocol
 
 import torch
 
-from engines.errors import BuildError, TmpDiffError
+from engines.backends.cuda.gpu import VISIBLE_DEVICES
+from engines.errors import BuildError, TmpDiffError, first_line
 from engines.manifest import EngineEntry
 
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
@@ -94,7 +95,8 @@ def open_build_workers(workers: int, gpus: Sequence[str] | None) -> Iterator[Bui
 
     Args:
         workers: how many, 2 or more.
-        gpus: from `engines.backends.cuda.gpu.visible_gpus`; worker i sees the one at i modulo their number. None without GPUs.
+        gpus: from `engines.backends.cuda.gpu.visible_gpus`; worker i sees the one at i modulo their number. None
+            without GPUs.
 
     Raises:
         BuildError: a worker died.
@@ -102,7 +104,7 @@ def open_build_workers(workers: int, gpus: Sequence[str] | None) -> Iterator[Bui
     context = multiprocessing.get_context("spawn")
     environments, started = context.SimpleQueue(), context.SimpleQueue()
     for index in range(workers):
-        environments.put({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]})
+        environments.put({} if gpus is None else {VISIBLE_DEVICES: gpus[index % len(gpus)]})
     ended, alive = context.Pipe(duplex=False)
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     shares = max(threads // workers, 1), max(cores // workers, 1)
@@ -147,7 +149,8 @@ def _begin(
     started.put(os.getpid())
     Thread(target=_end_with, args=(ended,), daemon=True).start()
     os.environ.update(environments.get())
-    # Locks that a library makes (tqdm does) then leave nothing behind to be cleaned up, and warned of, when this is killed.
+    # Locks that a library makes (tqdm does) then leave nothing behind to be cleaned up, and warned of, when this is
+    # killed.
     multiprocessing.set_start_method("fork", force=True)
     from torch._inductor import config
 
@@ -169,8 +172,7 @@ def _perform(name: str, data: bytes) -> EngineEntry:
     except TmpDiffError:
         raise
     except Exception as error:  # whatever somebody else's model may raise: here its engine is still known
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BuildError(f"{name}: a worker process failed: {type(error).__name__}: {first}") from error
+        raise BuildError(f"{name}: a worker process failed: {type(error).__name__}: {first_line(error)}") from error
     return entry
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from calibration.choose import pareto
 from calibration.choose.allocation import (
-    AllocationCosts,
     ErrorBudget,
     HighSteps,
     LatencyBudget,
     allocate,
     drop_dominated,
-    pareto_front,
-    relative_latency,
     require_reachable,
 )
+from calibration.choose.costs import NO_COSTS, AllocationCosts, Candidates
+from calibration.choose.pareto import pareto_front
+from calibration.scores.predictors import Contributions
 from engines.errors import BudgetError
 
 NAMES = ("fp16", "fp8", "int8", "int4")
@@ -87,24 +88,22 @@ def test_front_and_budgets_agree_with_brute_force(seed, kind):
     reference = len(values) * round(1e4 * latencies[names[0]])
     for max_engines in (None, *range(1, len(names) + 1)):
         costs = AllocationCosts(swap_ms, max_engines)
-        problem = {"precisions": names, "latencies_ms": latencies, "contributions": values, "costs": costs}
+        problem = Candidates(names, latencies, costs), Contributions(values)
         rows = brute_front(schedules, max_engines or len(names))
         expected = [tuple(names[choice] for choice in choices[row]) for row in rows]
-        front = pareto_front(**problem)
+        front = pareto_front(*problem)
         assert [entry.precisions for entry in front] == expected
         np.testing.assert_allclose([entry.latency for entry in front], latency[rows] / reference, rtol=1e-12)
         np.testing.assert_allclose([entry.error for entry in front], error[rows] / 2**20, rtol=1e-12)
         for k, entry in enumerate(front):
-            assert entry.latency == relative_latency(entry.precisions, latencies, names[0], costs)
-            assert allocate(**problem, front=front, budget=LatencyBudget(entry.latency)) == entry
-            assert allocate(**problem, front=front, budget=ErrorBudget(entry.error)) == entry
+            assert entry.latency == problem[0].latency(entry.precisions)
+            assert allocate(*problem, LatencyBudget(entry.latency), front) == entry
+            assert allocate(*problem, ErrorBudget(entry.error), front) == entry
             if k > 0:  # just short of it
-                assert (
-                    allocate(**problem, front=front, budget=LatencyBudget(entry.latency * (1 - 1e-9))) == front[k - 1]
-                )
-                assert allocate(**problem, front=front, budget=ErrorBudget(front[k - 1].error * (1 - 1e-9))) == entry
+                assert allocate(*problem, LatencyBudget(entry.latency * (1 - 1e-9)), front) == front[k - 1]
+                assert allocate(*problem, ErrorBudget(front[k - 1].error * (1 - 1e-9)), front) == entry
         middle = front[len(front) // 2]
-        assert allocate(**problem, budget=LatencyBudget(middle.latency)) == middle
+        assert allocate(*problem, LatencyBudget(middle.latency)) == middle
 
 
 @pytest.mark.parametrize("kind", ["constant", "pair", "ties"])
@@ -114,49 +113,51 @@ def test_high_steps_agree_with_brute_force(seed, kind):
     choices, latency, error, _ = every_schedule(names, latencies, values, swap_ms)
     low = min(names[1:], key=lambda name: (latencies[name], values[:, names.index(name)].sum()))
     for count, max_engines in itertools.product(range(len(values) + 1), (None, 1, 2)):
-        costs = AllocationCosts(swap_ms, max_engines)
+        candidates = Candidates(names, latencies, AllocationCosts(swap_ms, max_engines))
         high = choices == 0
         allowed = np.flatnonzero((high | (choices == names.index(low))).all(axis=1) & (high.sum(axis=1) == count))
         if max_engines == 1 and 0 < count < len(values):
             with pytest.raises(BudgetError, match="take two engines, but max_engines is 1"):
-                allocate(names, latencies, values, HighSteps(count), costs=costs)
+                allocate(candidates, Contributions(values), HighSteps(count))
             continue
         best = min(allowed, key=lambda row: (error[row], latency[row], row))
-        found = allocate(names, latencies, values, HighSteps(count), costs=costs)
+        found = allocate(candidates, Contributions(values), HighSteps(count))
         assert found.precisions == tuple(names[choice] for choice in choices[best])
         assert found.error == pytest.approx(error[best] / 2**20, rel=1e-12)
-        assert found.latency == relative_latency(found.precisions, latencies, names[0], costs)
+        assert found.latency == candidates.latency(found.precisions)
 
 
 def test_equal_high_steps_go_where_changes_are_cheapest():
-    values = np.array([[0.0, 1.0]] * 6)
-    latencies = {"fp16": 2.0, "int8": 1.0}
-    free = allocate(("fp16", "int8"), latencies, values, HighSteps(2))
+    contributions = Contributions(np.array([[0.0, 1.0]] * 6))
+    candidates = Candidates(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
+    free = allocate(candidates, contributions, HighSteps(2))
     assert free.precisions == ("fp16",) * 2 + ("int8",) * 4
     costs = AllocationCosts({("fp16", "int8"): 0.5, ("int8", "fp16"): 0.25})
-    found = allocate(("fp16", "int8"), latencies, values, HighSteps(2), costs=costs)
+    found = allocate(replace(candidates, costs=costs), contributions, HighSteps(2))
     assert found.precisions == ("int8",) * 4 + ("fp16",) * 2
     assert found.latency == (4 * 1.0 + 2 * 2.0 + 0.25) / 12
 
 
-def test_relative_latency_charges_every_change_in_its_direction():
+def test_latency_charges_every_change_in_its_direction():
     latencies = {"fp16": 2.0, "int8": 1.0, "int4": 0.5}
     costs = AllocationCosts(dict.fromkeys(pairs(latencies), 0.0) | {("fp16", "int8"): 0.3, ("int8", "fp16"): 0.1})
     schedule = ("int8", "fp16", "fp16", "int8", "int4")
-    assert relative_latency(schedule, latencies, "fp16", costs) == pytest.approx((6.5 + 0.1 + 0.3) / 10, rel=1e-12)
-    assert relative_latency(schedule, latencies, "fp16", AllocationCosts(0.2)) == pytest.approx(7.1 / 10, rel=1e-12)
+    for charged, expected in ((costs, 6.5 + 0.1 + 0.3), (AllocationCosts(0.2), 7.1), (NO_COSTS, 6.5)):
+        found = Candidates(("fp16", "int8", "int4"), latencies, charged).latency(schedule)
+        assert found == pytest.approx(expected / 10, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["constant", "ties"])
 @pytest.mark.parametrize("seed", range(8))
 def test_free_swaps_and_room_for_all_engines_change_no_bit(seed, kind):
     names, latencies, values, _ = case(seed, kind)
-    plain = pareto_front(names, latencies, values)
+    free, found = Candidates(names, latencies), Contributions(values)
+    plain = pareto_front(free, found)
     for costs in (AllocationCosts(0.0, len(names)), AllocationCosts(dict.fromkeys(pairs(names), 0.0), 9)):
-        assert pareto_front(names, latencies, values, costs=costs) == plain
+        candidates = replace(free, costs=costs)
+        assert pareto_front(candidates, found) == plain
         for count in range(len(values) + 1):
-            budget = HighSteps(count)
-            assert allocate(names, latencies, values, budget, costs=costs) == allocate(names, latencies, values, budget)
+            assert allocate(candidates, found, HighSteps(count)) == allocate(free, found, HighSteps(count))
 
 
 def changes(schedule):
@@ -170,11 +171,14 @@ def test_swaps_that_cost_more_than_they_gain_are_not_made(seed):
     values[0] *= 50
     latencies = dict(zip(NAMES, (10.0, 7.0, 5.0, 4.0), strict=True))
     gain_ms = 12 * (latencies["fp16"] - latencies["int4"])
-    assert max(changes(e.precisions) for e in pareto_front(NAMES, latencies, values)) > 2
-    halved = pareto_front(NAMES, latencies, values, costs=AllocationCosts(gain_ms / 2))
-    assert {changes(entry.precisions) for entry in halved} == {0, 1}
-    spent = pareto_front(NAMES, latencies, values, costs=AllocationCosts(gain_ms))
-    assert {changes(entry.precisions) for entry in spent} == {0}
+
+    def made(swap_ms):
+        front = pareto_front(Candidates(NAMES, latencies, AllocationCosts(swap_ms)), Contributions(values))
+        return {changes(entry.precisions) for entry in front}
+
+    assert max(made(0.0)) > 2
+    assert made(gain_ms / 2) == {0, 1}
+    assert made(gain_ms) == {0}
 
 
 def five_precisions(seed=0):
@@ -185,26 +189,23 @@ def five_precisions(seed=0):
 
 
 def test_dearer_swaps_and_fewer_engines_never_lower_the_error():
-    values, _ = five_precisions(1)
+    found = Contributions(five_precisions(1)[0][:40])
     rows = []
     for costs in [AllocationCosts(swap_ms) for swap_ms in (0.0, 0.05, 1.0, 20.0)]:
-        front = pareto_front(FIVE, FIVE_MS, values[:40], costs=costs)
-        rows.append(
-            [
-                allocate(FIVE, FIVE_MS, values[:40], LatencyBudget(ratio), front=front, costs=costs).error
-                for ratio in np.linspace(0.32, 1, 30)
-            ]
-        )
+        candidates = Candidates(FIVE, FIVE_MS, costs)
+        front = pareto_front(candidates, found)
+        ratios = np.linspace(0.32, 1, 30)
+        rows.append([allocate(candidates, found, LatencyBudget(ratio), front).error for ratio in ratios])
     assert (np.diff(rows, axis=0) >= 0).all()
     assert (np.diff(rows, axis=1) <= 0).all()
     assert rows[0] != rows[-1]
     sizes = []
     for max_engines in range(1, 6):
-        costs = AllocationCosts(0.5, max_engines)
-        front = pareto_front(FIVE, FIVE_MS, values[:40], costs=costs)
+        candidates = Candidates(FIVE, FIVE_MS, AllocationCosts(0.5, max_engines))
+        front = pareto_front(candidates, found)
         used = {len(set(entry.precisions)) for entry in front}
         assert max(used) == max_engines
-        sizes.append(allocate(FIVE, FIVE_MS, values[:40], LatencyBudget(0.6), front=front, costs=costs).error)
+        sizes.append(allocate(candidates, found, LatencyBudget(0.6), front).error)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1]
 
@@ -213,11 +214,11 @@ def test_dearer_swaps_and_fewer_engines_never_lower_the_error():
 @pytest.mark.parametrize("per_pair", [False, True])
 def test_hundred_steps_five_precisions_in_a_second(per_pair, max_engines, caplog):
     values, swap_ms = five_precisions()
-    costs = AllocationCosts(swap_ms if per_pair else 0.1, max_engines)
+    candidates = Candidates(FIVE, FIVE_MS, AllocationCosts(swap_ms if per_pair else 0.1, max_engines))
     taken_s = []
     while not taken_s or (min(taken_s) >= 1 and len(taken_s) < 3):  # other work on the machine also takes its caches
         started = time.process_time()
-        front = pareto_front(FIVE, FIVE_MS, values, costs=costs)
+        front = pareto_front(candidates, Contributions(values))
         taken_s.append(time.process_time() - started)
     assert min(taken_s) < 1, taken_s
     assert not caplog.records, "exact, so nothing to warn of"
@@ -226,7 +227,7 @@ def test_hundred_steps_five_precisions_in_a_second(per_pair, max_engines, caplog
     assert all(a.latency < b.latency and a.error > b.error for a, b in itertools.pairwise(front))
     for entry in front[:: len(front) // 50]:
         assert len(set(entry.precisions)) <= (max_engines or 5)
-        assert entry.latency == relative_latency(entry.precisions, FIVE_MS, "fp16", costs)
+        assert entry.latency == candidates.latency(entry.precisions)
         terms = [values[step, FIVE.index(name)] for step, name in enumerate(entry.precisions)]
         assert entry.error == pytest.approx(sum(terms), rel=1e-12)
 
@@ -236,11 +237,12 @@ def test_front_too_large_is_thinned_within_the_bound_it_warns_of(costs, caplog, 
     latencies = {name: FIVE_MS[name] + offset for name, offset in zip(FIVE, (0, 0.017, 0.0231, 0.0057, 0), strict=True)}
     linear = np.array([1 - latencies[name] / latencies["fp16"] for name in FIVE])
     values = linear * np.exp(0.01 * np.random.default_rng(0).normal(size=(25, 1)))
-    exact = pareto_front(FIVE, latencies, values, costs=costs)
+    problem = Candidates(FIVE, latencies, costs), Contributions(values)
+    exact = pareto_front(*problem)
     assert not caplog.records
     monkeypatch.setattr(pareto, "MAX_POINTS", 400)
     with caplog.at_level(logging.WARNING):
-        front = pareto_front(FIVE, latencies, values, costs=costs)
+        front = pareto_front(*problem)
     (record,) = caplog.records
     bound = float(record.getMessage().split("at most ")[1].split(" of")[0])
     assert 0 < bound < 0.1
@@ -250,23 +252,22 @@ def test_front_too_large_is_thinned_within_the_bound_it_warns_of(costs, caplog, 
         stand_in = next(other for other in front if other.error <= entry.error * (1 + 1e-12))
         assert stand_in.latency <= entry.latency + 1.05 * bound  # printed with two digits
     for entry in front:
-        assert entry.latency == relative_latency(entry.precisions, latencies, "fp16", costs)
+        assert entry.latency == problem[0].latency(entry.precisions)
 
 
 def test_dominated_precision_stays_where_it_is_cheaper_to_change_to():
     names = ("fp16", "fp8", "int8")
     latencies, errors = {"fp16": 3.0, "fp8": 2.0, "int8": 1.5}, {"fp16": 0.0, "fp8": 0.2, "int8": 0.1}
     for costs in (AllocationCosts(), AllocationCosts(5.0, 2), AllocationCosts(dict.fromkeys(pairs(names), 1.0))):
-        assert drop_dominated(names, latencies, errors, costs)[0] == ("fp16", "int8")
+        assert drop_dominated(Candidates(names, latencies, costs), errors)[0] == ("fp16", "int8")
     dear = dict.fromkeys(pairs(names), 1.0)
     for change in (("fp16", "int8"), ("int8", "fp16")):
-        left, dropped = drop_dominated(names, latencies, errors, AllocationCosts(dear | {change: 1.5}))
+        costs = AllocationCosts(dear | {change: 1.5})
+        left, dropped = drop_dominated(Candidates(names, latencies, costs), errors)
         assert (left, dropped) == (names, ())
     # what changes between the two of them cost does not matter
-    assert drop_dominated(names, latencies, errors, AllocationCosts(dear | {("fp8", "int8"): 9.0}))[0] == (
-        "fp16",
-        "int8",
-    )
+    costs = AllocationCosts(dear | {("fp8", "int8"): 9.0})
+    assert drop_dominated(Candidates(names, latencies, costs), errors)[0] == ("fp16", "int8")
 
 
 def test_wrong_costs_are_refused():
@@ -280,14 +281,14 @@ def test_wrong_costs_are_refused():
     for limit in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=r"max_engines is .*, expected a whole number from 1, or None"):
             AllocationCosts(0.0, limit)  # type: ignore[arg-type]
-    values, latencies = np.ones((3, 2)), {"fp16": 2.0, "int8": 1.0}
-    one_way = AllocationCosts({("fp16", "int8"): 0.1})
+    found, free = Contributions(np.ones((3, 2))), Candidates(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
+    one_way = replace(free, costs=AllocationCosts({("fp16", "int8"): 0.1}))
     with pytest.raises(ValueError, match="swap_ms lacks int8 to fp16; give every ordered pair of precisions"):
-        pareto_front(("fp16", "int8"), latencies, values, costs=one_way)
+        pareto_front(one_way, found)
     with pytest.raises(ValueError, match="swap_ms lacks int8 to fp16"):
-        relative_latency(("int8", "fp16"), latencies, "fp16", one_way)
+        one_way.latency(("int8", "fp16"))
     with pytest.raises(ValueError, match="give latencies and swap costs in ms"):
-        pareto_front(("fp16", "int8"), latencies, values, costs=AllocationCosts(1e13))
+        pareto_front(replace(free, costs=AllocationCosts(1e13)), found)
     with pytest.raises(
         BudgetError, match="2 high-precision steps of 3 take two engines, but max_engines is 1; ask for 0 or 3"
     ):

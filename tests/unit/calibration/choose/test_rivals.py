@@ -9,13 +9,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from helpers.planted import Counted, Interrupted, PlantedEvaluator, PoolHere
+from helpers.planted import Counted, Interrupted, PlantedEvaluator, PoolHere, calibrate_loops, measurements
 
-from calibration import ErrorBudget, HighSteps, LatencyBudget, calibrate, open_journal
-from calibration.choose.allocation import AllocationCosts, relative_latency
-from calibration.choose.race import beats, refine
-from calibration.measure.journal import Journal
-from calibration.measure.measurements import Measurements
+from calibration import ErrorBudget, HighSteps, LatencyBudget, open_journal
+from calibration.choose.costs import AllocationCosts, Candidates
+from calibration.choose.race import Runs, beats, refine
 
 STEPS = 8
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.0, "int4": 3.0}
@@ -41,7 +39,7 @@ def loop(*, seed=0, num_samples=4, kind=Blocks):
 
 def run(evaluator=None, **options):
     options = {"validation": loop(seed=1), "budget": HighSteps(3)} | options
-    return calibrate(evaluator or loop(), LATENCIES_MS, **options).sensitivity
+    return calibrate_loops(evaluator or loop(), LATENCIES_MS, **options).sensitivity
 
 
 def true_error(schedule):
@@ -98,7 +96,7 @@ def test_scores_that_are_right_stand(monkeypatch):
     allocate_by(monkeypatch)
     errors = {"int4": 0.1 * 1.5 ** np.arange(STEPS)}
     plain = PlantedEvaluator(errors, gains=[1.0] * STEPS, num_samples=4)
-    found = calibrate(plain, {"fp16": 8.0, "int4": 3.0}, budget=HighSteps(3)).sensitivity
+    found = calibrate_loops(plain, {"fp16": 8.0, "int4": 3.0}, budget=HighSteps(3)).sensitivity
     assert found.schedule == ("int4",) * 5 + ("fp16",) * 3
     assert found.refinement.origin == "scores"
     assert len(found.refinement.trials) > 4, "it was put to the test"
@@ -111,17 +109,18 @@ def test_scores_that_are_right_stand(monkeypatch):
 )
 def test_rivals_keep_to_the_budget_and_the_costs(budget):
     costs = AllocationCosts(swap_ms=0.1, max_engines=2)
+    candidates = Candidates(tuple(LATENCIES_MS), LATENCIES_MS, costs)
     plain, found = (run(budget=budget, costs=costs, refine_calls=calls) for calls in (0, 2000))
     assert plain.refinement.trials == ()
     for trial in found.refinement.trials:
-        assert trial.latency == relative_latency(trial.precisions, LATENCIES_MS, "fp16", costs)
+        assert trial.latency == candidates.latency(trial.precisions)
         assert len(set(trial.precisions)) <= 2
         if isinstance(budget, HighSteps):
             assert (trial.precisions.count("fp16"), trial.precisions.count("int4")) == (3, 5)
         else:
             assert trial.latency <= (budget.ratio if isinstance(budget, LatencyBudget) else plain.predicted_latency)
     assert len(found.refinement.trials) > 4
-    assert found.predicted_latency == relative_latency(found.schedule, LATENCIES_MS, "fp16", costs)
+    assert found.predicted_latency == candidates.latency(found.schedule)
 
 
 def test_calls_are_counted_and_stay_within_the_limit():
@@ -141,12 +140,12 @@ def test_calls_are_counted_and_stay_within_the_limit():
 def test_schedule_calls_says_what_a_run_takes():
     for schedule in (("int4",) * 3 + ("fp16",) * 5, ("fp16",) * 7 + ("int8",), ("fp16", "int4") * 4, ("int4",) * 8):
         evaluator = Counted(loop(num_samples=1))
-        measurements = Measurements("calibration", evaluator, Journal.in_memory("key"))
+        found = measurements(evaluator)
         for precision in ("fp16", "int4"):
-            measurements.uniform_error(precision, 0)
+            found.uniform_error(precision, 0)
         before = evaluator.calls.total()
-        measurements.schedule_error("refinement", schedule, 0, pictures=False)
-        assert evaluator.calls.total() - before == measurements.schedule_calls(schedule)
+        found.schedule_error("refinement", schedule, 0, pictures=False)
+        assert evaluator.calls.total() - before == found.schedule_calls(schedule)
 
 
 def test_interrupted_anywhere_goes_on_to_the_same_end(tmp_path):
@@ -174,8 +173,8 @@ def race(errors, *, start="a", max_calls=10_000, cost=1):
 
     num_samples = len(errors[start])
     rivals = [(name, (name,)) for name in errors]
-    found = refine((start,), lambda schedule: rivals, measure, lambda schedule: cost, num_samples, max_calls)
-    return found, measured
+    runs = Runs(measure, lambda schedule: cost, num_samples, lambda *announced: None, lambda schedule: 1.0)
+    return refine((start,), lambda schedule: rivals, runs, max_calls, ()), measured
 
 
 def test_worse_half_stops_early_and_nothing_is_measured_twice():
@@ -248,7 +247,8 @@ def test_what_a_heat_measures_is_announced_at_once():
         return 1.0 + int(schedule[0]) * 0.1
 
     rivals = [("some", (str(index),)) for index in range(1, 7)]
-    refine(("0",), lambda schedule: rivals, measure, lambda schedule: 1, 8, 1000, expect)
+    runs = Runs(measure, lambda schedule: 1, 8, expect, lambda schedule: 1.0)
+    refine(("0",), lambda schedule: rivals, runs, 1000, ())
     assert not unmeasured
     assert heats == [8, 6 * 2, 3 * 2, 2 * 4], "the one to beat on all samples, then half of the rivals on twice as many"
 

@@ -1,4 +1,4 @@
-"""Sparing the first steps where samples go to another picture: planted loops, and the search among named schedules."""
+"""Sparing the first steps where samples depart: planted loops, and the search among named schedules."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from helpers.planted import FragileLoop, FragileState
+from helpers.planted import FragileLoop, FragileState, calibrate_loops
 
-from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity, calibrate
-from calibration.choose.allocation import AllocationCosts, relative_latency
-from calibration.choose.race import Refinement, refine
+from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
+from calibration.choose.costs import AllocationCosts, Candidates
+from calibration.choose.race import Refinement, Runs, refine
 from calibration.choose.sparing import sparing
 from calibration.measure.metrics import departed
 from calibration.scores.predictors import Contributions
@@ -22,10 +22,10 @@ OTHER = 0.4
 
 @dataclass(frozen=True)
 class Parting(FragileLoop):
-    """Either a push sends a sample to another picture, or it does next to nothing.
+    """Either a push makes a sample depart, or it does next to nothing.
 
     Every low step but the first two costs all samples many times more than these do, so that scores spare it first, and the
-    risk of another picture is more than they afford.
+    risk of departures is more than they afford.
     """
 
     num_steps: int = 10
@@ -38,7 +38,7 @@ class Parting(FragileLoop):
 
 def found(kind: Parting, *, validation: Parting | None = None, **options) -> Sensitivity:
     options = {"method": "sweep", "budget": HighSteps(6)} | options
-    return calibrate(kind, LATENCIES_MS, validation=validation, **options).sensitivity
+    return calibrate_loops(kind, LATENCIES_MS, validation=validation, **options).sensitivity
 
 
 def letters(schedule: tuple[str, ...]) -> str:
@@ -46,7 +46,7 @@ def letters(schedule: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("budget", [HighSteps(6), LatencyBudget(0.8), ErrorBudget(8e-4)])
-def test_a_sample_at_another_picture_makes_the_search_spare_the_first_steps(
+def test_a_departure_makes_the_search_spare_the_first_steps(
     budget: HighSteps | LatencyBudget | ErrorBudget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near = Parting(offset=0.05, push=7.5e-7)
@@ -72,7 +72,7 @@ def test_a_sample_at_another_picture_makes_the_search_spare_the_first_steps(
     assert not spares.loses_to
 
 
-def test_where_none_goes_nothing_more_is_run() -> None:
+def test_where_none_departs_nothing_more_is_run() -> None:
     far = found(Parting(push=1e-9))
     assert letters(far.schedule).startswith("LL")
     assert far.refinement is not None
@@ -101,8 +101,8 @@ def test_all_that_spare_meet_the_budget(budget: HighSteps | LatencyBudget, max_e
     names, latencies_ms = ("fp16", "fp8", "int4"), {"fp16": 4.0, "fp8": 3.0, "int4": 1.0}
     values = np.zeros((20, 3))
     values[:, 1:] = np.exp(np.random.default_rng(0).normal(size=(20, 1))) * [0.2, 1.0]
-    costs = AllocationCosts(swap_ms=0.05, max_engines=max_engines)
-    schedules = dict(sparing(names, latencies_ms, Contributions(values, 1.4), budget, costs))
+    candidates = Candidates(names, latencies_ms, AllocationCosts(swap_ms=0.05, max_engines=max_engines))
+    schedules = dict(sparing(candidates, Contributions(values, 1.4), budget))
     assert list(schedules) == ([1, 2, 3, 4, 6, 8] if isinstance(budget, HighSteps) else [1, 2, 3, 4, 6])
     for first, schedule in schedules.items():
         assert set(schedule[:first]) == {"fp16"}
@@ -110,7 +110,7 @@ def test_all_that_spare_meet_the_budget(budget: HighSteps | LatencyBudget, max_e
         if isinstance(budget, HighSteps):
             assert schedule.count("fp16") == 9
         else:
-            assert relative_latency(schedule, latencies_ms, "fp16", costs) <= budget.ratio
+            assert candidates.latency(schedule) <= budget.ratio
 
 
 def test_a_higher_median_hides_nobody() -> None:
@@ -135,10 +135,9 @@ def race(
         return errors["".join(schedule)][sample]
 
     rivals = [("rival", tuple(name)) for name in errors]
-    result = refine(
-        tuple("LLH"), lambda _: rivals, measure, lambda _: 1, 6, max_calls,
-        spares=[(first, tuple(name)) for first, name in spares],
-    )  # fmt: skip
+    runs = Runs(measure, lambda _: 1, 6, lambda *_: None, lambda _: 1.0)
+    given = [(first, tuple(name)) for first, name in spares]
+    result = refine(tuple("LLH"), lambda _: rivals, runs, max_calls, given)
     return result, measured
 
 
@@ -146,7 +145,7 @@ def steady(level: float, *lost: int) -> list[float]:
     return [0.5 if sample in lost else level * (1 + 0.01 * sample) for sample in range(6)]
 
 
-def test_rivals_leave_spared_steps_alone_and_send_nobody_away() -> None:
+def test_rivals_leave_spared_steps_alone_and_make_nobody_depart() -> None:
     errors = {"LLH": steady(1e-4, 3), "HLL": steady(3e-4), "LHL": steady(0.5e-4), "HLH": steady(2e-4, 5)}
     result, _ = race(errors, [(1, "HLL")])
     assert "".join(result.best.precisions) == "HLL"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.planted import measurements
 from helpers.tiny_pipeline import PROMPTS
-from helpers.worker_samples import STEPS, calibrated, loop, picture
+from helpers.worker_samples import STEPS, calibrated, loop, pictures
 
 from calibration import open_journal
 from calibration.measure.bundle_evaluator import BundleEvaluator, samples_per_call
+from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
-from calibration.measure.sample_batches import SampleBatches, SampleSet
+from calibration.measure.sample_batches import SampleBatches
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 
@@ -29,20 +33,13 @@ class Together:
         self.num_steps, self.precisions, self.num_samples = inner.num_steps, inner.precisions, inner.num_samples
         self.start, self.key = inner.start, inner.key
 
-    def step(self, sample, state, precision):
-        raise AssertionError("a pool takes all steps")
-
     def steps(self, samples, states, precision):
         self.sizes[len(samples)] += 1
         assert len({index for index, _ in states}) == 1
-        return [self.inner.step(sample, state, precision) for sample, state in zip(samples, states, strict=True)]
+        return self.inner.steps(samples, states, precision)
 
     def latents(self, state):
         return self.inner.latents(state) * (np.nan if self.overflows else 1)
-
-
-def pictures(latents):
-    return np.stack([picture(item) for item in latents])
 
 
 def batches(at_once: int, sizes: Counter[int], **options) -> SampleBatches:
@@ -74,22 +71,50 @@ def test_a_resumed_run_computes_lost_states_again_and_says_so(tmp_path: Path):
     path.write_bytes(b"".join(lines[: len(lines) // 2]))
     assert calibrated(open_journal(path, loop(), loop(seed=1)), batches(3, Counter())) == expected
 
-    journal = Journal.in_memory("")
-    first = Measurements("calibration", loop(), journal, pool=batches(3, Counter()))
+    journal, sizes = Journal.in_memory(""), Counter[int]()
+    first = Measurements("calibration", SampleSet(loop()), journal, batches(3, Counter()))
     error = first.changed_error("int8", 4, "fp16", 0)
-    second = Measurements("calibration", loop(), journal, pool=batches(3, Counter()))
+    second = Measurements("calibration", SampleSet(loop()), journal, batches(3, sizes))
     assert second.changed_error("int8", 4, "fp16", 0) == error
+    assert not sizes
     second.changed_error("int8", 6, "fp16", 0)
-    assert second.evaluator.spent == {"fp16": 1, "int8": STEPS - 7}
-    assert second.evaluator.recomputed == {"fp16": STEPS, "int8": STEPS}
+    assert second.calls["calibration: upcast int8"] == {"fp16": 2, "int8": STEPS - 5 + STEPS - 7}
+    assert second.recomputed == {"fp16": STEPS, "int8": STEPS}
+    assert sizes == {1: 2 * STEPS + STEPS - 6}
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.9, 1.0])
+def test_a_run_that_goes_on_ends_as_the_whole_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float, at_once: int
+) -> None:
+    """Sensitivity, progress and, sample by sample, the journal bit for bit; what is computed again is said."""
+
+    def run(name: str, lines: list[bytes], pool: SampleBatches | None):
+        path, seen = tmp_path / name, []
+        path.write_bytes(b"".join(lines))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="calibration.run"):
+            journal = open_journal(path, loop(), loop(seed=1))
+            found = calibrated(journal, pool, progress=lambda *step: seen.append(step))
+        recomputed = {record.args[0]: sum(record.args[1].values()) for record in caplog.records}
+        return found, seen, path.read_bytes(), recomputed
+
+    found, seen, whole, recomputed = run("whole", [], None)
+    assert recomputed == {}
+    lines = whole.splitlines(keepends=True)
+    sizes: Counter[int] = Counter()
+    again = run("again", lines[: round(share * len(lines))], batches(at_once, sizes))
+    assert again[:2] == (found, seen)
+    assert again[2] == whole if at_once == 1 else sorted(again[2].splitlines(keepends=True)) == sorted(lines)
+    measured = sum(sum(json.loads(line)["calls"].values()) for line in lines[round(share * len(lines)) :])
+    assert sum(size * calls for size, calls in sizes.items()) == measured + sum(again[3].values())
 
 
 def test_latents_that_overflow_are_named():
-    measurements = Measurements(
-        "calibration", loop(), Journal.in_memory(""), pool=batches(3, Counter(), overflows=True)
-    )
+    found = measurements(Together(loop(), Counter(), overflows=True))
     with pytest.raises(TmpDiffError, match="uniform fp16 run of calibration sample 0 gave latents that are not finite"):
-        measurements.uniform_error("fp16", 0)
+        found.uniform_error("fp16", 0)
 
 
 def test_no_sample_at_once_is_refused():
@@ -111,7 +136,7 @@ def test_a_bundle_steps_several_samples_as_it_steps_each(tiny_pipeline: Path, tm
         alone = {sample: evaluator.start(sample) for sample in order}
         for _ in range(4):  # a multistep scheduler: what it keeps of earlier steps is split as well
             states = evaluator.steps(order, states, "fp16")
-            alone = {sample: evaluator.step(sample, state, "fp16") for sample, state in alone.items()}
+            alone = {sample: evaluator.steps([sample], [state], "fp16")[0] for sample, state in alone.items()}
         for sample, state in zip(order, states, strict=True):
             np.testing.assert_allclose(evaluator.latents(state), evaluator.latents(alone[sample]), rtol=1e-3, atol=1e-4)
         assert np.abs(evaluator.latents(states[0]) - evaluator.latents(states[1])).max() > 0.1

@@ -1,4 +1,4 @@
-"""The risk of another picture: on planted samples that stand close to where two pictures part."""
+"""The risk of departures: on planted samples that stand close to where two pictures part."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.planted import FragileLoop
+from helpers.planted import FragileLoop, calibrate_loops
 
-from calibration import HighSteps, calibrate
+from calibration import HighSteps
 from calibration.measure.metrics import limited
-from calibration.scores.divergence import OTHER_PICTURE, PRICE, affordable, risk_curve, with_risk
+from calibration.scores.divergence import DEPARTED, PRICE, affordable, risk_curve, with_risk
 from calibration.scores.predictors import Contributions
 
 NAMES = ("fp16", "int8")
 
 
 def fragile(median: float, samples: int, seed: int | None = None) -> np.ndarray:
-    """E of samples at distances spread evenly over (0, 1]: in inverse proportion to the distance's square, until it parts."""
+    """E of samples at distances spread evenly over (0, 1]: inverse to the distance's square, until the sample parts."""
     spread = (np.arange(samples) + 0.5) / samples
     distance = spread if seed is None else np.random.default_rng(seed).uniform(size=samples)
-    return np.minimum(median * (0.5 / distance) ** 2, OTHER_PICTURE)
+    return np.minimum(median * (0.5 / distance) ** 2, DEPARTED)
 
 
 @pytest.mark.parametrize("median", [1e-6, 1e-5, 1e-4])
@@ -82,9 +82,9 @@ def test_no_schedule_pays_more_than_the_price() -> None:
     assert np.array_equal(affordable(level, NAMES, {"int8": risk})["int8"], risk), "level steps: it costs nothing"
 
 
-def test_calibration_spares_the_steps_that_lead_to_another_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_spares_the_steps_that_lead_to_departures(monkeypatch: pytest.MonkeyPatch) -> None:
     def schedule() -> tuple[str, float]:
-        found = calibrate(
+        found = calibrate_loops(
             FragileLoop(),
             {"fp16": 2.0, "int8": 1.0},
             method="sweep",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.planted import Counted, PlantedEvaluator
+from helpers.planted import Counted, PlantedEvaluator, measurements
 
-from calibration.measure.journal import Journal
-from calibration.measure.measurements import Measurements
 from calibration.scores.predictors import PREDICTORS, contributions, predict
 from calibration.scores.single_step import measure_scores, sweep_calls
 from engines.errors import TmpDiffError
@@ -29,13 +27,13 @@ def loop(correlation=0.0, **options):
 
 def measured(evaluator, **options):
     """The measurements and both curves of every low precision."""
-    measurements = Measurements("calibration", evaluator, Journal.in_memory("key"))
+    found = measurements(evaluator)
     curves = {
-        (direction, precision): measure_scores(measurements, precision, direction, **options)
+        (direction, precision): measure_scores(found, precision, direction, **options)
         for precision in evaluator.precisions[1:]
         for direction in ("downcast", "upcast")
     }
-    return measurements, curves
+    return found, curves
 
 
 def changed(base, step, precision):
@@ -56,8 +54,8 @@ def test_sweep_gives_the_scores_worked_out_on_paper(correlation, precision):
 
 def test_uncorrelated_errors_add_up():
     evaluator = loop()
-    measurements, curves = measured(evaluator, method="sweep")
-    whole = np.mean([measurements.uniform_error("int8", sample)["error"] for sample in range(3)])
+    found, curves = measured(evaluator, method="sweep")
+    whole = np.mean([found.uniform_error("int8", sample)["error"] for sample in range(3)])
     for direction in ("downcast", "upcast"):
         assert curves[direction, "int8"].search.scores.sum() == pytest.approx(whole, rel=1e-4)
 
@@ -65,7 +63,7 @@ def test_uncorrelated_errors_add_up():
 @pytest.mark.parametrize("method", ["sweep", "bisection"])
 def test_calls_are_counted_exactly(method):
     counted = Counted(loop())
-    measurements, curves = measured(counted, method=method, max_evaluations=None)
+    found, curves = measured(counted, method=method, max_evaluations=None)
     expected = {"calibration: uniform runs": dict.fromkeys(counted.precisions, 3 * STEPS)}
     for (direction, precision), curve in curves.items():
         steps = curve.search.order
@@ -77,20 +75,19 @@ def test_calls_are_counted_exactly(method):
             assert sum(calls.values()) == sweep_calls(STEPS, 3) == 3 * STEPS * (STEPS + 1) / 2
         else:
             assert sum(calls.values()) < sweep_calls(STEPS, 3)
-    assert measurements.calls == expected
+    assert found.calls == expected
     assert sum(sum(calls.values()) for calls in expected.values()) == counted.calls.total()
-    assert measurements.evaluator.spent == counted.calls
-    assert not measurements.evaluator.recomputed
+    assert not found.recomputed
 
 
 def test_schedules_share_prefixes_and_are_run_once():
     counted = Counted(loop(num_samples=1))
-    measurements = Measurements("validation", counted, Journal.in_memory("key"))
+    found = measurements(counted)
     schedule = ("fp16",) * 5 + ("int8",) * (STEPS - 5)
     for _ in range(2):
-        error = measurements.schedule_error("schedules", schedule, 0, pictures=False)["error"]
+        error = found.schedule_error("schedules", schedule, 0, pictures=False)["error"]
     assert error == pytest.approx(counted.inner.true_error(schedule), rel=1e-4)
-    assert counted.calls == {"fp16": STEPS, "int8": STEPS - 5}, "the reference run, and what departs from it"
+    assert counted.calls == {"fp16": STEPS, "int8": STEPS - 5}, "the reference run, and the steps after it is left"
 
 
 def test_bisection_measures_what_the_sweep_measures():
@@ -242,17 +239,17 @@ def test_negative_scores_pay_nothing():
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_run_that_overflows_is_named():
     broken = PlantedEvaluator({"int8": [0.1, float("inf")]}, gains=[1.0, 1.0])
-    measurements = Measurements("calibration", broken, Journal.in_memory("key"))
+    found = measurements(broken)
     with pytest.raises(TmpDiffError, match="uniform int8 run of calibration sample 0 gave latents that are not"):
-        measurements.uniform_error("int8", 0)
+        found.uniform_error("int8", 0)
 
 
 def test_unknown_names_are_refused():
-    measurements = Measurements("calibration", loop(), Journal.in_memory("key"))
+    found = measurements(loop())
     with pytest.raises(ValueError, match="direction is 'sideways', expected one of downcast, upcast"):
-        measure_scores(measurements, "int8", "sideways")  # type: ignore[arg-type]
+        measure_scores(found, "int8", "sideways")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method is 'guess', expected one of bisection, sweep"):
-        measure_scores(measurements, "int8", "downcast", method="guess")
+        measure_scores(found, "int8", "downcast", method="guess")
     with pytest.raises(ValueError, match="predictor is 'guess'"):
         contributions("guess", ("fp16",), {}, {})
 
@@ -266,14 +263,13 @@ class Departing(PlantedEvaluator):
         return index, x + 40.0 * self._direction(self.num_steps + 1) if away else x
 
 
-def test_a_sample_that_goes_to_another_picture_does_not_set_the_scores():
+def test_a_departure_does_not_set_the_scores():
     options = {"errors": loop().errors, "gains": loop().gains, "num_samples": 9}
     plain, departing = PlantedEvaluator(**options), Departing(**options)
-    measurements, curves = measured(departing, method="sweep")
-    far = [measurements.uniform_error("int8", sample)["error"] for sample in range(9)]
+    found, curves = measured(departing, method="sweep")
+    far = [found.uniform_error("int8", sample)["error"] for sample in range(9)]
     assert far[0] > 50 * np.median(far)  # its plain mean would say little about the others
     for name, expected in measured(plain, method="sweep")[1].items():
-        found = curves[name].search.scores
-        ratio = found / expected.search.scores
+        ratio = curves[name].search.scores / expected.search.scores
         assert (ratio > 0.9).all(), name
         assert (ratio < 2.5).all(), name  # it counts as ten medians; in a plain mean it would be 100 times the others

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.planted import Counted, PlantedEvaluator, PoolHere, rank_deviation, regret
+from helpers.planted import Counted, PlantedEvaluator, PoolHere, calibrate_loops, rank_deviation, regret
 
-from calibration import HighSteps, Sensitivity, calibrate, open_journal
+from calibration import HighSteps, Sensitivity, open_journal
 from calibration.document import CalibrationSettings, TransferRecord
 from calibration.scores.carried import CarriedScores, carried_scores
 from calibration.scores.transfer import (
@@ -193,9 +193,11 @@ def carried(**changes):
 
 
 def test_carried_scores_give_the_schedule_of_a_full_sweep_for_a_few_calls():
-    swept = calibrate(loop(), LATENCIES_MS, method="sweep", budget=HighSteps(4), validation=loop(1)).sensitivity
+    swept = calibrate_loops(loop(), LATENCIES_MS, method="sweep", budget=HighSteps(4), validation=loop(1)).sensitivity
     counted = Counted(loop())
-    found = calibrate(counted, LATENCIES_MS, budget=HighSteps(4), validation=loop(1), carried=carried()).sensitivity
+    found = calibrate_loops(
+        counted, LATENCIES_MS, budget=HighSteps(4), validation=loop(1), carried=carried()
+    ).sensitivity
     assert found.schedule == swept.schedule
     assert found.method == "transfer"
     assert found.predicted_error == pytest.approx(swept.predicted_error, rel=0.02)
@@ -213,9 +215,9 @@ def test_carried_scores_give_the_schedule_of_a_full_sweep_for_a_few_calls():
 
 def test_a_pool_is_asked_for_all_checks_of_a_precision_at_once_and_changes_nothing():
     options = {"budget": HighSteps(4), "validation": loop(1), "carried": carried()}
-    alone = calibrate(loop(), LATENCIES_MS, **options).sensitivity
+    alone = calibrate_loops(loop(), LATENCIES_MS, **options).sensitivity
     pool = PoolHere(calibration=loop(), validation=loop(1))
-    assert calibrate(loop(), LATENCIES_MS, pool=pool, **options).sensitivity == alone
+    assert calibrate_loops(loop(), LATENCIES_MS, pool=pool, **options).sensitivity == alone
     samples = loop().num_samples
     # the uniform runs come first
     assert pool.together[:3] == [3 * samples, CHECKED_STEPS * samples, CHECKED_STEPS * samples]
@@ -225,10 +227,10 @@ def test_scores_that_do_not_hold_are_refused_with_figures_and_cost_the_next_run_
     wrong = carried(curves={("downcast", "int4"): SIZES[::-1] ** 4})
     path = tmp_path / "run.journal"
     with pytest.raises(TransferError, match=r"int4 scores do not hold here: measured at steps 0, .*factor of \d+\.\d"):
-        calibrate(loop(), LATENCIES_MS, carried=wrong, journal=open_journal(path, loop()))
+        calibrate_loops(loop(), LATENCIES_MS, carried=wrong, journal=open_journal(path, loop()))
     counted = Counted(loop())
-    sweep = calibrate(counted, LATENCIES_MS, method="sweep", journal=open_journal(path, counted)).sensitivity
-    alone = calibrate(loop(), LATENCIES_MS, method="sweep").sensitivity
+    sweep = calibrate_loops(counted, LATENCIES_MS, method="sweep", journal=open_journal(path, counted)).sensitivity
+    alone = calibrate_loops(loop(), LATENCIES_MS, method="sweep").sensitivity
     assert sweep == alone
     checked = 2 * sum(STEPS - step for step in check_steps(STEPS))
     assert counted.calls["int8"] < alone.calls["calibration: downcast int8"]["int8"] + STEPS * STEPS * 2
@@ -238,11 +240,11 @@ def test_scores_that_do_not_hold_are_refused_with_figures_and_cost_the_next_run_
 def test_a_precision_without_carried_scores_is_refused():
     curves = {key: curve for key, curve in carried().curves.items() if key[1] != "int4"}
     with pytest.raises(TransferError, match="none for int4, only for int8; calibrate this bundle without --from"):
-        calibrate(loop(), LATENCIES_MS, carried=CarriedScores(curves, ORIGIN))
+        calibrate_loops(loop(), LATENCIES_MS, carried=CarriedScores(curves, ORIGIN))
 
 
 def test_a_stored_calibration_is_carried_whole(tmp_path):
-    found = calibrate(loop(), LATENCIES_MS, method="sweep", budget=HighSteps(4), validation=loop(1)).sensitivity
+    found = calibrate_loops(loop(), LATENCIES_MS, method="sweep", budget=HighSteps(4), validation=loop(1)).sensitivity
     settings = CalibrationSettings(
         bundle_id="b" * 64,
         machine="none",

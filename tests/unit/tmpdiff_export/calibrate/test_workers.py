@@ -17,19 +17,22 @@ from helpers.children import start, wait_for
 from helpers.commands import started
 from helpers.demo_build import linked_copy
 from helpers.paths import ROOT
+from helpers.planted import measurements
 from helpers.tiny_pipeline import PROMPTS, tiny_options
 from helpers.worker_samples import SAMPLES, STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
 
 from calibration import open_journal
+from calibration.measure.bundle_evaluator import BundleSamples
+from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from engines.backends.cuda import gpu
 from engines.errors import BackendError, BundleError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.text import PromptFile
-from tmpdiff_export.calibrate import dask_pool as sample_workers
+from tmpdiff_export.calibrate import dask_pool
 from tmpdiff_export.calibrate import workers as bundle_workers
-from tmpdiff_export.calibrate.bundle import calibrate_bundle
+from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
 from tmpdiff_export.calibrate.dask_pool import SampleWorkers
 from tmpdiff_export.cli import main
 
@@ -83,17 +86,17 @@ def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, al
 
 def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
     mixed = ("fp16",) * 3 + ("int4",) * (STEPS - 3)
-    here = Measurements("calibration", loop(), Journal.in_memory(""))
+    here = measurements(loop())
     with open_planted(tmp_path / "trace", 2) as pool:
-        there = Measurements("calibration", loop(), Journal.in_memory(""), pool=pool)
-        for measurements in (here, there):
-            measurements.changed_error("int8", 2, "fp16", 1)
-            measurements.schedule_error("some", mixed, 0, pictures=False)
+        there = Measurements("calibration", SampleSet(loop()), Journal.in_memory(""), pool)
+        for either in (here, there):
+            either.changed_error("int8", 2, "fp16", 1)
+            either.schedule_error("some", mixed, 0, pictures=False)
         there.forget("int8")
         assert there.changed_error("int8", 4, "fp16", 1) == here.changed_error("int8", 4, "fp16", 1)
     assert there.calls == here.calls
-    assert there.evaluator.recomputed == {"int8": STEPS}, "its states were forgotten"
-    assert there.evaluator.spent == here.evaluator.spent
+    assert there.recomputed == {"int8": STEPS}, "its states were forgotten"
+    assert not here.recomputed
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_measurement_that_kills_every_worker_is_given_up_and_the_rest_is_kept(tm
 
 @LONG
 def test_a_port_that_somebody_else_took_meanwhile_is_replaced(tmp_path, monkeypatch):
-    free_ports, asked = sample_workers._free_ports, []
+    free_ports, asked = dask_pool._free_ports, []
     with socket.create_server(("127.0.0.1", 0)) as taken:
 
         def ports(count):
@@ -148,7 +151,7 @@ def test_a_port_that_somebody_else_took_meanwhile_is_replaced(tmp_path, monkeypa
             found = free_ports(count)
             return [taken.getsockname()[1], *found[1:]] if len(asked) == 1 else found
 
-        monkeypatch.setattr(sample_workers, "_free_ports", ports)
+        monkeypatch.setattr(dask_pool, "_free_ports", ports)
         with open_planted(tmp_path / "opened", 2) as pool:
             result = calibrated(pool=pool)
     assert asked == [2, 2]
@@ -255,8 +258,8 @@ def test_each_worker_sees_one_gpu_or_its_share_of_the_threads(bundle, monkeypatc
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7,1")
     monkeypatch.setattr("tmpdiff_export.calibrate.dask_pool.SampleWorkers", lambda *arguments: arguments)
     with DenoiseRuntime.load(bundle) as runtime:
-        prompts = PromptFile(PROMPTS, ("a yellow ring",))
-        open_samples, environments, at_once = bundle_workers.open_workers(runtime, prompts, 0, 4.5, 2, 7, 4)
+        samples = BundleSamples(PromptFile(PROMPTS, ("a yellow ring",)), 0, 4.5)
+        open_samples, environments, at_once = bundle_workers.open_workers(runtime, samples, 2, 7, 4)
     assert environments == expected
     assert at_once == 4
     monkeypatch.setattr(bundle_workers.DenoiseRuntime, "load", lambda path, threads: pytest.fail(f"{threads} threads"))
@@ -269,26 +272,26 @@ def test_workers_that_cannot_be_had_are_refused_before_any_work(tmp_path, bundle
     with pytest.raises(
         TmpDiffError, match="3 workers need a thread each, and --threads is 2; pass --workers 2 at most"
     ):
-        calibrate_bundle(bundle, prompts, workers=3, threads=2)
+        calibrate_bundle(bundle, prompts, how=RunOptions(workers=3, threads=2))
     with pytest.raises(TmpDiffError, match="workers is 0, expected 1 or more"):
-        calibrate_bundle(bundle, prompts, workers=0)
+        calibrate_bundle(bundle, prompts, how=RunOptions(workers=0))
     monkeypatch.setattr(bundle_workers, "runs_on_gpu", lambda runtime: True)
     with pytest.raises(BackendError, match=r"no NVIDIA GPU was found|counting GPUs needs the module cuda\.bindings"):
-        calibrate_bundle(bundle, prompts, workers=2)
+        calibrate_bundle(bundle, prompts, how=RunOptions(workers=2))
     monkeypatch.setattr("engines.backends.cuda.gpu.gpu_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(
         TmpDiffError, match="3 workers need a GPU each, and 2 can be seen here; pass --workers 2 at most"
     ):
-        calibrate_bundle(bundle, prompts, workers=3)
+        calibrate_bundle(bundle, prompts, how=RunOptions(workers=3))
     assert gpu.visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5")
     assert gpu.visible_gpus() == ["GPU-a", "5"]
     with pytest.raises(TmpDiffError, match=r"can be seen here \(CUDA_VISIBLE_DEVICES is 'GPU-a, 5'\)"):
-        calibrate_bundle(bundle, prompts, workers=3)
+        calibrate_bundle(bundle, prompts, how=RunOptions(workers=3))
     monkeypatch.setattr(bundle_workers, "MODULES", ("no_such_engine",))
     with pytest.raises(BackendError, match=r"needs the module no_such_engine, .*pip install '\.\[distributed\]'"):
-        calibrate_bundle(bundle, prompts, workers=2)
+        calibrate_bundle(bundle, prompts, how=RunOptions(workers=2))
     file = tmp_path / "prompts.txt"
     file.write_text("[calibration]\na\nb\n[validation]\nc\n")
     assert main(["calibrate", str(bundle), "--prompts", str(file), "--workers", "2"]) == 1

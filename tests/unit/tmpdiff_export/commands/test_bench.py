@@ -13,8 +13,8 @@ from tools.experiments.steps import with_steps
 
 
 def test_bench_prints_ratios_of_one_run(demo_bundle: Path, demo_pipeline: Path, tmp_path: Path) -> None:
-    # Far from the measured ratios, so that a busy machine does not fail the suite, but not from the wrong kernel; and the best
-    # of five runs, as other work takes caches too. Without VNNI products are of u8 by u8, and slower: 1.27.
+    # Far from the measured ratios, so that a busy machine does not fail the suite, but not from the wrong kernel; and
+    # the best of five runs, as other work takes caches too. Without VNNI products are of u8 by u8, and slower: 1.27.
     floor = 1.3 if "vnni" in Path("/proc/cpuinfo").read_text() else 1.15
     bundle = tmp_path / "bundle"
     with_steps(Bundle.open(demo_bundle), demo_pipeline, 4, bundle)  # whole loops are timed as well

@@ -1,10 +1,14 @@
-"""What `make demo` leaves behind, and what an installed wheel carries."""
+"""What `make demo` shows and leaves behind, and what an installed wheel carries."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +18,141 @@ from PIL import Image
 from calibration import Sensitivity
 from engines.bundle import Bundle
 from engines.text import PromptFile
-from tmpdiff_export.commands.demo import SHEET_NAME, draw, summarise
+from tmpdiff_export.calibrate.bundle import calibrate_bundle
+from tmpdiff_export.cli import main
+from tmpdiff_export.commands.demo import summarise, verdict
+from tmpdiff_export.demo.gallery import SHEET_NAME, Gallery
 
 PROMPTS = ("a large cyan square in the top right",)
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a run of the command wrote."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def demo(out: Path, *words: str) -> Output:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = main(["demo", "--out", str(out), "--samples", "2", "--pictures", "1", *words])
+    return Output(status, stdout.getvalue(), stderr.getvalue())
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A finished demo.
+
+    Attributes:
+        out: its folder.
+        output: what it printed.
+        early: pictures that were there, and what had been printed on stderr, when calibration began.
+    """
+
+    out: Path
+    output: Output
+    early: tuple[list[str], str]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Demo:
+    """The whole command, with a pipeline that builds in seconds in place of the embedded one, and INT8 twice as fast."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    early: list[tuple[list[str], str]] = []
+
+    def noted(*arguments, **options) -> Sensitivity:
+        early.append((sorted(path.name for path in (out / "pictures").iterdir()), sys.stderr.getvalue()))
+        return calibrate_bundle(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tmpdiff_export.demo.pipeline_folder", lambda: tiny_pipeline)
+        patch.setattr("tmpdiff_export.calibrate.bundle._latencies", lambda *arguments: {"fp16": 2.0, "int8": 1.0})
+        patch.setattr("tmpdiff_export.calibrate.bundle.calibrate_bundle", noted)
+        output = demo(out)
+    assert output.status == 0, output.stderr
+    return Demo(out, output, early[0])
+
+
+def test_a_first_picture_is_there_before_calibration(finished: Demo) -> None:
+    names, told = finished.early
+    assert names == ["0-fp16.png", "0-int8.png"]
+    assert str(finished.out / "pictures" / "0-fp16.png") in told
+
+
+def test_one_table_of_at_most_ten_rows(finished: Demo) -> None:
+    rows = [line for line in finished.output.stdout.splitlines() if line.startswith("│")]
+    names = {row.split("│")[1].strip() for row in rows}
+    found = Sensitivity.load(finished.out / "bundle" / "sensitivity.json")
+    high = found.schedule.count("fp16")
+    assert len(rows) <= 10
+    assert {"schedule", "uniform fp16", "uniform int8", f"first {high}", f"last {high}", f"both ends {high}"} <= names
+    assert finished.output.stdout.count("┏") == 1
+    for line in verdict(found):
+        assert line in finished.output.stdout
+
+
+def test_files_that_it_names_exist(finished: Demo) -> None:
+    named = dict(line.split(": ", 1) for line in finished.output.stdout.splitlines() if str(finished.out) in line)
+    assert set(named) == {"report", "pictures", "bundle", "summary"}
+    for path in named.values():
+        assert Path(path).exists()
+    page = Path(named["report"]).read_text()
+    assert page.count("data:image/png") == 2 * 3  # fp16, int8 and the schedule, each with its heat map
+    names = json.loads(Path(named["summary"]).read_text())["pictures"]
+    assert names == ["0-fp16.png", "0-int8.png", "0-schedule.png", SHEET_NAME]
+    assert sorted(path.name for path in Path(named["pictures"]).parent.iterdir()) == sorted(names)
+
+
+def test_json_is_the_summary_and_nothing_else(finished: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Bundle.open(finished.out / "bundle").manifest
+    monkeypatch.setattr("tmpdiff_export.bundling.bundle.build", lambda *arguments: built)
+    output = demo(finished.out, "--json")  # measured already
+    assert json.loads(output.stdout) == json.loads((finished.out / "summary.json").read_text())
+    assert "first picture" in output.stderr
+
+
+def test_an_interrupted_demo_says_that_it_starts_over(
+    finished: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments, **options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tmpdiff_export.bundling.bundle.build", interrupted)
+    output = demo(tmp_path / "out")
+    assert (output.status, output.stdout) == (130, "")
+    assert "the demo starts over when it is run again" in output.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_better_rule_is_named(demo_bundle: Path) -> None:
+    found = Sensitivity.load(demo_bundle / "sensitivity.json")
+    chosen, *others = found.validation
+    rule = next(row.name for row in others if row.name.startswith("last "))
+    better = [row.model_copy(update={"error": chosen.error / 4}) if row.name == rule else row for row in others]
+    lost = found.model_copy(update={"validation": (chosen, *better), "loses_to": (rule,)})
+    text = "\n".join(verdict(lost))
+    assert f"LOSES to {rule}: " in text
+    assert "0.25 of the schedule's" in text
+
+
 def test_pictures_side_by_side(demo_bundle: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    names = draw(tmp_path, demo_bundle, PROMPTS, 0, lambda *state: seen.append(state))
-    assert names == [*(f"0-{name}.png" for name in ("fp16", "fp8", "int8", "int4", "schedule")), SHEET_NAME]
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(names)
-    assert seen[-1] == ("pictures", 5, 5)
-    pictures = {name: np.asarray(Image.open(tmp_path / "pictures" / name)) for name in names}
+    columns = ("fp16", "int8", "int4", "schedule")
+    gallery = Gallery(demo_bundle, tmp_path / "pictures", PROMPTS, 0)
+    gallery.draw(columns, 1, lambda *state: seen.append(state))
+    gallery.write_sheet(columns)
+    assert gallery.files() == [*(f"0-{name}.png" for name in columns), SHEET_NAME]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(gallery.files())
+    assert seen[-1] == ("pictures", 4, 4)
+    pictures = {name: np.asarray(Image.open(tmp_path / "pictures" / name)) for name in gallery.files()}
     assert pictures["0-fp16.png"].shape == (256, 256, 3)
     reference = pictures["0-fp16.png"].astype(int)
-    distance = {name: np.abs(pictures[f"0-{name}.png"] - reference).mean() for name in ("int8", "int4", "schedule")}
+    distance = {name: np.abs(pictures[f"0-{name}.png"] - reference).mean() for name in columns[1:]}
     assert all(0 < value < 20 for value in distance.values()), distance
-    assert pictures[SHEET_NAME].shape[1] > 4 * pictures[SHEET_NAME].shape[0]  # one row, five columns
+    assert pictures[SHEET_NAME].shape[1] > 3 * pictures[SHEET_NAME].shape[0]  # one row, four columns
 
 
 def test_summary_has_the_rows_of_the_table(demo_bundle: Path) -> None:

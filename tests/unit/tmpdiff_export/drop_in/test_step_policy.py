@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.planted import PlantedEvaluator
+from helpers.planted import PlantedEvaluator, calibrate_loops
 
-from calibration import HighSteps, calibrate
+from calibration import HighSteps
 from calibration.choose.costs import AllocationCosts
-from calibration.choose.stored import Prediction
+from calibration.choose.stored_prediction import StoredPrediction
 from calibration.document import CalibrationSettings
 from engines.bundle import Bundle
 from engines.errors import ScheduleError
@@ -147,7 +147,7 @@ def calibrated(**options):
     loop = PlantedEvaluator(errors, gains=[1.0] * STEPS, correlation=0.3)
     latencies = {"fp16": 8.0, "fp8": 5.0, "int8": 4.0, "nvfp4": 3.0}
     options = {"method": "sweep", "budget": HighSteps(3)} | options
-    return calibrate(loop, latencies, **options).sensitivity
+    return calibrate_loops(loop, latencies, **options).sensitivity
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def calibrated(**options):
 )
 def test_a_stored_calibration_predicts_what_it_predicted(costs):
     found = calibrated(costs=costs)
-    prediction = Prediction(found)
+    prediction = StoredPrediction(found)
     assert prediction.error(found.schedule) == pytest.approx(found.predicted_error)
     assert prediction.latency(found.schedule) == pytest.approx(found.predicted_latency)
     for point in found.pareto:
@@ -179,7 +179,7 @@ def test_a_stored_calibration_predicts_what_it_predicted(costs):
 
 
 def test_the_nearest_policy_is_the_best_of_all_that_are_no_slower():
-    prediction = Prediction(calibrated())
+    prediction = StoredPrediction(calibrated())
     schedule = strip("H44H4H")
     nearest = nearest_policy(prediction, schedule)
     assert nearest.predicted_latency <= prediction.latency(schedule)
@@ -195,8 +195,8 @@ def test_the_nearest_policy_is_the_best_of_all_that_are_no_slower():
 def test_a_schedule_faster_than_any_policy_has_no_nearest():
     found = calibrated()
     without = found.model_copy(update={"scores": tuple(r for r in found.scores if r.precision == "int8")})
-    assert nearest_policy(Prediction(without), strip("iiiiii")) is None
-    assert nearest_policy(Prediction(found), strip("444444")) is not None
+    assert nearest_policy(StoredPrediction(without), strip("iiiiii")) is None
+    assert nearest_policy(StoredPrediction(found), strip("444444")) is not None
 
 
 # the command ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from helpers.report_page import Parsed, figures, marks, planted
 
 from calibration import HighSteps, Sensitivity
-from calibration.choose.stored import Prediction
+from calibration.choose.stored_prediction import StoredPrediction
 from engines.bundle import Bundle
 from tmpdiff_export.report.figures import rule_points, ruled_precision
 from tmpdiff_export.report.page import page
@@ -80,7 +80,7 @@ def test_risk_is_drawn_said_and_part_of_predictions(bundle: Bundle) -> None:
     assert drawn[1] > drawn[0], "dotted"
     low = next(record for record in records if record.risk)
     schedule = (found.precisions[0],) * (found.num_steps - 1) + (low.precision,)
-    assert (Prediction(risky).error(schedule) or 0) > (Prediction(found).error(schedule) or 0) > 0
+    assert (StoredPrediction(risky).error(schedule) or 0) > (StoredPrediction(found).error(schedule) or 0) > 0
 
 
 def test_rules_are_drawn_at_every_count(bundle: Bundle) -> None:
@@ -88,7 +88,7 @@ def test_rules_are_drawn_at_every_count(bundle: Bundle) -> None:
     precision = ruled_precision(found)
     assert precision in found.schedule
     points = rule_points(found, precision)
-    prediction = Prediction(found)
+    prediction = StoredPrediction(found)
     count = 3
     for name, schedule in (
         ("first K", ("fp16",) * count + (precision,) * 7),

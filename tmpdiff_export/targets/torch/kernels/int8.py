@@ -10,8 +10,8 @@ import torch
 
 if torch.version.cuda:  # a CUDA build brings Triton
     from tmpdiff_export.targets.torch.kernels.triton.int8 import int8_linear_op
-# A package made by torch 2.11 or older gives a kernel that makes tensor descriptors the memory for one program's only: all
-# but the first write beyond it (the fault is in Inductor's C++ wrapper; 2.12 multiplies by the number of programs).
+# A package made by torch 2.11 or older gives a kernel that makes tensor descriptors the memory for one program's only:
+# all but the first write beyond it (the fault is in Inductor's C++ wrapper; 2.12 multiplies by the number of programs).
 DESCRIPTORS_IN_PACKAGES = torch.__version__ >= "2.12"
 
 

@@ -14,10 +14,8 @@ if torch.version.cuda:  # a CUDA build brings Triton
 
 
 def norm_rotary(
-    first: torch.Tensor,
-    first_weight: torch.Tensor,
-    second: torch.Tensor,
-    second_weight: torch.Tensor,
+    first: tuple[torch.Tensor, torch.Tensor],
+    second: tuple[torch.Tensor, torch.Tensor],
     rotary: tuple[torch.Tensor, torch.Tensor],
     eps: float,
     dtype: torch.dtype,
@@ -28,25 +26,19 @@ def norm_rotary(
     Computed in float32 and rounded once.
 
     Args:
-        first: [B, S1, heads, D], contiguous; S1 may be 0.
-        first_weight: [D], of its norm.
-        second: [B, S2, heads, D], contiguous.
-        second_weight: [D].
+        first: its data [B, S1, heads, D], contiguous, where S1 may be 0, and the weight [D] of its norm.
+        second: the same, with S2.
         rotary: cosines and sines, float32 [S1 + S2, D], each number twice.
         eps: of the norms.
         dtype: of the result; values beyond its range become its largest.
         factor: of the result.
 
     Returns:
-        [B, S1 + S2, heads, D] on the device of `first`.
+        [B, S1 + S2, heads, D] on the device of the data.
     """
-    if first.is_cuda:
-        return norm_rotary_op(first, first_weight, second, second_weight, *rotary, eps, factor, dtype)
-    size = first.shape[-1:]
-    parts = [
-        F.rms_norm(data.float(), size, weight.float(), eps)
-        for data, weight in ((first, first_weight), (second, second_weight))
-    ]
+    if first[0].is_cuda:
+        return norm_rotary_op(*first, *second, *rotary, eps, factor, dtype)
+    parts = [F.rms_norm(data.float(), data.shape[-1:], weight.float(), eps) for data, weight in (first, second)]
     data = torch.cat(parts, dim=1)
     cos, sin = (table[None, :, None, :] for table in rotary)
     real, imaginary = data.unflatten(-1, (-1, 2)).unbind(-1)

@@ -129,14 +129,14 @@ def test_it_is_near_the_same_bundle_on_the_cpu(
 
 
 def test_prompt_to_picture_and_calibration_work(bundle: Path, copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from calibration import HighSteps
+    from calibration import CalibrationOptions, HighSteps
     from engines.text import PromptFile
     from tmpdiff_export.calibrate.bundle import calibrate_bundle
 
     fakes = install(monkeypatch)
     fakes.settings.layer_ms["FP16"] = 1.0
     mine = copy_of(bundle)
-    found = calibrate_bundle(mine, PromptFile(PROMPTS[:1], PROMPTS[1:2]), budget=HighSteps(1))
+    found = calibrate_bundle(mine, PromptFile(PROMPTS[:1], PROMPTS[1:2]), CalibrationOptions(HighSteps(1)))
     assert len(found.schedule) == NUM_STEPS
     assert found.settings is not None
     assert found.settings.machine == "sm90 Fake H200, tensorrt 11.4.0.106"

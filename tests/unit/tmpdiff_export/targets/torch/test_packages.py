@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from helpers.needs_compiler import needs_compiler
 from helpers.paths import ROOT
 from helpers.tiny_pipeline import PROMPTS, denoiser_inputs, tiny_options
 
-from calibration.choose.allocation import HighSteps
+from calibration import CalibrationOptions, HighSteps
 from engines import DenoiseRuntime
 from engines.errors import BackendError, BundleError
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, Manifest, manifest_identity
@@ -154,6 +155,7 @@ def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
     from tmpdiff_export.calibrate import bundle as calibration_run
 
     found, rows = [], []
+    options = CalibrationOptions(HighSteps(2))
     run = DenoiseRuntime.step
 
     def counted(self: DenoiseRuntime, state: Any, *others: Any) -> Any:
@@ -169,7 +171,8 @@ def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
             monkeypatch.setattr(calibration_run, "samples_per_call", lambda *_: 1)
         prompts = PromptFile(PROMPTS[:2], PROMPTS[2:])
         monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
-        result = calibration_run.calibrate_bundle(folder, prompts, guidance_scale=1.0, budget=HighSteps(2))
+        how = calibration_run.RunOptions(guidance_scale=1.0)
+        result = calibration_run.calibrate_bundle(folder, prompts, options, how)
         found.append(result.model_dump(exclude={"settings", "latencies_ms"}))
     assert set(rows[0]) == {2, 1}  # two samples of calibration, one of validation
     assert set(rows[1]) == {1}
@@ -179,7 +182,7 @@ def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
     shutil.copytree(bundles["torch"], folder)
     monkeypatch.undo()
     monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
-    result = calibration_run.calibrate_bundle(folder, prompts, guidance_scale=1.0, budget=HighSteps(2), workers=2)
+    result = calibration_run.calibrate_bundle(folder, prompts, options, replace(how, workers=2))
     assert result.model_dump(exclude={"settings", "latencies_ms"}) == found[0]
 
 

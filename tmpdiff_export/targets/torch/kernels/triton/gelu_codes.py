@@ -37,8 +37,8 @@ def _gelu_codes(  # type: ignore[no-untyped-def]
         at = (block - first_blocks) * BLOCK + tl.arange(0, BLOCK)
         inside = at < second_columns
         given = tl.load(second + row * second_columns + at, mask=inside, other=0.0).to(tl.float32)
-        # x / (1 + exp(-2 z)) of `kernels.gelu_codes.tanh_gelu`, its constants times -log2(e); the plain instructions, because
-        # what Triton makes of exp2 and of a division also looks after numbers that are as good as zero here.
+        # x / (1 + exp(-2 z)) of `kernels.gelu_codes.tanh_gelu`, its constants times -log2(e); the plain instructions,
+        # because what Triton makes of exp2 and of a division also looks after numbers that are as good as zero here.
         power = given * (-2.302208198144325 - 0.1029432395800235 * given * given)
         power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], tl.float32, True, 1)
         share = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, True, 1)

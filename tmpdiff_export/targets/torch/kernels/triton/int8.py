@@ -10,8 +10,8 @@ import triton.language as tl
 _TILES = ((1024, (256, 128, 128, 8, 3)), (128, (128, 128, 128, 8, 4)), (0, (64, 64, 128, 4, 4)))
 _GROUP = 8  # row tiles that share the columns they read in the L2 cache
 
-# The persistent kernel, which lets the tensor memory accelerator fetch tiles: it took the products of a FLUX.1 step on an
-# H100 from 61.2 to 57.6 ms (docs/results/gpu/earlier).
+# The persistent kernel, which lets the tensor memory accelerator fetch tiles: it took the products of a FLUX.1 step on
+# an H100 from 61.2 to 57.6 ms (docs/results/gpu/earlier).
 _PERSISTENT_TILE = (128, 256, 128, 8, 3)
 _PERSISTENT_ROWS = 256  # from here on
 _PERSISTENT_CAPABILITY = (9, 0)

@@ -1,4 +1,4 @@
-"""Calls of any batch size, made of calls of the one batch size that a package is compiled for."""
+"""A package as a function, and calls of any batch size, made of calls of the one that it is compiled for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engines.backends.torch.library import torch
-from engines.errors import BackendError
+from engines.errors import BackendError, first_line
 
 Runner = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], list[torch.Tensor]]
 """A loaded package: (weights in the order of their names, inputs) -> outputs."""
@@ -27,14 +27,13 @@ def load_runner(name: str, path: Path, device: int | None) -> Runner:
         BackendError: torch refuses it.
     """
     try:
-        # The loader of the C++ interface itself. `aoti_load_package`, which wraps it, imports the compiler for that (seconds),
-        # and reads the tree of inputs anew at every call. Single-threaded: it then makes no events of its own, which a
-        # stream capture would not allow.
+        # The loader of the C++ interface itself. `aoti_load_package`, which wraps it, imports the compiler for that
+        # (seconds), and reads the tree of inputs anew at every call. Single-threaded: it then makes no events of its
+        # own, which a stream capture would not allow.
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1 if device is None else device)
     except Exception as error:  # torch gives no narrower promise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackendError(
-            f"torch {torch.__version__} cannot load engine {name} ({path.name}): {first}; "
+            f"torch {torch.__version__} cannot load engine {name} ({path.name}): {first_line(error)}; "
             "copy the bundle again, or build it on this host"
         ) from error
     return lambda weights, inputs: loader.boxed_run([*weights, *inputs])

@@ -7,13 +7,13 @@ from itertools import permutations
 
 import numpy as np
 
-from calibration.choose.costs import AllocationCosts, relative_latency
+from calibration.choose.costs import AllocationCosts, Candidates
 from calibration.document import Sensitivity
 from calibration.scores.divergence import with_risk
 from calibration.scores.predictors import contributions, predict
 
 
-class Prediction:
+class StoredPrediction:
     """Error and latency of schedules by the scores, predictor and latencies of a calibration.
 
     Attributes:
@@ -29,9 +29,9 @@ class Prediction:
         scored = {record.precision for record in found.scores}
         reference, *low = found.precisions
         self.precisions = (reference, *(name for name in low if name in scored))
-        self._latencies_ms = found.latencies_ms
         pairs = permutations(found.precisions, 2)
-        self._costs = AllocationCosts({(a, b): found.swap_ms.get(f"{a} {b}", 0.0) for a, b in pairs})
+        costs = AllocationCosts({(a, b): found.swap_ms.get(f"{a} {b}", 0.0) for a, b in pairs})
+        self._candidates = Candidates(found.precisions, found.latencies_ms, costs)
         curves: dict[tuple[str, str], np.ndarray] = {
             (record.direction, record.precision): np.array(record.scores) for record in found.scores
         }
@@ -49,4 +49,4 @@ class Prediction:
 
     def latency(self, schedule: Sequence[str]) -> float:
         """Mean step latency of a schedule, changes of precision included, relative to the reference."""
-        return relative_latency(schedule, self._latencies_ms, self.precisions[0], self._costs)
+        return self._candidates.latency(schedule)

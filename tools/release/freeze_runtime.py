@@ -103,7 +103,7 @@ def freeze(out: Path) -> Path:
             SPEC.format(
                 entry=str(ROOT / "engines" / "__main__.py"),
                 root=str(ROOT),
-                excludes=sorted({*LEFT_OUT.split(), *_foreign_packages()}),
+                excludes=sorted({*LEFT_OUT.split(), *foreign_packages()}),
                 work=str(work),
                 name=PROGRAM,
                 compressed=COMPRESSED,
@@ -151,7 +151,7 @@ def stripped(name: str, source: str, work: str) -> str:
     return str(target) if done.returncode == 0 else source
 
 
-def _foreign_packages() -> set[str]:
+def foreign_packages() -> set[str]:
     """Top-level modules of every installed distribution that the runtime does not use."""
     return {name for name in importlib.metadata.packages_distributions() if name.isidentifier()} - KEPT
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
+from helpers.children import start, wait_for
 from helpers.paths import ROOT
 from helpers.planted import Counted, Interrupted
 from helpers.planted_calibration import STEPS, loop, pictures, run
@@ -148,16 +147,9 @@ run(evaluator, validation=validation, decode=pictures, journal=journal)
 def test_killed_process_goes_on_where_it_was(tmp_path, lines):
     path = tmp_path / "journal"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(path)], env=environment)
-    try:
-        deadline = time.monotonic() + 60
-        while not (path.exists() and path.read_bytes().count(b"\n") >= lines):
-            assert child.poll() is None, "the child ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with start([sys.executable, "-c", CHILD, path], env=environment) as child:
+        wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= lines, child)
         child.send_signal(signal.SIGKILL)
-    finally:
-        child.kill()
         assert child.wait() == -signal.SIGKILL
     before = path.read_bytes()
     expected, *_ = calls_in_all()

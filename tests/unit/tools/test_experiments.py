@@ -1,130 +1,32 @@
-"""Statistics of the experiments, and their commands on a small bundle."""
+"""The experiments' commands on a small bundle."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.demo_build import linked_copy
 from helpers.experiments import command
-from helpers.paths import ROOT
-from helpers.tiny_pipeline import PROMPTS
-from scipy import stats
+from helpers.tiny_pipeline import PROMPTS, UNSEEN, tiny_options
 
-from calibration.statistics import bootstrap_interval
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
 from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
-from tools.experiments import prediction
-from tools.experiments.statistics import (
-    error_regret,
-    error_regret_at,
-    r_squared,
-    rank_deviation,
-    rank_deviation_at,
-    rank_deviations,
-    spearman,
-)
+from tools.experiments import prediction, study
+from tools.experiments.statistics import r_squared
 
 NUM_STEPS = 6
-UNSEEN = ("a large yellow ring", "a tiny white square at the top")
-
-
-# statistics
-
-
-def test_interval_covers_the_mean_about_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(200):
-        values = generator.normal(3.0, 1.0, size=30)
-        interval = bootstrap_interval(lambda rows, v=values: float(v[rows].mean()), 30, draws=200)
-        assert interval.low <= interval.value <= interval.high
-        covered += interval.low <= 3.0 <= interval.high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_paired_differences_are_tighter_than_independent_ones():
-    generator = np.random.default_rng(1)
-    level = generator.lognormal(0, 2, size=20)
-    first, second = level, 0.9 * level * generator.normal(1, 0.01, size=20)
-
-    def ratio(rows: np.ndarray, others: np.ndarray) -> float:
-        return float(second[rows].mean() / first[others].mean())
-
-    paired = bootstrap_interval(lambda rows: ratio(rows, rows), 20)
-    independent = bootstrap_interval(ratio, 20, 20)
-    assert 0.88 < paired.low < paired.high < 0.92
-    assert independent.low < 0.7
-    assert independent.high > 1.1
-
-
-def test_undefined_draws_are_left_out_and_equal_arguments_give_equal_intervals():
-    values = np.array([0.0, 0.0, 1.0, 2.0])
-
-    def statistic(rows: np.ndarray) -> float:
-        total = values[rows].sum()
-        return float(values[rows].max() / total) if total > 0 else float("nan")
-
-    first, again = (bootstrap_interval(statistic, 4) for _ in range(2))
-    assert first == again
-    assert 0 < first.low <= first.value <= first.high <= 1
-
-
-@pytest.mark.parametrize("sizes", [(1,), (), (5, 1)])
-def test_intervals_that_cannot_be_are_refused(sizes):
-    with pytest.raises(ValueError, match="expected"):
-        bootstrap_interval(lambda *rows: 0.0, *sizes)
-
-
-def test_agreement_is_that_of_scipy_and_undefined_for_constants():
-    generator = np.random.default_rng(2)
-    predicted = generator.integers(0, 9, size=40).astype(float)  # with ties
-    measured = predicted**2 + generator.normal(0, 5, size=40)
-    assert r_squared(predicted, measured) == pytest.approx(stats.pearsonr(predicted, measured).statistic ** 2)
-    assert spearman(predicted, measured) == pytest.approx(stats.spearmanr(predicted, measured).statistic)
-    assert np.isnan(r_squared(np.ones(4), np.arange(4)))
-
-
-def test_rank_deviation_of_two_exchanged_steps():
-    truth, found = np.array([4.0, 3.0, 2.0, 1.0]), np.array([4.0, 2.0, 3.0, 1.0])
-    assert rank_deviations(truth, found).tolist() == [0, 1, 1, 0]
-    assert rank_deviation(truth, found) == 0.5
-    assert rank_deviation_at(truth, found).tolist() == pytest.approx([0, 0.5, 2 / 3, 0.5])
-    assert rank_deviation(truth, 7 * truth) == 0
-    # negative scores are all alike: their order does not count
-    assert rank_deviation(np.array([1.0, -1.0, -2.0]), np.array([1.0, -2.0, -1.0])) == 0
-
-
-def test_regret_is_what_the_wrong_steps_cost():
-    truth, found = np.array([4.0, 3.0, 2.0, 1.0]), np.array([4.0, 2.0, 3.0, 1.0])
-    # K = 2 keeps 3 + 1 where 2 + 1 was possible; every other K is right
-    assert error_regret_at(truth, found).tolist() == pytest.approx([0, 0, 1 / 3, 0])
-    assert error_regret(truth, found) == pytest.approx(1 / 12)
-    assert error_regret_at(np.array([1.0, 0.0, -1.0]), np.array([1.0, 2.0, 3.0]))[2] == 0
-    assert error_regret(truth, truth) == 0
-
-
-# commands
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> tuple[Path, Path]:
+def studied(tmp_path_factory: pytest.TempPathFactory, built) -> tuple[Path, Path]:
     """A bundle of two precisions and a prompt file."""
-    from engines.precision import Precision
-    from tmpdiff_export.bundling.bundle import build
-    from tmpdiff_export.bundling.options import BuildOptions
-
     folder = tmp_path_factory.mktemp("experiments")
-    options = BuildOptions(
-        precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime"
-    )
-    build(tiny_pipeline, folder / "bundle", options)
+    linked_copy(built(tiny_options(num_steps=NUM_STEPS)), folder / "bundle")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(["[calibration]", *PROMPTS, "[validation]", *UNSEEN]))
     return folder / "bundle", prompts
@@ -285,20 +187,21 @@ def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> N
     assert "holds 'quality', expected a file of 'additivity'" in done.stderr
 
 
-def test_samples_measured_together_give_the_same(studied: tuple[Path, Path], tmp_path: Path) -> None:
-    script = (
-        "import sys; from tools.experiments import quality, study; "
-        "study.samples_per_call = lambda *_: int(sys.argv[1]); study.read_weights = lambda path: {}; "
-        "study.lpips = lambda weights, picture, reference: float(abs(picture / 255 - reference / 255).mean()); "
-        "sys.exit(quality.EXPERIMENT.main(sys.argv[2:]))"
-    )
+def test_samples_measured_together_give_the_same(
+    studied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distance(weights: dict[str, Any], picture: np.ndarray, reference: np.ndarray) -> float:
+        return float(abs(picture / 255 - reference / 255).mean())
+
+    monkeypatch.setattr(study, "read_weights", lambda path: {})
+    monkeypatch.setattr(study, "lpips", distance)
     found = []
-    for at_once in ("1", "2"):
-        bundle, out = tmp_path / at_once / "bundle", tmp_path / at_once / "quality"
+    for at_once in (1, 2):
+        bundle, out = tmp_path / str(at_once) / "bundle", tmp_path / str(at_once) / "quality"
         shutil.copytree(studied[0], bundle, ignore=shutil.ignore_patterns("experiments"))
-        words = [bundle, "--prompts", studied[1], "--samples=3", "--validation-samples=2", "--threads=1", "--every=2"]
-        words = [sys.executable, "-c", script, at_once, *words, "--draws=1", "--lpips=x", "--out", out]
-        done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        monkeypatch.setattr(study, "samples_per_call", lambda *_, count=at_once: count)
+        words = (bundle, "--prompts", studied[1], "--samples=3", "--validation-samples=2", "--threads=1", "--every=2")
+        done = command("quality", *words, "--draws=1", "--lpips=x", "--out", out)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(out.with_suffix(".json").read_text()))
     rows = [content["data"]["precisions"]["int8"]["rows"]["2"] for content in found]

@@ -7,16 +7,47 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from helpers.children import cpu_seconds, start, wait_for
 from helpers.paths import ROOT
 
 from engines.cli import INTERRUPTED, PROGRAM, main
 from engines.version import VERSION
+from tools.release.freeze_runtime import KEPT, LEFT_OUT, foreign_packages
 
 PROMPT = "a large red circle on the left"
+
+
+# What PyInstaller leaves out cannot be imported; of what is left, docstrings and assertions are gone.
+WITHOUT = """
+import sys
+left_out = set(sys.argv.pop(1).split())
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name in left_out:
+            raise ModuleNotFoundError(f"{name} is left out", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from engines.cli import main
+sys.exit(main())
+"""
+
+
+def test_the_runtime_needs_nothing_that_is_left_out(tiny_bundle: Path, place: Path) -> None:
+    left_out = {*LEFT_OUT.split(), *foreign_packages()}
+    assert not left_out & KEPT
+    done = subprocess.run(
+        [sys.executable, "-OO", "-c", WITHOUT, " ".join(left_out), *arguments(tiny_bundle, "--out", "picture.png")],
+        cwd=place, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (place / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The executable
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +77,7 @@ def arguments(bundle: Path, *more: str, precision: str = "int8") -> list[str]:
     return ["run", str(bundle), "--prompt", PROMPT, "--seed", "7", "--schedule", f"uniform:{precision}", *more]
 
 
+@pytest.mark.long
 def test_size_and_start_up_are_stated(frozen: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     executable, printed = frozen
     assert f"size: {executable.stat().st_size / 1e6:.1f} MB (goal 90 MB: " in printed
@@ -55,11 +87,13 @@ def test_size_and_start_up_are_stated(frozen: tuple[Path, str], capsys: pytest.C
         print(f"\n{printed}", end="")
 
 
+@pytest.mark.long
 def test_version(frozen: tuple[Path, str], place: Path) -> None:
     done = subprocess.run([frozen[0], "--version"], env={}, cwd=place, capture_output=True, text=True, check=True)
     assert done.stdout == f"{PROGRAM} {VERSION}\n"
 
 
+@pytest.mark.long
 def test_makes_the_picture_that_python_makes(frozen: tuple[Path, str], demo_bundle: Path, place: Path) -> None:
     unpacked = place / "tmp"
     unpacked.mkdir()
@@ -79,6 +113,7 @@ def test_makes_the_picture_that_python_makes(frozen: tuple[Path, str], demo_bund
     assert picture.read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.long
 def test_runs_with_no_environment_at_all(frozen: tuple[Path, str], demo_bundle: Path, place: Path) -> None:
     done = subprocess.run(
         [frozen[0], "verify", str(demo_bundle)], env={}, cwd=place, capture_output=True, text=True, check=False
@@ -87,6 +122,7 @@ def test_runs_with_no_environment_at_all(frozen: tuple[Path, str], demo_bundle: 
     assert "is whole" in done.stdout
 
 
+@pytest.mark.long
 def test_a_corrupted_engine_is_one_line(frozen: tuple[Path, str], demo_bundle: Path, place: Path) -> None:
     bundle = place.parent / "bundle"
     shutil.copytree(demo_bundle, bundle)
@@ -109,9 +145,10 @@ def test_a_corrupted_engine_is_one_line(frozen: tuple[Path, str], demo_bundle: P
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.long
 def test_ctrl_c_is_one_line(frozen: tuple[Path, str], demo_bundle: Path, place: Path) -> None:
     prompts = ["--prompt", PROMPT] * 15  # long enough to be in the loop when the signal comes
-    process = subprocess.Popen(
+    with start(
         [frozen[0], *arguments(demo_bundle, "--out", "picture.png", *prompts, precision="fp16")],
         env={},
         cwd=place,
@@ -119,11 +156,10 @@ def test_ctrl_c_is_one_line(frozen: tuple[Path, str], demo_bundle: Path, place: 
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    time.sleep(5.0)
-    assert process.poll() is None, "the run ended before it could be interrupted"
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the boot loader and the program both get it
-    printed, err = process.communicate(timeout=60)
+    ) as process:
+        wait_for(lambda: cpu_seconds(process) > 3.0, process)  # starting takes half a second of it
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the boot loader and the program both get it
+        printed, err = process.communicate()
     assert process.returncode == INTERRUPTED
     assert (printed, err) == ("", f"{PROGRAM}: interrupted; nothing half-written is left\n")
     assert list(place.iterdir()) == []

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import shutil
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +13,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.commands import called
+from helpers.needs_compiler import needs_compiler
 
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
@@ -24,20 +23,12 @@ from tmpdiff_export.targets.torch.layers import linear_from
 
 
 def part(name: str) -> ModuleType:
-    """A module of the tool; tests import tools at run time only."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+    """A module of the tool."""
     return importlib.import_module(f"tools.gpu_bench.{name}")
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tools.gpu_bench", *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    return called("tools.gpu_bench", *args)
 
 
 def prepared(name: str, folder: Path):
@@ -128,7 +119,8 @@ def test_blocks_of_one_class_are_compiled_once(tmp_path: Path) -> None:
         assert 8 < result["error"]["sqnr_db"] < 60
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling packages needs g++")
+@needs_compiler
+@pytest.mark.long
 def test_a_package_is_as_accurate_as_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LEAST_TOKENS", "HEAD_SIZES"):  # the small denoiser's attention is short and narrow
         monkeypatch.setattr(

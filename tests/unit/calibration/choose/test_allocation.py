@@ -166,9 +166,9 @@ def test_hundred_steps_five_precisions_in_a_second():
     values = np.exp(1.5 * rng.normal(size=(100, 1))) * np.array([0, 0.02, 0.1, 0.3, 1.0])
     values *= np.exp(0.3 * rng.normal(size=values.shape))
     found = Contributions(values)
-    started = time.perf_counter()
+    started = time.process_time()  # which other work does not lengthen
     front = pareto_front(candidates, found)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert front[0].precisions == ("int4",) * 100
     assert front[-1].precisions == ("fp16",) * 100
     again = allocate(candidates, found, LatencyBudget(0.6))

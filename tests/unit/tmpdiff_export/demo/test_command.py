@@ -175,7 +175,7 @@ def test_summary_has_the_rows_of_the_table(demo_bundle: Path) -> None:
 
 def test_a_wheel_carries_weights_and_prompts(tmp_path: Path, demo_pipeline: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    result = subprocess.run([*command, str(tmp_path), "."], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([*command, str(tmp_path), "."], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     wheel = next(tmp_path.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -158,14 +158,16 @@ class Built:
 
 
 @pytest.fixture(scope="module", params=MAKERS)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp(request.param)
-    MAKERS[request.param]().save_pretrained(folder / "pipeline")
-    options = BuildOptions(
-        precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime",
-        height=64, width=96,
-    )  # fmt: skip
-    build(folder / "pipeline", folder / "bundle", options)
+def built(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Built:
+    def make(folder: Path) -> None:
+        MAKERS[request.param]().save_pretrained(folder / "pipeline")
+        options = BuildOptions(
+            precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime",
+            height=64, width=96,
+        )  # fmt: skip
+        build(folder / "pipeline", folder / "bundle", options)
+
+    folder = made_once(request.param, make)
     return Built(request.param, folder / "pipeline", DenoiseRuntime.load(folder / "bundle", threads=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,15 +106,20 @@ class Built:
         return load_pipeline(self.folder, height=sampling.height, width=sampling.width)
 
 
-@pytest.fixture(scope="module", params=[make_pipeline, make_sdxl_pipeline], ids=["sd", "sdxl"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("sd")
-    request.param().save_pretrained(folder / "pipeline")
-    precisions = (Precision.FP16, Precision.INT8)
-    options = BuildOptions(
-        precisions=precisions, prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime", height=64, width=96
-    )
-    build(folder / "pipeline", folder / "bundle", options)
+MAKERS = {"sd": make_pipeline, "sdxl": make_sdxl_pipeline}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def built(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Built:
+    def make(folder: Path) -> None:
+        MAKERS[request.param]().save_pretrained(folder / "pipeline")
+        options = BuildOptions(
+            precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime",
+            height=64, width=96,
+        )  # fmt: skip
+        build(folder / "pipeline", folder / "bundle", options)
+
+    folder = made_once(request.param, make)
     return Built(folder / "pipeline", DenoiseRuntime.load(folder / "bundle", threads=1))
 
 

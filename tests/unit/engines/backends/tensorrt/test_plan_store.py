@@ -357,8 +357,8 @@ def test_two_processes_build_one_plan_once(tmp_path: Path) -> None:
     ]
     for worker in workers:
         worker.start()
-    outcome = sorted(results.get(timeout=60) for _ in workers)
+    outcome = sorted(results.get() for _ in workers)
     for worker in workers:
-        worker.join(60)
+        worker.join()
     assert [reused for reused, _ in outcome] == [False, True]
     assert outcome[0][1] == outcome[1][1]

@@ -11,7 +11,7 @@ import fakes.fake_kernels  # noqa: F401
 import numpy as np
 import pytest
 from fakes.install import Fakes, install
-from helpers.tiny_pipeline import PROMPTS
+from helpers.tiny_pipeline import PROMPTS, tiny_options
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, BuildError
@@ -110,15 +110,8 @@ def test_the_device_loop_equals_the_host_loop_over_the_same_engines(
     assert np.array_equal(found, expected)
 
 
-def test_it_is_near_the_same_bundle_on_the_cpu(
-    bundle: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tmpdiff_export.bundling.bundle import build
-    from tmpdiff_export.bundling.options import BuildOptions
-
-    options = BuildOptions(PRECISIONS[:1], PROMPTS, NUM_STEPS, backend="onnxruntime")
-    build(tiny_pipeline, tmp_path / "cpu", options)
-    cpu = DenoiseRuntime.load(tmp_path / "cpu")
+def test_it_is_near_the_same_bundle_on_the_cpu(bundle: Path, built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = DenoiseRuntime.load(built(tiny_options(num_steps=NUM_STEPS)))
     conditioning, noise = inputs_of(cpu)
     expected = cpu.denoise(conditioning, cpu.bundle.schedule("uniform:fp16"), noise)
     install(monkeypatch)

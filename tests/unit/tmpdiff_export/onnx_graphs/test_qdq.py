@@ -126,6 +126,17 @@ def test_int8_products_do_not_saturate_on_the_cpu(module: TwoLinears, graph: onn
     assert sqnr_db(expected(module, layers, largest), measured) > 55.0
 
 
+def test_exact_products_are_those_of_cpus_that_need_no_help(
+    module: TwoLinears, graph: onnx.ModelProto, activation: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered, _ = lower_for_cpu(insert_qdq(graph, quantized(module, Precision.INT8), RECIPES[Precision.INT8]))
+    onnx.save(lowered, tmp_path / "engine.onnx")
+    found = OnnxRuntimeEngine(tmp_path / "engine.onnx").run({"x": activation})["y"]
+    monkeypatch.setattr("engines.backends.onnxruntime.cpu._VNNI", frozenset())
+    helped = OnnxRuntimeEngine(tmp_path / "engine.onnx").run({"x": activation})["y"]
+    np.testing.assert_array_equal(found, helped)
+
+
 @pytest.mark.parametrize("precision", QUANTIZED)
 def test_the_onnx_file_is_standard_strongly_typed_and_stores_codes(
     precision: Precision, module: TwoLinears, graph: onnx.ModelProto, tmp_path: Path

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.children import start, wait_for
 from helpers.commands import EXPORT, assert_refused, called, save_prompts
 from helpers.demo_build import linked_copy
@@ -20,6 +21,7 @@ def refused(*args: object, says: str) -> None:
     assert_refused(called(EXPORT, *args), says)
 
 
+@pytest.mark.usefixtures("planted_latencies")
 def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path) -> None:
     bundle, prompts = copy_of(tiny_bundle), save_prompts(tmp_path)
     before = (bundle / "schedule.json").read_bytes()
@@ -46,7 +48,10 @@ def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path)
 SLOWED = """
 import sys, time
 from engines.runtime import DenoiseRuntime
+from tmpdiff_export.calibrate import bundle
 from tmpdiff_export.cli import main
+
+bundle._latencies = lambda *arguments: {"fp16": 2.0, "int8": 1.0}  # as measured of so small engines, chance decides
 
 step = DenoiseRuntime.step
 

@@ -36,7 +36,7 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not _exact_products():
             # Products of u8 and s8 saturate in their pair sums: 18.7 dB in place of 41.4 on a small denoiser. With this
-            # ONNX Runtime multiplies u8 by u8, on CPUs that need it and, 1.6 times as slow, on others.
+            # ONNX Runtime multiplies u8 by u8, on CPUs that need it and, slower, on others too.
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = OnnxSession(path, options, name=path.name, providers=[PROVIDER])

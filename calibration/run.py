@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from calibration.choose.allocation import Budget, drop_dominated, require_reachable
-from calibration.choose.costs import NO_COSTS, AllocationCosts, Candidates
+from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
 from calibration.choose.pareto import Allocation
 from calibration.choose.picture_budget import QualityBudget, meet_quality
 from calibration.choose.predictions import Predictions, predicted_best
@@ -144,7 +144,7 @@ def calibrate(
     calibration = Measurements("calibration", sets.calibration, journal, pool)
     held_out = Measurements("validation", sets.validation, journal, pool) if sets.validation else None
 
-    built = Candidates(evaluator.precisions, latencies_ms, options.costs)
+    built = LatencyModel(evaluator.precisions, latencies_ms, options.costs)
     uniform = _uniform_errors(calibration, built.precisions, partial(report, "calibration runs"))
     kept, dropped = drop_dominated(built, uniform)
     for loser in dropped:

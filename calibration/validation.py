@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from calibration.choose import baselines
-from calibration.choose.costs import Candidates
+from calibration.choose.costs import LatencyModel
 from calibration.document import FitPoint, FitRecord, ValidationRow
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import level, mean, psnr_db
@@ -123,7 +123,7 @@ def best_fit(records: Sequence[FitRecord]) -> str:
 def validation_rows(
     measurements: Measurements,
     chosen: Schedule,
-    candidates: Candidates,
+    latency_model: LatencyModel,
     on_run: OnRun | None = None,
 ) -> tuple[ValidationRow, ...]:
     """Runs the chosen schedule and every baseline on the validation samples.
@@ -131,7 +131,7 @@ def validation_rows(
     Args:
         measurements: of the validation samples.
         chosen: the schedule under test.
-        candidates: all built precisions in order of precision (the pool of the baselines is sorted by it).
+        latency_model: all built precisions in order of precision (the pool of the baselines is sorted by it).
         on_run: see `OnRun`.
 
     Returns:
@@ -139,7 +139,7 @@ def validation_rows(
         precision: of the same latency, unless changes cost something. A schedule that several names stand for
         is run once.
     """
-    precisions = candidates.precisions
+    precisions = latency_model.precisions
     pool = sorted(chosen, key=list(precisions).index)
     generator = np.random.default_rng(SEED)
     count = chosen.count(precisions[0])
@@ -165,7 +165,7 @@ def validation_rows(
                 if on_run:
                     on_run(done, total)
             draws.append(values)
-        latency = mean([candidates.latency(drawn) for drawn in named[name]])
+        latency = mean([latency_model.latency(drawn) for drawn in named[name]])
         rows[name] = _row(name, named[name], draws, latency)
     schedule_row = rows["schedule"]
     winners = tuple(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from calibration.choose.costs import NO_COSTS, AllocationCosts, Candidates
+from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
 from calibration.choose.pareto import Allocation, integers, pareto_front
 from calibration.document import DroppedRecord
 from calibration.scores.predictors import Contributions
@@ -61,27 +61,28 @@ Budget = LatencyBudget | ErrorBudget | HighSteps
 
 
 def drop_dominated(
-    candidates: Candidates, errors: Mapping[str, float]
+    latency_model: LatencyModel, errors: Mapping[str, float]
 ) -> tuple[tuple[str, ...], tuple[DroppedRecord, ...]]:
     """Sorts out the precisions that are no use: putting another one in their place is no slower and errs no more.
 
     Where changes cost differently by pair, the other precision must not be costlier to change to or from.
 
     Args:
-        candidates: the reference is always kept; of two that are equal the first is.
+        latency_model: the reference is always kept; of two that are equal the first is.
         errors: E of the uniform schedule by precision, 0 for the reference.
 
     Returns:
         The precisions left, in order, and the others, each with what beats it.
     """
-    precisions, latencies_ms = candidates.precisions, candidates.latencies_ms
+    precisions, latencies_ms = latency_model.precisions, latency_model.latencies_ms
     left: list[str] = []
     dropped: list[DroppedRecord] = []
     for index, name in enumerate(precisions):
 
         def beats(other: str, rank: int, name: str = name, index: int = index) -> bool:
             mine, theirs = (
-                (latencies_ms[one], errors[one], *_changes_ns(one, {name, other}, candidates)) for one in (name, other)
+                (latencies_ms[one], errors[one], *_changes_ns(one, {name, other}, latency_model))
+                for one in (name, other)
             )
             no_worse = all(their <= my for their, my in zip(theirs, mine, strict=True))
             return no_worse and (theirs != mine or rank < index)
@@ -100,19 +101,19 @@ def drop_dominated(
     return tuple(left), tuple(dropped)
 
 
-def _changes_ns(name: str, pair: set[str], candidates: Candidates) -> list[int]:
+def _changes_ns(name: str, pair: set[str], latency_model: LatencyModel) -> list[int]:
     """What changes between `name` and every precision outside `pair` cost, both ways."""
-    others = [other for other in candidates.precisions if other not in pair]
-    return [candidates.costs.swap_ns(*change) for other in others for change in ((name, other), (other, name))]
+    others = [other for other in latency_model.precisions if other not in pair]
+    return [latency_model.costs.swap_ns(*change) for other in others for change in ((name, other), (other, name))]
 
 
 def allocate(
-    candidates: Candidates, found: Contributions, budget: Budget, front: Sequence[Allocation] | None = None
+    latency_model: LatencyModel, found: Contributions, budget: Budget, front: Sequence[Allocation] | None = None
 ) -> Allocation:
     """The best schedule under a budget.
 
     Args:
-        candidates: see `pareto_front`.
+        latency_model: see `pareto_front`.
         found: see `pareto_front`.
         budget: what the schedule has to meet.
         front: what `pareto_front` returned for the same arguments, if it is at hand.
@@ -126,8 +127,8 @@ def allocate(
         ValueError: shapes or values out of range.
     """
     if isinstance(budget, HighSteps):
-        return _high_steps(candidates, found, budget)
-    front = front or pareto_front(candidates, found)
+        return _high_steps(latency_model, found, budget)
+    front = front or pareto_front(latency_model, found)
     if isinstance(budget, LatencyBudget):
         require_reachable(budget, front[0].latency, len(front[0].precisions))
         return [entry for entry in front if entry.latency <= budget.ratio * (1 + BUDGET_TOLERANCE)][-1]
@@ -169,10 +170,10 @@ def require_reachable(budget: Budget | None, fastest: float, num_steps: int, cos
         )
 
 
-def _high_steps(candidates: Candidates, found: Contributions, budget: HighSteps) -> Allocation:
-    precisions, problem = candidates.precisions, integers(candidates, found.values)
+def _high_steps(latency_model: LatencyModel, found: Contributions, budget: HighSteps) -> Allocation:
+    precisions, problem = latency_model.precisions, integers(latency_model, found.values)
     num_steps = len(problem.errors)
-    require_reachable(budget, 0.0, num_steps, candidates.costs)
+    require_reachable(budget, 0.0, num_steps, latency_model.costs)
     if len(precisions) == 1 and budget.count < num_steps:
         raise BudgetError(
             f"{budget.count} high-precision steps asked for, but no low precision is faster than "
@@ -184,7 +185,7 @@ def _high_steps(candidates: Candidates, found: Contributions, budget: HighSteps)
     choices = [pair[choice] for choice in picked]
     schedule = tuple(precisions[choice] for choice in choices)
     error = math.fsum(float(found.values[step, choice]) for step, choice in enumerate(choices))
-    return Allocation(schedule, error**found.power, candidates.latency(schedule))
+    return Allocation(schedule, error**found.power, latency_model.latency(schedule))
 
 
 def _place_high_steps(errors: list[list[int]], swaps_ns: list[list[int]], count: int) -> list[int]:

@@ -77,7 +77,7 @@ def step_ns(latency_ms: float) -> int:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class LatencyModel:
     """The precisions that schedules may be made of, and what those take.
 
     Attributes:

@@ -23,7 +23,7 @@ from itertools import combinations
 
 import numpy as np
 
-from calibration.choose.costs import Candidates, step_ns
+from calibration.choose.costs import LatencyModel, step_ns
 from calibration.scores.predictors import Contributions
 
 log = logging.getLogger(__name__)
@@ -76,23 +76,23 @@ class _Points:
     choices: np.ndarray
 
 
-def integers(candidates: Candidates, contributions: np.ndarray) -> Problem:
+def integers(latency_model: LatencyModel, contributions: np.ndarray) -> Problem:
     """Rounds an allocation to integers.
 
     Args:
-        candidates: P precisions.
+        latency_model: P precisions.
         contributions: float64 [T, P], as in `Contributions.values`.
 
     Raises:
         ValueError: shapes or values out of range.
     """
-    precisions, costs = candidates.precisions, candidates.costs
+    precisions, costs = latency_model.precisions, latency_model.costs
     values = np.asarray(contributions, dtype=np.float64)
     if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] != len(precisions):
         raise ValueError(f"contributions have shape {values.shape}, expected [T, {len(precisions)}]")
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise ValueError("contributions hold negative or non-finite values; clip scores at 0 first")
-    steps_ns = [step_ns(candidates.latencies_ms[name]) for name in precisions]
+    steps_ns = [step_ns(latency_model.latencies_ms[name]) for name in precisions]
     swaps_ns = [[costs.swap_ns(before, after) for after in precisions] for before in precisions]
     longest = len(values) * (max(steps_ns) + max(map(max, swaps_ns)))
     if longest >= 2**63:
@@ -105,11 +105,11 @@ def integers(candidates: Candidates, contributions: np.ndarray) -> Problem:
     )
 
 
-def pareto_front(candidates: Candidates, found: Contributions) -> tuple[Allocation, ...]:
+def pareto_front(latency_model: LatencyModel, found: Contributions) -> tuple[Allocation, ...]:
     """Every schedule that no other one beats in latency and predicted error, fastest first.
 
     Args:
-        candidates: P precisions.
+        latency_model: P precisions.
         found: contributions of T steps to the error, a column per precision.
 
     Returns:
@@ -122,10 +122,10 @@ def pareto_front(candidates: Candidates, found: Contributions) -> tuple[Allocati
     Raises:
         ValueError: shapes or values out of range.
     """
-    problem = integers(candidates, found.values)
+    problem = integers(latency_model, found.values)
     num_steps, count = problem.errors.shape
     reference_ns = num_steps * int(problem.steps_ns[0])
-    limit = min(candidates.costs.max_engines or count, count)
+    limit = min(latency_model.costs.max_engines or count, count)
     solved = [_solve(problem, np.array(allowed, dtype=np.uint8)) for allowed in combinations(range(count), limit)]
     slack_ns = max(given_up_ns for _, given_up_ns in solved)
     if slack_ns:
@@ -139,7 +139,7 @@ def pareto_front(candidates: Candidates, found: Contributions) -> tuple[Allocati
     picked = np.asarray(found.values, dtype=np.float64)[np.arange(num_steps), points.choices]
     return tuple(
         Allocation(
-            tuple(map(candidates.precisions.__getitem__, row)), math.fsum(parts) ** found.power, total / reference_ns
+            tuple(map(latency_model.precisions.__getitem__, row)), math.fsum(parts) ** found.power, total / reference_ns
         )
         for row, parts, total in zip(points.choices.tolist(), picked.tolist(), points.total_ns.tolist(), strict=True)
     )

@@ -95,10 +95,10 @@ def rule_schedules(predictions: Predictions) -> dict[str, list[Allocation]]:
     Returns:
         Schedules fastest first; no rules where no precision is faster than the reference, or none may join it.
     """
-    candidates, num_steps = predictions.candidates, len(predictions.found.values)
-    reference, low = candidates.reference, min(candidates.precisions, key=candidates.latencies_ms.__getitem__)
+    latency_model, num_steps = predictions.latency_model, len(predictions.found.values)
+    reference, low = latency_model.reference, min(latency_model.precisions, key=latency_model.latencies_ms.__getitem__)
     rules: dict[str, list[Allocation]] = {}
-    if low == reference or candidates.costs.max_engines == 1:
+    if low == reference or latency_model.costs.max_engines == 1:
         return rules
     for count in range(1, num_steps):
         pool = (reference,) * count + (low,) * (num_steps - count)

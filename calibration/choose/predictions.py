@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from calibration.choose.allocation import Budget, ErrorBudget, HighSteps, LatencyBudget, allocate
-from calibration.choose.costs import Candidates
+from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation, pareto_front
 from calibration.scores.predictors import Contributions, predict
 
@@ -22,13 +22,13 @@ class Predictions:
     """What is predicted of schedules.
 
     Attributes:
-        candidates: what they are made of.
+        latency_model: what they are made of.
         predictor: the one that allocation goes by.
         fitted: contributions of `predictor`, without risk.
         weighed: contributions by predictor, with risk (`calibration.scores.divergence`).
     """
 
-    candidates: Candidates
+    latency_model: LatencyModel
     predictor: str
     fitted: Contributions
     weighed: Mapping[str, Contributions]
@@ -41,15 +41,15 @@ class Predictions:
     @cached_property
     def front(self) -> tuple[Allocation, ...]:
         """The Pareto front, fastest first."""
-        return pareto_front(self.candidates, self.found)
+        return pareto_front(self.latency_model, self.found)
 
     def error(self, schedule: tuple[str, ...]) -> float:
         """Predicted E, with risk."""
-        return predict(self.found, self.candidates.precisions, schedule)
+        return predict(self.found, self.latency_model.precisions, schedule)
 
     def allocation(self, schedule: tuple[str, ...]) -> Allocation:
         """A schedule with its predicted error and its latency."""
-        return Allocation(schedule, self.error(schedule), self.candidates.latency(schedule))
+        return Allocation(schedule, self.error(schedule), self.latency_model.latency(schedule))
 
 
 def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[Allocation, str]:
@@ -58,10 +58,10 @@ def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[All
     Raises:
         BudgetError: no schedule meets it.
     """
-    candidates, found = predictions.candidates, predictions.found
-    reference = candidates.reference
+    latency_model, found = predictions.latency_model, predictions.found
+    reference = latency_model.reference
     if budget is None:
-        fastest = min(candidates.precisions, key=candidates.latencies_ms.__getitem__)
+        fastest = min(latency_model.precisions, key=latency_model.latencies_ms.__getitem__)
         budget = ErrorBudget(DEFAULT_ERROR_FRACTION * predictions.error((fastest,) * len(found.values)))
         wording = f"default budget: at most {DEFAULT_ERROR_FRACTION:g} of the error of uniform {fastest}"
     elif isinstance(budget, LatencyBudget):
@@ -70,4 +70,4 @@ def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[All
         wording = f"predicted error at most {budget.error:g}"
     elif isinstance(budget, HighSteps):
         wording = f"{budget.count} step{'s' * (budget.count != 1)} at {reference}"
-    return allocate(candidates, found, budget, predictions.front), wording
+    return allocate(latency_model, found, budget, predictions.front), wording

@@ -45,7 +45,7 @@ def refine_schedule(
     Returns:
         The schedule that no rival beat, and the record of the search.
     """
-    candidates, costs = predictions.candidates, predictions.candidates.costs
+    latency_model, costs = predictions.latency_model, predictions.latency_model.costs
     limit = budget.ratio if isinstance(budget, LatencyBudget) else chosen.latency
 
     def allowed(schedule: Schedule) -> bool:
@@ -53,11 +53,11 @@ def refine_schedule(
             return False
         if isinstance(budget, HighSteps):
             return sorted(schedule) == sorted(chosen.precisions)
-        return candidates.latency(schedule) <= limit * (1 + BUDGET_TOLERANCE)
+        return latency_model.latency(schedule) <= limit * (1 + BUDGET_TOLERANCE)
 
     same = budget if isinstance(budget, HighSteps) else LatencyBudget(limit)
     others = [
-        (f"{name} scores", allocate(candidates, other, same).precisions)
+        (f"{name} scores", allocate(latency_model, other, same).precisions)
         for name, other in predictions.weighed.items()
         if name != predictions.predictor
     ]
@@ -66,7 +66,7 @@ def refine_schedule(
     def rivals(schedule: Schedule) -> Iterator[tuple[str, Schedule]]:
         near = [*nearest, *(("exchange", traded) for traded in _exchanges(schedule))]
         near.sort(key=lambda rival: predictions.error(rival[1]))
-        rules = fixed_rules(schedule, candidates.precisions)
+        rules = fixed_rules(schedule, latency_model.precisions)
         yield from (rival for rival in (*rules.items(), *others, *near) if allowed(rival[1]))
 
     done = 0
@@ -83,18 +83,18 @@ def refine_schedule(
         measurements.expect(schedules, pictures=False, samples=samples)
 
     def weight(schedule: Schedule) -> float:
-        level = predict(predictions.fitted, candidates.precisions, schedule)
+        level = predict(predictions.fitted, latency_model.precisions, schedule)
         return predictions.error(schedule) / level if level > 0 else 1.0
 
     runs = Runs(measure, measurements.schedule_calls, measurements.num_samples, expect, weight)
-    spares = sparing(candidates, predictions.found, same)
+    spares = sparing(latency_model, predictions.found, same)
     result = refine(chosen.precisions, rivals, runs, max_calls, spares)
     record = RefinementRecord(
         trials=tuple(
             TrialRecord(
                 precisions=trial.precisions,
                 origin=trial.origin,
-                latency=candidates.latency(trial.precisions),
+                latency=latency_model.latency(trial.precisions),
                 predicted_error=predictions.error(trial.precisions),
                 errors=tuple(trial.errors),
             )

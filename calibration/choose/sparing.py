@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from calibration.choose.allocation import HighSteps, LatencyBudget, allocate
-from calibration.choose.costs import Candidates
+from calibration.choose.costs import LatencyModel
 from calibration.scores.predictors import Contributions
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
@@ -23,12 +23,12 @@ SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 
 
 def sparing(
-    candidates: Candidates, found: Contributions, budget: HighSteps | LatencyBudget
+    latency_model: LatencyModel, found: Contributions, budget: HighSteps | LatencyBudget
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """The best schedules whose first steps are at the reference, more and more of them while the budget allows it.
 
     Args:
-        candidates: what schedules are made of.
+        latency_model: what schedules are made of.
         found: what schedules are chosen by.
         budget: which all of them meet.
 
@@ -39,7 +39,7 @@ def sparing(
     for first in sorted({math.ceil(share * num_steps) for share in SHARES}):
         values = found.values.copy()
         values[:first, 1:] += 1 + 10 * values.sum()  # so that no saving elsewhere makes up for one of these steps
-        schedule = allocate(candidates, replace(found, values=values), budget).precisions
-        if set(schedule[:first]) != {candidates.reference}:
+        schedule = allocate(latency_model, replace(found, values=values), budget).precisions
+        if set(schedule[:first]) != {latency_model.reference}:
             return
         yield first, schedule

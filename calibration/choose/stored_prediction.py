@@ -7,7 +7,7 @@ from itertools import permutations
 
 import numpy as np
 
-from calibration.choose.costs import AllocationCosts, Candidates
+from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.document import Sensitivity
 from calibration.scores.divergence import with_risk
 from calibration.scores.predictors import contributions, predict
@@ -31,7 +31,7 @@ class StoredPrediction:
         self.precisions = (reference, *(name for name in low if name in scored))
         pairs = permutations(found.precisions, 2)
         costs = AllocationCosts({(a, b): found.swap_ms.get(f"{a} {b}", 0.0) for a, b in pairs})
-        self._candidates = Candidates(found.precisions, found.latencies_ms, costs)
+        self._candidates = LatencyModel(found.precisions, found.latencies_ms, costs)
         curves: dict[tuple[str, str], np.ndarray] = {
             (record.direction, record.precision): np.array(record.scores) for record in found.scores
         }

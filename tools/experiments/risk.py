@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from calibration.choose.allocation import HighSteps, allocate
-from calibration.choose.costs import Candidates
+from calibration.choose.costs import LatencyModel
 from calibration.measure.metrics import limited
 from calibration.scores.predictors import predict
 from engines.cli import guarded
@@ -104,7 +104,7 @@ def choices(fits: dict[str, Any]) -> list[list[str]]:
         plain = scores.contributions(predictor)
         weighed = scores.weighed(predictor, scores.risks(predictor))
         pair = (reference, precision)
-        equal = Candidates(pair, dict.fromkeys(pair, 1.0))  # K says it all: latency has no part in it
+        equal = LatencyModel(pair, dict.fromkeys(pair, 1.0))  # K says it all: latency has no part in it
         for count in (round(num_steps * part / 5) for part in range(1, 5)):
             chosen = [allocate(equal, found, HighSteps(count)).precisions for found in (plain, weighed)]
             cost = predict(plain, pair, chosen[1]) / predict(plain, pair, chosen[0]) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from calibration.choose.allocation import HighSteps
-from calibration.choose.costs import Candidates
+from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation
 from calibration.choose.predictions import Predictions, predicted_best
 from calibration.choose.rivals import refine_schedule
@@ -35,7 +35,7 @@ def search(
         on_run: see `calibration.choose.rivals.refine_schedule`.
     """
     pair = (calibration.reference, precision)
-    equal = Candidates(pair, dict.fromkeys(pair, 1.0))  # K says it all: latency has no part in it
+    equal = LatencyModel(pair, dict.fromkeys(pair, 1.0))  # K says it all: latency has no part in it
     risks = scores.risks(predictor)
     weighed = {name: scores.weighed(name, risks) for name in PREDICTORS}
     predictions = Predictions(equal, predictor, scores.contributions(predictor), weighed)

@@ -17,7 +17,7 @@ from calibration import (
     Sensitivity,
     open_journal,
 )
-from calibration.choose.costs import AllocationCosts, Candidates
+from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.measure.journal import Journal
 from engines.errors import BudgetError, TmpDiffError
 
@@ -143,7 +143,7 @@ def test_quality_budget_takes_a_fixed_rule_where_scores_mislead():
     assert high == sorted(high, reverse=True), "first steps at the reference"
     assert found.validation[0].ssim >= rule.ssim
     assert found.predicted_latency <= rule.latency
-    plain = Candidates(tuple(LATENCIES_MS), LATENCIES_MS).latency(found.schedule)
+    plain = LatencyModel(tuple(LATENCIES_MS), LATENCIES_MS).latency(found.schedule)
     assert found.predicted_latency == pytest.approx(plain)
     assert found.refinement is None
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calibration.choose.allocation import ErrorBudget, HighSteps, LatencyBudget, allocate, drop_dominated
-from calibration.choose.costs import Candidates
+from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import pareto_front
 from calibration.scores.predictors import Contributions
 from engines.errors import BudgetError
@@ -29,26 +29,26 @@ def case(seed, *, coarse):
         latencies = [1.0, *np.round(rng.uniform(0.2, 1.3, size=count - 1), 4)]
         values = np.rint(2**20 * np.exp(2 * rng.normal(size=(num_steps, count)))) / 2**20
     values[:, 0] = 0
-    return Candidates(names, dict(zip(names, map(float, latencies), strict=True))), Contributions(values)
+    return LatencyModel(names, dict(zip(names, map(float, latencies), strict=True))), Contributions(values)
 
 
-def every_schedule(candidates, found):
+def every_schedule(latency_model, found):
     """All P^T schedules as indices [P^T, T], and their exact latencies (1e-4 ms) and errors (2^-20).
 
     In the order of ties: the first differing step at the precision listed first.
     """
-    names, values = candidates.precisions, found.values
+    names, values = latency_model.precisions, found.values
     choices = np.array(list(itertools.product(range(len(names)), repeat=len(values))))
-    steps = np.array([candidates.latencies_ms[name] for name in names])
+    steps = np.array([latency_model.latencies_ms[name] for name in names])
     latency = np.rint(1e4 * steps).astype(int)[choices].sum(axis=1)
     error = np.rint(2**20 * values).astype(int)[np.arange(len(values)), choices].sum(axis=1)
     return choices, latency, error
 
 
-def brute_front(candidates, found):
+def brute_front(latency_model, found):
     """(relative latency, error, schedule) of every schedule that is not dominated; the first of equals."""
-    names, latencies = candidates.precisions, candidates.latencies_ms
-    choices, latency, error = every_schedule(candidates, found)
+    names, latencies = latency_model.precisions, latency_model.latencies_ms
+    choices, latency, error = every_schedule(latency_model, found)
     front, least = [], None
     for k in np.lexsort((error, latency)):  # stable
         if least is None or error[k] < least:
@@ -62,79 +62,79 @@ def brute_front(candidates, found):
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("seed", range(25))
 def test_front_and_budgets_agree_with_brute_force(seed, coarse):
-    candidates, found = case(seed, coarse=coarse)
-    expected = brute_front(candidates, found)
-    front = pareto_front(candidates, found)
+    latency_model, found = case(seed, coarse=coarse)
+    expected = brute_front(latency_model, found)
+    front = pareto_front(latency_model, found)
     assert [entry.precisions for entry in front] == [schedule for _, _, schedule in expected]
     np.testing.assert_allclose([entry.latency for entry in front], [entry[0] for entry in expected], rtol=1e-12)
     np.testing.assert_allclose([entry.error for entry in front], [entry[1] for entry in expected], rtol=1e-12)
     for k, (latency, error, schedule) in enumerate(expected):
         # exactly at a reachable value, however the caller came by it
-        for ratio in (latency, candidates.latency(schedule)):
-            assert allocate(candidates, found, LatencyBudget(ratio)).precisions == schedule
-        assert allocate(candidates, found, ErrorBudget(error)).precisions == schedule
+        for ratio in (latency, latency_model.latency(schedule)):
+            assert allocate(latency_model, found, LatencyBudget(ratio)).precisions == schedule
+        assert allocate(latency_model, found, ErrorBudget(error)).precisions == schedule
         if k > 0:  # just short of it
             before = expected[k - 1]
             faster = LatencyBudget(latency * (1 - 1e-9))
-            assert allocate(candidates, found, faster).precisions == before[2]
+            assert allocate(latency_model, found, faster).precisions == before[2]
             better = ErrorBudget(before[1] * (1 - 1e-9))
-            assert allocate(candidates, found, better).precisions == schedule
+            assert allocate(latency_model, found, better).precisions == schedule
 
 
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("seed", range(25))
 def test_high_steps_agree_with_brute_force(seed, coarse):
-    candidates, contributions = case(seed, coarse=coarse)
-    names, values = candidates.precisions, contributions.values
-    low = min(names[1:], key=lambda name: (candidates.latencies_ms[name], values[:, names.index(name)].sum()))
-    choices, _, errors = every_schedule(candidates, contributions)
+    latency_model, contributions = case(seed, coarse=coarse)
+    names, values = latency_model.precisions, contributions.values
+    low = min(names[1:], key=lambda name: (latency_model.latencies_ms[name], values[:, names.index(name)].sum()))
+    choices, _, errors = every_schedule(latency_model, contributions)
     for count in range(len(values) + 1):
         high, rest = choices == 0, choices == names.index(low)
         allowed = np.flatnonzero((high | rest).all(axis=1) & (high.sum(axis=1) == count))
         best = allowed[np.argmin(errors[allowed])]  # the first of equals
-        found = allocate(candidates, contributions, HighSteps(count))
+        found = allocate(latency_model, contributions, HighSteps(count))
         assert found.precisions == tuple(names[choice] for choice in choices[best])
         assert found.error == pytest.approx(errors[best] / 2**20, rel=1e-12)
 
 
 def test_power_changes_errors_but_no_ranking():
-    candidates, found = case(3, coarse=False)
+    latency_model, found = case(3, coarse=False)
     square = Contributions(found.values, 2.0)
-    plain, squared = (pareto_front(candidates, one) for one in (found, square))
+    plain, squared = (pareto_front(latency_model, one) for one in (found, square))
     assert [entry.precisions for entry in squared] == [entry.precisions for entry in plain]
     np.testing.assert_allclose([e.error for e in squared], [e.error**2 for e in plain], rtol=1e-12)
     middle = squared[len(squared) // 2]
-    assert allocate(candidates, square, ErrorBudget(middle.error)) == middle
-    high = allocate(candidates, square, HighSteps(1))
-    assert high.error == allocate(candidates, found, HighSteps(1)).error ** 2
+    assert allocate(latency_model, square, ErrorBudget(middle.error)) == middle
+    high = allocate(latency_model, square, HighSteps(1))
+    assert high.error == allocate(latency_model, found, HighSteps(1)).error ** 2
 
 
 def test_budget_no_schedule_meets_names_one_that_does():
-    candidates = Candidates(("fp16", "int8"), {"fp16": 3.0, "int8": 1.0})
+    latency_model = LatencyModel(("fp16", "int8"), {"fp16": 3.0, "int8": 1.0})
     found = Contributions(np.array([[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]]))
     with pytest.raises(BudgetError, match=r"in 0\.2 of the reference's latency; the fastest takes 0\.3334"):
-        allocate(candidates, found, LatencyBudget(0.2))
-    assert allocate(candidates, found, LatencyBudget(0.3334)).precisions == ("int8",) * 3
+        allocate(latency_model, found, LatencyBudget(0.2))
+    assert allocate(latency_model, found, LatencyBudget(0.3334)).precisions == ("int8",) * 3
     biased = Contributions(found.values + 0.1)
     with pytest.raises(BudgetError, match=r"error of 0\.2 or less; the most accurate has 0\.3,"):
-        allocate(candidates, biased, ErrorBudget(0.2))
-    assert allocate(candidates, biased, ErrorBudget(0.3)).precisions == ("fp16",) * 3
+        allocate(latency_model, biased, ErrorBudget(0.2))
+    assert allocate(latency_model, biased, ErrorBudget(0.3)).precisions == ("fp16",) * 3
     with pytest.raises(
         BudgetError, match="no schedule has 4 high-precision steps; the loop has 3, so ask for at most that"
     ):
-        allocate(candidates, found, HighSteps(4))
+        allocate(latency_model, found, HighSteps(4))
     with pytest.raises(BudgetError, match=r"1 high-precision steps asked for, .* the nearest that can be met is 3"):
-        allocate(Candidates(("fp16",), {"fp16": 3.0}), Contributions(found.values[:, :1]), HighSteps(1))
+        allocate(LatencyModel(("fp16",), {"fp16": 3.0}), Contributions(found.values[:, :1]), HighSteps(1))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_value_named_by_a_refusal_can_be_met(seed):
-    candidates, found = case(seed, coarse=False)
+    latency_model, found = case(seed, coarse=False)
     found.values[:] += 0.01
     for budget, text in ((LatencyBudget, "the fastest takes "), (ErrorBudget, "the most accurate has ")):
         with pytest.raises(BudgetError) as refusal:
-            allocate(candidates, found, budget(1e-9))
-        allocate(candidates, found, budget(float(str(refusal.value).split(text)[1].split(",")[0])))
+            allocate(latency_model, found, budget(1e-9))
+        allocate(latency_model, found, budget(float(str(refusal.value).split(text)[1].split(",")[0])))
 
 
 def test_slower_and_worse_is_never_picked_and_dropping_says_why():
@@ -143,10 +143,10 @@ def test_slower_and_worse_is_never_picked_and_dropping_says_why():
     latencies = {"fp16": 10.0, "fp8": 12.0, "int8": 4.0, "int4": 4.0}
     errors = {"fp16": 0.0, "fp8": 0.1, "int8": 0.2, "int4": 0.5}
     values = rng.uniform(0.5, 1.5, size=(12, 1)) * np.array([0.0, 0.1, 0.2, 0.5])
-    candidates = Candidates(names, latencies)
-    picked = {name for entry in pareto_front(candidates, Contributions(values)) for name in entry.precisions}
+    latency_model = LatencyModel(names, latencies)
+    picked = {name for entry in pareto_front(latency_model, Contributions(values)) for name in entry.precisions}
     assert picked == {"fp16", "int8"}
-    left, dropped = drop_dominated(candidates, errors)
+    left, dropped = drop_dominated(latency_model, errors)
     assert left == ("fp16", "int8")
     assert [(loser.precision, loser.by) for loser in dropped] == [("fp8", "fp16"), ("int4", "int8")]
     assert "int8 is no slower (4 ms against 4 ms a step) and errs no more (E 0.2 against 0.5)" in dropped[1].reason
@@ -154,7 +154,7 @@ def test_slower_and_worse_is_never_picked_and_dropping_says_why():
 
 def test_reference_counts_when_dropping_and_is_itself_kept():
     latencies = {"fp16": 1.0, "fp8": 1.0, "int8": 0.5, "int4": 0.5}
-    left, dropped = drop_dominated(Candidates(tuple(latencies), latencies), dict.fromkeys(latencies, 0.0))
+    left, dropped = drop_dominated(LatencyModel(tuple(latencies), latencies), dict.fromkeys(latencies, 0.0))
     assert left == ("fp16", "int8"), "of equals the first; the reference stays even where int8 beats it"
     assert [loser.precision for loser in dropped] == ["fp8", "int4"]
 
@@ -162,17 +162,17 @@ def test_reference_counts_when_dropping_and_is_itself_kept():
 def test_hundred_steps_five_precisions_in_a_second():
     rng = np.random.default_rng(0)
     names = ("fp16", "bf16", "fp8", "int8", "int4")
-    candidates = Candidates(names, dict(zip(names, (81.3, 70.1, 52.9, 33.7, 25.3), strict=True)))
+    latency_model = LatencyModel(names, dict(zip(names, (81.3, 70.1, 52.9, 33.7, 25.3), strict=True)))
     values = np.exp(1.5 * rng.normal(size=(100, 1))) * np.array([0, 0.02, 0.1, 0.3, 1.0])
     values *= np.exp(0.3 * rng.normal(size=values.shape))
     found = Contributions(values)
     started = time.process_time()  # which other work does not lengthen
-    front = pareto_front(candidates, found)
+    front = pareto_front(latency_model, found)
     assert time.process_time() - started < 1
     assert front[0].precisions == ("int4",) * 100
     assert front[-1].precisions == ("fp16",) * 100
-    again = allocate(candidates, found, LatencyBudget(0.6))
-    assert again == allocate(candidates, found, LatencyBudget(0.6), front=front)
+    again = allocate(latency_model, found, LatencyBudget(0.6))
+    assert again == allocate(latency_model, found, LatencyBudget(0.6), front=front)
     assert again.latency <= 0.6
 
 
@@ -185,8 +185,8 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"high-precision steps: 2\.5"):
         HighSteps(2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shape \(3, 2\), expected \[T, 1\]"):
-        pareto_front(Candidates(("fp16",), {"fp16": 1.0}), Contributions(values))
+        pareto_front(LatencyModel(("fp16",), {"fp16": 1.0}), Contributions(values))
     with pytest.raises(ValueError, match="negative"):
-        pareto_front(Candidates(("fp16", "int8"), {"fp16": 1.0, "int8": 1.0}), Contributions(values - 1))
+        pareto_front(LatencyModel(("fp16", "int8"), {"fp16": 1.0, "int8": 1.0}), Contributions(values - 1))
     with pytest.raises(ValueError, match="step latency is 0 ms"):
-        pareto_front(Candidates(("fp16", "int8"), {"fp16": 1.0, "int8": 0}), Contributions(values))
+        pareto_front(LatencyModel(("fp16", "int8"), {"fp16": 1.0, "int8": 0}), Contributions(values))

@@ -19,7 +19,7 @@ from calibration.choose.allocation import (
     drop_dominated,
     require_reachable,
 )
-from calibration.choose.costs import NO_COSTS, AllocationCosts, Candidates
+from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
 from calibration.choose.pareto import pareto_front
 from calibration.scores.predictors import Contributions
 from engines.errors import BudgetError
@@ -88,7 +88,7 @@ def test_front_and_budgets_agree_with_brute_force(seed, kind):
     reference = len(values) * round(1e4 * latencies[names[0]])
     for max_engines in (None, *range(1, len(names) + 1)):
         costs = AllocationCosts(swap_ms, max_engines)
-        problem = Candidates(names, latencies, costs), Contributions(values)
+        problem = LatencyModel(names, latencies, costs), Contributions(values)
         rows = brute_front(schedules, max_engines or len(names))
         expected = [tuple(names[choice] for choice in choices[row]) for row in rows]
         front = pareto_front(*problem)
@@ -113,27 +113,27 @@ def test_high_steps_agree_with_brute_force(seed, kind):
     choices, latency, error, _ = every_schedule(names, latencies, values, swap_ms)
     low = min(names[1:], key=lambda name: (latencies[name], values[:, names.index(name)].sum()))
     for count, max_engines in itertools.product(range(len(values) + 1), (None, 1, 2)):
-        candidates = Candidates(names, latencies, AllocationCosts(swap_ms, max_engines))
+        latency_model = LatencyModel(names, latencies, AllocationCosts(swap_ms, max_engines))
         high = choices == 0
         allowed = np.flatnonzero((high | (choices == names.index(low))).all(axis=1) & (high.sum(axis=1) == count))
         if max_engines == 1 and 0 < count < len(values):
             with pytest.raises(BudgetError, match="take two engines, but max_engines is 1"):
-                allocate(candidates, Contributions(values), HighSteps(count))
+                allocate(latency_model, Contributions(values), HighSteps(count))
             continue
         best = min(allowed, key=lambda row: (error[row], latency[row], row))
-        found = allocate(candidates, Contributions(values), HighSteps(count))
+        found = allocate(latency_model, Contributions(values), HighSteps(count))
         assert found.precisions == tuple(names[choice] for choice in choices[best])
         assert found.error == pytest.approx(error[best] / 2**20, rel=1e-12)
-        assert found.latency == candidates.latency(found.precisions)
+        assert found.latency == latency_model.latency(found.precisions)
 
 
 def test_equal_high_steps_go_where_changes_are_cheapest():
     contributions = Contributions(np.array([[0.0, 1.0]] * 6))
-    candidates = Candidates(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
-    free = allocate(candidates, contributions, HighSteps(2))
+    latency_model = LatencyModel(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
+    free = allocate(latency_model, contributions, HighSteps(2))
     assert free.precisions == ("fp16",) * 2 + ("int8",) * 4
     costs = AllocationCosts({("fp16", "int8"): 0.5, ("int8", "fp16"): 0.25})
-    found = allocate(replace(candidates, costs=costs), contributions, HighSteps(2))
+    found = allocate(replace(latency_model, costs=costs), contributions, HighSteps(2))
     assert found.precisions == ("int8",) * 4 + ("fp16",) * 2
     assert found.latency == (4 * 1.0 + 2 * 2.0 + 0.25) / 12
 
@@ -143,7 +143,7 @@ def test_latency_charges_every_change_in_its_direction():
     costs = AllocationCosts(dict.fromkeys(pairs(latencies), 0.0) | {("fp16", "int8"): 0.3, ("int8", "fp16"): 0.1})
     schedule = ("int8", "fp16", "fp16", "int8", "int4")
     for charged, expected in ((costs, 6.5 + 0.1 + 0.3), (AllocationCosts(0.2), 7.1), (NO_COSTS, 6.5)):
-        found = Candidates(("fp16", "int8", "int4"), latencies, charged).latency(schedule)
+        found = LatencyModel(("fp16", "int8", "int4"), latencies, charged).latency(schedule)
         assert found == pytest.approx(expected / 10, rel=1e-12)
 
 
@@ -151,13 +151,13 @@ def test_latency_charges_every_change_in_its_direction():
 @pytest.mark.parametrize("seed", range(8))
 def test_free_swaps_and_room_for_all_engines_change_no_bit(seed, kind):
     names, latencies, values, _ = case(seed, kind)
-    free, found = Candidates(names, latencies), Contributions(values)
+    free, found = LatencyModel(names, latencies), Contributions(values)
     plain = pareto_front(free, found)
     for costs in (AllocationCosts(0.0, len(names)), AllocationCosts(dict.fromkeys(pairs(names), 0.0), 9)):
-        candidates = replace(free, costs=costs)
-        assert pareto_front(candidates, found) == plain
+        latency_model = replace(free, costs=costs)
+        assert pareto_front(latency_model, found) == plain
         for count in range(len(values) + 1):
-            assert allocate(candidates, found, HighSteps(count)) == allocate(free, found, HighSteps(count))
+            assert allocate(latency_model, found, HighSteps(count)) == allocate(free, found, HighSteps(count))
 
 
 def changes(schedule):
@@ -173,7 +173,7 @@ def test_swaps_that_cost_more_than_they_gain_are_not_made(seed):
     gain_ms = 12 * (latencies["fp16"] - latencies["int4"])
 
     def made(swap_ms):
-        front = pareto_front(Candidates(NAMES, latencies, AllocationCosts(swap_ms)), Contributions(values))
+        front = pareto_front(LatencyModel(NAMES, latencies, AllocationCosts(swap_ms)), Contributions(values))
         return {changes(entry.precisions) for entry in front}
 
     assert max(made(0.0)) > 2
@@ -192,20 +192,20 @@ def test_dearer_swaps_and_fewer_engines_never_lower_the_error():
     found = Contributions(five_precisions(1)[0][:40])
     rows = []
     for costs in [AllocationCosts(swap_ms) for swap_ms in (0.0, 0.05, 1.0, 20.0)]:
-        candidates = Candidates(FIVE, FIVE_MS, costs)
-        front = pareto_front(candidates, found)
+        latency_model = LatencyModel(FIVE, FIVE_MS, costs)
+        front = pareto_front(latency_model, found)
         ratios = np.linspace(0.32, 1, 30)
-        rows.append([allocate(candidates, found, LatencyBudget(ratio), front).error for ratio in ratios])
+        rows.append([allocate(latency_model, found, LatencyBudget(ratio), front).error for ratio in ratios])
     assert (np.diff(rows, axis=0) >= 0).all()
     assert (np.diff(rows, axis=1) <= 0).all()
     assert rows[0] != rows[-1]
     sizes = []
     for max_engines in range(1, 6):
-        candidates = Candidates(FIVE, FIVE_MS, AllocationCosts(0.5, max_engines))
-        front = pareto_front(candidates, found)
+        latency_model = LatencyModel(FIVE, FIVE_MS, AllocationCosts(0.5, max_engines))
+        front = pareto_front(latency_model, found)
         used = {len(set(entry.precisions)) for entry in front}
         assert max(used) == max_engines
-        sizes.append(allocate(candidates, found, LatencyBudget(0.6), front).error)
+        sizes.append(allocate(latency_model, found, LatencyBudget(0.6), front).error)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1]
 
@@ -214,11 +214,11 @@ def test_dearer_swaps_and_fewer_engines_never_lower_the_error():
 @pytest.mark.parametrize("per_pair", [False, True])
 def test_hundred_steps_five_precisions_in_a_second(per_pair, max_engines, caplog):
     values, swap_ms = five_precisions()
-    candidates = Candidates(FIVE, FIVE_MS, AllocationCosts(swap_ms if per_pair else 0.1, max_engines))
+    latency_model = LatencyModel(FIVE, FIVE_MS, AllocationCosts(swap_ms if per_pair else 0.1, max_engines))
     taken_s = []
     while not taken_s or (min(taken_s) >= 1 and len(taken_s) < 3):  # other work on the machine also takes its caches
         started = time.process_time()
-        front = pareto_front(candidates, Contributions(values))
+        front = pareto_front(latency_model, Contributions(values))
         taken_s.append(time.process_time() - started)
     assert min(taken_s) < 1, taken_s
     assert not caplog.records, "exact, so nothing to warn of"
@@ -227,7 +227,7 @@ def test_hundred_steps_five_precisions_in_a_second(per_pair, max_engines, caplog
     assert all(a.latency < b.latency and a.error > b.error for a, b in itertools.pairwise(front))
     for entry in front[:: len(front) // 50]:
         assert len(set(entry.precisions)) <= (max_engines or 5)
-        assert entry.latency == candidates.latency(entry.precisions)
+        assert entry.latency == latency_model.latency(entry.precisions)
         terms = [values[step, FIVE.index(name)] for step, name in enumerate(entry.precisions)]
         assert entry.error == pytest.approx(sum(terms), rel=1e-12)
 
@@ -237,7 +237,7 @@ def test_front_too_large_is_thinned_within_the_bound_it_warns_of(costs, caplog, 
     latencies = {name: FIVE_MS[name] + offset for name, offset in zip(FIVE, (0, 0.017, 0.0231, 0.0057, 0), strict=True)}
     linear = np.array([1 - latencies[name] / latencies["fp16"] for name in FIVE])
     values = linear * np.exp(0.01 * np.random.default_rng(0).normal(size=(25, 1)))
-    problem = Candidates(FIVE, latencies, costs), Contributions(values)
+    problem = LatencyModel(FIVE, latencies, costs), Contributions(values)
     exact = pareto_front(*problem)
     assert not caplog.records
     monkeypatch.setattr(pareto, "MAX_POINTS", 400)
@@ -259,15 +259,15 @@ def test_dominated_precision_stays_where_it_is_cheaper_to_change_to():
     names = ("fp16", "fp8", "int8")
     latencies, errors = {"fp16": 3.0, "fp8": 2.0, "int8": 1.5}, {"fp16": 0.0, "fp8": 0.2, "int8": 0.1}
     for costs in (AllocationCosts(), AllocationCosts(5.0, 2), AllocationCosts(dict.fromkeys(pairs(names), 1.0))):
-        assert drop_dominated(Candidates(names, latencies, costs), errors)[0] == ("fp16", "int8")
+        assert drop_dominated(LatencyModel(names, latencies, costs), errors)[0] == ("fp16", "int8")
     dear = dict.fromkeys(pairs(names), 1.0)
     for change in (("fp16", "int8"), ("int8", "fp16")):
         costs = AllocationCosts(dear | {change: 1.5})
-        left, dropped = drop_dominated(Candidates(names, latencies, costs), errors)
+        left, dropped = drop_dominated(LatencyModel(names, latencies, costs), errors)
         assert (left, dropped) == (names, ())
     # what changes between the two of them cost does not matter
     costs = AllocationCosts(dear | {("fp8", "int8"): 9.0})
-    assert drop_dominated(Candidates(names, latencies, costs), errors)[0] == ("fp16", "int8")
+    assert drop_dominated(LatencyModel(names, latencies, costs), errors)[0] == ("fp16", "int8")
 
 
 def test_wrong_costs_are_refused():
@@ -281,7 +281,7 @@ def test_wrong_costs_are_refused():
     for limit in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=r"max_engines is .*, expected a whole number from 1, or None"):
             AllocationCosts(0.0, limit)  # type: ignore[arg-type]
-    found, free = Contributions(np.ones((3, 2))), Candidates(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
+    found, free = Contributions(np.ones((3, 2))), LatencyModel(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
     one_way = replace(free, costs=AllocationCosts({("fp16", "int8"): 0.1}))
     with pytest.raises(ValueError, match="swap_ms lacks int8 to fp16; give every ordered pair of precisions"):
         pareto_front(one_way, found)

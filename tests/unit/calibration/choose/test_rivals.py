@@ -12,7 +12,7 @@ import pytest
 from helpers.planted import Counted, Interrupted, PlantedEvaluator, PoolHere, calibrate_loops, measurements
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, open_journal
-from calibration.choose.costs import AllocationCosts, Candidates
+from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.choose.race import Runs, beats, refine
 
 STEPS = 8
@@ -109,18 +109,18 @@ def test_scores_that_are_right_stand(monkeypatch):
 )
 def test_rivals_keep_to_the_budget_and_the_costs(budget):
     costs = AllocationCosts(swap_ms=0.1, max_engines=2)
-    candidates = Candidates(tuple(LATENCIES_MS), LATENCIES_MS, costs)
+    latency_model = LatencyModel(tuple(LATENCIES_MS), LATENCIES_MS, costs)
     plain, found = (run(budget=budget, costs=costs, refine_calls=calls) for calls in (0, 2000))
     assert plain.refinement.trials == ()
     for trial in found.refinement.trials:
-        assert trial.latency == candidates.latency(trial.precisions)
+        assert trial.latency == latency_model.latency(trial.precisions)
         assert len(set(trial.precisions)) <= 2
         if isinstance(budget, HighSteps):
             assert (trial.precisions.count("fp16"), trial.precisions.count("int4")) == (3, 5)
         else:
             assert trial.latency <= (budget.ratio if isinstance(budget, LatencyBudget) else plain.predicted_latency)
     assert len(found.refinement.trials) > 4
-    assert found.predicted_latency == candidates.latency(found.schedule)
+    assert found.predicted_latency == latency_model.latency(found.schedule)
 
 
 def test_calls_are_counted_and_stay_within_the_limit():

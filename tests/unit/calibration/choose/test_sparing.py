@@ -10,7 +10,7 @@ import pytest
 from helpers.planted import FragileLoop, FragileState, calibrate_loops
 
 from calibration import ErrorBudget, HighSteps, LatencyBudget, Sensitivity
-from calibration.choose.costs import AllocationCosts, Candidates
+from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.choose.race import Refinement, Runs, refine
 from calibration.choose.sparing import sparing
 from calibration.measure.metrics import departed
@@ -101,8 +101,8 @@ def test_all_that_spare_meet_the_budget(budget: HighSteps | LatencyBudget, max_e
     names, latencies_ms = ("fp16", "fp8", "int4"), {"fp16": 4.0, "fp8": 3.0, "int4": 1.0}
     values = np.zeros((20, 3))
     values[:, 1:] = np.exp(np.random.default_rng(0).normal(size=(20, 1))) * [0.2, 1.0]
-    candidates = Candidates(names, latencies_ms, AllocationCosts(swap_ms=0.05, max_engines=max_engines))
-    schedules = dict(sparing(candidates, Contributions(values, 1.4), budget))
+    latency_model = LatencyModel(names, latencies_ms, AllocationCosts(swap_ms=0.05, max_engines=max_engines))
+    schedules = dict(sparing(latency_model, Contributions(values, 1.4), budget))
     assert list(schedules) == ([1, 2, 3, 4, 6, 8] if isinstance(budget, HighSteps) else [1, 2, 3, 4, 6])
     for first, schedule in schedules.items():
         assert set(schedule[:first]) == {"fp16"}
@@ -110,7 +110,7 @@ def test_all_that_spare_meet_the_budget(budget: HighSteps | LatencyBudget, max_e
         if isinstance(budget, HighSteps):
             assert schedule.count("fp16") == 9
         else:
-            assert candidates.latency(schedule) <= budget.ratio
+            assert latency_model.latency(schedule) <= budget.ratio
 
 
 def test_a_higher_median_hides_nobody() -> None:

@@ -10,20 +10,35 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engines.documents import one_line, read_document, write_document
 from engines.errors import TmpDiffError
 
-SENSITIVITY_VERSION: Final = 2
+SENSITIVITY_VERSION: Final = 3
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class IntervalRecord(_Record):
+    """A figure and the bounds of its 95 % interval, which are the figure itself where there is a single sample."""
+
+    value: float
+    low: float
+    high: float
+
+
+class DepartureRecord(_Record):
+    """How many of so many samples departed, and a 95 % interval of the share (Clopper and Pearson, Biometrika 26, 1934)."""
+
+    count: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    low: float
+    high: float
+
+
 class ScoreRecord(_Record):
-    """Scores of one precision in one direction ("downcast" or "upcast").
+    """Downcast scores of one precision.
 
     Attributes:
-        scores: length T, a mean over the calibration samples; interpolated where not `measured`.
-        risk: of a departure, in units of E, length T (`calibration.scores.divergence`); empty for upcast scores and in
-            documents that lack it.
+        scores: length T, a limited mean over the calibration samples; interpolated where not `measured`.
         measured: length T.
         order: the step indices measured, in order.
         settled: the search stopped because the ranking was settled, not because its budget ran out.
@@ -32,14 +47,34 @@ class ScoreRecord(_Record):
     """
 
     precision: str
-    direction: Literal["downcast", "upcast"]
     scores: tuple[float, ...]
-    risk: tuple[float, ...] = ()
     measured: tuple[bool, ...]
     order: tuple[int, ...]
     settled: bool
     calls: dict[str, int]
     sweep_calls: int
+
+
+class CorrelationRecord(_Record):
+    """Correlations of the error vectors of two precisions' downcasts, a row per position of the first."""
+
+    first: str
+    second: str
+    values: tuple[tuple[float, ...], ...]
+
+
+class GramRecord(_Record):
+    """What, beside the scores, makes the Gram matrix (`calibration.scores.gram`).
+
+    Attributes:
+        positions: by low precision: the step indices that correlations are of; fractions where they were carried.
+        correlations: of every pair of low precisions, in order.
+        floor: length T, the part of E that is the reference's own rounding, by the first low step of a schedule.
+    """
+
+    positions: dict[str, tuple[float, ...]]
+    correlations: tuple[CorrelationRecord, ...]
+    floor: tuple[float, ...]
 
 
 class DroppedRecord(_Record):
@@ -50,29 +85,36 @@ class DroppedRecord(_Record):
     reason: str
 
 
+Predictor = Literal["gram", "downcast sum"]
+"""What schedules are chosen by: all of the Gram matrix, or its diagonal."""
+
+PREDICTORS: tuple[Predictor, ...] = ("gram", "downcast sum")
+
+
 class FitRecord(_Record):
-    """How well a predictor describes the measured E of random schedules.
+    """How well a predictor describes the measured E of random schedules on calibration samples.
 
     Attributes:
-        predictor: see `calibration.scores.predictors`.
         r2: of the regression line of measured on predicted; None with fewer than three schedules or
             where either does not vary.
         spearman: rank correlation; None as `r2`.
         ratio: sum of predicted over sum of measured; None where nothing was measured.
+        scatter: root mean square of log(predicted / measured); None where any is zero, or nothing was measured.
     """
 
-    predictor: str
+    predictor: Predictor
     r2: float | None
     spearman: float | None
     ratio: float | None
+    scatter: float | None
 
 
 class FitPoint(_Record):
-    """A random schedule, its measured E and what each predictor says."""
+    """A random schedule, its measured typical error and what each predictor says."""
 
     precisions: tuple[str, ...]
     measured: float
-    predicted: dict[str, float]
+    predicted: dict[Predictor, float]
 
 
 class ParetoPoint(_Record):
@@ -87,64 +129,77 @@ class ValidationRow(_Record):
     """A schedule run on prompts that calibration has not seen.
 
     Attributes:
-        name: "schedule" for the chosen one, "uniform <precision>", or a baseline's name.
-        schedules: the schedules run: one, or every draw of a random baseline (the figures are their mean).
-        counts: steps per precision.
+        name: "schedule" for the chosen one, "uniform <precision>", a rule's name and number of steps at the reference,
+            "best rule: ..." for the one that had the least typical error on calibration samples, "random <K>", or
+            "uniform, mixed": pictures shared out among uniform precisions so that they take as long on average.
+        schedules: the schedules run: one, every draw of "random", or those that are mixed.
+        counts: steps per precision of the first.
         latency: mean step latency relative to the reference, from the measured step latencies.
-        error: E on the validation samples, their plain mean.
-        error_spread: standard deviation of E over draws, None for a single schedule.
-        sample_errors: E of every validation sample, a mean over draws; empty in documents that lack it.
+        typical: typical error, a mean over draws or what is mixed.
+        departures: of all runs; None for "uniform, mixed".
+        against: typical error of the chosen schedule over this row's, of the same samples; None where this row's is zero,
+            and for the schedule itself.
+        error: plain mean of E.
+        sample_errors: E of every validation sample, a mean over draws or what is mixed.
         ssim: mean structural similarity to the reference's pictures, None without a decoder.
         psnr_db: of the mean squared difference from the reference's pictures, None without a decoder or
             where all pictures are identical.
-        loses_to: for the chosen schedule, the rows that are no slower and have a smaller E.
     """
 
     name: str
     schedules: tuple[tuple[str, ...], ...]
     counts: dict[str, int]
     latency: float
+    typical: IntervalRecord
+    departures: DepartureRecord | None
+    against: IntervalRecord | None
     error: float
-    error_spread: float | None = None
-    sample_errors: tuple[float, ...] = ()
+    sample_errors: tuple[float, ...]
     ssim: float | None = None
     psnr_db: float | None = None
-    loses_to: tuple[str, ...] = ()
 
 
 class TrialRecord(_Record):
-    """A schedule that took part in the refinement.
+    """A candidate of the guard.
 
     Attributes:
-        origin: "scores" for the one it started from, a fixed rule's name, "<predictor> scores", "front",
-            "exchange", or "spares the first N" (`calibration.choose.sparing`).
+        names: why it is one: "gram", "downcast sum", "gram, first N held", a rule's name and pool, "uniform <precision>".
         latency: mean step latency relative to the reference.
-        predicted_error: by the predictor that allocation used.
-        errors: measured E by calibration sample, of the leading ones it ran on.
+        predicted_error: by the predictor that was used.
+        samples: calibration samples it ran on, in order; a part of them for candidates that were left behind.
+        errors: E of each.
+        typical: over the leading samples, drawn at random; fragile ones beyond them do not count.
+        departures: of all samples it ran on.
+        calls: denoiser calls it took.
     """
 
+    names: tuple[str, ...]
     precisions: tuple[str, ...]
-    origin: str
     latency: float
     predicted_error: float
+    samples: tuple[int, ...]
     errors: tuple[float, ...]
+    typical: IntervalRecord
+    departures: DepartureRecord
+    calls: int
 
 
-class RefinementRecord(_Record):
-    """The local search that measures the schedules nearest to allocation's choice, see `calibration.choose.rivals`.
+class GuardRecord(_Record):
+    """The comparison on calibration samples that chose the schedule, see `calibration.choose.guard`.
 
     Attributes:
-        trials: every schedule that ran; the first is allocation's choice. None where `max_calls` allow no other.
-        rounds: races held.
-        max_calls: denoiser calls it was allowed; `calls` is what it took, per precision.
-        origin: of the schedule that was not beaten; "scores" where it is allocation's choice.
+        trials: the winner first, then by how many samples they ran on and their typical error.
+        rounds: how many leading samples each round had, and how many candidates.
+        fragile: the samples that departures were looked for on, whichever round.
+        best_rule: name of the rule with the least typical error.
+        calls: denoiser calls of all, per precision.
     """
 
     trials: tuple[TrialRecord, ...]
-    rounds: int
-    max_calls: int
+    rounds: tuple[tuple[int, int], ...]
+    fragile: tuple[int, ...]
+    best_rule: str | None
     calls: dict[str, int]
-    origin: str
 
 
 class CheckRecord(_Record):
@@ -206,22 +261,23 @@ class Sensitivity(_Record):
         latencies_ms: measured step latency by precision, as given to `calibrate`.
         swap_ms: "before after" -> ms that a change of precision was charged, where any was.
         max_engines: most distinct precisions that a schedule was allowed, None for any number.
-        uniform_errors: E(all p) on the calibration samples by precision, 0 for the reference; scores, fit and
-            predictions are limited means like these (`calibration.measure.metrics.limited`).
+        uniform: typical error of every uniform schedule on the calibration samples, 0 for the reference.
+        uniform_departures: of the same runs.
+        gram: with `scores` what predicted errors come from; None where every low precision was dropped.
         calls: denoiser calls by stage and precision, everything included.
         search_calls: those spent on scores; `sweep_calls` is what full sweeps would take instead.
-        predictor: the predictor that allocation used; `fit` has its figures and those of the others.
+        predictor: what schedules were chosen by; `fit` has its figures and those of the other.
         budget: the budget in words.
         schedule: the chosen precision per step index.
-        predicted_error: its predicted E; `measured_error` is its E on the validation samples.
-        pareto: the front, fastest first; a selection where `pareto_size`, its real size, is larger.
-        loses_to: as in the "schedule" row of `validation`.
+        predicted_error: its predicted E.
+        pareto: the front, fastest first.
+        guard: None where there was nothing to compare.
+        validation: empty without validation samples.
         settings: None where no bundle was calibrated.
-        refinement: the local search; None for a budget in picture quality, which allocation meets by measurement.
         transfer: where scores were carried from, for method "transfer".
     """
 
-    version: Literal[2] = SENSITIVITY_VERSION
+    version: Literal[3] = SENSITIVITY_VERSION
     evaluator_key: str
     validation_key: str | None
     method: Literal["bisection", "sweep", "transfer"]
@@ -231,27 +287,25 @@ class Sensitivity(_Record):
     latencies_ms: dict[str, float]
     swap_ms: dict[str, float] = Field(default_factory=dict)
     max_engines: int | None = None
-    uniform_errors: dict[str, float]
+    uniform: dict[str, IntervalRecord]
+    uniform_departures: dict[str, DepartureRecord]
     dropped: tuple[DroppedRecord, ...]
     scores: tuple[ScoreRecord, ...]
+    gram: GramRecord | None
     calls: dict[str, dict[str, int]]
     search_calls: int
     sweep_calls: int
-    predictor: str
+    predictor: Predictor
     fit: tuple[FitRecord, ...]
     fit_points: tuple[FitPoint, ...]
-    fit_samples: Literal["calibration", "validation"]
     budget: str
     schedule: tuple[str, ...]
     predicted_error: float
     predicted_latency: float
-    measured_error: float | None
-    loses_to: tuple[str, ...]
     pareto: tuple[ParetoPoint, ...]
-    pareto_size: int
+    guard: GuardRecord | None
     validation: tuple[ValidationRow, ...]
     settings: CalibrationSettings | None = None
-    refinement: RefinementRecord | None = None
     transfer: TransferRecord | None = None
 
     @classmethod

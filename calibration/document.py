@@ -163,22 +163,27 @@ class TrialRecord(_Record):
     """A candidate of the guard.
 
     Attributes:
-        names: why it is one: "gram", "downcast sum", "gram, first N held", a rule's name and pool, "uniform <precision>".
+        names: where it comes from: "gram", "downcast sum", "gram, first N held", a rule and its pool as "last 8 (fp8)",
+            "uniform <precision>".
+        rule: the one of its names that is of a fixed rule or a uniform precision.
         latency: mean step latency relative to the reference.
         predicted_error: by the predictor that was used.
         samples: calibration samples it ran on, in order; a part of them for candidates that were left behind.
         errors: E of each.
-        typical: over the leading samples, drawn at random; fragile ones beyond them do not count.
+        leading: how many of the first samples were drawn at random; those behind them are fragile ones.
+        typical: over the leading samples.
         departures: of all samples it ran on.
         calls: denoiser calls it took.
     """
 
     names: tuple[str, ...]
+    rule: str | None
     precisions: tuple[str, ...]
     latency: float
     predicted_error: float
     samples: tuple[int, ...]
     errors: tuple[float, ...]
+    leading: int
     typical: IntervalRecord
     departures: DepartureRecord
     calls: int

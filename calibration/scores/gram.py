@@ -140,7 +140,9 @@ def correlate(measured: Mapping[str, tuple[Sequence[int], Vectors]]) -> Correlat
     return Correlations({name: tuple(map(float, steps)) for name, (steps, _) in measured.items()}, values)
 
 
-def rounding_floor(nudged: Vectors, measured: Mapping[str, tuple[Sequence[int], Vectors]], num_steps: int) -> np.ndarray:
+def rounding_floor(
+    nudged: Vectors, measured: Mapping[str, tuple[Sequence[int], Vectors]], num_steps: int
+) -> np.ndarray:
     """What a schedule whose first low step is step i has of the reference's own rounding: 2 f[i], float64 [T].
 
     Args:

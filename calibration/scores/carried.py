@@ -113,11 +113,11 @@ def _checked(
     samples = range(measurements.num_samples)
     measured: list[float] = []
     for step in steps:
-        measurements.expect_changed(measurements.reference, step, precision)
+        measurements.expect_downcasts(step, precision)
     for step in steps:
         errors = []
         for sample in samples:
-            errors.append(measurements.changed_error(measurements.reference, step, precision, sample))
+            errors.append(measurements.downcast(step, precision, sample).error)
             if on_check:
                 done = len(measured) * len(samples) + len(errors)
                 on_check(f"check {precision}", done, len(steps) * len(samples))

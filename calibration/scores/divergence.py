@@ -73,10 +73,7 @@ def risk_curve(errors: Mapping[int, Sequence[float]], num_steps: int) -> np.ndar
 def measured_risk(measurements: Measurements, precision: str, search: Search) -> np.ndarray:
     """The risk curve of a precision from its downcast search, float64 [T]; nothing is measured again."""
     errors = {
-        step: [
-            measurements.changed_error(measurements.reference, step, precision, sample)
-            for sample in range(measurements.num_samples)
-        ]
+        step: [measurements.downcast(step, precision, sample).error for sample in range(measurements.num_samples)]
         for step in search.order
     }
     return risk_curve(errors, measurements.num_steps)

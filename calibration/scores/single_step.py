@@ -91,11 +91,15 @@ def measure_scores(
     def evaluate(step_index: int) -> float:
         nonlocal done
         errors = []
-        reference = measurements.reference
-        base, changed = (reference, precision) if direction == "downcast" else (precision, reference)
-        measurements.expect_changed(base, step_index, changed)
+        if direction == "downcast":
+            measurements.expect_downcasts(step_index, precision)
+        else:
+            measurements.expect_upcasts(precision, step_index)
         for sample in samples:
-            errors.append(measurements.changed_error(base, step_index, changed, sample))
+            if direction == "downcast":
+                errors.append(measurements.downcast(step_index, precision, sample).error)
+            else:
+                errors.append(measurements.upcast_error(precision, step_index, sample))
             done += 1
             if on_evaluation:
                 on_evaluation(done, min(evaluations, num_steps) * len(samples))

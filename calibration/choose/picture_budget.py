@@ -58,7 +58,7 @@ def meet_quality(
     Args:
         predictions: say what the front is.
         budget: what has to be met.
-        measurements: of the validation samples.
+        measurements: of the calibration samples, whose pictures are compared.
         on_run: called after every run of a schedule on a sample with (done, at most).
 
     Returns:
@@ -86,7 +86,7 @@ def meet_quality(
     chosen, quality = fastest_meeting(front, rules.values(), budget, measure)
     name = next((name for name, rule in rules.items() if chosen in rule and chosen not in front), None)
     by_rule = f", by the rule {name!r}" if name else ""
-    return chosen, f"{budget} on the validation samples (measured: {quality:.4g}{by_rule})"
+    return chosen, f"{budget} on the calibration samples (measured: {quality:.4g}{by_rule})"
 
 
 def rule_schedules(predictions: Predictions) -> dict[str, list[Allocation]]:
@@ -95,7 +95,7 @@ def rule_schedules(predictions: Predictions) -> dict[str, list[Allocation]]:
     Returns:
         Schedules fastest first; no rules where no precision is faster than the reference, or none may join it.
     """
-    latency_model, num_steps = predictions.latency_model, len(predictions.found.values)
+    latency_model, num_steps = predictions.latency_model, predictions.gram.num_steps
     reference, low = latency_model.reference, min(latency_model.precisions, key=latency_model.latencies_ms.__getitem__)
     rules: dict[str, list[Allocation]] = {}
     if low == reference or latency_model.costs.max_engines == 1:

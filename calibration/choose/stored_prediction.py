@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import permutations
 
-import numpy as np
-
 from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.document import Sensitivity
-from calibration.scores.divergence import with_risk
-from calibration.scores.predictors import contributions, predict
+from calibration.scores.gram import Gram
+from calibration.scores.measured_gram import stored_gram
 
 
 class StoredPrediction:
-    """Error and latency of schedules by the scores, predictor and latencies of a calibration.
+    """Error and latency of schedules by the Gram matrix and the latencies of a calibration.
 
     Attributes:
         precisions: the reference and the low precisions that have scores.
+        gram: what errors are predicted by; None where no precision has scores.
     """
 
     def __init__(self, found: Sensitivity) -> None:
-        """Works out contributions once.
+        """Makes the Gram matrix anew.
 
         Args:
             found: the calibration.
@@ -31,22 +30,18 @@ class StoredPrediction:
         self.precisions = (reference, *(name for name in low if name in scored))
         pairs = permutations(found.precisions, 2)
         costs = AllocationCosts({(a, b): found.swap_ms.get(f"{a} {b}", 0.0) for a, b in pairs})
-        self._candidates = LatencyModel(found.precisions, found.latencies_ms, costs)
-        curves: dict[tuple[str, str], np.ndarray] = {
-            (record.direction, record.precision): np.array(record.scores) for record in found.scores
-        }
-        risks = {record.precision: record.risk for record in found.scores if record.direction == "downcast"}
-        self._contributions = None
-        if curves:
-            fitted = contributions(found.predictor, self.precisions, curves, found.uniform_errors)
-            self._contributions = with_risk(fitted, self.precisions, risks)
+        self._latency_model = LatencyModel(found.precisions, found.latencies_ms, costs)
+        self.gram: Gram | None = None
+        if found.gram:
+            gram = stored_gram(reference, found.scores, found.gram)
+            self.gram = gram if found.predictor == "gram" else gram.downcast_sum()
 
     def error(self, schedule: Sequence[str]) -> float | None:
         """Predicted E of a schedule; None where a step is at a precision without scores."""
         if not set(schedule) <= set(self.precisions):
             return None
-        return predict(self._contributions, self.precisions, tuple(schedule)) if self._contributions else 0.0
+        return self.gram.error(schedule) if self.gram else 0.0
 
     def latency(self, schedule: Sequence[str]) -> float:
         """Mean step latency of a schedule, changes of precision included, relative to the reference."""
-        return self._candidates.latency(schedule)
+        return self._latency_model.latency(schedule)

@@ -46,7 +46,13 @@ class Measurements:
     """
 
     def __init__(
-        self, name: str, samples: SampleSet, journal: Journal, pool: Pool, num_samples: int | None = None
+        self,
+        name: str,
+        samples: SampleSet,
+        journal: Journal,
+        pool: Pool,
+        num_samples: int | None = None,
+        pictures: bool = True,
     ) -> None:
         """
         Args:
@@ -55,6 +61,7 @@ class Measurements:
             journal: where every measurement is looked for, and kept.
             pool: takes the measurements.
             num_samples: the first samples of the evaluator that are used; None for all.
+            pictures: compare those of uniform runs, where there is a decoder.
         """
         self.name = name
         self.reference = samples.evaluator.precisions[0]
@@ -63,7 +70,7 @@ class Measurements:
         self.calls: dict[str, dict[str, int]] = {}
         self.recomputed: Counter[str] = Counter()
         self._journal = journal
-        self._decoded = samples.decode is not None
+        self._decoded = pictures and samples.decode is not None
         self._used: set[str] = set()
         self._pool = pool
         self._pending: set[str] = set()

@@ -16,7 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from calibration.document import DepartureRecord, IntervalRecord
 
-PIPED_WIDTH = 120
+PIPED_WIDTH = 130
 LINE_SECONDS = 30.0
 """Without a terminal: at most one line of progress in this time, so that short commands print none."""
 Report = Callable[[str, int, int], None]
@@ -105,7 +105,7 @@ def interval(found: IntervalRecord | None, form: str) -> str:
     if found is None:
         return "-"
     if found.low == found.value == found.high:
-        return format(found.value, form)
+        return format(found.value, form) if found.value else "0"
     return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 

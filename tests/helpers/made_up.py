@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -91,7 +92,7 @@ class _Maker:
         self.samples = np.random.default_rng(1).lognormal(0.0, 0.5, SAMPLES)
 
     def errors(self, schedule: Schedule) -> tuple[float, ...]:
-        noise = np.random.default_rng(len(set(schedule)) + sum(map(len, schedule))).lognormal(0.0, 0.1, SAMPLES)
+        noise = np.random.default_rng(zlib.crc32(" ".join(schedule).encode())).lognormal(0.0, 0.1, SAMPLES)
         values = self.prediction.error(schedule) * self.samples * noise
         if schedule[0] not in ("fp16", "fp8") and values.any():
             values[[3, 17]] = 0.4, 0.2
@@ -107,11 +108,12 @@ class _Maker:
             for count in range(found.num_steps + (name == low[0]))
         ]
         points = [
-            ParetoPoint(precisions=s, latency=prediction.latency(s), error=prediction.error(s)) for s in dict.fromkeys(front)
+            ParetoPoint(precisions=s, latency=prediction.latency(s), error=prediction.error(s))
+            for s in dict.fromkeys(front)
         ]
         kept: list[ParetoPoint] = []
         for point in sorted(points, key=lambda point: point.latency):
-            if not kept or point.error < kept[-1].error and point.latency > kept[-1].latency:
+            if not kept or (point.error < kept[-1].error and point.latency > kept[-1].latency):
                 kept.append(point)
         return {
             "uniform": {name: typical(errors) for name, errors in uniform.items()},
@@ -130,10 +132,15 @@ class _Maker:
         generator = np.random.default_rng(2)
         points = []
         for _ in range(8):
-            schedule = tuple(self.found.precisions[k] for k in generator.integers(len(self.found.precisions), size=self.found.num_steps))
+            schedule = tuple(
+                self.found.precisions[k]
+                for k in generator.integers(len(self.found.precisions), size=self.found.num_steps)
+            )
             error = self.prediction.error(schedule)
             predicted = {"gram": error, "downcast sum": 0.6 * error * generator.lognormal(0, 0.3)}
-            points.append(FitPoint(precisions=schedule, measured=error * generator.lognormal(0, 0.05), predicted=predicted))
+            points.append(
+                FitPoint(precisions=schedule, measured=error * generator.lognormal(0, 0.05), predicted=predicted)
+            )
         return tuple(points)
 
     def _fits(self) -> tuple[FitRecord, ...]:
@@ -184,7 +191,10 @@ class _Maker:
             **uniforms,
             **{name: (schedule,) for name, schedule in rules.items()},
             f"random {count}": draws,
-            "uniform, mixed": (uniforms[f"uniform {found.precisions[0]}"][0], uniforms[f"uniform {found.precisions[-1]}"][0]),
+            "uniform, mixed": (
+                uniforms[f"uniform {found.precisions[0]}"][0],
+                uniforms[f"uniform {found.precisions[-1]}"][0],
+            ),
         }
         own = np.array(self.errors(chosen))
         return tuple(self._row(name, schedules, own) for name, schedules in named.items())

@@ -54,7 +54,9 @@ def fit_scatter(found: Sensitivity) -> str:
         axes.plot([floor, top], [floor, top], "--", color=INK, linewidth=1)
         for predictor in PREDICTORS:
             drawn = [
-                (point.predicted[predictor], point.measured) for point in found.fit_points if predictor in point.predicted
+                (point.predicted[predictor], point.measured)
+                for point in found.fit_points
+                if predictor in point.predicted
             ]
             if drawn:
                 places = np.maximum(np.array(drawn), floor).T

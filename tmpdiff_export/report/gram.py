@@ -95,5 +95,7 @@ def _matrix(found: Sensitivity, whole: Gram, precision: str) -> str:
     )
     remark = ", in the schedule" if precision in found.schedule else ""
     caption = f"<b>{precision_name(found, precision)}</b>{remark}<br>mean correlation: {words or '-'}; {counted}"
-    label = f"signed correlation of the error vectors of {precision}, step by step; mean correlation: {words}; {counted}"
+    label = (
+        f"signed correlation of the error vectors of {precision}, step by step; mean correlation: {words}; {counted}"
+    )
     return picture(matrix(found, whole, precision), label, caption)

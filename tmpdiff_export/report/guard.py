@@ -19,6 +19,7 @@ def guard_section(found: Sensitivity) -> str:
     if record is None or not record.trials:
         return f"{lead}<p>No guard was held: there was nothing to compare the schedule with.</p>"
     winner = record.trials[0]
+    others = f" (also: {escape('; '.join(winner.names[1:]))})" if len(winner.names) > 1 else ""
     rule = f" Of the rules, {escape(record.best_rule)} was best." if record.best_rule else ""
     rounds = " and ".join(f"{candidates} on {samples}" for samples, candidates in record.rounds)
     figure = picture(
@@ -27,10 +28,19 @@ def guard_section(found: Sensitivity) -> str:
         "Typical error on calibration prompts with its 95 % interval, smallest on top. Candidates that were left behind ran "
         "on fewer prompts, and have wider intervals.",
     )
-    head = ("candidate", BY_STEP, f"latency / {found.precisions[0]}", "predicted E", "prompts", "typical error", DEPARTURES, "calls")
+    head = (
+        "candidate",
+        BY_STEP,
+        f"latency / {found.precisions[0]}",
+        "predicted E",
+        "prompts",
+        "typical error",
+        DEPARTURES,
+        "calls",
+    )
     rows = [_row(found, record, trial) for trial in record.trials]
     return (
-        f"{lead}<p>Of {len(record.trials)} candidates, {escape(_named(winner))} won.{rule} The comparison took "
+        f"{lead}<p>Of {len(record.trials)} candidates, the winner is {escape(winner.names[0])}{others}.{rule} The comparison took "
         f"{sum(record.calls.values()):,} denoiser calls.</p>{figure}{table(head, rows, 'guard')}"
         f'<p class="note">Candidates by round and leading prompts: {rounds or "-"}. The winner has the least typical error of '
         f"those that are not significantly worse in departures. Those were looked for on {len(record.fragile)} fragile prompts, "
@@ -38,16 +48,14 @@ def guard_section(found: Sensitivity) -> str:
     )
 
 
-def _named(trial: TrialRecord) -> str:
-    return ", ".join(trial.names)
-
-
 def _row(found: Sensitivity, record: GuardRecord, trial: TrialRecord) -> str:
     won = trial is record.trials[0]
     remarks = [*(["winner"] if won else []), *(["best rule"] if record.best_rule in trial.names else [])]
-    remark = f"<small>{', '.join(remarks)}</small>" if remarks else ""
+    if len(trial.names) > 1:
+        remarks.append(f"also: {escape('; '.join(trial.names[1:]))}")
+    remark = "".join(f"<small>{text}</small>" for text in remarks)
     return (
-        f"<tr{' class=chosen' if won else ''}><td>{escape(_named(trial))}{remark}</td><td>{strip(found, trial.precisions)}</td>"
+        f"<tr{' class=chosen' if won else ''}><td>{escape(trial.names[0])}{remark}</td><td>{strip(found, trial.precisions)}</td>"
         f"<td>{trial.latency:.3f}</td><td>{trial.predicted_error:.2e}</td><td>{len(trial.samples)}</td>"
         f"{typical_cell(trial.typical, trial.errors)}{departures_cell(trial.departures)}<td>{trial.calls:,}</td></tr>"
     )

@@ -30,8 +30,8 @@ def latency(found: Sensitivity) -> str:
     figure = picture(
         trade_off(found),
         "typical error against latency: front, schedule, rules and uniform precisions",
-        f"The front and the hollow star are predicted; every other mark is a typical error measured on {where}, with its "
-        "95 % interval. Marks on the lower edge have E = 0.",
+        f"The front and the hollow star are predicted; every other mark is a typical error measured on {where}, the "
+        "schedule's with its 95 % interval. Marks on the lower edge have E = 0.",
     )
     return (
         '<p class="lead">Further left is faster, further down is closer to the reference; a good schedule is near the '
@@ -45,7 +45,7 @@ def trade_off(found: Sensitivity) -> str:
     Errors of 0, as the reference has, lie on the lower edge of the logarithmic axis.
     """
     place, marks = places(found.precisions), validated(found)
-    measured = [error for mark in marks for error in (mark.typical.value, mark.typical.low)]
+    measured = [mark.typical.value for mark in marks]
     floor = floor_of([*(point.error for point in found.pareto), *measured, found.predicted_error])
     with svg_figure("pareto", height=max(5.4, 1.9 + 0.22 * len(marks))) as (figure, axes, svg):
         front = [(point.latency, max(point.error, floor)) for point in found.pareto]
@@ -56,7 +56,8 @@ def trade_off(found: Sensitivity) -> str:
         for mark in marks:
             height = max(mark.typical.value, floor)
             axes.plot(mark.latency, height, linestyle="none", clip_on=False, **style(mark, place))
-            whisker(axes, mark, mark.latency, floor, "y")
+            if mark.kind == "chosen":  # those of the others, at the same latency, would lie on each other
+                whisker(axes, mark, mark.latency, floor, "y")
         if floor:
             log_axis(axes, floor)
         axes.set_xlabel(f"mean step latency / {found.precisions[0]}")
@@ -119,7 +120,7 @@ def rule_curves(found: Sensitivity, precision: str) -> str:
             if shown:
                 axes.plot(
                     *zip(*shown, strict=True), line, marker=marker, color=INK, markerfacecolor=PAPER,
-                    markersize=5, linewidth=1, label=name,
+                    markersize=5, linewidth=1, label=name, markevery=max(1, found.num_steps // 12),
                 )  # fmt: skip
         if front:
             axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=3, label="front, all precisions")

@@ -60,9 +60,9 @@ svg *{stroke-linejoin:round;stroke-linecap:butt}
 .drawn figure{margin:0;max-width:18rem}.drawn img{display:block;width:100%;height:auto;margin-bottom:2px;border-radius:.2rem}
 .ramp{display:inline-block;width:6rem;height:.7em;margin:0 .4em;background:linear-gradient(to right,RAMP)}
 .ramp.correlation{width:9rem;border:1px solid var(--line);background:linear-gradient(to right,CORRELATION)}
-.matrices{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,16rem),1fr));gap:.4rem 1.2rem}
+.matrices{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,16rem),1fr));gap:.4rem 1.2rem}
 .matrices figure{max-width:21rem}
-.counted{min-width:8rem!important}.dots{display:flex;flex-wrap:wrap;gap:2px;max-width:9rem;padding:2px 0}
+.scroll td:first-child small{white-space:normal;max-width:14rem}td.counted{min-width:8rem}.dots{display:flex;flex-wrap:wrap;gap:2px;max-width:9rem;padding:2px 0}
 .dots i{width:.5rem;height:.5rem;border-radius:50%;background:var(--loss)}
 ul{margin:.4rem 0;padding-left:1.2rem;max-width:48rem;font-size:.9rem}
 """

@@ -46,7 +46,7 @@ def table(head: Sequence[str], rows: Sequence[str], label: str) -> str:
 
 def typical_cell(typical: IntervalRecord, errors: Sequence[float] = ()) -> str:
     """A table cell with a typical error above its interval; the plain mean of `errors` is its tooltip."""
-    value, _, bounds = (interval(typical, ".2e") if typical.value else "0").partition(" ")
+    value, _, bounds = interval(typical, ".2e").partition(" ")
     mean = f' title="plain mean {sum(errors) / len(errors):.2e}"' if errors else ""
     return f"<td{mean}>{value}{f'<small>{bounds}</small>' if bounds else ''}</td>"
 
@@ -54,7 +54,7 @@ def typical_cell(typical: IntervalRecord, errors: Sequence[float] = ()) -> str:
 def departures_cell(found: DepartureRecord | None) -> str:
     """A table cell with a dot per departure above their number."""
     if found is None:
-        return "<td class=left>-</td>"
+        return '<td class="left counted">-</td>'
     words = departures(found)
     dots = f'<span class="dots" role="img" aria-label="{words}">{"<i></i>" * found.count}</span>' if found.count else ""
     counted, _, bounds = words.partition(" [")

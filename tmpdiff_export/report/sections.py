@@ -87,7 +87,17 @@ def precisions(manifest: Manifest, found: Sensitivity) -> str:
             f"<td>{latency / found.latencies_ms[reference]:.3f}</td>{measured}{''.join(f'<td>{c}</td>' for c in figures)}"
             f'<td class="wrap">{escape(use)}</td></tr>'
         )
-    head = ("precision", "step ms", f"/ {reference}", "typical error", DEPARTURES, "SQNR dB", "size MB", "recipe", "use")
+    head = (
+        "precision",
+        "step ms",
+        f"/ {reference}",
+        "typical error",
+        DEPARTURES,
+        "SQNR dB",
+        "size MB",
+        "recipe",
+        "use",
+    )
     return (
         '<p class="lead">One engine per precision: how fast a step is, and how wrong the result is if every step uses it.'
         f"</p>{table(head, rows, 'precisions')}"

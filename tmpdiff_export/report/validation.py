@@ -32,8 +32,8 @@ def validation(found: Sensitivity) -> str:
         "Typical error with its 95 % interval, smallest on top; the dotted line is the schedule's.",
     )
     head = (
-        "schedule", f"latency / {found.precisions[0]}", "typical error", DEPARTURES, "schedule's / its", "SSIM", "PSNR dB",
-        BY_STEP, "steps",
+        "schedule", BY_STEP, f"latency / {found.precisions[0]}", "typical error", DEPARTURES, "schedule's / its", "SSIM",
+        "PSNR dB", "steps",
     )  # fmt: skip
     rows = [_row(found, row) for row in found.validation]
     return (
@@ -55,9 +55,7 @@ def _verdict(found: Sensitivity) -> str:
     if found.losses:
         names = escape(", ".join(row.name for row in found.losses))
         return f'<div class="loss" role="note">The schedule loses to: {names}.{escape(beside)}</div>'
-    return (
-        f"<p>No row that is as fast or faster has less typical error than the schedule beyond the interval.{escape(beside)}</p>"
-    )
+    return f"<p>No row that is as fast or faster has less typical error than the schedule beyond the interval.{escape(beside)}</p>"
 
 
 def _explained(found: Sensitivity) -> str:
@@ -92,6 +90,6 @@ def _row(found: Sensitivity, row: ValidationRow) -> str:
         steps = "a share of the pictures each"
     return (
         f"<tr{f' class={kind}' if kind else ''}><td>{escape(row.name)}{f'<small>{remark}</small>' if remark else ''}</td>"
-        f"<td>{row.latency:.3f}</td>{typical_cell(row.typical, row.sample_errors)}{departures_cell(row.departures)}"
-        f"{''.join(f'<td>{cell}</td>' for cell in cells)}<td>{strips}</td><td class=left>{steps}</td></tr>"
+        f"<td>{strips}</td><td>{row.latency:.3f}</td>{typical_cell(row.typical, row.sample_errors)}{departures_cell(row.departures)}"
+        f"{''.join(f'<td>{cell}</td>' for cell in cells)}<td class=left>{steps}</td></tr>"
     )

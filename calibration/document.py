@@ -214,7 +214,7 @@ class GuardRecord(_Record):
         trials: the winner first, then by how many samples they ran on and their typical error.
         rounds: how many leading samples each round had, and how many candidates.
         fragile: the samples that departures were looked for on, whichever round.
-        best_rule: name of the rule with the least typical error.
+        best_rule: name of the rule that came out best among them, by what the winner is chosen by.
         calls: denoiser calls of all, per precision.
     """
 

@@ -10,7 +10,7 @@ test over the samples where the two differ) is out; of the others the least typi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,22 +41,30 @@ SIGNIFICANT = 0.1
 
 @dataclass
 class _Trial:
-    """A candidate under test; `errors` are E by sample."""
+    """A candidate under test.
+
+    Attributes:
+        candidate: which one.
+        leading: samples drawn at random, of the last round that it took part in.
+        errors: E by sample, of leading and fragile ones.
+    """
 
     candidate: Candidate
+    leading: Sequence[int] = ()
     errors: dict[int, float] = field(default_factory=dict)
 
-    def values(self, samples: Sequence[int]) -> np.ndarray:
+    def values(self, samples: Iterable[int]) -> np.ndarray:
         return np.array([self.errors[sample] for sample in samples])
 
-    def typical(self, leading: Sequence[int]) -> float:
-        return float(typical_errors(self.values(leading)))
+    @property
+    def typical(self) -> float:
+        return float(typical_errors(self.values(self.leading)))
 
-    def departures(self, leading: Sequence[int]) -> set[int]:
+    @property
+    def departures(self) -> set[int]:
         """Of all samples it ran on, by the median of the leading ones."""
-        samples = list(self.errors)
-        lost = departed(self.values(samples), float(np.median(self.values(leading))))
-        return {sample for sample, gone in zip(samples, lost, strict=True) if gone}
+        lost = departed(self.values(self.errors), float(np.median(self.values(self.leading))))
+        return {sample for sample, gone in zip(self.errors, lost, strict=True) if gone}
 
 
 def fragile_samples(measurements: Measurements, precisions: Sequence[str], summed: np.ndarray) -> tuple[int, ...]:
@@ -98,39 +106,34 @@ def guard(
         The record, the winner first.
     """
     order = np.random.default_rng(0).permutation(measurements.num_samples).tolist()
-    sizes = _sizes(len(order))
+    rounds = [(order[:size], list(dict.fromkeys((*order[:size], *fragile)))) for size in _sizes(len(order))]
     alive = trials = [_Trial(candidate) for candidate in found]
-    seen: dict[int, list[int]] = {}  # leading samples by trial, as many as it took part with
-    rounds = []
-    done, total = 0, _most_runs(sizes, len(trials), len(fragile))
-    for size in sizes:
-        leading = order[:size]
-        rounds.append((size, len(alive)))
-        samples = list(dict.fromkeys((*leading, *fragile)))
+    done, total = 0, _most_runs([len(samples) for _, samples in rounds], len(trials))
+    took_part = []
+    for leading, samples in rounds:
+        took_part.append((len(leading), len(alive)))
         measurements.expect([trial.candidate.precisions for trial in alive], pictures=False, samples=samples)
         for trial in alive:
+            trial.leading = leading
             for sample in samples:
+                if sample in trial.errors:
+                    continue
                 values = measurements.schedule_error(STAGE, trial.candidate.precisions, sample, pictures=False)
                 trial.errors[sample] = values["error"]
                 done += 1
                 if on_run:
-                    on_run(min(done, total), total)
-            seen[id(trial)] = leading
-        alive = _ranked(alive, leading)
-        if size < len(order):
-            first_rule = next((trial for trial in alive if trial.candidate.rule), None)
-            alive = [trial for k, trial in enumerate(alive) if k < _survivors(len(alive)) or trial is first_rule]
-    rules = [trial for trial in alive if trial.candidate.rule]
-    best_rule = min(rules, key=lambda trial: trial.typical(order)).candidate.rule if rules else None
-    rest = sorted(
-        (trial for trial in trials if trial is not alive[0]),
-        key=lambda trial: (-len(seen[id(trial)]), trial.typical(seen[id(trial)])),
-    )
+                    on_run(done, total)
+        alive = _ranked(alive)
+        best_rule = next((trial for trial in alive if trial.candidate.rule), None)
+        if len(leading) < len(order):
+            alive = [trial for k, trial in enumerate(alive) if k < _survivors(len(alive)) or trial is best_rule]
+    rest = [trial for trial in trials if trial is not alive[0]]
+    rest.sort(key=lambda trial: (-len(trial.leading), trial.typical))
     return GuardRecord(
-        trials=tuple(_record(trial, seen[id(trial)], measurements, predictions) for trial in (alive[0], *rest)),
-        rounds=tuple(rounds),
+        trials=tuple(_record(trial, measurements, predictions) for trial in (alive[0], *rest)),
+        rounds=tuple(took_part),
         fragile=tuple(fragile),
-        best_rule=best_rule,
+        best_rule=best_rule.candidate.rule if best_rule else None,
         calls=measurements.calls.get(f"{measurements.name}: {STAGE}", {}),
     )
 
@@ -147,21 +150,20 @@ def _survivors(count: int) -> int:
     return max((count + 1) // 2, LEFT_AT_LAST)
 
 
-def _most_runs(sizes: Sequence[int], count: int, fragile: int) -> int:
-    """Runs of a schedule on a sample, at most."""
+def _most_runs(samples: Sequence[int], count: int) -> int:
+    """Runs of a schedule on a sample, at most: with the best rule beside the better half in every round."""
     total = before = 0
-    for size in sizes:
-        total += count * (size - before + (fragile if not before else 0))
+    for size in samples:
+        total += count * (size - before)
         before, count = size, min(_survivors(count) + 1, count)
     return total
 
 
-def _ranked(trials: Sequence[_Trial], leading: Sequence[int]) -> list[_Trial]:
+def _ranked(trials: Sequence[_Trial]) -> list[_Trial]:
     """The better first: those that do not depart significantly more than the one that does least, by typical error."""
-    departures = {id(trial): trial.departures(leading) for trial in trials}
-    order = sorted(trials, key=lambda trial: trial.typical(leading))
-    least = departures[id(min(order, key=lambda trial: len(departures[id(trial)])))]
-    return sorted(order, key=lambda trial: departs_more(departures[id(trial)], least))
+    by_error = sorted(trials, key=lambda trial: trial.typical)
+    least = min((trial.departures for trial in by_error), key=len)
+    return sorted(by_error, key=lambda trial: departs_more(trial.departures, least))
 
 
 def departs_more(mine: set[int], other: set[int]) -> bool:
@@ -170,9 +172,9 @@ def departs_more(mine: set[int], other: set[int]) -> bool:
     return more > fewer and float(binom.sf(more - 1, more + fewer, 0.5)) <= SIGNIFICANT
 
 
-def _record(trial: _Trial, leading: Sequence[int], measurements: Measurements, predictions: Predictions) -> TrialRecord:
+def _record(trial: _Trial, measurements: Measurements, predictions: Predictions) -> TrialRecord:
     precisions = trial.candidate.precisions
-    samples = list(dict.fromkeys((*leading, *trial.errors)))
+    samples = list(dict.fromkeys((*trial.leading, *trial.errors)))
     point = predictions.allocation(precisions)
     return TrialRecord(
         names=trial.candidate.names,
@@ -182,8 +184,8 @@ def _record(trial: _Trial, leading: Sequence[int], measurements: Measurements, p
         predicted_error=point.error,
         samples=tuple(samples),
         errors=tuple(trial.values(samples).tolist()),
-        leading=len(leading),
-        typical=interval_record(typical_interval(trial.values(leading))),
-        departures=share_record(len(trial.departures(leading)), len(trial.errors)),
-        calls=len(trial.errors) * measurements.schedule_calls(precisions),
+        leading=len(trial.leading),
+        typical=interval_record(typical_interval(trial.values(trial.leading))),
+        departures=share_record(len(trial.departures), len(samples)),
+        calls=len(samples) * measurements.schedule_calls(precisions),
     )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from helpers.planted import OneByOne, PlantedEvaluator
 
+from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
+from calibration.choose.predictions import Predictions
 from calibration.measure.evaluator import Evaluator
+from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import relative_error
+from calibration.scores.measured_gram import measured_gram
+from calibration.scores.single_step import Downcasts, measure_downcasts
 
 
 def run_errors(evaluator: Evaluator, schedule: Sequence[str]) -> np.ndarray:
@@ -25,6 +30,19 @@ def run_errors(evaluator: Evaluator, schedule: Sequence[str]) -> np.ndarray:
     reference = (evaluator.precisions[0],) * len(schedule)
     pairs = [(final(sample, schedule), final(sample, reference)) for sample in range(evaluator.num_samples)]
     return np.array([relative_error(*pair) for pair in pairs])
+
+
+def predicted(
+    measurements: Measurements,
+    precisions: Sequence[str],
+    latencies_ms: Mapping[str, float],
+    costs: AllocationCosts = NO_COSTS,
+) -> tuple[Predictions, list[Downcasts]]:
+    """What a full sweep predicts, by the Gram matrix, and its curves."""
+    curves = [measure_downcasts(measurements, name, method="sweep") for name in precisions[1:]]
+    gram = measured_gram(measurements, curves).gram
+    model = LatencyModel(tuple(precisions), latencies_ms, costs)
+    return Predictions(model, {"gram": gram, "downcast sum": gram.downcast_sum()}, "gram"), curves
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,19 @@ class RoundedLoop(OneByOne):
             name: size * rng.normal(size=(self.size, self.size)) / np.sqrt(self.size) for name, size in self.weight
         }
         return rotation, 0.4 * rng.normal(size=self.size), matrices
+
+
+@dataclass(frozen=True)
+class Blocks(PlantedEvaluator):
+    """Errors of the first half of the steps point the same way, those of the second half each its own way.
+
+    With errors of like size a single downcast says little; many at once are worse in the first half.
+    """
+
+    def _direction(self, index: int) -> np.ndarray:
+        direction = np.zeros(self._size)
+        direction[0 if index < self.num_steps // 2 else 1 + index] = 1.0
+        return direction
 
 
 FragileState = tuple[int, np.ndarray, int]

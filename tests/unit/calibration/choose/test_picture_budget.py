@@ -10,7 +10,7 @@ from calibration.choose.baselines import RULES
 from calibration.choose.pareto import Allocation
 from calibration.choose.picture_budget import QualityBudget, fastest_meeting
 from engines.errors import BudgetError
-from tmpdiff_export.report.figures import LOOKS
+from tmpdiff_export.report.latency import LOOKS
 from tools.experiments.quality_figure import RULE_STYLES
 
 FRONT = tuple(Allocation(("fp16",) * k + ("int8",) * (20 - k), 0.02 * (20 - k) ** 2, 0.5 + k / 40) for k in range(21))

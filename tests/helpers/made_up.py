@@ -200,7 +200,7 @@ class _Maker:
         uniforms = {f"uniform {name}": ((name,) * found.num_steps,) for name in found.precisions}
         named: dict[str, tuple[Schedule, ...]] = {
             "schedule": (chosen,),
-            f"best rule: {best}": (rules[best],),
+            **({f"best rule: {best}": (rules[best],)} if best else {}),
             **uniforms,
             **{name: (schedule,) for name, schedule in rules.items()},
             f"random {count}": draws,

@@ -84,10 +84,12 @@ def carried_scores(found: Sensitivity, source: StepAxis, target: StepAxis) -> Ca
 def _carried_correlations(found: Correlations, source: StepAxis, target: StepAxis) -> Correlations:
     positions, kept = {}, {}
     for name, steps in found.positions.items():
-        # steps of one noise level (Heun has pairs) fall together: the first of them stands for all
-        positions[name], kept[name] = np.unique(carry_positions(steps, source, target), return_index=True)
+        # of steps that fall together, pairs of Heun's at one noise level and all beyond the last one, the last stands for all
+        found_at = carry_positions(steps, source, target)
+        positions[name], first = np.unique(found_at[::-1], return_index=True)
+        kept[name] = len(found_at) - 1 - first
     values = {(a, b): values[np.ix_(kept[a], kept[b])] for (a, b), values in found.values.items()}
-    return Correlations({name: tuple(found.tolist()) for name, found in positions.items()}, values)
+    return Correlations({name: tuple(found_at.tolist()) for name, found_at in positions.items()}, values)
 
 
 def checked_curves(

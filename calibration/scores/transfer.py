@@ -166,15 +166,15 @@ def carry_positions(positions: Sequence[float], source: StepAxis, target: StepAx
         target: axis of the other table.
 
     Returns:
-        float64 [M], step indices of the target, never falling, mostly fractions; the last step is the last step.
+        float64 [M], step indices of the target, never falling, mostly fractions; the last step is the last step, with all
+        that lie beyond it. Equal axes give back the positions.
     """
-    last = len(source.levels) - 1
     found: np.ndarray = np.array(positions, dtype=np.float64)
+    if np.array_equal(source.levels, target.levels):
+        return found
+    last, last_target = len(source.levels) - 1, len(target.levels) - 1
     levels = np.interp(found, np.arange(last + 1), source.levels)
-    found = np.where(
-        found >= last, len(target.levels) - 1, np.interp(-levels, -target.levels, np.arange(len(target.levels)))
-    )
-    return found
+    return np.where(found >= last, last_target, np.interp(-levels, -target.levels, np.arange(last_target + 1)))
 
 
 def check_steps(num_steps: int) -> tuple[int, ...]:

@@ -250,7 +250,7 @@ def measurements(evaluator: Evaluator, name: str = "calibration") -> Measurement
 
 
 def calibrate_loops(evaluator, latencies_ms, *, validation=None, decode=None, **options) -> CalibrationResult:
-    """`calibrate` of planted loops; `options` are its own, and those of `CalibrationOptions`."""
+    """`calibrate` of planted loops, both with the decoder; `options` are its own, and those of `CalibrationOptions`."""
     own = {name: options.pop(name) for name in ("journal", "pool", "progress") if name in options}
-    sets = SampleSets(SampleSet(evaluator), SampleSet(validation, decode) if validation else None)
+    sets = SampleSets(SampleSet(evaluator, decode), SampleSet(validation, decode) if validation else None)
     return calibrate(sets, latencies_ms, CalibrationOptions(**options), **own)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,13 +11,18 @@ import pytest
 from helpers.planted import Counted, PlantedEvaluator, PoolHere, calibrate_loops, rank_deviation, regret
 
 from calibration import HighSteps, Sensitivity, open_journal
-from calibration.document import CalibrationSettings, TransferRecord
+from calibration.choose.fit import fit
+from calibration.choose.stored_prediction import stored_gram
+from calibration.document import CalibrationSettings, CorrelationRecord, GramRecord, TransferRecord
 from calibration.scores.carried import CarriedScores, carried_scores
+from calibration.scores.gram import Correlations
+from calibration.scores.measured_gram import stored_correlations
 from calibration.scores.transfer import (
     CHECKED_STEPS,
     MAX_SCATTER,
     TransferError,
     carry,
+    carry_positions,
     check_steps,
     compare,
     output_weights,
@@ -173,11 +179,74 @@ def test_level_and_scatter_are_reported_apart():
     assert compare(np.ones(3), np.ones(3)).holds
 
 
+# positions of correlations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "others"), [(20, 40), (20, 9), (50, 6), (7, 50), (4, 2)])
+def test_positions_keep_their_noise_level_and_the_last_step_is_the_last(steps, others):
+    source, target = step_axes(euler(steps), euler(others, shift=5.0))
+    positions = [*np.linspace(0, steps - 2, 9), steps - 1]
+    found = carry_positions(positions, source, target)
+    assert (np.diff(found) >= 0).all()
+    assert (found[0], found[-1]) == (0, others - 1)
+    level = np.interp(positions, np.arange(steps), source.levels)
+    reached = np.interp(found, np.arange(others), target.levels)
+    inside = level[:-1] >= target.levels[-1]
+    np.testing.assert_allclose(reached[:-1][inside], level[:-1][inside])
+    assert (found[:-1][~inside] == others - 1).all()
+
+
+def test_equal_tables_give_back_the_positions():
+    for table in (euler(9), multistep(9), heun()):
+        axes = step_axes(table, table)
+        positions = [0.0, 1.0, 2.0, 2.5, table.num_steps - 1.5, table.num_steps - 1.0]
+        np.testing.assert_array_equal(carry_positions(positions, *axes), positions)
+    np.testing.assert_array_equal(carry_positions([0, 3, 5], *step_axes(euler(6), euler(1))), 0)
+
+
+def heun():
+    """Two calls at every noise level but the first and the last."""
+    return replace(euler(6), sigmas=np.array([1.0, 0.6, 0.6, 0.3, 0.3, 0.1, 0.0]))
+
+
+def test_steps_at_one_noise_level_have_one_position():
+    axes = step_axes(heun(), euler(30))
+    found = carry_positions(range(6), *axes)
+    assert found[1] == found[2] < found[3] == found[4] < found[5] == 29
+    values = np.round(np.random.default_rng(0).uniform(0, 0.5, size=(6, 6)), 4)
+    values = (values + values.T) / 2 + 0.5 * np.eye(6)
+    stored = stored_document({"int8": tuple(range(6))}, {("int8", "int8"): values}, num_steps=6)
+    result = carried_scores(stored, *axes).correlations
+    assert result.positions["int8"] == pytest.approx(found[[0, 1, 3, 5]])
+    kept = [0, 2, 4, 5]
+    np.testing.assert_array_equal(result.values["int8", "int8"], values[np.ix_(kept, kept)])
+
+
+def test_of_all_that_lie_beyond_the_last_step_the_last_one_stands_for_it():
+    axes = step_axes(euler(20, shift=1.0), euler(6, shift=5.0))
+    grid = np.eye(20)
+    grid[-1, :-1] = grid[:-1, -1] = np.linspace(0.1, 0.2, 19)
+    stored = stored_document({"int8": tuple(range(20))}, {("int8", "int8"): grid}, num_steps=20)
+    result = carried_scores(stored, *axes).correlations
+    count = len(result.positions["int8"])
+    assert count < 20
+    assert result.positions["int8"][-1] == 5
+    np.testing.assert_array_equal(result.values["int8", "int8"][-1], [*grid[-1, : count - 1], 1])
+
+
 # in a calibration -------------------------------------------------------------------------------------------------
 
 STEPS = 14
 SIZES = np.sqrt(planted(euler(STEPS)))
 ORIGIN = TransferRecord(bundle_id="a" * 64, num_steps=20, guidance_scale=4.5, checks=())
+SETTINGS = CalibrationSettings(
+    bundle_id="b" * 64,
+    machine="none",
+    guidance_scale=3.0,
+    seed=0,
+    calibration_prompts=("a",),
+    validation_prompts=("b",),
+)
 
 
 def loop(seed=0):
@@ -185,32 +254,52 @@ def loop(seed=0):
     return PlantedEvaluator(errors, gains=[1.0] * STEPS, correlation=0.0, seed=seed)
 
 
+@functools.cache
+def swept():
+    options = {"method": "sweep", "budget": HighSteps(4), "validation": loop(1)}
+    return calibrate_loops(loop(), LATENCIES_MS, **options).sensitivity.model_copy(update={"settings": SETTINGS})
+
+
+def stored_document(positions, values, num_steps):
+    """A calibration of "int8" alone, with these correlations."""
+    plain = PlantedEvaluator({"int8": [0.1] * num_steps}, gains=[1.0] * num_steps)
+    found = calibrate_loops(plain, {"fp16": 2.0, "int8": 1.0}, method="sweep").sensitivity
+    records = tuple(
+        CorrelationRecord(first=a, second=b, values=tuple(map(tuple, grid.tolist()))) for (a, b), grid in values.items()
+    )
+    gram = GramRecord(positions=positions, correlations=records, floor=(0.0,) * num_steps)
+    return found.model_copy(update={"gram": gram, "settings": SETTINGS})
+
+
 def carried(**changes):
     """Right in shape, wrong in level, as from a loop of another length."""
-    curves = {("downcast", name): 7.0 * SIZES**2 for name in ("int8", "int4")}
-    curves |= {("upcast", name): SIZES**2 / np.sum(SIZES**2) for name in ("int8", "int4")}
-    return CarriedScores(curves | changes.pop("curves", {}), ORIGIN)
+    names = ("int8", "int4")
+    curves = dict.fromkeys(names, 7.0 * SIZES**2)
+    positions = {name: tuple(np.arange(STEPS) + 0.0) for name in names}
+    values = {pair: np.eye(STEPS) for pair in (("int8", "int8"), ("int8", "int4"), ("int4", "int4"))}
+    return CarriedScores(curves | changes, Correlations(positions, values), ORIGIN)
 
 
 def test_carried_scores_give_the_schedule_of_a_full_sweep_for_a_few_calls():
-    swept = calibrate_loops(loop(), LATENCIES_MS, method="sweep", budget=HighSteps(4), validation=loop(1)).sensitivity
     counted = Counted(loop())
     found = calibrate_loops(
         counted, LATENCIES_MS, budget=HighSteps(4), validation=loop(1), carried=carried()
     ).sensitivity
-    assert found.schedule == swept.schedule
+    assert found.schedule == swept().schedule
     assert found.method == "transfer"
-    assert found.predicted_error == pytest.approx(swept.predicted_error, rel=0.02)
+    assert found.predicted_error == pytest.approx(swept().predicted_error, rel=0.02)
     expected = 2 * 2 * sum(STEPS - step for step in check_steps(STEPS))
-    assert found.search_calls == expected < 0.3 * swept.search_calls
-    assert counted.calls.total() < swept.search_calls
+    assert found.search_calls == expected < 0.6 * swept().search_calls
+    assert sum(sum(calls.values()) for stage, calls in found.calls.items() if stage.startswith("cal")) == (
+        counted.calls.total()
+    )
     checks = {check.precision: check for check in found.transfer.checks}
     assert checks["int4"].scatter < 0.01
     assert checks["int4"].steps == check_steps(STEPS)
-    downcast = next(record for record in found.scores if (record.precision, record.direction) == ("int4", "downcast"))
-    assert [step for step, known in enumerate(downcast.measured) if known] == list(check_steps(STEPS))
-    upcast = next(record for record in found.scores if (record.precision, record.direction) == ("int4", "upcast"))
-    assert sum(upcast.scores) == pytest.approx(found.uniform_errors["int4"])
+    assert checks["int4"].level == pytest.approx(found.scores[1].scores[3] / (7.0 * SIZES[3] ** 2), rel=0.01)
+    record = next(record for record in found.scores if record.precision == "int4")
+    assert [step for step, known in enumerate(record.measured) if known] == list(check_steps(STEPS))
+    assert found.gram.positions == {name: tuple(range(STEPS)) for name in ("int8", "int4")}
 
 
 def test_a_pool_is_asked_for_all_checks_of_a_precision_at_once_and_changes_nothing():
@@ -224,7 +313,7 @@ def test_a_pool_is_asked_for_all_checks_of_a_precision_at_once_and_changes_nothi
 
 
 def test_scores_that_do_not_hold_are_refused_with_figures_and_cost_the_next_run_nothing(tmp_path):
-    wrong = carried(curves={("downcast", "int4"): SIZES[::-1] ** 4})
+    wrong = carried(int4=SIZES[::-1] ** 4)
     path = tmp_path / "run.journal"
     with pytest.raises(TransferError, match=r"int4 scores do not hold here: measured at steps 0, .*factor of \d+\.\d"):
         calibrate_loops(loop(), LATENCIES_MS, carried=wrong, journal=open_journal(path, loop()))
@@ -233,37 +322,90 @@ def test_scores_that_do_not_hold_are_refused_with_figures_and_cost_the_next_run_
     alone = calibrate_loops(loop(), LATENCIES_MS, method="sweep").sensitivity
     assert sweep == alone
     checked = 2 * sum(STEPS - step for step in check_steps(STEPS))
-    assert counted.calls["int8"] < alone.calls["calibration: downcast int8"]["int8"] + STEPS * STEPS * 2
+    assert counted.calls["int8"] < sum(stage.get("int8", 0) for stage in alone.calls.values())
     assert counted.calls.total() <= sum(sum(stage.values()) for stage in alone.calls.values()) - checked
 
 
 def test_a_precision_without_carried_scores_is_refused():
-    curves = {key: curve for key, curve in carried().curves.items() if key[1] != "int4"}
+    known = carried()
+    only = CarriedScores({"int8": known.curves["int8"]}, known.correlations, ORIGIN)
     with pytest.raises(TransferError, match="none for int4, only for int8; calibrate this bundle without --from"):
-        calibrate_loops(loop(), LATENCIES_MS, carried=CarriedScores(curves, ORIGIN))
+        calibrate_loops(loop(), LATENCIES_MS, carried=only)
+
+
+def test_a_precision_more_is_left_out():
+    errors = {"int4": 0.2 * SIZES}
+    fewer = PlantedEvaluator(errors, gains=[1.0] * STEPS, correlation=0.0)
+    found = calibrate_loops(fewer, {"fp16": 8.0, "int4": 3.0}, budget=HighSteps(4), carried=carried()).sensitivity
+    assert set(found.gram.positions) == {"int4"}
+    assert [record.precision for record in found.scores] == ["int4"]
+    assert found.schedule == swept().schedule
 
 
 def test_a_stored_calibration_is_carried_whole(tmp_path):
-    found = calibrate_loops(loop(), LATENCIES_MS, method="sweep", budget=HighSteps(4), validation=loop(1)).sensitivity
-    settings = CalibrationSettings(
-        bundle_id="b" * 64,
-        machine="none",
-        guidance_scale=3.0,
-        seed=0,
-        calibration_prompts=("a",),
-        validation_prompts=("b",),
-    )
     with pytest.raises(ValueError, match="settings"):
-        carried_scores(found, *step_axes(euler(STEPS), euler(30)))
-    found.model_copy(update={"settings": settings}).save(tmp_path / "sensitivity.json")
+        carried_scores(swept().model_copy(update={"settings": None}), *step_axes(euler(STEPS), euler(30)))
+    swept().save(tmp_path / "sensitivity.json")
     stored = Sensitivity.load(tmp_path / "sensitivity.json")
-    result = carried_scores(stored, *step_axes(euler(STEPS), euler(30)))
+    axes = step_axes(euler(STEPS), euler(30))
+    result = carried_scores(stored, *axes)
     assert (result.origin.bundle_id, result.origin.num_steps, result.origin.guidance_scale) == ("b" * 64, STEPS, 3.0)
-    assert set(result.curves) == {(side, name) for side in ("downcast", "upcast") for name in ("int8", "int4")}
-    for curve in result.curves.values():
-        assert curve.shape == (30,)
-    record = next(item for item in stored.scores if (item.precision, item.direction) == ("int8", "upcast"))
-    assert result.curves["upcast", "int8"].sum() == pytest.approx(sum(record.scores) / stored.uniform_errors["int8"])
+    assert list(result.curves) == ["int8", "int4"]
+    for record in stored.scores:
+        np.testing.assert_array_equal(result.curves[record.precision], carry(np.array(record.scores), *axes))
+        assert result.correlations.positions[record.precision] == pytest.approx(
+            carry_positions(stored.gram.positions[record.precision], *axes)
+        )
+    assert list(result.correlations.values) == [("int8", "int8"), ("int8", "int4"), ("int4", "int4")]
+    nothing = stored.model_copy(update={"gram": None, "scores": ()})
+    with pytest.raises(TransferError, match="has none, as it dropped every low precision"):
+        carried_scores(nothing, *axes)
+
+
+@dataclass(frozen=True)
+class ByLevel(PlantedEvaluator):
+    """Errors that point alike at like noise levels: a correlation of 0.8 that falls with their distance."""
+
+    levels: tuple[float, ...] = ()
+
+    def _direction(self, index):
+        own, common = np.zeros(self._size), np.zeros(self._size)
+        frequencies = np.random.default_rng(0).normal(size=60) / 0.25
+        common[:60], common[60:120] = np.cos(frequencies * self.levels[index]), np.sin(frequencies * self.levels[index])
+        own[121 + index] = 1.0
+        return np.sqrt(0.8 / 60) * common + np.sqrt(0.2) * own
+
+
+def test_correlations_follow_the_noise_level_to_another_sampler_table():
+    tables = {"source": euler(30, shift=4.0), "target": euler(8, shift=1.0)}  # their last levels agree
+    loops = {
+        name: ByLevel(
+            {"int8": 0.5 * (sizes := output_weights(table) * (1 + table.sigmas[:-1])), "int4": 2.0 * sizes},
+            gains=[1.0] * table.num_steps,
+            levels=tuple(table.sigmas[:-1]),
+        )
+        for name, table in tables.items()
+    }
+    source = calibrate_loops(loops["source"], LATENCIES_MS, method="sweep").sensitivity
+    axes = step_axes(tables["source"], tables["target"])
+    scores = carried_scores(source.model_copy(update={"settings": SETTINGS}), *axes)
+    stored = stored_correlations(source.gram)
+    by_index = {name: tuple(np.array(steps) * 7 / 29) for name, steps in stored.positions.items()}
+    worse = replace(scores, correlations=replace(stored, positions=by_index))
+    generator = np.random.default_rng(0)
+    schedules = [tuple(row) for row in generator.choice(["fp16", "int8", "int4"], size=(60, 8), p=[0.3, 0.2, 0.5])]
+    truth = [loops["target"].true_error(schedule) for schedule in schedules]
+    figures = []
+    for carried_ones in (scores, worse):
+        found = calibrate_loops(loops["target"], LATENCIES_MS, carried=carried_ones, budget=HighSteps(3)).sensitivity
+        gram = stored_gram(found)
+        figures.append(fit("gram", [gram.error(schedule) for schedule in schedules], truth))
+    by_level, otherwise = figures
+    assert by_level.r2 > 0.99
+    assert by_level.ratio == pytest.approx(1, abs=0.05)
+    assert by_level.scatter < 0.1
+    assert otherwise.scatter > 2 * by_level.scatter
+    assert abs(otherwise.ratio - 1) > 2 * abs(by_level.ratio - 1)
 
 
 def test_another_denoiser_is_refused():

@@ -181,22 +181,27 @@ class TrialRecord(_Record):
     """A candidate of the guard.
 
     Attributes:
-        names: why it is one: "gram", "downcast sum", "gram, first N held", a rule's name and pool, "uniform <precision>".
+        names: where it comes from: "gram", "downcast sum", "gram, first N held", a rule and its pool as "last 8 (fp8)",
+            "uniform <precision>".
+        rule: the one of its names that is of a fixed rule or a uniform precision.
         latency: mean step latency relative to the reference.
         predicted_error: by the predictor that was used.
         samples: calibration samples it ran on, in order; a part of them for candidates that were left behind.
         errors: E of each.
-        typical: over the leading samples, drawn at random; fragile ones beyond them do not count.
+        leading: how many of the first samples were drawn at random; those behind them are fragile ones.
+        typical: over the leading samples.
         departures: of all samples it ran on.
         calls: denoiser calls it took.
     """
 
     names: tuple[str, ...]
+    rule: str | None
     precisions: tuple[str, ...]
     latency: float
     predicted_error: float
     samples: tuple[int, ...]
     errors: tuple[float, ...]
+    leading: int
     typical: IntervalRecord
     departures: DepartureRecord
     calls: int
@@ -209,7 +214,7 @@ class GuardRecord(_Record):
         trials: the winner first, then by how many samples they ran on and their typical error.
         rounds: how many leading samples each round had, and how many candidates.
         fragile: the samples that departures were looked for on, whichever round.
-        best_rule: name of the rule with the least typical error.
+        best_rule: name of the rule that came out best among them, by what the winner is chosen by.
         calls: denoiser calls of all, per precision.
     """
 
@@ -288,7 +293,7 @@ class Sensitivity(_Record):
         budget: the budget in words.
         schedule: the chosen precision per step index.
         predicted_error: its predicted E.
-        pareto: the front, fastest first.
+        pareto: the front, fastest first; a selection of a large one.
         guard: None where there was nothing to compare.
         validation: empty without validation samples.
         settings: None where no bundle was calibrated.

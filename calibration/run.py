@@ -11,14 +11,20 @@ from typing import Literal
 import numpy as np
 
 from calibration.choose.allocation import Budget, drop_dominated, require_reachable
+from calibration.choose.candidates import candidates
 from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
+from calibration.choose.fit import best_fit, measure_fit
+from calibration.choose.guard import STAGE as GUARD
+from calibration.choose.guard import fragile_samples, guard
 from calibration.choose.pareto import Allocation
 from calibration.choose.picture_budget import QualityBudget, meet_quality
 from calibration.choose.predictions import Predictions, predicted_best
-from calibration.choose.rivals import STAGE, refine_schedule
 from calibration.document import (
+    FitPoint,
+    FitRecord,
+    GuardRecord,
     ParetoPoint,
-    RefinementRecord,
+    Predictor,
     Sensitivity,
     TransferRecord,
     ValidationRow,
@@ -29,16 +35,17 @@ from calibration.measure.measurements import Measurements
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
 from calibration.scores.carried import CarriedScores, checked_curves
-from calibration.scores.divergence import affordable, measured_risk, with_risk
-from calibration.scores.predictors import PREDICTORS, Contributions, contributions
-from calibration.scores.single_step import DIRECTIONS, METHODS, ScoreCurve, measure_scores
-from calibration.validation import best_fit, fit_predictors, schedule_errors, validation_rows
+from calibration.scores.gram import Correlations, Gram
+from calibration.scores.measured_gram import MeasuredGram, measured_gram
+from calibration.scores.single_step import METHODS, Downcasts, measure_downcasts
+from calibration.statistics import departure_record, interval_record, typical_errors, typical_interval
+from calibration.validation import validation_rows
 from engines.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
 PARETO_POINTS = 200
-"""Points of the Pareto front that the document keeps; allocation uses all of them."""
+"""Points of the Pareto front that the document keeps."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); a search that settles early stops short of its total."""
@@ -50,17 +57,15 @@ class CalibrationOptions:
 
     Attributes:
         budget: what the schedule has to meet; None: see `calibration.choose.predictions.DEFAULT_ERROR_FRACTION`. A
-            quality budget is met by measurement on the validation samples, and needs those and a decoder.
+            quality budget is met by measurement, and needs a decoder.
         method: "bisection" evaluates as few steps as the ranking needs, "sweep" all.
         max_evaluations: evaluations per score curve of the bisection, see `adaptive_bisection`.
         carried: scores of another calibration, which take the place of a search where a few measurements agree
             with them; `method` has then no say.
         costs: what a change of precision costs, and how many precisions a schedule may use.
-        refine_calls: denoiser calls the local search may take, None for as many as the scores took, 0 for none.
-            A budget in picture quality is met by measurement already, and is not refined.
 
     Raises:
-        ValueError: an unknown method, or fewer calls than none.
+        ValueError: an unknown method.
     """
 
     budget: Budget | QualityBudget | None = None
@@ -68,14 +73,10 @@ class CalibrationOptions:
     max_evaluations: int | None = None
     carried: CarriedScores | None = None
     costs: AllocationCosts = NO_COSTS
-    refine_calls: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
-        calls = self.refine_calls
-        if calls is not None and calls < 0:
-            raise ValueError(f"refine_calls is {calls}, expected 0 or more, or None for as many as the scores take")
 
 
 DEFAULT_OPTIONS = CalibrationOptions()
@@ -103,6 +104,86 @@ class CalibrationResult:
         )
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What was measured of single steps, and what it predicts.
+
+    Attributes:
+        curves: downcasts by low precision, in order.
+        gram: made of them.
+        fits: both predictors against random schedules, whose figures are `fit_points`.
+        predictions: of the precisions that are kept, by the better predictor.
+        fragile: samples most likely to depart.
+        transfer: where scores were carried from, if they were.
+    """
+
+    curves: tuple[Downcasts, ...]
+    gram: MeasuredGram
+    fits: tuple[FitRecord, ...]
+    fit_points: tuple[FitPoint, ...]
+    predictions: Predictions
+    fragile: tuple[int, ...]
+    transfer: TransferRecord | None
+
+
+def score_steps(
+    measurements: Measurements, latency_model: LatencyModel, options: CalibrationOptions, report: Progress
+) -> Scored:
+    """Measures downcasts of every low precision, and random schedules to test what they predict.
+
+    Args:
+        measurements: of the calibration samples.
+        latency_model: of the precisions to score.
+        options: `method`, `max_evaluations` and `carried` say how.
+        report: see `Progress`.
+
+    Raises:
+        TransferError: the carried scores do not hold.
+    """
+    precisions = latency_model.precisions
+    transfer: TransferRecord | None = None
+    correlations: Correlations | None = None
+    if options.carried:
+        curves, transfer = checked_curves(measurements, precisions, options.carried, report)
+        correlations = options.carried.correlations_of(precisions[1:])
+    else:
+        curves = [
+            measure_downcasts(
+                measurements,
+                precision,
+                method=options.method,
+                max_evaluations=options.max_evaluations,
+                on_evaluation=partial(report, f"downcast {precision}"),
+            )
+            for precision in precisions[1:]
+        ]
+    found = measured_gram(measurements, curves, correlations)
+    grams: dict[Predictor, Gram] = {"gram": found.gram, "downcast sum": found.gram.downcast_sum()}
+    fits, points = measure_fit(measurements, grams, partial(report, "fit"))
+    summed = sum((curve.vectors.errors.sum(axis=0) for curve in curves), np.zeros(measurements.num_samples))
+    fragile = fragile_samples(measurements, precisions[1:], summed)
+    return Scored(
+        tuple(curves), found, fits, points, Predictions(latency_model, grams, best_fit(fits)), fragile, transfer
+    )
+
+
+def choose(
+    measurements: Measurements, scored: Scored, budget: Budget | None, report: Progress
+) -> tuple[Allocation, str, GuardRecord | None]:
+    """The schedule under a budget that the guard holds for the best, the budget in words, and the guard's record.
+
+    Raises:
+        BudgetError: no schedule meets it.
+    """
+    predictions = scored.predictions
+    chosen, wording = predicted_best(predictions, budget)
+    found = candidates(predictions, chosen, budget)
+    if len(found) < 2:
+        return chosen, wording, None
+    record = guard(measurements, found, predictions, scored.fragile, partial(report, GUARD))
+    return predictions.allocation(record.trials[0].precisions), wording, record
+
+
 def calibrate(
     sets: SampleSets,
     latencies_ms: Mapping[str, float],
@@ -114,10 +195,10 @@ def calibrate(
 ) -> CalibrationResult:
     """Measures how each step suffers from each precision and finds a schedule under a budget.
 
-    Order: uniform runs of every precision; precisions that are no use are dropped before they are scored;
-    downcast and upcast scores; the predictor that fits random schedules best (on the validation samples);
-    allocation, by its predictions and the risk of departures (`calibration.scores.divergence`); a local search around its
-    choice, measured on the calibration samples; the schedule that comes out and the baselines on the validation samples.
+    On the calibration samples: uniform runs of every precision; precisions that are no use are dropped before they are
+    scored; downcasts, whose error vectors make the Gram matrix; random schedules, which say whether it or its diagonal
+    alone predicts better; the schedule of least predicted error; the guard, in which it has to win against rules of thumb. A
+    budget in picture quality is met by measurement instead. On the validation samples: how the schedule compares.
 
     Args:
         sets: what is measured on.
@@ -141,122 +222,94 @@ def calibrate(
     journal = journal or Journal.in_memory(journal_key(evaluator, validation))
     report = progress or (lambda stage, done, total: None)
     pool = pool or SampleBatches(sets.named())
-    calibration = Measurements("calibration", sets.calibration, journal, pool)
-    held_out = Measurements("validation", sets.validation, journal, pool) if sets.validation else None
+    by_pictures = isinstance(options.budget, QualityBudget)
+    calibration = Measurements("calibration", sets.calibration, journal, pool, pictures=by_pictures)
 
     built = LatencyModel(evaluator.precisions, latencies_ms, options.costs)
-    uniform = _uniform_errors(calibration, built.precisions, partial(report, "calibration runs"))
-    kept, dropped = drop_dominated(built, uniform)
+    uniform = _uniform_runs(calibration, built.precisions, partial(report, "calibration runs"))
+    kept, dropped = drop_dominated(built, {name: float(typical_errors(found)) for name, found in uniform.items()})
     for loser in dropped:
         calibration.forget(loser.precision)
-    curves, transfer = _measured_curves(calibration, kept, options, report)
-    risks = {
-        curve.precision: measured_risk(calibration, curve.precision, curve.search)
-        for curve in curves
-        if curve.direction == "downcast"
-    }
-    search_calls = sum(sum(curve.calls(calibration).values()) for curve in curves)
-    values = _contributions(kept, curves, uniform, calibration.num_steps)
-
-    if held_out:
-        _uniform_errors(held_out, built.precisions, partial(report, "validation runs"))
-    fits, points = fit_predictors(held_out or calibration, kept, values, partial(report, "fit"))
-    predictor = best_fit(fits)
-    # what schedules are chosen by: fits are those of limited means, to which the risk of departures is added
-    risks = affordable(values[predictor], kept, risks)
-    weighed = {name: with_risk(found, kept, risks) for name, found in values.items()}
-    records = tuple(curve.record(calibration, risks) for curve in curves)
-    predictions = Predictions(replace(built, precisions=kept), predictor, values[predictor], weighed)
-    refinement: RefinementRecord | None = None
+    scored = score_steps(calibration, replace(built, precisions=kept), options, report)
+    predictions = scored.predictions
+    guarded: GuardRecord | None = None
     if isinstance(options.budget, QualityBudget):
-        assert held_out is not None  # checked above
-        chosen, wording = meet_quality(predictions, options.budget, held_out, partial(report, "quality"))
-    else:
-        chosen, wording = predicted_best(predictions, options.budget)
-        max_calls = search_calls if options.refine_calls is None else options.refine_calls
-        chosen, refinement = refine_schedule(
-            calibration, chosen, options.budget, predictions, max_calls, partial(report, STAGE)
+        chosen, wording = meet_quality(
+            predictions.latency_model,
+            predictions.gram,
+            predictions.front,
+            options.budget,
+            calibration,
+            partial(report, "quality"),
         )
-
+    else:
+        chosen, wording, guarded = choose(calibration, scored, options.budget, report)
+    counted = [calibration]
     rows: tuple[ValidationRow, ...] = ()
-    if held_out:
-        rows = validation_rows(held_out, chosen.precisions, built, partial(report, "validation"))
-    for measurements in filter(None, (calibration, held_out)):
+    if sets.validation:
+        counted.append(Measurements("validation", sets.validation, journal, pool))
+        rule = best_rule_of(guarded)
+        rows = validation_rows(counted[-1], chosen.precisions, built, rule, partial(report, "validation"))
+    for measurements in counted:
         if measurements.recomputed:
             log.info("%s: recomputed_calls %s after resuming", measurements.name, dict(measurements.recomputed))
+    records = tuple(curve.record(calibration) for curve in scored.curves)
     return CalibrationResult(
         Sensitivity(
             evaluator_key=evaluator.key(),
             validation_key=validation.key() if validation else None,
-            method="transfer" if transfer else options.method,
+            method="transfer" if scored.transfer else options.method,
             num_steps=calibration.num_steps,
             num_samples=calibration.num_samples,
             precisions=built.precisions,
             swap_ms=options.costs.by_pair(built.precisions),
             max_engines=options.costs.max_engines,
             latencies_ms={name: float(latencies_ms[name]) for name in built.precisions},
-            uniform_errors=uniform,
+            uniform={name: interval_record(typical_interval(errors)) for name, errors in uniform.items()},
+            uniform_departures={name: departure_record(errors) for name, errors in uniform.items()},
             dropped=dropped,
             scores=records,
-            calls=calibration.calls | (held_out.calls if held_out else {}),
-            search_calls=search_calls,
+            gram=scored.gram.record() if records else None,
+            calls={stage: calls for measurements in counted for stage, calls in measurements.calls.items()},
+            search_calls=sum(sum(record.calls.values()) for record in records),
             sweep_calls=sum(record.sweep_calls for record in records),
-            predictor=predictor,
-            fit=fits,
-            fit_points=points,
-            fit_samples="validation" if held_out else "calibration",
+            predictor=predictions.predictor,
+            fit=scored.fits,
+            fit_points=scored.fit_points,
             budget=wording,
             schedule=chosen.precisions,
             predicted_error=chosen.error,
             predicted_latency=chosen.latency,
-            measured_error=rows[0].error if rows else None,
-            loses_to=rows[0].loses_to if rows else (),
             pareto=tuple(ParetoPoint(**asdict(point)) for point in _thinned(predictions.front)),
-            pareto_size=len(predictions.front),
+            guard=guarded,
             validation=rows,
-            refinement=refinement,
-            transfer=transfer,
+            transfer=scored.transfer,
         )
     )
 
 
-def _uniform_errors(
+def best_rule_of(guarded: GuardRecord | None) -> tuple[str, tuple[str, ...]] | None:
+    """Name and schedule of the rule that was best on the calibration samples."""
+    if guarded is None or guarded.best_rule is None:
+        return None
+    trial = next(trial for trial in guarded.trials if trial.rule == guarded.best_rule)
+    return guarded.best_rule, trial.precisions
+
+
+def _uniform_runs(
     measurements: Measurements, precisions: tuple[str, ...], report: Callable[[int, int], None]
-) -> dict[str, float]:
-    """E(all p) by precision, 0 for the reference."""
-    schedules = [(precision,) * measurements.num_steps for precision in precisions]
-    return dict(zip(precisions, schedule_errors(measurements, "uniform runs", schedules, report), strict=True))
-
-
-def _measured_curves(
-    measurements: Measurements, precisions: tuple[str, ...], options: CalibrationOptions, report: Progress
-) -> tuple[list[ScoreCurve], TransferRecord | None]:
-    """Scores of every low precision in both directions; carried ones where there are any, and how they were checked."""
-    if options.carried:
-        return checked_curves(measurements, precisions, options.carried, report)
-    return [
-        measure_scores(
-            measurements,
-            precision,
-            direction,
-            method=options.method,
-            max_evaluations=options.max_evaluations,
-            on_evaluation=partial(report, f"{direction} {precision}"),
-        )
-        for precision in precisions[1:]
-        for direction in DIRECTIONS
-    ], None
-
-
-def _contributions(
-    kept: tuple[str, ...], curves: list[ScoreCurve], uniform: dict[str, float], num_steps: int
-) -> dict[str, Contributions]:
-    if not curves:
-        return {predictor: Contributions(np.zeros((num_steps, 1))) for predictor in PREDICTORS}
-    scores: dict[tuple[str, str], np.ndarray] = {
-        (curve.direction, curve.precision): curve.search.scores for curve in curves
-    }
-    return {predictor: contributions(predictor, kept, scores, uniform) for predictor in PREDICTORS}
+) -> dict[str, np.ndarray]:
+    """E(all p) of every sample by precision, float64 [S]; 0 for the reference."""
+    count = measurements.num_samples
+    measurements.expect([(precision,) * measurements.num_steps for precision in precisions], pictures=False)
+    found = {}
+    for row, precision in enumerate(precisions):
+        errors = []
+        for sample in range(count):
+            errors.append(measurements.uniform_error(precision, sample)["error"])
+            report(row * count + sample + 1, len(precisions) * count)
+        found[precision] = np.array(errors)
+    return found
 
 
 def _thinned(front: tuple[Allocation, ...]) -> tuple[Allocation, ...]:
@@ -283,5 +336,5 @@ def _check(
     if not isinstance(options.budget, QualityBudget):
         fastest = min(latencies_ms[name] for name in evaluator.precisions) / latencies_ms[evaluator.precisions[0]]
         require_reachable(options.budget, fastest, evaluator.num_steps, options.costs)
-    elif not (sets.validation and sets.validation.decode):
-        raise ValueError(f"a budget of {options.budget} needs validation samples and a decoder to be measured with")
+    elif not sets.calibration.decode:
+        raise ValueError(f"a budget of {options.budget} needs a decoder of the calibration samples to be measured with")

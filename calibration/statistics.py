@@ -1,4 +1,4 @@
-"""Confidence intervals over samples."""
+"""Confidence intervals over samples: of typical errors, of their ratios, and of counts of departures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
+
+from calibration.document import DepartureRecord, IntervalRecord
+from calibration.measure.metrics import LIMIT_MEDIANS, departed
 
 DRAWS = 1000
 CONFIDENCE = 0.95
@@ -44,5 +48,79 @@ def bootstrap_interval(statistic: Callable[..., float], *sizes: int, draws: int 
     values = values[np.isfinite(values)]
     if not len(values):
         return Interval(value, float("nan"), float("nan"))
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def typical_errors(errors: np.ndarray) -> np.ndarray:
+    """Limited means of E over the last axis; float64 [..., S] -> [...]."""
+    medians = np.median(errors, axis=-1, keepdims=True)
+    found: np.ndarray = np.minimum(errors, np.where(medians > 0, LIMIT_MEDIANS * medians, np.inf)).mean(axis=-1)
+    return found
+
+
+def typical_interval(errors: np.ndarray, weights: np.ndarray | None = None) -> Interval:
+    """Typical error of samples float64 [S], or of draws [N, S] by their weights (None: their mean); for a single sample
+    the bounds are the figure itself."""
+    draws = np.atleast_2d(errors)
+    return _resampled(lambda picked: _mean_of_draws(draws[:, picked], weights), draws.shape[1])
+
+
+def ratio_interval(errors: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> Interval | None:
+    """Typical error of a schedule over that of another one on the same samples, which stay paired.
+
+    Args:
+        errors: float64 [S].
+        others: float64 [N, S], of N draws.
+        weights: float64 [N] of the draws, which add up to 1; None for their mean.
+
+    Returns:
+        None where the other one has no error.
+    """
+
+    def ratio(picked: np.ndarray) -> np.ndarray:
+        below = _mean_of_draws(others[:, picked], weights)
+        found: np.ndarray = np.divide(
+            typical_errors(errors[picked]), below, out=np.full_like(below, np.nan), where=below > 0
+        )
+        return found
+
+    found = _resampled(ratio, len(errors))
+    return None if np.isnan(found.value) else found
+
+
+def interval_record(found: Interval) -> IntervalRecord:
+    """An interval as documents hold it."""
+    return IntervalRecord(value=found.value, low=found.low, high=found.high)
+
+
+def departure_record(errors: np.ndarray) -> DepartureRecord:
+    """Departures of runs, E float64 [S] or [N, S], each measured by the median of its own row."""
+    rows = np.atleast_2d(errors)
+    return share_record(int(sum(departed(row, float(np.median(row))).sum() for row in rows)), rows.size)
+
+
+def share_record(count: int, samples: int) -> DepartureRecord:
+    """A count of departures with the exact interval of its share (Clopper and Pearson, Biometrika 26, 1934)."""
+    bounds = binomtest(count, samples).proportion_ci(CONFIDENCE, method="exact")
+    return DepartureRecord(count=count, samples=samples, low=float(bounds.low), high=float(bounds.high))
+
+
+def _mean_of_draws(errors: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Typical errors of draws float64 [N, ..., S], their mean by weights, float64 [...]."""
+    shares = np.full(len(errors), 1 / len(errors)) if weights is None else weights
+    found: np.ndarray = np.tensordot(shares, typical_errors(errors), axes=1)
+    return found
+
+
+def _resampled(statistic: Callable[[np.ndarray], np.ndarray], size: int) -> Interval:
+    """A statistic that takes sample indices int64 [..., S], and its percentile bootstrap interval (see above)."""
+    value = float(statistic(np.arange(size)))
+    if size < 2:
+        return Interval(value, value, value)
+    values = statistic(np.random.default_rng(0).integers(size, size=(DRAWS, size)))
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return Interval(value, value, value)
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(value, float(low), float(high))

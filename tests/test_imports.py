@@ -69,8 +69,9 @@ ROOMS = {
         validation
         choose
         scores
+        statistics
         measure
-        document statistics
+        document
     """,
     "tmpdiff_export": """
         cli

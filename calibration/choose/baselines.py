@@ -55,16 +55,35 @@ RULES: dict[str, Callable[[Sequence[str]], tuple[str, ...]]] = {
 """The fixed rules by name; each takes a pool."""
 
 
+def rule_name(rule: str, schedule: Sequence[str], precisions: Sequence[str]) -> str:
+    """A rule and the pool it was given, as "last 8 (fp8)", or "last 2 (5 int8, 3 int4)" where it mixes low precisions.
+
+    A uniform schedule is called so, as every rule gives it.
+
+    Args:
+        rule: a name of `RULES`.
+        schedule: what it made of the pool.
+        precisions: in order of precision, the reference first.
+    """
+    if len(set(schedule)) == 1:
+        return f"uniform {schedule[0]}"
+    low = [name for name in precisions[1:] if name in schedule]
+    counts = low if len(low) == 1 else [f"{schedule.count(name)} {name}" for name in low]
+    high = schedule.count(precisions[0])
+    return f"{rule.removesuffix(' K')}{f' {high}' if high else ''} ({', '.join(counts)})"
+
+
 def fixed_rules(schedule: Sequence[str], precisions: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The fixed rules with the step counts of a schedule, by name and count ("first 8").
+    """The fixed rules with the step counts of a schedule, by `rule_name`; none for a uniform one.
 
     Args:
         schedule: one name per step.
         precisions: in order of precision, the reference first.
     """
+    if len(set(schedule)) == 1:
+        return {}
     pool = sorted(schedule, key=list(precisions).index)
-    count = pool.count(precisions[0])
-    return {f"{name.removesuffix(' K')} {count}": rule(pool) for name, rule in RULES.items()}
+    return {rule_name(name, rule(pool), precisions): rule(pool) for name, rule in RULES.items()}
 
 
 def _place(pool: Sequence[str], positions: Sequence[int]) -> tuple[str, ...]:

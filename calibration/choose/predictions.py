@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from calibration.choose.allocation import Budget, ErrorBudget, HighSteps, LatencyBudget, allocate
+from calibration.choose.allocation import Budget, ErrorBudget, HighSteps, LatencyBudget
 from calibration.choose.costs import LatencyModel
-from calibration.choose.pareto import Allocation, pareto_front
-from calibration.scores.predictors import Contributions, predict
+from calibration.choose.pareto import Allocation
+from calibration.choose.quadratic import best_schedule, front
+from calibration.document import Predictor
+from calibration.scores.gram import Gram
 
 DEFAULT_ERROR_FRACTION = 0.25
 """Without a budget: the fastest schedule with at most this fraction of the error predicted for the fastest
@@ -23,33 +25,27 @@ class Predictions:
 
     Attributes:
         latency_model: what they are made of.
-        predictor: the one that allocation goes by.
-        fitted: contributions of `predictor`, without risk.
-        weighed: contributions by predictor, with risk (`calibration.scores.divergence`).
+        grams: by predictor, of the precisions of `latency_model`.
+        predictor: the one that the front goes by.
     """
 
     latency_model: LatencyModel
-    predictor: str
-    fitted: Contributions
-    weighed: Mapping[str, Contributions]
+    grams: Mapping[Predictor, Gram]
+    predictor: Predictor
 
     @property
-    def found(self) -> Contributions:
-        """What schedules are chosen by: contributions of `predictor`, with risk."""
-        return self.weighed[self.predictor]
+    def gram(self) -> Gram:
+        """That of `predictor`."""
+        return self.grams[self.predictor]
 
     @cached_property
     def front(self) -> tuple[Allocation, ...]:
         """The Pareto front, fastest first."""
-        return pareto_front(self.latency_model, self.found)
+        return front(self.latency_model, self.gram)
 
-    def error(self, schedule: tuple[str, ...]) -> float:
-        """Predicted E, with risk."""
-        return predict(self.found, self.latency_model.precisions, schedule)
-
-    def allocation(self, schedule: tuple[str, ...]) -> Allocation:
+    def allocation(self, schedule: Sequence[str]) -> Allocation:
         """A schedule with its predicted error and its latency."""
-        return Allocation(schedule, self.error(schedule), self.latency_model.latency(schedule))
+        return Allocation(tuple(schedule), self.gram.error(schedule), self.latency_model.latency(schedule))
 
 
 def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[Allocation, str]:
@@ -58,11 +54,11 @@ def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[All
     Raises:
         BudgetError: no schedule meets it.
     """
-    latency_model, found = predictions.latency_model, predictions.found
+    latency_model, gram = predictions.latency_model, predictions.gram
     reference = latency_model.reference
     if budget is None:
         fastest = min(latency_model.precisions, key=latency_model.latencies_ms.__getitem__)
-        budget = ErrorBudget(DEFAULT_ERROR_FRACTION * predictions.error((fastest,) * len(found.values)))
+        budget = ErrorBudget(DEFAULT_ERROR_FRACTION * gram.error((fastest,) * gram.num_steps))
         wording = f"default budget: at most {DEFAULT_ERROR_FRACTION:g} of the error of uniform {fastest}"
     elif isinstance(budget, LatencyBudget):
         wording = f"latency at most {budget.ratio:g} of {reference}"
@@ -70,4 +66,4 @@ def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[All
         wording = f"predicted error at most {budget.error:g}"
     elif isinstance(budget, HighSteps):
         wording = f"{budget.count} step{'s' * (budget.count != 1)} at {reference}"
-    return allocate(latency_model, found, budget, predictions.front), wording
+    return best_schedule(latency_model, gram, budget), wording

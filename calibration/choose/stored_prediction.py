@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import permutations
 
-import numpy as np
-
 from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.document import Sensitivity
-from calibration.scores.gram import Correlations, Gram, gram
+from calibration.scores.gram import Gram
+from calibration.scores.measured_gram import gram_of
 
 
 def stored_gram(found: Sensitivity) -> Gram | None:
     """The Gram matrix of a calibration, whichever predictor it used; None where every low precision was dropped."""
     if found.gram is None:
         return None
-    values = {(record.first, record.second): np.array(record.values) for record in found.gram.correlations}
-    return gram(
-        {record.precision: np.array(record.scores) for record in found.scores},
-        Correlations(found.gram.positions, values),
-        np.array(found.gram.floor),
-        found.precisions[0],
-    )
+    return gram_of(found.precisions[0], found.scores, found.gram)
 
 
 class StoredPrediction:

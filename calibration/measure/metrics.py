@@ -29,7 +29,10 @@ def relative_error(latents: np.ndarray, reference: np.ndarray) -> float:
 
 
 LIMIT_MEDIANS = 10.0
-"""A run with an E more than so many times the median of all samples is a departure (`calibration.scores.divergence`)."""
+"""No sample counts for more than so many times the median of all samples."""
+
+DEPARTED = 0.05
+"""Least E of a departure: below it a run still ends at nearly the same picture, whatever the others do."""
 
 
 def limited(errors: np.ndarray) -> np.ndarray:
@@ -54,20 +57,22 @@ def mean(values: Sequence[float]) -> float:
 
 
 def level(errors: Sequence[float]) -> float:
-    """Mean of E over samples, `limited`: what scores and predictions are made of."""
+    """Typical error: the mean of E over samples, `limited`. Scores and predictions are made of it."""
     return mean(limited(np.array(errors)).tolist())
 
 
-def departed(errors: np.ndarray, beside: np.ndarray | None = None) -> int:
-    """How many samples departed: those that `limited` limits.
+def departed(errors: np.ndarray, median: float) -> np.ndarray:
+    """Which samples departed, bool [S]: their runs ended elsewhere than the reference's.
+
+    Now and then a small error decides early in the loop which picture is drawn, and E is then far above that of other
+    samples, however small the error was.
 
     Args:
         errors: float64 [S].
-        beside: E of the same samples under another schedule, whose median is the measure; None for `errors` itself. A
-            schedule with more error has a larger median, beside which fewer would count.
+        median: of E of samples drawn at random.
     """
-    median = np.median(errors if beside is None else beside)
-    return int((errors > LIMIT_MEDIANS * median).sum()) if median > 0 else 0
+    found: np.ndarray = errors > max(DEPARTED, LIMIT_MEDIANS * median)
+    return found
 
 
 def picture_ssim(picture: np.ndarray, reference: np.ndarray) -> float:

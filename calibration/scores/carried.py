@@ -1,4 +1,4 @@
-"""Score curves from scores carried over from another calibration, checked by a few measurements."""
+"""Downcasts from scores carried over from another calibration, checked by a few measurements."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.document import CheckRecord, Sensitivity, TransferRecord
-from calibration.measure.measurements import Measurements
+from calibration.measure.measurements import Downcast, Measurements
 from calibration.measure.metrics import level
 from calibration.scores.bisection import Search
-from calibration.scores.single_step import DIRECTIONS, Direction, ScoreCurve
-from calibration.scores.transfer import MAX_SCATTER, StepAxis, TransferError, carry, check_steps, compare
+from calibration.scores.gram import Correlations
+from calibration.scores.measured_gram import stored_correlations
+from calibration.scores.single_step import Downcasts, vectors_of
+from calibration.scores.transfer import (
+    MAX_SCATTER,
+    StepAxis,
+    TransferError,
+    carry,
+    carry_positions,
+    check_steps,
+    compare,
+)
 
 OnCheck = Callable[[str, int, int], None]
 """Called after every measured sample with (stage, done, total)."""
@@ -24,17 +34,26 @@ class CarriedScores:
     """Scores of another calibration at the steps of this one.
 
     Attributes:
-        curves: by (direction, precision), float64 [T]. Downcast scores are in units of the other calibration, upcast
-            scores relative to E(all p), so that they add up to what they added up to there.
+        curves: by precision, float64 [T], in units of the other calibration.
+        correlations: of the same precisions, at the noise levels where they were measured.
         origin: where they come from; `checks` is filled in by `checked_curves`.
     """
 
-    curves: Mapping[tuple[Direction, str], np.ndarray]
+    curves: Mapping[str, np.ndarray]
+    correlations: Correlations
     origin: TransferRecord
+
+    def correlations_of(self, precisions: tuple[str, ...]) -> Correlations:
+        """Those of some low precisions, in order."""
+        pairs = [(a, b) for k, a in enumerate(precisions) for b in precisions[k:]]
+        return Correlations(
+            {name: self.correlations.positions[name] for name in precisions},
+            {pair: self.correlations.values[pair] for pair in pairs},
+        )
 
 
 def carried_scores(found: Sensitivity, source: StepAxis, target: StepAxis) -> CarriedScores:
-    """Carries every score curve of a calibration to the steps of another table.
+    """Carries the scores of a calibration, and the correlations of its error vectors, to the steps of another table.
 
     Args:
         found: the calibration; of a bundle, so that its settings are known.
@@ -43,25 +62,32 @@ def carried_scores(found: Sensitivity, source: StepAxis, target: StepAxis) -> Ca
 
     Raises:
         ValueError: `found` has no settings.
-        TransferError: see `carry`.
+        TransferError: see `carry`; or there are no scores.
     """
     if found.settings is None:
         raise ValueError("the calibration to carry scores from has no settings; it is not that of a bundle")
-    curves: dict[tuple[Direction, str], np.ndarray] = {}
-    for record in found.scores:
-        scores = np.array(record.scores)
-        curve = carry(scores, source, target)
-        if record.direction == "upcast" and curve.any():
-            total = float(np.maximum(scores, 0.0).sum())
-            curve *= total / (found.uniform_errors[record.precision] * curve.sum())
-        curves[record.direction, record.precision] = curve
+    if found.gram is None:
+        raise TransferError(
+            "the calibration to carry scores from has none, as it dropped every low precision; calibrate this bundle "
+            "without --from"
+        )
     origin = TransferRecord(
         bundle_id=found.settings.bundle_id,
         num_steps=found.num_steps,
         guidance_scale=found.settings.guidance_scale,
         checks=(),
     )
-    return CarriedScores(curves, origin)
+    curves = {record.precision: carry(np.array(record.scores), source, target) for record in found.scores}
+    return CarriedScores(curves, _carried_correlations(stored_correlations(found.gram), source, target), origin)
+
+
+def _carried_correlations(found: Correlations, source: StepAxis, target: StepAxis) -> Correlations:
+    positions, kept = {}, {}
+    for name, steps in found.positions.items():
+        # steps of one noise level (Heun has pairs) fall together: the first of them stands for all
+        positions[name], kept[name] = np.unique(carry_positions(steps, source, target), return_index=True)
+    values = {(a, b): values[np.ix_(kept[a], kept[b])] for (a, b), values in found.values.items()}
+    return Correlations({name: tuple(found.tolist()) for name, found in positions.items()}, values)
 
 
 def checked_curves(
@@ -69,11 +95,11 @@ def checked_curves(
     precisions: tuple[str, ...],
     carried: CarriedScores,
     on_check: OnCheck | None = None,
-) -> tuple[list[ScoreCurve], TransferRecord]:
+) -> tuple[list[Downcasts], TransferRecord]:
     """Measures a few downcasts per precision, and gives the carried curves if they agree.
 
     Costs T - i denoiser calls per sample for every step i of `check_steps`. Measured scores take the place of
-    carried ones, which are brought to their level; upcast scores, which are not checked, take E(all p) as measured.
+    carried ones, which are brought to their level.
 
     Args:
         measurements: of the calibration samples.
@@ -82,46 +108,37 @@ def checked_curves(
         on_check: see `OnCheck`.
 
     Returns:
-        Curves in both directions for every low precision, and the record with the comparisons.
+        Downcasts of every low precision, and the record with the comparisons.
 
     Raises:
         TransferError: a precision has no carried scores, or they do not hold; the text has the figures.
     """
-    missing = [name for name in precisions[1:] if any((side, name) not in carried.curves for side in DIRECTIONS)]
+    missing = [name for name in precisions[1:] if name not in carried.curves]
     if missing:
-        known = dict.fromkeys(name for _, name in carried.curves)
         raise TransferError(
             f"the calibration to carry scores from has none for {', '.join(missing)}, only for "
-            f"{', '.join(known) or 'no precision'}; calibrate this bundle without --from"
+            f"{', '.join(carried.curves) or 'no precision'}; calibrate this bundle without --from"
         )
-    curves: list[ScoreCurve] = []
-    checks: list[CheckRecord] = []
-    for precision in precisions[1:]:
-        curve, check = _checked(measurements, precision, carried.curves["downcast", precision], on_check)
-        uniform = [measurements.uniform_error(precision, s)["error"] for s in range(measurements.num_samples)]
-        upcast = carried.curves["upcast", precision] * level(uniform)
-        nothing = np.zeros(len(upcast), dtype=bool)
-        curves += [curve, ScoreCurve(precision, "upcast", Search(upcast, nothing, (), True))]
-        checks.append(check)
-    return curves, carried.origin.model_copy(update={"checks": tuple(checks)})
+    found = [_checked(measurements, name, carried.curves[name], on_check) for name in precisions[1:]]
+    checks = tuple(check for _, check in found)
+    return [curve for curve, _ in found], carried.origin.model_copy(update={"checks": checks})
 
 
 def _checked(
     measurements: Measurements, precision: str, carried: np.ndarray, on_check: OnCheck | None
-) -> tuple[ScoreCurve, CheckRecord]:
+) -> tuple[Downcasts, CheckRecord]:
     steps = check_steps(measurements.num_steps)
     samples = range(measurements.num_samples)
-    measured: list[float] = []
     for step in steps:
-        measurements.expect_changed(measurements.reference, step, precision)
-    for step in steps:
-        errors = []
+        measurements.expect_downcasts(step, precision)
+    runs: list[list[Downcast]] = []
+    for row, step in enumerate(steps):
+        runs.append([])
         for sample in samples:
-            errors.append(measurements.changed_error(measurements.reference, step, precision, sample))
+            runs[row].append(measurements.downcast(step, precision, sample))
             if on_check:
-                done = len(measured) * len(samples) + len(errors)
-                on_check(f"check {precision}", done, len(steps) * len(samples))
-        measured.append(level(errors))
+                on_check(f"check {precision}", row * len(samples) + sample + 1, len(steps) * len(samples))
+    measured = [level([run.error for run in row]) for row in runs]
     picked = list(steps)
     comparison = compare(carried[picked], np.array(measured))
     check = CheckRecord(
@@ -139,7 +156,7 @@ def _checked(
     scores[picked] = measured
     known = np.zeros(len(scores), dtype=bool)
     known[picked] = True
-    return ScoreCurve(precision, "downcast", Search(scores, known, steps, True)), check
+    return Downcasts(precision, Search(scores, known, steps, True), steps, vectors_of(runs)), check
 
 
 def _refusal(check: CheckRecord) -> str:

@@ -12,10 +12,10 @@ Steps that were not measured are interpolated: scores by the search, correlation
 both precisions. That a vector's correlation with itself is 1 says nothing about its neighbours; in the interpolation the
 mean of the correlations beside it stands there.
 
-The floor. Where the reference rounds coarsely (BF16), any change lets all later steps round otherwise. Every e[i, p]
-then carries r' - r: its own rounding of the steps after i, and, with the other sign, the reference's, which all vectors
+The floor. Where the reference rounds coarsely (BF16), any change lets this step and all later ones round otherwise. Every
+e[i, p] then carries r' - r: its own rounding from step i on, and, with the other sign, the reference's, which all vectors
 share. The reference run from a start changed by next to nothing ends at r'' - r, whose inner product with e[i, p] is in
-the mean the reference's own rounding after step i, f[i]. G holds it once for every pair of low steps and twice for every
+the mean the reference's own rounding from step i on, f[i]. G holds it once for every pair of low steps and twice for every
 step, E only once for each of the two runs:
 
     E(z) = sum over i and j of (G[i z_i, j z_j] - f[max(i, j)] (1 + [i = j])) + 2 f[first low step]
@@ -35,6 +35,9 @@ from calibration.measure.metrics import limited
 
 DIGITS = 4
 """Decimals of correlations, which are rounded before they are used: documents hold them so."""
+
+ROUNDING = 1e-12
+"""Negative eigenvalues, as a fraction of the largest, that are those of a matrix without any but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,9 @@ def correlate(measured: Mapping[str, tuple[Sequence[int], Vectors]]) -> Correlat
     return Correlations({name: tuple(map(float, steps)) for name, (steps, _) in measured.items()}, values)
 
 
-def rounding_floor(nudged: Vectors, measured: Mapping[str, tuple[Sequence[int], Vectors]], num_steps: int) -> np.ndarray:
+def rounding_floor(
+    nudged: Vectors, measured: Mapping[str, tuple[Sequence[int], Vectors]], num_steps: int
+) -> np.ndarray:
     """What a schedule whose first low step is step i has of the reference's own rounding: 2 f[i], float64 [T].
 
     Args:
@@ -149,7 +154,7 @@ def rounding_floor(nudged: Vectors, measured: Mapping[str, tuple[Sequence[int], 
         num_steps: T.
 
     Returns:
-        Non-negative and falling: linear between measured steps, 0 for the last one, after which nothing rounds.
+        Non-negative and falling; linear between measured steps.
     """
     run = nudged.weighed()[0]
     curves = []
@@ -158,7 +163,6 @@ def rounding_floor(nudged: Vectors, measured: Mapping[str, tuple[Sequence[int], 
         own = np.sum(vectors.weighed() ** 2, axis=1)
         curves.append(np.interp(np.arange(num_steps), steps, np.clip(products, 0.0, own / 2)))
     floor = 2 * np.mean(curves, axis=0) if curves else np.zeros(num_steps)
-    floor[-1] = 0.0
     found: np.ndarray = np.minimum.accumulate(floor)
     return found
 
@@ -226,7 +230,7 @@ def _semidefinite(values: np.ndarray) -> np.ndarray:
     """
     flat = values.reshape(values.shape[0] * values.shape[1], -1)
     eigenvalues, eigenvectors = np.linalg.eigh(flat)
-    if eigenvalues.min() >= 0:
+    if eigenvalues.min() >= -ROUNDING * eigenvalues.max():
         return values
     found = (eigenvectors * np.maximum(eigenvalues, 0.0)) @ eigenvectors.T
     own, wanted = np.diag(found), np.diag(flat)

@@ -1,54 +1,54 @@
-"""Downcast and upcast scores of every step.
+"""Downcasts of every step: what one step at a low precision does to the final latents.
 
-E is the relative squared error of the final latents, a mean over the calibration samples in which none counts for more
-than ten medians (`calibration.measure.metrics.limited`).
-
-- Downcast d[i, p]: E of the reference run with only step i at p.
-- Upcast u[i, p]: E(all p) - E(all p but step i at the reference).
-
-Negative scores (noise; an error that cancels another) count as 0: no step is paid for being worse.
+The score d[i, p] of step i at precision p is E of the reference run with only that step at p, a mean over the calibration
+samples in which none counts for more than ten medians (`calibration.measure.metrics.limited`). Beside it stand the error
+vectors, for the Gram matrix (`calibration.scores.gram`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 
 from calibration.document import ScoreRecord
-from calibration.measure.measurements import Measurements
+from calibration.measure.measurements import Downcast, Measurements
 from calibration.measure.metrics import level
 from calibration.scores.bisection import Search, adaptive_bisection, default_evaluations, full_sweep
+from calibration.scores.gram import Vectors
 
 METHODS = ("bisection", "sweep")
-Direction = Literal["downcast", "upcast"]
-DIRECTIONS: tuple[Direction, ...] = ("downcast", "upcast")
 OnEvaluation = Callable[[int, int], None]
 """Called after every sample of an evaluation with (done, at most)."""
 
 
 @dataclass(frozen=True)
-class ScoreCurve:
-    """Scores of one precision in one direction: `search.scores` is d[:, p] or u[:, p]."""
+class Downcasts:
+    """Scores of one precision: `search.scores` is d[:, p].
+
+    Attributes:
+        precision: p.
+        search: the scores, and how they were come by.
+        steps: those whose vectors were measured, rising.
+        vectors: of these steps, in order.
+    """
 
     precision: str
-    direction: Direction
     search: Search
+    steps: tuple[int, ...]
+    vectors: Vectors
 
     def calls(self, measurements: Measurements) -> dict[str, int]:
-        """Denoiser calls by precision that its measurements took; a carried curve may have cost none."""
-        return measurements.calls.get(f"{measurements.name}: {self.direction} {self.precision}", {})
+        """Denoiser calls by precision that its measurements took; carried scores may have cost few."""
+        return measurements.calls.get(f"{measurements.name}: downcast {self.precision}", {})
 
-    def record(self, measurements: Measurements, risks: Mapping[str, np.ndarray]) -> ScoreRecord:
-        """What is stored of it, with the risk of its precision, float64 [T], where it is of downcasts."""
+    def record(self, measurements: Measurements) -> ScoreRecord:
+        """What is stored of it."""
         return ScoreRecord(
             precision=self.precision,
-            direction=self.direction,
             scores=tuple(self.search.scores.tolist()),
-            risk=tuple(risks[self.precision].tolist()) if self.direction == "downcast" else (),
             measured=tuple(self.search.measured.tolist()),
             order=self.search.order,
             settled=self.search.settled,
@@ -58,52 +58,52 @@ class ScoreCurve:
 
 
 def sweep_calls(num_steps: int, num_samples: int) -> int:
-    """Denoiser calls of a full sweep in one direction at one precision: T - i per step and sample."""
+    """Denoiser calls of a full sweep at one precision: T - i per step and sample."""
     return num_samples * num_steps * (num_steps + 1) // 2
 
 
-def measure_scores(
+def measure_downcasts(
     measurements: Measurements,
     precision: str,
-    direction: Direction,
     *,
     method: str = "bisection",
     max_evaluations: int | None = None,
     on_evaluation: OnEvaluation | None = None,
-) -> ScoreCurve:
-    """Scores of every step at `precision`, by adaptive bisection or a full sweep.
+) -> Downcasts:
+    """Scores and error vectors at `precision`, by adaptive bisection or a full sweep.
 
-    Costs T - i denoiser calls per sample for every step i evaluated; E(all p) has to be measured for
-    upcast scores and is, at T calls per sample, if it was not.
+    Costs T - i denoiser calls per sample for every step i evaluated.
 
     Raises:
-        ValueError: unknown direction or method.
+        ValueError: unknown method.
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
-    samples = range(measurements.num_samples)
     num_steps = measurements.num_steps
     evaluations = (max_evaluations or default_evaluations(num_steps)) if method == "bisection" else num_steps
-    done = 0
+    most = min(evaluations, num_steps) * measurements.num_samples
+    found: dict[int, list[Downcast]] = {}
 
     def evaluate(step_index: int) -> float:
-        nonlocal done
-        errors = []
-        reference = measurements.reference
-        base, changed = (reference, precision) if direction == "downcast" else (precision, reference)
-        measurements.expect_changed(base, step_index, changed)
-        for sample in samples:
-            errors.append(measurements.changed_error(base, step_index, changed, sample))
-            done += 1
+        measurements.expect_downcasts(step_index, precision)
+        runs = found[step_index] = []
+        for sample in range(measurements.num_samples):
+            runs.append(measurements.downcast(step_index, precision, sample))
             if on_evaluation:
-                on_evaluation(done, min(evaluations, num_steps) * len(samples))
-        if direction == "downcast":
-            return level(errors)
-        return level([measurements.uniform_error(precision, sample)["error"] for sample in samples]) - level(errors)
+                on_evaluation((len(found) - 1) * measurements.num_samples + len(runs), most)
+        return level([run.error for run in runs])
 
     search: Callable[[Callable[[int], float], int], Search] = full_sweep
     if method == "bisection":
         search = partial(adaptive_bisection, max_evaluations=max_evaluations)
-    return ScoreCurve(precision, direction, search(evaluate, num_steps))
+    result = search(evaluate, num_steps)
+    steps = tuple(sorted(found))
+    return Downcasts(precision, result, steps, vectors_of([found[step] for step in steps]))
+
+
+def vectors_of(runs: list[list[Downcast]]) -> Vectors:
+    """Measured runs by step and sample as arrays."""
+    return Vectors(
+        np.array([[run.error for run in row] for row in runs]),
+        np.array([[run.direction for run in row] for row in runs]),
+    )

@@ -19,6 +19,7 @@ at a few steps, see `Comparison`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,6 +155,26 @@ def carry(scores: np.ndarray, source: StepAxis, target: StepAxis) -> np.ndarray:
         logs[:-1] = np.interp(-target.levels[:-1], levels, averages)
     carried: np.ndarray = np.exp(logs) * target.weights**2
     return carried
+
+
+def carry_positions(positions: Sequence[float], source: StepAxis, target: StepAxis) -> np.ndarray:
+    """Where steps of a table lie among those of another one, by noise level; correlations are carried so.
+
+    Args:
+        positions: step indices of the source, rising; fractions lie between two steps.
+        source: axis of the table they belong to.
+        target: axis of the other table.
+
+    Returns:
+        float64 [M], step indices of the target, never falling, mostly fractions; the last step is the last step.
+    """
+    last = len(source.levels) - 1
+    found: np.ndarray = np.array(positions, dtype=np.float64)
+    levels = np.interp(found, np.arange(last + 1), source.levels)
+    found = np.where(
+        found >= last, len(target.levels) - 1, np.interp(-levels, -target.levels, np.arange(len(target.levels)))
+    )
+    return found
 
 
 def check_steps(num_steps: int) -> tuple[int, ...]:

@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=1, metavar="N", help="pictures at once that latencies are measured for (default 1)"
     )
     parser.add_argument(
+        "--fresh-latencies", action="store_true", help="measure latencies anew, as where the machine was busy before"
+    )
+    parser.add_argument(
         "--threads", type=parse_threads, metavar="N", help="threads on a CPU, of all workers (default: one per core)"
     )
     parser.add_argument(
@@ -108,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         method=args.method,
         costs=AllocationCosts(args.swap_ms, args.resident_engines),
     )
-    how = RunOptions(args.seed, args.guidance_scale, args.batch, args.threads, args.workers)
+    how = RunOptions(args.seed, args.guidance_scale, args.batch, args.threads, args.workers, args.fresh_latencies)
     prompts = read_prompts(args.prompts)
     for name, count in (("--samples", args.samples), ("--validation-samples", args.validation_samples)):
         if count < 1:

@@ -1,0 +1,191 @@
+"""The guard: candidates are measured on calibration samples, and the best one is kept.
+
+Predictions can mislead, so what they choose has to win against the rules of thumb where it counts. All candidates run on
+the same samples, drawn at random, and on *fragile* ones: those most likely to depart. The better half, the best rule
+always among it, goes on to twice as many samples (successive halving: Jamieson and Talwalkar, AISTATS 2016), until all
+have been used. Of those left, a candidate that departs on significantly more samples than the one that departs least (sign
+test over the samples where the two differ) is out; of the others the least typical error wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.stats import binom
+
+from calibration.choose.candidates import Candidate
+from calibration.choose.predictions import Predictions
+from calibration.document import GuardRecord, TrialRecord
+from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import departed
+from calibration.statistics import interval_record, share_record, typical_errors, typical_interval
+
+STAGE = "guard"
+
+FIRST_SAMPLES = 8
+"""Fewest samples of the first round, or all there are; a quarter of many."""
+
+LEFT_AT_LAST = 3
+"""Candidates of the last round, so that one that departs can give way."""
+
+FRAGILE_SHARE = 0.1
+"""Share of the samples, those with the largest summed downcasts, that departures are looked for on: four fifths of all
+departures come from them."""
+
+SIGNIFICANT = 0.1
+"""Largest probability that chance alone gives so many more departures: four more, where nothing else differs."""
+
+
+@dataclass
+class _Trial:
+    """A candidate under test.
+
+    Attributes:
+        candidate: which one.
+        leading: samples drawn at random, of the last round that it took part in.
+        errors: E by sample, of leading and fragile ones.
+    """
+
+    candidate: Candidate
+    leading: Sequence[int] = ()
+    errors: dict[int, float] = field(default_factory=dict)
+
+    def values(self, samples: Iterable[int]) -> np.ndarray:
+        return np.array([self.errors[sample] for sample in samples])
+
+    @property
+    def typical(self) -> float:
+        return float(typical_errors(self.values(self.leading)))
+
+    @property
+    def departures(self) -> set[int]:
+        """Of all samples it ran on, by the median of the leading ones."""
+        lost = departed(self.values(self.errors), float(np.median(self.values(self.leading))))
+        return {sample for sample, gone in zip(self.errors, lost, strict=True) if gone}
+
+
+def fragile_samples(measurements: Measurements, precisions: Sequence[str], summed: np.ndarray) -> tuple[int, ...]:
+    """The samples most likely to depart.
+
+    Args:
+        measurements: of the calibration samples; uniform runs of `precisions` are asked for.
+        precisions: low ones that schedules may hold.
+        summed: downcasts summed over steps and precisions, float64 [S].
+
+    Returns:
+        Rising sample indices: the share with the largest `summed`, and those that depart in a uniform run.
+    """
+    count = math.ceil(FRAGILE_SHARE * len(summed))
+    found = set(np.argsort(-summed, kind="stable")[:count].tolist())
+    for precision in precisions:
+        errors = [measurements.uniform_error(precision, sample)["error"] for sample in range(len(summed))]
+        found |= set(np.flatnonzero(departed(np.array(errors), float(np.median(errors)))).tolist())
+    return tuple(sorted(found))
+
+
+def guard(
+    measurements: Measurements,
+    found: Sequence[Candidate],
+    predictions: Predictions,
+    fragile: Sequence[int],
+    on_run: Callable[[int, int], None] | None = None,
+) -> GuardRecord:
+    """Compares candidates on the calibration samples.
+
+    Args:
+        measurements: of the calibration samples.
+        found: the candidates, at least one.
+        predictions: what they are recorded with.
+        fragile: from `fragile_samples`.
+        on_run: called after every run of a schedule on a sample with (done, at most).
+
+    Returns:
+        The record, the winner first.
+    """
+    order = np.random.default_rng(0).permutation(measurements.num_samples).tolist()
+    rounds = [(order[:size], list(dict.fromkeys((*order[:size], *fragile)))) for size in _sizes(len(order))]
+    alive = trials = [_Trial(candidate) for candidate in found]
+    done, total = 0, _most_runs([len(samples) for _, samples in rounds], len(trials))
+    took_part = []
+    for leading, samples in rounds:
+        took_part.append((len(leading), len(alive)))
+        measurements.expect([trial.candidate.precisions for trial in alive], pictures=False, samples=samples)
+        for trial in alive:
+            trial.leading = leading
+            for sample in samples:
+                if sample in trial.errors:
+                    continue
+                values = measurements.schedule_error(STAGE, trial.candidate.precisions, sample, pictures=False)
+                trial.errors[sample] = values["error"]
+                done += 1
+                if on_run:
+                    on_run(done, total)
+        alive = _ranked(alive)
+        best_rule = next((trial for trial in alive if trial.candidate.rule), None)
+        if len(leading) < len(order):
+            alive = [trial for k, trial in enumerate(alive) if k < _survivors(len(alive)) or trial is best_rule]
+    rest = [trial for trial in trials if trial is not alive[0]]
+    rest.sort(key=lambda trial: (-len(trial.leading), trial.typical))
+    return GuardRecord(
+        trials=tuple(_record(trial, measurements, predictions) for trial in (alive[0], *rest)),
+        rounds=tuple(took_part),
+        fragile=tuple(fragile),
+        best_rule=best_rule.candidate.rule if best_rule else None,
+        calls=measurements.calls.get(f"{measurements.name}: {STAGE}", {}),
+    )
+
+
+def _sizes(num_samples: int) -> list[int]:
+    """How many leading samples each round has."""
+    sizes = [min(max(FIRST_SAMPLES, -(-num_samples // 4)), num_samples)]
+    while sizes[-1] < num_samples:
+        sizes.append(min(2 * sizes[-1], num_samples))
+    return sizes
+
+
+def _survivors(count: int) -> int:
+    return max((count + 1) // 2, LEFT_AT_LAST)
+
+
+def _most_runs(samples: Sequence[int], count: int) -> int:
+    """Runs of a schedule on a sample, at most: with the best rule beside the better half in every round."""
+    total = before = 0
+    for size in samples:
+        total += count * (size - before)
+        before, count = size, min(_survivors(count) + 1, count)
+    return total
+
+
+def _ranked(trials: Sequence[_Trial]) -> list[_Trial]:
+    """The better first: those that do not depart significantly more than the one that does least, by typical error."""
+    by_error = sorted(trials, key=lambda trial: trial.typical)
+    least = min((trial.departures for trial in by_error), key=len)
+    return sorted(by_error, key=lambda trial: departs_more(trial.departures, least))
+
+
+def departs_more(mine: set[int], other: set[int]) -> bool:
+    """Whether a schedule departs on significantly more samples than another one does; a one-sided sign test."""
+    more, fewer = len(mine - other), len(other - mine)
+    return more > fewer and float(binom.sf(more - 1, more + fewer, 0.5)) <= SIGNIFICANT
+
+
+def _record(trial: _Trial, measurements: Measurements, predictions: Predictions) -> TrialRecord:
+    precisions = trial.candidate.precisions
+    samples = list(dict.fromkeys((*trial.leading, *trial.errors)))
+    point = predictions.allocation(precisions)
+    return TrialRecord(
+        names=trial.candidate.names,
+        rule=trial.candidate.rule,
+        precisions=precisions,
+        latency=point.latency,
+        predicted_error=point.error,
+        samples=tuple(samples),
+        errors=tuple(trial.values(samples).tolist()),
+        leading=len(trial.leading),
+        typical=interval_record(typical_interval(trial.values(trial.leading))),
+        departures=share_record(len(trial.departures), len(samples)),
+        calls=len(samples) * measurements.schedule_calls(precisions),
+    )

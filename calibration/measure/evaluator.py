@@ -41,8 +41,14 @@ class Evaluator(Protocol):
     @property
     def num_samples(self) -> int: ...
 
-    def start(self, sample: int) -> State:
-        """The state before step 0."""
+    def start(self, sample: int, nudged: bool = False) -> State:
+        """The state before step 0.
+
+        Args:
+            sample: which one.
+            nudged: changes it by a relative 2^-16 or so, the same change every time: how far the reference run then
+                ends from itself is what its own rounding does.
+        """
         ...
 
     def steps(self, samples: Sequence[int], states: Sequence[State], precision: str) -> list[State]:

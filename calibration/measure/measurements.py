@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
+import numpy as np
+
+from calibration.measure import sketch
 from calibration.measure.evaluator import SampleSet
-from calibration.measure.journal import Entry, Journal
+from calibration.measure.journal import Entry, Journal, JournalError
 from calibration.measure.requests import Pool, Request
+
+
+@dataclass(frozen=True, eq=False)
+class Downcast:
+    """How a run of one sample ended beside the reference run.
+
+    Attributes:
+        error: E.
+        direction: sketch of its error vector over that vector's norm, float16 [K] (`calibration.measure.sketch`); read-only.
+    """
+
+    error: float
+    direction: np.ndarray
 
 
 class Measurements:
@@ -17,8 +35,8 @@ class Measurements:
     A run that leaves a uniform one at step i costs T - i denoiser calls, as a pool keeps the states of those. Every
     sample of every measurement is one line of the journal.
 
-    Measurements are asked of the pool and kept here. `expect` and `expect_changed` say what will be asked for next, so
-    that the pool can take it all at once; a measurement that was not announced is taken when it is asked for.
+    Measurements are asked of the pool and kept here. `expect` and its like say what will be asked for next, so that the pool
+    can take it all at once; a measurement that was not announced is taken when it is asked for.
 
     Attributes:
         calls: denoiser calls per stage and precision of all measurements asked for so far, taken from the
@@ -49,6 +67,7 @@ class Measurements:
         self._used: set[str] = set()
         self._pool = pool
         self._pending: set[str] = set()
+        self._size = 0  # of every direction, once there is one
 
     def expect(
         self, schedules: Iterable[Sequence[str]], *, pictures: bool, samples: Iterable[int] | None = None
@@ -57,12 +76,20 @@ class Measurements:
         chosen = range(self.num_samples) if samples is None else list(samples)
         self._ask([self._scheduled(schedule, sample, pictures) for schedule in schedules for sample in chosen])
 
-    def expect_changed(
-        self, base: str, step_index: int, precision: str, *, samples: Iterable[int] | None = None
-    ) -> None:
-        """Announces that `changed_error` will be asked for on all samples, or on those given."""
+    def expect_downcasts(self, step_index: int, precision: str, *, samples: Iterable[int] | None = None) -> None:
+        """Announces that `downcast` will be asked for on all samples, or on those given."""
         chosen = range(self.num_samples) if samples is None else samples
-        self._ask([self._changed(base, step_index, precision, sample) for sample in chosen])
+        self._ask([self._downcast(step_index, precision, sample) for sample in chosen])
+
+    def expect_upcasts(self, precision: str, step_index: int, *, samples: Iterable[int] | None = None) -> None:
+        """Announces that `upcast_error` will be asked for on all samples, or on those given."""
+        chosen = range(self.num_samples) if samples is None else samples
+        self._ask([self._upcast(precision, step_index, sample) for sample in chosen])
+
+    def expect_nudged(self, samples: Iterable[int] | None = None) -> None:
+        """Announces that `nudged` will be asked for on all samples, or on those given."""
+        chosen = range(self.num_samples) if samples is None else samples
+        self._ask([self._nudged(sample) for sample in chosen])
 
     def uniform_error(self, precision: str, sample: int) -> dict[str, float]:
         """Errors of the run with every step at `precision`; the first request costs T calls.
@@ -77,11 +104,25 @@ class Measurements:
             self.uniform_error(self.reference, sample)
         return self._value("uniform runs", self._uniform(precision, sample))
 
-    def changed_error(self, base: str, step_index: int, precision: str, sample: int) -> float:
-        """E of the uniform `base` run with one step at `precision` instead; T - step_index calls."""
-        self.uniform_error(base, sample)
-        direction = f"downcast {precision}" if base == self.reference else f"upcast {base}"
-        return self._value(direction, self._changed(base, step_index, precision, sample))["error"]
+    def downcast(self, step_index: int, precision: str, sample: int) -> Downcast:
+        """The reference run with one step at `precision` instead; T - step_index calls.
+
+        Raises:
+            JournalError: the journal has no error vector of it; so does `nudged`.
+        """
+        self.uniform_error(self.reference, sample)
+        return self._with_direction(f"downcast {precision}", self._downcast(step_index, precision, sample))
+
+    def nudged(self, sample: int) -> Downcast:
+        """The reference run from a start that is nudged (`Evaluator.start`): how far rounding alone carries it; T calls."""
+        self.uniform_error(self.reference, sample)
+        return self._with_direction("rounding", self._nudged(sample))
+
+    def upcast_error(self, precision: str, step_index: int, sample: int) -> float:
+        """E of the uniform run at `precision` with one step at the reference instead; T - step_index calls."""
+        self.uniform_error(precision, sample)
+        error: float = self._value(f"upcast {precision}", self._upcast(precision, step_index, sample))["error"]
+        return error
 
     def schedule_calls(self, precisions: Sequence[str]) -> int:
         """Denoiser calls that `schedule_error` takes per sample, if it was not measured before."""
@@ -111,10 +152,20 @@ class Measurements:
         name = f"{self.name}/{kind}/{precision}/{sample}"
         return Request(name, sample, precision, (), True, f"uniform {precision}")
 
-    def _changed(self, base: str, step_index: int, precision: str, sample: int) -> Request:
-        name = f"{self.name}/{base}/{step_index}/{precision}/{sample}"
-        rest = (precision, *[base] * (self.num_steps - step_index - 1))
-        return Request(name, sample, base, rest, False, f"{base} with step {step_index} at {precision}")
+    def _downcast(self, step_index: int, precision: str, sample: int) -> Request:
+        name = f"{self.name}/downcast/{step_index}/{precision}/{sample}"
+        rest = (precision, *[self.reference] * (self.num_steps - step_index - 1))
+        run = f"{self.reference} with step {step_index} at {precision}"
+        return Request(name, sample, self.reference, rest, False, run, vector=True)
+
+    def _upcast(self, precision: str, step_index: int, sample: int) -> Request:
+        name = f"{self.name}/upcast/{step_index}/{precision}/{sample}"
+        rest = (self.reference, *[precision] * (self.num_steps - step_index - 1))
+        return Request(name, sample, precision, rest, False, f"{precision} with step {step_index} at {self.reference}")
+
+    def _nudged(self, sample: int) -> Request:
+        name, rest = f"{self.name}/nudged/{sample}", (self.reference,) * self.num_steps
+        return Request(name, sample, self.reference, rest, False, f"nudged {self.reference}", vector=True, nudged=True)
 
     def _scheduled(self, precisions: Sequence[str], sample: int, pictures: bool) -> Request:
         base, words = precisions[0], " ".join(precisions)
@@ -125,7 +176,21 @@ class Measurements:
         name = f"{self.name}/{kind}/{words}/{sample}"
         return Request(name, sample, base, tuple(precisions[shared:]), pictures, f"schedule {words}")
 
-    def _value(self, stage: str, request: Request) -> dict[str, float]:
+    def _with_direction(self, stage: str, request: Request) -> Downcast:
+        value = self._value(stage, request)
+        try:
+            direction = sketch.from_text(value["direction"])
+            self._size = self._size or len(direction)
+            if len(direction) != self._size:
+                raise ValueError(f"{len(direction)} numbers, expected {self._size}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise JournalError(
+                f"journal {self._journal.path or 'in memory'} has no usable error vector of {request.name} "
+                f"({type(error).__name__}: {error}); delete it to start afresh"
+            ) from error
+        return Downcast(value["error"], direction)
+
+    def _value(self, stage: str, request: Request) -> dict[str, Any]:
         """A measurement from the journal, taken if it is not there yet; its calls are counted for `stage` once."""
         entry = self._journal.get(request.name) or self._fetch(request)
         if request.name not in self._used:
@@ -133,8 +198,8 @@ class Measurements:
             total = self.calls.setdefault(f"{self.name}: {stage}", {})
             for precision, count in entry.calls.items():
                 total[precision] = total.get(precision, 0) + count
-        errors: dict[str, float] = entry.value
-        return errors
+        value: dict[str, Any] = entry.value
+        return value
 
     def _ask(self, requests: Iterable[Request]) -> None:
         """Hands the pool what has not been measured, and before it the uniform runs it rests on."""

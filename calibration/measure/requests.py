@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-Run = tuple[str, tuple[str, ...], bool]
+Run = tuple[str, tuple[str, ...], bool, bool, bool]
 """What requests of different samples have in common that can be performed together."""
 
 
@@ -24,6 +24,8 @@ class Request:
         rest: precisions of the last len(rest) steps, at most T; empty for the uniform run itself.
         pictures: also compare the decoded pictures, where there is a decoder.
         run: the run in words, for error messages.
+        vector: also keep the direction of the error of its final latents.
+        nudged: starts from `Evaluator.start(sample, nudged=True)`; `rest` is then the whole run.
     """
 
     name: str
@@ -32,11 +34,13 @@ class Request:
     rest: tuple[str, ...]
     pictures: bool
     run: str
+    vector: bool = False
+    nudged: bool = False
 
     @property
     def of_run(self) -> Run:
         """Its run, whatever the sample."""
-        return self.base, self.rest, self.pictures
+        return self.base, self.rest, self.pictures, self.vector, self.nudged
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ class Outcome:
     """What a measurement gave.
 
     Attributes:
-        value: errors by name, see `calibration.measure.measurements`.
+        value: errors by name, see `calibration.measure.measurements`; where a vector was asked for also "direction", the
+            text of its sketch (`calibration.measure.sketch`).
         calls: denoiser calls that belong to it, per precision.
         recomputed: denoiser calls that repeated what was measured before, because its states were not kept.
     """
 
-    value: dict[str, float]
+    value: dict[str, Any]
     calls: Mapping[str, int]
     recomputed: Mapping[str, int]
 

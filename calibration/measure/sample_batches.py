@@ -10,9 +10,11 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
+from calibration.measure import sketch
 from calibration.measure.evaluator import SampleSet, State
 from calibration.measure.metrics import relative_error
 from calibration.measure.requests import Outcome, Request, Run
@@ -91,8 +93,11 @@ class _KeptSet:
         num_steps = self._evaluator.num_steps
         repeated = {sample: Counter[str]() for sample in chosen}
         if first.rest:
-            self._restore(first.base, chosen, repeated)
-            states = [self._states[first.base, sample][num_steps - len(first.rest)] for sample in chosen]
+            if first.nudged:
+                states = [self._evaluator.start(sample, nudged=True) for sample in chosen]
+            else:
+                self._restore(first.base, chosen, repeated)
+                states = [self._states[first.base, sample][num_steps - len(first.rest)] for sample in chosen]
             for precision in first.rest:
                 states = self._evaluator.steps(chosen, states, precision)
             calls = Counter(first.rest)
@@ -102,7 +107,7 @@ class _KeptSet:
             calls = Counter({first.base: num_steps})
         self._restore(self._reference, chosen, repeated)
         latents = [self._evaluator.latents(state) for state in states]
-        values = [{"error": self._error(found, request)} for found, request in zip(latents, requests, strict=True)]
+        values = [self._value(found, request) for found, request in zip(latents, requests, strict=True)]
         if first.pictures and self._samples.decode:
             for value, compared in zip(values, self._compared(chosen, latents), strict=True):
                 value |= compared
@@ -127,19 +132,24 @@ class _KeptSet:
         """Final latents of the reference run."""
         return self._evaluator.latents(self._states[self._reference, sample][-1])
 
-    def _error(self, latents: np.ndarray, request: Request) -> float:
-        """E of a run's final latents.
+    def _value(self, latents: np.ndarray, request: Request) -> dict[str, Any]:
+        """E of a run's final latents and, where it is asked for, the direction of their error.
 
         Raises:
             TmpDiffError: they are not finite.
         """
-        error = relative_error(latents, self._final(request.sample))
+        final = self._final(request.sample)
+        error = relative_error(latents, final)
         if not math.isfinite(error):
             raise TmpDiffError(
                 f"the {request.run} run of {self._name} sample {request.sample} gave latents that are not finite; "
                 "build the bundle without that precision, or check its engine"
             )
-        return error
+        if not request.vector:
+            return {"error": error}
+        # a direction has no length, so that it does not matter what the error is relative to
+        vector = np.asarray(latents, dtype=np.float64) - final
+        return {"error": error, "direction": sketch.to_text(sketch.direction(vector, request.sample))}
 
     def _compared(self, samples: list[int], latents: list[np.ndarray]) -> list[dict[str, float]]:
         """Picture errors of every sample, where there is a decoder."""

@@ -19,6 +19,7 @@ from calibration.measure.sample_batches import SampleBatches
 from calibration.scores.divergence import DEPARTED
 
 DECADE = float(np.log(10))
+NUDGE = 2.0**-16
 Curve = Callable[[np.random.Generator, int], np.ndarray]
 
 
@@ -148,8 +149,9 @@ class PlantedEvaluator(OneByOne):
     def num_steps(self) -> int:
         return len(self.gains)
 
-    def start(self, sample: int) -> tuple[int, np.ndarray]:
-        return 0, self._base(sample)[0]
+    def start(self, sample: int, nudged: bool = False) -> tuple[int, np.ndarray]:
+        x = self._base(sample)[0]
+        return 0, x + NUDGE * self._base(sample)[1] if nudged else x
 
     def step(self, sample: int, state: tuple[int, np.ndarray], precision: str) -> tuple[int, np.ndarray]:
         index, x = state
@@ -272,8 +274,8 @@ class FragileLoop(OneByOne):
     other: float = 3.1e-5
     precisions: tuple[str, ...] = ("fp16", "int8")
 
-    def start(self, sample: int) -> FragileState:
-        return sample, 0, 0.0, 0.0
+    def start(self, sample: int, nudged: bool = False) -> FragileState:
+        return sample, 0, 0.0, NUDGE**2 if nudged else 0.0
 
     def step(self, sample: int, state: FragileState, precision: str) -> FragileState:
         _, index, push, error = state

@@ -68,9 +68,9 @@ class Chosen:
         """Reference first."""
         return self.whole.precisions
 
-    def start(self, sample: int) -> Any:
+    def start(self, sample: int, nudged: bool = False) -> Any:
         """The state before step 0."""
-        return self.whole.start(self.samples[sample])
+        return self.whole.start(self.samples[sample], nudged)
 
     def steps(self, samples: Sequence[int], states: Sequence[Any], precision: str) -> list[Any]:
         """The states after one more step."""

@@ -80,12 +80,14 @@ class Study:
         found: dict[str, list[list[float]]] = {}
         samples = self.calibration.num_samples
         for direction in directions:
-            base, changed = (self.reference, precision) if direction == "downcast" else (precision, self.reference)
             rows: list[list[float]] = [[] for _ in range(samples)]
             done = 0
             for block in self._blocks(samples):
                 for step in range(self.num_steps):
-                    self.calibration.expect_changed(base, step, changed, samples=block)
+                    if direction == "downcast":
+                        self.calibration.expect_downcasts(step, precision, samples=block)
+                    else:
+                        self.calibration.expect_upcasts(precision, step, samples=block)
                     for sample in block:
                         rows[sample].append(self._score(precision, direction, step, sample))
                     done += len(block)
@@ -95,8 +97,8 @@ class Study:
 
     def _score(self, precision: str, direction: str, step: int, sample: int) -> float:
         if direction == "downcast":
-            return self.calibration.changed_error(self.reference, step, precision, sample)
-        upcast = self.calibration.changed_error(precision, step, self.reference, sample)
+            return self.calibration.downcast(step, precision, sample).error
+        upcast = self.calibration.upcast_error(precision, step, sample)
         return self.calibration.uniform_error(precision, sample)["error"] - upcast
 
     def calibration_errors(self, stage: str, schedules: Sequence[Schedule]) -> list[list[float]]:

@@ -73,11 +73,11 @@ def test_a_resumed_run_computes_lost_states_again_and_says_so(tmp_path: Path):
 
     journal, sizes = Journal.in_memory(""), Counter[int]()
     first = Measurements("calibration", SampleSet(loop()), journal, batches(3, Counter()))
-    error = first.changed_error("int8", 4, "fp16", 0)
+    error = first.upcast_error("int8", 4, 0)
     second = Measurements("calibration", SampleSet(loop()), journal, batches(3, sizes))
-    assert second.changed_error("int8", 4, "fp16", 0) == error
+    assert second.upcast_error("int8", 4, 0) == error
     assert not sizes
-    second.changed_error("int8", 6, "fp16", 0)
+    second.upcast_error("int8", 6, 0)
     assert second.calls["calibration: upcast int8"] == {"fp16": 2, "int8": STEPS - 5 + STEPS - 7}
     assert second.recomputed == {"fp16": STEPS, "int8": STEPS}
     assert sizes == {1: 2 * STEPS + STEPS - 6}

@@ -90,10 +90,10 @@ def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
     with open_planted(tmp_path / "trace", 2) as pool:
         there = Measurements("calibration", SampleSet(loop()), Journal.in_memory(""), pool)
         for either in (here, there):
-            either.changed_error("int8", 2, "fp16", 1)
+            either.upcast_error("int8", 2, 1)
             either.schedule_error("some", mixed, 0, pictures=False)
         there.forget("int8")
-        assert there.changed_error("int8", 4, "fp16", 1) == here.changed_error("int8", 4, "fp16", 1)
+        assert there.upcast_error("int8", 4, 1) == here.upcast_error("int8", 4, 1)
     assert there.calls == here.calls
     assert there.recomputed == {"int8": STEPS}, "its states were forgotten"
     assert not here.recomputed

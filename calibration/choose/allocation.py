@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
 from calibration.choose.pareto import Allocation, integers, pareto_front
 from calibration.document import DroppedRecord
-from calibration.scores.predictors import Contributions
 from engines.errors import BudgetError
 
 BUDGET_TOLERANCE = 1e-12
@@ -108,13 +109,13 @@ def _changes_ns(name: str, pair: set[str], latency_model: LatencyModel) -> list[
 
 
 def allocate(
-    latency_model: LatencyModel, found: Contributions, budget: Budget, front: Sequence[Allocation] | None = None
+    latency_model: LatencyModel, contributions: np.ndarray, budget: Budget, front: Sequence[Allocation] | None = None
 ) -> Allocation:
     """The best schedule under a budget.
 
     Args:
         latency_model: see `pareto_front`.
-        found: see `pareto_front`.
+        contributions: see `pareto_front`.
         budget: what the schedule has to meet.
         front: what `pareto_front` returned for the same arguments, if it is at hand.
 
@@ -127,8 +128,8 @@ def allocate(
         ValueError: shapes or values out of range.
     """
     if isinstance(budget, HighSteps):
-        return _high_steps(latency_model, found, budget)
-    front = front or pareto_front(latency_model, found)
+        return _high_steps(latency_model, contributions, budget)
+    front = front or pareto_front(latency_model, contributions)
     if isinstance(budget, LatencyBudget):
         require_reachable(budget, front[0].latency, len(front[0].precisions))
         return [entry for entry in front if entry.latency <= budget.ratio * (1 + BUDGET_TOLERANCE)][-1]
@@ -170,8 +171,8 @@ def require_reachable(budget: Budget | None, fastest: float, num_steps: int, cos
         )
 
 
-def _high_steps(latency_model: LatencyModel, found: Contributions, budget: HighSteps) -> Allocation:
-    precisions, problem = latency_model.precisions, integers(latency_model, found.values)
+def _high_steps(latency_model: LatencyModel, contributions: np.ndarray, budget: HighSteps) -> Allocation:
+    precisions, problem = latency_model.precisions, integers(latency_model, contributions)
     num_steps = len(problem.errors)
     require_reachable(budget, 0.0, num_steps, latency_model.costs)
     if len(precisions) == 1 and budget.count < num_steps:
@@ -184,8 +185,8 @@ def _high_steps(latency_model: LatencyModel, found: Contributions, budget: HighS
     picked = _place_high_steps(problem.errors[:, pair].tolist(), problem.swaps_ns[pair][:, pair].tolist(), budget.count)
     choices = [pair[choice] for choice in picked]
     schedule = tuple(precisions[choice] for choice in choices)
-    error = math.fsum(float(found.values[step, choice]) for step, choice in enumerate(choices))
-    return Allocation(schedule, error**found.power, latency_model.latency(schedule))
+    error = math.fsum(float(contributions[step, choice]) for step, choice in enumerate(choices))
+    return Allocation(schedule, error, latency_model.latency(schedule))
 
 
 def _place_high_steps(errors: list[list[int]], swaps_ns: list[list[int]], count: int) -> list[int]:

@@ -24,7 +24,6 @@ from itertools import combinations
 import numpy as np
 
 from calibration.choose.costs import LatencyModel, step_ns
-from calibration.scores.predictors import Contributions
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def integers(latency_model: LatencyModel, contributions: np.ndarray) -> Problem:
 
     Args:
         latency_model: P precisions.
-        contributions: float64 [T, P], as in `Contributions.values`.
+        contributions: float64 [T, P], what step i at precision p adds to the error.
 
     Raises:
         ValueError: shapes or values out of range.
@@ -105,12 +104,12 @@ def integers(latency_model: LatencyModel, contributions: np.ndarray) -> Problem:
     )
 
 
-def pareto_front(latency_model: LatencyModel, found: Contributions) -> tuple[Allocation, ...]:
+def pareto_front(latency_model: LatencyModel, contributions: np.ndarray) -> tuple[Allocation, ...]:
     """Every schedule that no other one beats in latency and predicted error, fastest first.
 
     Args:
         latency_model: P precisions.
-        found: contributions of T steps to the error, a column per precision.
+        contributions: float64 [T, P], what step i at precision p adds to the error; its values are not negative.
 
     Returns:
         Allocations of strictly rising latency and strictly falling error, one for each such pair.
@@ -122,7 +121,7 @@ def pareto_front(latency_model: LatencyModel, found: Contributions) -> tuple[All
     Raises:
         ValueError: shapes or values out of range.
     """
-    problem = integers(latency_model, found.values)
+    problem = integers(latency_model, contributions)
     num_steps, count = problem.errors.shape
     reference_ns = num_steps * int(problem.steps_ns[0])
     limit = min(latency_model.costs.max_engines or count, count)
@@ -136,11 +135,9 @@ def pareto_front(latency_model: LatencyModel, found: Contributions) -> tuple[All
             slack_ns / reference_ns,
         )
     points = _merged([front for front, _ in solved])
-    picked = np.asarray(found.values, dtype=np.float64)[np.arange(num_steps), points.choices]
+    picked = np.asarray(contributions, dtype=np.float64)[np.arange(num_steps), points.choices]
     return tuple(
-        Allocation(
-            tuple(map(latency_model.precisions.__getitem__, row)), math.fsum(parts) ** found.power, total / reference_ns
-        )
+        Allocation(tuple(map(latency_model.precisions.__getitem__, row)), math.fsum(parts), total / reference_ns)
         for row, parts, total in zip(points.choices.tolist(), picked.tolist(), points.total_ns.tolist(), strict=True)
     )
 

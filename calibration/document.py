@@ -7,10 +7,15 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engines.documents import one_line, read_document, write_document
+from engines.documents import one_line, read_document, read_json, write_document
 from engines.errors import TmpDiffError
 
 SENSITIVITY_VERSION: Final = 3
+LATENCY_TOLERANCE = 1e-9
+
+
+class OutdatedCalibrationError(TmpDiffError):
+    """A sensitivity document of an earlier format, which holds no error vectors."""
 
 
 class _Record(BaseModel):
@@ -125,6 +130,10 @@ class ParetoPoint(_Record):
     error: float
 
 
+Standing = Literal["worse", "better", "not distinguishable"]
+"""The chosen schedule beside another one, in typical error: the interval of their ratio holds 1 or does not."""
+
+
 class ValidationRow(_Record):
     """A schedule run on prompts that calibration has not seen.
 
@@ -157,6 +166,15 @@ class ValidationRow(_Record):
     sample_errors: tuple[float, ...]
     ssim: float | None = None
     psnr_db: float | None = None
+
+    @property
+    def standing(self) -> Standing | None:
+        """The chosen schedule beside this one; None without `against`. One sample distinguishes nothing."""
+        if self.against is None:
+            return None
+        if len(self.sample_errors) < 2 or self.against.low <= 1 <= self.against.high:
+            return "not distinguishable"
+        return "worse" if self.against.low > 1 else "better"
 
 
 class TrialRecord(_Record):
@@ -275,7 +293,7 @@ class Sensitivity(_Record):
         budget: the budget in words.
         schedule: the chosen precision per step index.
         predicted_error: its predicted E.
-        pareto: the front, fastest first.
+        pareto: the front, fastest first; a selection of a large one.
         guard: None where there was nothing to compare.
         validation: empty without validation samples.
         settings: None where no bundle was calibrated.
@@ -313,13 +331,38 @@ class Sensitivity(_Record):
     settings: CalibrationSettings | None = None
     transfer: TransferRecord | None = None
 
+    @property
+    def chosen(self) -> ValidationRow | None:
+        """The schedule on validation samples; None without any."""
+        return next((row for row in self.validation if row.name == "schedule"), None)
+
+    @property
+    def best_rule(self) -> ValidationRow | None:
+        """The rule that had the least typical error on calibration samples, on validation samples; None without one."""
+        return next((row for row in self.validation if row.name.startswith("best rule: ")), None)
+
+    @property
+    def losses(self) -> tuple[ValidationRow, ...]:
+        """Rows no slower than the schedule that have less typical error, beyond the interval."""
+        if self.chosen is None:
+            return ()
+        latency = self.chosen.latency * (1 + LATENCY_TOLERANCE)
+        return tuple(row for row in self.validation if row.standing == "worse" and row.latency <= latency)
+
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
         """Reads a sensitivity document.
 
         Raises:
-            TmpDiffError: the file is missing, malformed, altered, or of another version.
+            OutdatedCalibrationError: the file is of an earlier version.
+            TmpDiffError: it is missing, malformed, altered, or of a later version.
         """
+        version = read_json(path, "sensitivity", TmpDiffError).get("version")
+        if type(version) is int and 1 <= version < SENSITIVITY_VERSION:
+            raise OutdatedCalibrationError(
+                f"sensitivity {path} has format version {version}, which holds no error vectors; calibrate the bundle anew: "
+                f"tmpdiff-export calibrate {path.parent} --prompts FILE"
+            )
         data = read_document(path, "sensitivity", SENSITIVITY_VERSION, TmpDiffError)
         try:
             return cls.model_validate(data)

@@ -44,6 +44,9 @@ from engines.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
+PARETO_POINTS = 200
+"""Points of the Pareto front that the document keeps."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); a search that settles early stops short of its total."""
 
@@ -231,7 +234,14 @@ def calibrate(
     predictions = scored.predictions
     guarded: GuardRecord | None = None
     if isinstance(options.budget, QualityBudget):
-        chosen, wording = meet_quality(predictions, options.budget, calibration, partial(report, "quality"))
+        chosen, wording = meet_quality(
+            predictions.latency_model,
+            predictions.gram,
+            predictions.front,
+            options.budget,
+            calibration,
+            partial(report, "quality"),
+        )
     else:
         chosen, wording, guarded = choose(calibration, scored, options.budget, report)
     counted = [calibration]
@@ -270,7 +280,7 @@ def calibrate(
             schedule=chosen.precisions,
             predicted_error=chosen.error,
             predicted_latency=chosen.latency,
-            pareto=tuple(ParetoPoint(**asdict(point)) for point in predictions.front),
+            pareto=tuple(ParetoPoint(**asdict(point)) for point in _thinned(predictions.front)),
             guard=guarded,
             validation=rows,
             transfer=scored.transfer,
@@ -300,6 +310,13 @@ def _uniform_runs(
             report(row * count + sample + 1, len(precisions) * count)
         found[precision] = np.array(errors)
     return found
+
+
+def _thinned(front: tuple[Allocation, ...]) -> tuple[Allocation, ...]:
+    """At most `PARETO_POINTS` of the front, spread over it, both ends among them."""
+    if len(front) <= PARETO_POINTS:
+        return front
+    return tuple(front[round(k)] for k in np.linspace(0, len(front) - 1, PARETO_POINTS))
 
 
 def _check(

@@ -100,7 +100,7 @@ def _measured(
     measurements.expect([schedule for name in order for schedule in named[name]], pictures=True)
     found = {}
     for name in order:
-        values = []
+        values: list[list[dict[str, float]]] = []
         for schedule in named[name]:
             values.append([])
             for sample in range(measurements.num_samples):
@@ -108,13 +108,19 @@ def _measured(
                 done += 1
                 if on_run:
                     on_run(done, total)
-        arrays = {
-            key: np.array([[value[key] for value in row] for row in values]) if key in values[0][0] else None
-            for key in ("error", "ssim", "mse")
-        }
-        count = len(named[name])
-        found[name] = _Runs(named[name], np.full(count, 1 / count), arrays["error"], arrays["ssim"], arrays["mse"])
+        pictures = "ssim" in values[0][0]
+        found[name] = _Runs(
+            named[name],
+            np.full(len(values), 1 / len(values)),
+            _column(values, "error"),
+            _column(values, "ssim") if pictures else None,
+            _column(values, "mse") if pictures else None,
+        )
     return {name: found[name] for name in named}
+
+
+def _column(values: list[list[dict[str, float]]], key: str) -> np.ndarray:
+    return np.array([[value[key] for value in row] for row in values])
 
 
 def _mixed(uniform: Mapping[str, _Runs], latency_model: LatencyModel, latency: float) -> _Runs | None:
@@ -137,16 +143,16 @@ def _mixed(uniform: Mapping[str, _Runs], latency_model: LatencyModel, latency: f
                 _Runs(
                     quick.schedules + exact.schedules,
                     weights,
-                    np.concatenate([runs.error for runs in pair]),
-                    *(
-                        None
-                        if quick_values is None or exact_values is None
-                        else np.concatenate([quick_values, exact_values])
-                        for quick_values, exact_values in ((quick.ssim, exact.ssim), (quick.mse, exact.mse))
-                    ),
+                    np.concatenate([quick.error, exact.error]),
+                    _joined(quick.ssim, exact.ssim),
+                    _joined(quick.mse, exact.mse),
                 ),
             )
     return best[1] if best else None
+
+
+def _joined(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.concatenate([first, second])
 
 
 def _row(name: str, runs: _Runs, chosen: _Runs, latency_model: LatencyModel) -> ValidationRow:

@@ -7,13 +7,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-PIPED_WIDTH = 120
+if TYPE_CHECKING:
+    from calibration.document import DepartureRecord, IntervalRecord
+
+PIPED_WIDTH = 130
 LINE_SECONDS = 30.0
 """Without a terminal: at most one line of progress in this time, so that short commands print none."""
 Report = Callable[[str, int, int], None]
@@ -95,3 +98,19 @@ def schedule_strip(precisions: Sequence[str]) -> str:
 def number(value: float | None, form: str) -> str:
     """A figure for a table cell, "-" where there is none."""
     return "-" if value is None else format(value, form)
+
+
+def interval(found: IntervalRecord | None, form: str) -> str:
+    """A figure with its 95 % interval, "1.2e-03 [1.0e-03, 1.5e-03]"; without one where there is a single sample."""
+    if found is None:
+        return "-"
+    if found.low == found.value == found.high:
+        return format(found.value, form) if found.value else "0"
+    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+
+
+def departures(found: DepartureRecord | None) -> str:
+    """A count of departures with the 95 % interval of their share, "2 of 160 [0.2, 4.4 %]"."""
+    if found is None:
+        return "-"
+    return f"{found.count} of {found.samples} [{100 * found.low:.1f}, {100 * found.high:.1f} %]"

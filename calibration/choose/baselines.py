@@ -56,18 +56,21 @@ RULES: dict[str, Callable[[Sequence[str]], tuple[str, ...]]] = {
 
 
 def rule_name(rule: str, schedule: Sequence[str], precisions: Sequence[str]) -> str:
-    """A rule and the pool it was given, as "last 8 (fp8)"; a uniform schedule is called so, as every rule gives it.
+    """A rule and the pool it was given, as "last 8 (fp8)", or "last 2 (5 int8, 3 int4)" where it mixes low precisions.
+
+    A uniform schedule is called so, as every rule gives it.
 
     Args:
         rule: a name of `RULES`.
         schedule: what it made of the pool.
         precisions: in order of precision, the reference first.
     """
-    low = [name for name in precisions[1:] if name in schedule]
-    count = schedule.count(precisions[0])
     if len(set(schedule)) == 1:
         return f"uniform {schedule[0]}"
-    return f"{rule.removesuffix(' K')} {count} ({', '.join(low)})"
+    low = [name for name in precisions[1:] if name in schedule]
+    counts = low if len(low) == 1 else [f"{schedule.count(name)} {name}" for name in low]
+    high = schedule.count(precisions[0])
+    return f"{rule.removesuffix(' K')}{f' {high}' if high else ''} ({', '.join(counts)})"
 
 
 def fixed_rules(schedule: Sequence[str], precisions: Sequence[str]) -> dict[str, tuple[str, ...]]:

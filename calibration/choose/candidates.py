@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from calibration.choose.allocation import BUDGET_TOLERANCE, Budget, HighSteps, LatencyBudget
-from calibration.choose.baselines import RULES, rule_name
+from calibration.choose.baselines import RULES, fixed_rules, rule_name
 from calibration.choose.pareto import Allocation
 from calibration.choose.predictions import Predictions
 from calibration.choose.quadratic import best_schedule
@@ -98,7 +98,7 @@ def _by_rule(
             schedule = next((found for found in map(rule, pools) if allowed(found)), None)
             if schedule is not None:
                 yield rule_name(name, schedule, latency_model.precisions), schedule
-    for name, rule in RULES.items():
-        mixed = rule(sorted(chosen.precisions, key=latency_model.precisions.index))
-        if len(set(mixed)) > 2 and allowed(mixed):
-            yield rule_name(name, mixed, latency_model.precisions), mixed
+    if len(set(chosen.precisions) - {reference}) > 1:
+        for name, mixed in fixed_rules(chosen.precisions, latency_model.precisions).items():
+            if allowed(mixed):
+                yield name, mixed

@@ -59,7 +59,7 @@ def measure_fit(
     schedules = random_schedules(grams["gram"].precisions, measurements.num_steps)
     samples = range(min(measurements.num_samples, FIT_SAMPLES))
     measurements.expect(schedules, pictures=False, samples=samples)
-    points = []
+    points: list[FitPoint] = []
     for schedule in schedules:
         errors = []
         for sample in samples:

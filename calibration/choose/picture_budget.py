@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from calibration.choose.baselines import RULES
+from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation
-from calibration.choose.predictions import Predictions
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import mean, psnr_db
+from calibration.scores.gram import Gram
 from engines.errors import BudgetError
 
 QualityMetric = Literal["ssim", "psnr"]
@@ -48,7 +49,9 @@ class QualityBudget:
 
 
 def meet_quality(
-    predictions: Predictions,
+    latency_model: LatencyModel,
+    gram: Gram,
+    front: Sequence[Allocation],
     budget: QualityBudget,
     measurements: Measurements,
     on_run: Callable[[int, int], None],
@@ -56,9 +59,11 @@ def meet_quality(
     """The fastest schedule that meets a quality budget when it is run, of the Pareto front and the fixed rules.
 
     Args:
-        predictions: say what the front is.
+        latency_model: what schedules are made of.
+        gram: predicts E of the rules; of the same precisions.
+        front: fastest first.
         budget: what has to be met.
-        measurements: of the validation samples.
+        measurements: of the calibration samples, with pictures.
         on_run: called after every run of a schedule on a sample with (done, at most).
 
     Returns:
@@ -67,7 +72,7 @@ def meet_quality(
     Raises:
         BudgetError: see `fastest_meeting`.
     """
-    front, rules = predictions.front, rule_schedules(predictions)
+    rules = rule_schedules(latency_model, gram)
     done, total = 0, (sum(len(tried).bit_length() for tried in (front, *rules.values())) + 1) * measurements.num_samples
 
     def measure(allocation: Allocation) -> float:
@@ -86,24 +91,25 @@ def meet_quality(
     chosen, quality = fastest_meeting(front, rules.values(), budget, measure)
     name = next((name for name, rule in rules.items() if chosen in rule and chosen not in front), None)
     by_rule = f", by the rule {name!r}" if name else ""
-    return chosen, f"{budget} on the validation samples (measured: {quality:.4g}{by_rule})"
+    return chosen, f"{budget} on the calibration samples (measured: {quality:.4g}{by_rule})"
 
 
-def rule_schedules(predictions: Predictions) -> dict[str, list[Allocation]]:
+def rule_schedules(latency_model: LatencyModel, gram: Gram) -> dict[str, list[Allocation]]:
     """The fixed rules by name, with every number of steps at the reference and the others at the fastest precision.
 
     Returns:
         Schedules fastest first; no rules where no precision is faster than the reference, or none may join it.
     """
-    latency_model, num_steps = predictions.latency_model, len(predictions.found.values)
     reference, low = latency_model.reference, min(latency_model.precisions, key=latency_model.latencies_ms.__getitem__)
     rules: dict[str, list[Allocation]] = {}
     if low == reference or latency_model.costs.max_engines == 1:
         return rules
-    for count in range(1, num_steps):
-        pool = (reference,) * count + (low,) * (num_steps - count)
+    for count in range(1, gram.num_steps):
+        pool = (reference,) * count + (low,) * (gram.num_steps - count)
         for name, rule in RULES.items():
-            rules.setdefault(name, []).append(predictions.allocation(rule(pool)))
+            schedule = rule(pool)
+            found = Allocation(schedule, gram.error(schedule), latency_model.latency(schedule))
+            rules.setdefault(name, []).append(found)
     return {name: sorted(schedules, key=lambda allocation: allocation.latency) for name, schedules in rules.items()}
 
 

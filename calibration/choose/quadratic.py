@@ -38,9 +38,10 @@ FRONT_POINTS = 64
 """Latencies at which a front is searched."""
 
 STARTS = 8
-"""Schedules that searches for the least latency start from."""
+"""Schedules that a search for the least latency starts from, the fastest."""
 
 NO_LIMIT_NS = 2**62
+"""For schedules whose latency does not matter."""
 
 FULL_SETS = 3
 """Sets of precisions that are searched from every start, where engines are limited; the others from one."""
@@ -70,7 +71,7 @@ def best_schedule(latency_model: LatencyModel, gram: Gram, budget: Budget, held:
     if isinstance(budget, ErrorBudget):
         return space.allocation(_least_latency(space, budget.error * (1 + BUDGET_TOLERANCE)))
     require_reachable(budget, int(space.additive_ns[0]) / space.reference_ns, gram.num_steps)
-    limit_ns = math.floor(budget.ratio * (1 + BUDGET_TOLERANCE) * space.reference_ns)
+    limit_ns = max(math.floor(budget.ratio * (1 + BUDGET_TOLERANCE) * space.reference_ns), int(space.additive_ns[0]))
     start = space.additive[space.additive_ns <= limit_ns][-1]
     return space.allocation(_least_error(space, limit_ns, [start]).choices)
 
@@ -83,15 +84,17 @@ def front(latency_model: LatencyModel, gram: Gram) -> tuple[Allocation, ...]:
         gram: predicts E.
 
     Returns:
-        Fastest first, of strictly rising latency and strictly falling error: the fastest of all schedules, and the fastest
-        that are found of E = 0, are the ends. For every point of the diagonal's exact front it holds one that is no slower and
+        Fastest first, of strictly rising latency and strictly falling error. The ends have the least latency of all
+        schedules, and an error of 0. For every point of the diagonal's exact front there is one that is no slower and
         errs no more.
 
     Raises:
         ValueError: the precisions differ, or values are out of range.
     """
     space = _Space(latency_model, gram, 0)
-    picked = np.unique(np.linspace(0, len(space.additive) - 1, FRONT_POINTS).round().astype(int))
+    # the first and the last are themselves, the others the nearest from above
+    latencies_ns = np.linspace(space.additive_ns[0], space.additive_ns[-1], FRONT_POINTS)
+    picked = np.unique(np.searchsorted(space.additive_ns[:-1], latencies_ns))
     found: list[np.ndarray] = []
     for k in picked:
         limit_ns = int(space.additive_ns[k])

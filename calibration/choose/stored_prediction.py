@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import permutations
 
-import numpy as np
-
 from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.document import Sensitivity
-from calibration.scores.divergence import with_risk
-from calibration.scores.predictors import contributions, predict
+from calibration.scores.gram import Gram
+from calibration.scores.measured_gram import gram_of
+
+
+def stored_gram(found: Sensitivity) -> Gram | None:
+    """The Gram matrix of a calibration, whichever predictor it used; None where every low precision was dropped."""
+    if found.gram is None:
+        return None
+    return gram_of(found.precisions[0], found.scores, found.gram)
 
 
 class StoredPrediction:
@@ -18,35 +23,32 @@ class StoredPrediction:
 
     Attributes:
         precisions: the reference and the low precisions that have scores.
+        gram: what errors are predicted by, the diagonal only for predictor "downcast sum"; None without scores.
     """
 
     def __init__(self, found: Sensitivity) -> None:
-        """Works out contributions once.
+        """Works the matrix out once.
 
         Args:
             found: the calibration.
         """
-        scored = {record.precision for record in found.scores}
-        reference, *low = found.precisions
-        self.precisions = (reference, *(name for name in low if name in scored))
+        whole = stored_gram(found)
+        self.gram = whole.downcast_sum() if whole and found.predictor == "downcast sum" else whole
+        self.precisions = whole.precisions if whole else found.precisions[:1]
         pairs = permutations(found.precisions, 2)
         costs = AllocationCosts({(a, b): found.swap_ms.get(f"{a} {b}", 0.0) for a, b in pairs})
-        self._candidates = LatencyModel(found.precisions, found.latencies_ms, costs)
-        curves: dict[tuple[str, str], np.ndarray] = {
-            (record.direction, record.precision): np.array(record.scores) for record in found.scores
-        }
-        risks = {record.precision: record.risk for record in found.scores if record.direction == "downcast"}
-        self._contributions = None
-        if curves:
-            fitted = contributions(found.predictor, self.precisions, curves, found.uniform_errors)
-            self._contributions = with_risk(fitted, self.precisions, risks)
+        self._latency_model = LatencyModel(found.precisions, found.latencies_ms, costs)
 
-    def error(self, schedule: Sequence[str]) -> float | None:
-        """Predicted E of a schedule; None where a step is at a precision without scores."""
-        if not set(schedule) <= set(self.precisions):
-            return None
-        return predict(self._contributions, self.precisions, tuple(schedule)) if self._contributions else 0.0
+    def error(self, schedule: Sequence[str]) -> float:
+        """Predicted E of a schedule.
+
+        Raises:
+            ValueError: a step is at a precision without scores.
+        """
+        if unscored := sorted(set(schedule) - set(self.precisions)):
+            raise ValueError(f"schedule has steps at {', '.join(unscored)}; scores are of {', '.join(self.precisions)}")
+        return self.gram.error(schedule) if self.gram else 0.0
 
     def latency(self, schedule: Sequence[str]) -> float:
         """Mean step latency of a schedule, changes of precision included, relative to the reference."""
-        return self._candidates.latency(schedule)
+        return self._latency_model.latency(schedule)

@@ -113,7 +113,7 @@ class BundleSamples:
         apart = self.seed + VALIDATION_SEED_OFFSET
         calibration = BundleEvaluator(runtime, self.prompts.calibration, self.seed, self.guidance_scale)
         validation = BundleEvaluator(runtime, self.prompts.validation, apart, self.guidance_scale)
-        return SampleSets(SampleSet(calibration), SampleSet(validation, runtime.decode))
+        return SampleSets(SampleSet(calibration, runtime.decode), SampleSet(validation, runtime.decode))
 
 
 def samples_per_call(runtime: DenoiseRuntime, guidance_scale: float) -> int:

@@ -9,9 +9,11 @@ for bit.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from engines.documents import canonical_json
 from engines.errors import TmpDiffError
 from engines.files import fsync_folder, sha256_bytes
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
+"""2: downcasts have error vectors. A journal of an older version is replaced, a newer one is refused."""
+
+log = logging.getLogger(__name__)
 
 
 class JournalError(TmpDiffError):
@@ -55,7 +60,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path, key: str, parameters: Mapping[str, Any]) -> Journal:
-        """Opens the journal at `path`, or starts one.
+        """Opens the journal at `path`, or starts one; one of the same measurements in an older format is started afresh.
 
         Args:
             path: the file; its folder exists.
@@ -69,6 +74,11 @@ class Journal:
         """
         header = {"journal": JOURNAL_VERSION, "key": key, "parameters": dict(parameters)}
         data = path.read_bytes() if path.exists() else b""
+        if _outdated(data, header):
+            log.warning(
+                "journal %s is of an earlier version, whose measurements have no error vectors; starting afresh", path
+            )
+            data = b""
         records, sound_bytes = _read(path, data)
         if not records:
             if not _line(header).startswith(data):
@@ -110,14 +120,31 @@ class Journal:
         self._append(*records)
         self._entries |= {record["name"]: Entry(record["value"], record["calls"]) for record in records}
 
-    def remember(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The recorded value of `name`; measured with `measure` and recorded when there is none.
+    def remember(self, name: str, measure: Callable[[], Any], anew: bool = False) -> Any:
+        """The last recorded value of `name`; measured with `measure` and recorded when there is none, or a doubted one.
 
         For what calibration is given from outside, as step latencies: a resumed run then uses the same.
+
+        Args:
+            name: without a number in brackets at its end, which later measurements get.
+            measure: gives JSON data.
+            anew: measures in any case.
         """
-        if name not in self._entries:
-            self.record({name: Entry(measure())})
-        return self._entries[name].value
+        times = self._times(name)
+        if anew or not times or _doubted(name, times) in self._entries:
+            times += 1
+            self.record({_numbered(name, times): Entry(measure())})
+        return self._entries[_numbered(name, times)].value
+
+    def doubt(self, name: str) -> None:
+        """Says that the value remembered under `name` may be wrong: the next `remember` measures anew."""
+        times = self._times(name)
+        if times and _doubted(name, times) not in self._entries:
+            self.record({_doubted(name, times): Entry(True)})
+
+    def _times(self, name: str) -> int:
+        """How often `name` was measured; entries are never changed, so that each time has one of its own."""
+        return next(times for times in count() if _numbered(name, times + 1) not in self._entries)
 
     def _append(self, *records: dict[str, Any]) -> None:
         if self.path is None:
@@ -149,6 +176,21 @@ def open_journal(path: Path, evaluator: Evaluator, validation: Evaluator | None 
         "precisions": list(evaluator.precisions),
     }
     return Journal.open(path, journal_key(evaluator, validation), parameters)
+
+
+def _numbered(name: str, times: int) -> str:
+    return name if times == 1 else f"{name} [{times}]"
+
+
+def _doubted(name: str, times: int) -> str:
+    return f"{_numbered(name, times)} in doubt"
+
+
+def _outdated(data: bytes, header: Mapping[str, Any]) -> bool:
+    """Whether a journal begins with `header` but for an older version."""
+    first = _parse(data.partition(b"\n")[0]) or {}
+    version = first.get("journal")
+    return isinstance(version, int) and version < JOURNAL_VERSION and first == {**header, "journal": version}
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -46,7 +46,13 @@ class Measurements:
     """
 
     def __init__(
-        self, name: str, samples: SampleSet, journal: Journal, pool: Pool, num_samples: int | None = None
+        self,
+        name: str,
+        samples: SampleSet,
+        journal: Journal,
+        pool: Pool,
+        num_samples: int | None = None,
+        pictures: bool = True,
     ) -> None:
         """
         Args:
@@ -55,6 +61,7 @@ class Measurements:
             journal: where every measurement is looked for, and kept.
             pool: takes the measurements.
             num_samples: the first samples of the evaluator that are used; None for all.
+            pictures: compare those of uniform runs, where there is a decoder.
         """
         self.name = name
         self.reference = samples.evaluator.precisions[0]
@@ -63,7 +70,7 @@ class Measurements:
         self.calls: dict[str, dict[str, int]] = {}
         self.recomputed: Counter[str] = Counter()
         self._journal = journal
-        self._decoded = samples.decode is not None
+        self._decoded = pictures and samples.decode is not None
         self._used: set[str] = set()
         self._pool = pool
         self._pending: set[str] = set()
@@ -201,14 +208,15 @@ class Measurements:
         value: dict[str, Any] = entry.value
         return value
 
-    def _ask(self, requests: Iterable[Request]) -> None:
+    def _ask(self, requests: Sequence[Request]) -> None:
         """Hands the pool what has not been measured, and before it the uniform runs it rests on."""
-        for request in requests:
-            sample = request.sample
-            for needed in (self._uniform(self.reference, sample), self._uniform(request.base, sample), request):
-                if needed.name not in self._pending and self._journal.get(needed.name) is None:
-                    self._pending.add(needed.name)
-                    self._pool.submit(self.name, needed)
+        references = [self._uniform(self.reference, request.sample) for request in requests]
+        bases = [self._uniform(request.base, request.sample) for request in requests]
+        # runs of all samples one after the other: a sample that has its uniform runs must not bring the others' forward
+        for needed in (*references, *bases, *requests):
+            if needed.name not in self._pending and self._journal.get(needed.name) is None:
+                self._pending.add(needed.name)
+                self._pool.submit(self.name, needed)
 
     def _fetch(self, request: Request) -> Entry:
         """Waits for a measurement of the pool; whatever else arrives is written down as well."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.document import CheckRecord, Sensitivity, TransferRecord
-from calibration.measure.measurements import Measurements
+from calibration.measure.measurements import Downcast, Measurements
 from calibration.measure.metrics import level
 from calibration.scores.bisection import Search
 from calibration.scores.gram import Correlations
@@ -131,7 +131,7 @@ def _checked(
     samples = range(measurements.num_samples)
     for step in steps:
         measurements.expect_downcasts(step, precision)
-    runs = []
+    runs: list[list[Downcast]] = []
     for row, step in enumerate(steps):
         runs.append([])
         for sample in samples:

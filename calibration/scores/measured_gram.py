@@ -61,7 +61,7 @@ def stored_correlations(record: GramRecord) -> Correlations:
     return Correlations(record.positions, values)
 
 
-def stored_gram(reference: str, scores: Sequence[ScoreRecord], record: GramRecord) -> Gram:
+def gram_of(reference: str, scores: Sequence[ScoreRecord], record: GramRecord) -> Gram:
     """The Gram matrix of a document, equal to the one it was stored from."""
     curves = {curve.precision: np.array(curve.scores) for curve in scores}
     return gram(curves, stored_correlations(record), np.array(record.floor), reference)

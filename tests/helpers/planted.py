@@ -16,7 +16,6 @@ from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.requests import Outcome, Request
 from calibration.measure.sample_batches import SampleBatches
-from calibration.scores.divergence import DEPARTED
 
 DECADE = float(np.log(10))
 NUDGE = 2.0**-16
@@ -255,42 +254,3 @@ def calibrate_loops(evaluator, latencies_ms, *, validation=None, decode=None, **
     own = {name: options.pop(name) for name in ("journal", "pool", "progress") if name in options}
     sets = SampleSets(SampleSet(evaluator), SampleSet(validation, decode) if validation else None)
     return calibrate(sets, latencies_ms, CalibrationOptions(**options), **own)
-
-
-FragileState = tuple[int, int, float, float]
-
-
-@dataclass(frozen=True)
-class FragileLoop(OneByOne):
-    """Samples at evenly spread distances from where two pictures part, which low steps 0 and 1 push them towards.
-
-    The state is (sample, step index, push squared, error squared); the others add an error and no more.
-    """
-
-    num_samples: int = 60
-    offset: float = 0.5
-    num_steps: int = 8
-    push: float = 2.5e-6
-    other: float = 3.1e-5
-    precisions: tuple[str, ...] = ("fp16", "int8")
-
-    def start(self, sample: int, nudged: bool = False) -> FragileState:
-        return sample, 0, 0.0, NUDGE**2 if nudged else 0.0
-
-    def step(self, sample: int, state: FragileState, precision: str) -> FragileState:
-        _, index, push, error = state
-        if precision == "int8":
-            push, error = (push + self.push, error) if index < 2 else (push, error + self.other)
-        return sample, index + 1, push, error
-
-    def pushed(self, push: float, distance: float) -> float:
-        """What a push does to a sample at this distance, in units of E."""
-        return min(push / distance**2, DEPARTED)
-
-    def latents(self, state: FragileState) -> np.ndarray:
-        sample, _, push, error = state
-        distance = (sample + self.offset) / self.num_samples
-        return np.array([1.0, np.sqrt(self.pushed(push, distance) + error)]).reshape(2, 1, 1)
-
-    def key(self) -> str:
-        return repr(self)

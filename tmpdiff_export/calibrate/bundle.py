@@ -16,7 +16,7 @@ from calibration.run import DEFAULT_OPTIONS, Progress
 from calibration.scores.carried import CarriedScores, carried_scores
 from calibration.scores.transfer import TransferError, step_axes
 from engines.bundle import Bundle
-from engines.errors import TmpDiffError
+from engines.errors import BudgetError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.text import PromptFile
@@ -36,6 +36,7 @@ class RunOptions:
         threads: of a CPU backend, and for comparing pictures; shared out among the workers; None for one per core.
         workers: processes that share the samples out, each with a GPU of its own where the bundle runs on one; 1 does
             everything in this process. Latencies are measured before they start, by this process alone.
+        fresh_latencies: measure step latencies even where the journal has some of this machine and batch.
 
     Raises:
         TmpDiffError: a negative seed, or a batch below 1.
@@ -46,6 +47,7 @@ class RunOptions:
     batch: int = 1
     threads: int | None = None
     workers: int = 1
+    fresh_latencies: bool = False
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -69,7 +71,8 @@ def calibrate_bundle(
     """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
 
     Every finished measurement is kept in a journal inside the bundle; the same call after an interruption
-    goes on from there and gives the same result. Packages compiled for several pictures take as many samples in every
+    goes on from there and gives the same result. Latencies are kept as well, but those that a budget was refused for are
+    measured anew by the next call: the machine may have been busy. Packages compiled for several pictures take as many samples in every
     call. The documents are written last, each in one piece.
 
     Args:
@@ -153,10 +156,13 @@ def _calibrate(
     folder.mkdir(exist_ok=True)
     name = "-".join(found.evaluator.key()[:12] for found in sets.named().values())
     journal = open_journal(folder / f"{name}.journal", *sets.evaluators)
+    # A bundle moves between machines with its journal; latencies hold where they were measured.
+    remembered = f"step latencies in ms, {machine(runtime, how.threads)}"
+    remembered += f", batch {how.batch}" if how.batch > 1 else ""
     latencies = journal.remember(
-        # A bundle moves between machines with its journal; latencies hold where they were measured.
-        f"step latencies in ms, {machine(runtime, how.threads)}" + (f", batch {how.batch}" if how.batch > 1 else ""),
+        remembered,
         lambda: _latencies(runtime, [prompts.calibration[0]] * how.batch, scale, report),
+        how.fresh_latencies,
     )
     with ExitStack() as stack:
         pool: Pool
@@ -168,7 +174,11 @@ def _calibrate(
             report("start workers", how.workers, how.workers)
         else:
             pool = SampleBatches(sets.named(), at_once, how.threads)
-        result = calibrate(sets, latencies, options, journal=journal, pool=pool, progress=report)
+        try:
+            result = calibrate(sets, latencies, options, journal=journal, pool=pool, progress=report)
+        except BudgetError:
+            journal.doubt(remembered)
+            raise
     bundle_id = runtime.manifest.bundle_id
     settings = CalibrationSettings(
         bundle_id=bundle_id,

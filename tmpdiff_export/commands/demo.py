@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration import CalibrationOptions, Sensitivity
+from calibration.document import Sensitivity
 from engines.arguments import parse_seed
 from engines.files import atomic_write_text
 from engines.manifest import Manifest
@@ -30,9 +30,6 @@ PRECISIONS = (REFERENCE, Precision.INT8)
 
 BUILD_PROMPTS = 3
 """Prompts that the build runs in FP32: two for the ranges, one to check the engines with."""
-
-REFINE_CALLS = 240
-"""Denoiser calls of the local search: enough to run the schedule beside the fixed rules."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,13 +83,7 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-            found = calibrate_bundle(
-                bundle,
-                used,
-                CalibrationOptions(refine_calls=REFINE_CALLS),
-                RunOptions(seed=args.seed),
-                progress=progress,
-            )
+            found = calibrate_bundle(bundle, used, how=RunOptions(seed=args.seed), progress=progress)
             gallery.draw([*uniform, SCHEDULE], len(gallery.prompts), progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the demo starts over when it is run again") from None
@@ -129,47 +120,37 @@ def write_report(path: Path, manifest: Manifest, found: Sensitivity, gallery: Ga
 
 
 def print_found(found: Sensitivity) -> None:
-    """The schedule beside uniform precisions and fixed rules as one table, and what it says in words."""
-    from tmpdiff_export.commands.calibrate import print_validation
+    """The schedule beside uniform precisions and rules as one table, and what it says in words."""
+    from tmpdiff_export.commands.tables import print_validation
 
     print_validation(found)
-    for line in verdict(found):
+    for line in conclusions(found):
         print(line)
 
 
-def verdict(found: Sensitivity) -> Iterator[str]:
+def conclusions(found: Sensitivity) -> Iterator[str]:
     """What the validation rows say of the schedule, in words.
 
     Args:
         found: a calibration with validation rows.
     """
+    from tmpdiff_export.commands.tables import verdict
     from tmpdiff_export.display import schedule_strip
 
     yield f"schedule: {schedule_strip(found.schedule)}"
     rows = {row.name: row for row in found.validation}
     chosen = rows["schedule"]
-    if chosen.error == 0:
+    if chosen.typical.value == 0:
         yield from (f"{item.precision}: {item.reason}" for item in found.dropped)
         return
-    fastest = min((row for name, row in rows.items() if name.startswith("uniform ")), key=lambda row: row.latency)
-    yield (
-        f"it has {chosen.error / fastest.error:.2f} of the E of {fastest.name}, at {chosen.latency / fastest.latency:.2f} "
-        "times its latency"
-    )
-    if found.loses_to:
-        better = min((rows[name] for name in found.loses_to), key=lambda row: row.error)
+    fastest = min((rows[f"uniform {name}"] for name in found.precisions), key=lambda row: row.latency)
+    if fastest.typical.value > 0:
         yield (
-            f"it LOSES to {', '.join(found.loses_to)}: no slower, smaller E ({better.name}: {better.error / chosen.error:.2f} "
-            "of the schedule's)"
+            f"it has {chosen.typical.value / fastest.typical.value:.2f} of the typical error of {fastest.name}, at "
+            f"{chosen.latency / fastest.latency:.2f} times its latency"
         )
-    else:
-        rules = [row for name, row in rows.items() if name != "schedule" and not name.startswith("uniform ")]
-        best = min(rules, key=lambda row: row.error)
-        yield f"no rule at its latency does better; the nearest, {best.name}, has {best.error / chosen.error:.2f} times its E"
-    yield (
-        f"all of it measured on {len(chosen.sample_errors)} prompts that calibration has not seen; more of them "
-        "(`--samples N`) tell close rows apart"
-    )
+    yield from verdict(found)
+    yield "nothing was chosen on these prompts; more of them (`--samples N`) tell close rows apart"
 
 
 def summarise(
@@ -180,7 +161,11 @@ def summarise(
     pictures: list[str],
     seconds: float,
 ) -> dict[str, Any]:
-    """`summary.json`: the rows of the table, the prompts they were measured on, and what the search cost."""
+    """`summary.json`: the rows of the table, the prompts they were measured on, and what the search cost.
+
+    "typical" is the typical error with its interval, "departures" their count with the interval of their share, "against"
+    the schedule's typical error over the row's; "error" is the plain mean of E.
+    """
     reference = found.precisions[0]
     return {
         "prompt_set": prompt_set,
@@ -197,12 +182,15 @@ def summarise(
         "schedule": list(found.schedule),
         "machine": found.settings.machine if found.settings else None,
         "budget": found.budget,
-        "loses_to": list(found.loses_to),
+        "loses_to": [row.name for row in found.losses],
         "rows": [
             {
                 "name": row.name,
                 "steps": row.counts,
                 "latency": row.latency,
+                "typical": row.typical.model_dump(),
+                "departures": row.departures.model_dump() if row.departures else None,
+                "against": row.against.model_dump() if row.against else None,
                 "error": row.error,
                 "ssim": row.ssim,
                 "psnr_db": row.psnr_db,

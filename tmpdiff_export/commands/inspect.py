@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from engines.bundle import Bundle
@@ -16,26 +17,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the manifest, and schedule and sensitivity where the bundle was calibrated."""
+    from calibration.document import OutdatedCalibrationError
     from tmpdiff_export.calibrate.bundle import read_calibration
     from tmpdiff_export.commands.build import print_engines
-    from tmpdiff_export.commands.calibrate import print_sensitivity
-    from tmpdiff_export.display import print_json
+    from tmpdiff_export.commands.tables import print_sensitivity
+    from tmpdiff_export.display import print_json, schedule_strip
 
     bundle = Bundle.open(args.bundle)
     calibrated = bundle.schedule_path.exists() or bundle.sensitivity_path.exists()
-    found = read_calibration(bundle) if calibrated else None
+    found = None
+    try:
+        found = read_calibration(bundle) if calibrated else None
+    except OutdatedCalibrationError as error:  # the schedule runs all the same
+        print(error, file=sys.stderr)
     if args.json:
         print_json(
             {
                 "manifest": bundle.manifest.model_dump(mode="json"),
-                "schedule": bundle.schedule().model_dump(mode="json") if found else None,
+                "schedule": bundle.schedule().model_dump(mode="json") if calibrated else None,
                 "sensitivity": found.model_dump(mode="json") if found else None,
             }
         )
         return 0
     print_engines(bundle.manifest)
-    if found is None:
-        print(f"not calibrated yet: tmpdiff-export calibrate {args.bundle} --prompts FILE")
-    else:
+    if found is not None:
         print_sensitivity(found)
+    elif calibrated:
+        print(f"schedule: {schedule_strip(bundle.schedule().precisions)}")
+    else:
+        print(f"not calibrated yet: tmpdiff-export calibrate {args.bundle} --prompts FILE")
     return 0

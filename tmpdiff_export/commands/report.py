@@ -50,5 +50,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"wrote {args.out}: {result['bytes'] / 1e6:.2f} MB, {result['pictures']} pictures")
     if result["loses_to"]:
-        print(f"the schedule LOSES on validation to: {', '.join(result['loses_to'])} (the page says so at its top)")
+        names = ", ".join(result["loses_to"])
+        print(f"the schedule LOSES on validation to: {names}, beyond the 95 % interval (the page says so at its top)")
     return 0

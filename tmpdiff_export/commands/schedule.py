@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.bundle import Bundle
 from engines.errors import ScheduleError
 from engines.schedule import Schedule
+
+if TYPE_CHECKING:
+    from calibration.choose.stored_prediction import StoredPrediction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows the schedule and writes what was asked for."""
-    from calibration.choose.stored_prediction import StoredPrediction
-    from tmpdiff_export.calibrate.bundle import read_calibration
     from tmpdiff_export.display import print_json
 
     if args.precision is not None and args.import_policy is None:
@@ -55,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
     if args.nearest and args.export_policy is None:
         raise ValueError("--nearest says what to export; add --export-policy FILE")
     bundle = Bundle.open(args.bundle)
-    prediction = StoredPrediction(read_calibration(bundle)) if bundle.sensitivity_path.exists() else None
+    prediction = _prediction(bundle)
     schedule = bundle.schedule(args.schedule) if args.import_policy is None else _imported(bundle, args)
     if prediction:
         schedule = schedule.model_copy(
             update={
-                "predicted_error": prediction.error(schedule.precisions),
+                "predicted_error": _predicted_error(prediction, schedule.precisions),
                 "predicted_latency": prediction.latency(schedule.precisions),
             }
         )
@@ -72,6 +74,26 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _print(args, schedule, exported)
     return 0
+
+
+def _prediction(bundle: Bundle) -> StoredPrediction | None:
+    """What the bundle's calibration predicts; None without one, and with an outdated one, which is said on stderr."""
+    from calibration.choose.stored_prediction import StoredPrediction
+    from calibration.document import OutdatedCalibrationError
+    from tmpdiff_export.calibrate.bundle import read_calibration
+
+    if not bundle.sensitivity_path.exists():
+        return None
+    try:
+        return StoredPrediction(read_calibration(bundle))
+    except OutdatedCalibrationError as error:
+        print(error, file=sys.stderr)
+        return None
+
+
+def _predicted_error(prediction: StoredPrediction, schedule: tuple[str, ...]) -> float | None:
+    """None where a step is at a precision without scores."""
+    return prediction.error(schedule) if set(schedule) <= set(prediction.precisions) else None
 
 
 def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
@@ -97,7 +119,9 @@ def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
     )
 
 
-def _export(args: argparse.Namespace, bundle: Bundle, schedule: Schedule, prediction: Any) -> dict[str, Any]:
+def _export(
+    args: argparse.Namespace, bundle: Bundle, schedule: Schedule, prediction: StoredPrediction | None
+) -> dict[str, Any]:
     """Writes the policy file; returns what is in it, for display."""
     from tmpdiff_export.drop_in.step_policy import exact_policy, nearest_policy, write_policy
 

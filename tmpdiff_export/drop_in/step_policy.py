@@ -150,7 +150,7 @@ def nearest_policy(prediction: StoredPrediction, schedule: Sequence[str]) -> Nea
                 policy = StepPolicy(first, last)
                 precisions = policy.precisions(num_steps, reference, native)
                 latency, error = prediction.latency(precisions), prediction.error(precisions)
-                if latency <= limit and error is not None:
+                if latency <= limit:
                     options.append(Nearest(policy, native, error, latency))
     return min(options, key=lambda option: (option.predicted_error, option.predicted_latency), default=None)
 

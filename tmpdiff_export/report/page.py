@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from calibration import Sensitivity
+from calibration.document import Sensitivity
 from engines.manifest import Manifest
+from tmpdiff_export.display import departures, interval
 from tmpdiff_export.report import sections
+from tmpdiff_export.report.fit import fit
+from tmpdiff_export.report.gram import gradient, gram_section
+from tmpdiff_export.report.guard import guard_section
+from tmpdiff_export.report.latency import latency
 from tmpdiff_export.report.pictures import Row, palette, pictures_section
-from tmpdiff_export.report.search import search
+from tmpdiff_export.report.scores import scores
 from tmpdiff_export.report.svg import SHADES
 from tmpdiff_export.report.validation import validation
 
@@ -54,6 +59,12 @@ svg *{stroke-linejoin:round;stroke-linecap:butt}
 .drawn{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fit,minmax(min(46%,9rem),1fr))}
 .drawn figure{margin:0;max-width:18rem}.drawn img{display:block;width:100%;height:auto;margin-bottom:2px;border-radius:.2rem}
 .ramp{display:inline-block;width:6rem;height:.7em;margin:0 .4em;background:linear-gradient(to right,RAMP)}
+.ramp.correlation{width:9rem;border:1px solid var(--line);background:linear-gradient(to right,CORRELATION)}
+.matrices{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,16rem),1fr));gap:.4rem 1.2rem}
+.matrices figure{max-width:21rem}
+.scroll td:first-child small{white-space:normal;max-width:14rem}td.counted{min-width:8rem}.dots{display:flex;flex-wrap:wrap;gap:2px;max-width:9rem;padding:2px 0}
+.dots i{width:.5rem;height:.5rem;border-radius:50%;background:var(--loss)}
+ul{margin:.4rem 0;padding-left:1.2rem;max-width:48rem;font-size:.9rem}
 """
 
 
@@ -69,11 +80,12 @@ def page(manifest: Manifest, found: Sensitivity, rows: Sequence[Row] = ()) -> st
         ("what", "What this is", sections.what(manifest, found)),
         ("schedule", "The schedule", sections.schedule(found)),
         ("precisions", "The precisions", sections.precisions(manifest, found)),
-        ("scores", "How much each step suffers", sections.scores(found)),
-        ("fit", "Predicted against measured error", sections.fit(found)),
-        ("pareto", "Error against latency", sections.pareto(found)),
-        ("search", "The search around the predicted best", search(found)),
-        ("validation", "Validation: the schedule and the baselines", validation(found)),
+        ("scores", "How much each step suffers", scores(found)),
+        ("gram", "How errors of steps add up", gram_section(found)),
+        ("fit", "Predicted against measured error", fit(found)),
+        ("guard", "The guard: candidates beside each other", guard_section(found)),
+        ("pareto", "Error against latency", latency(found)),
+        ("validation", "Validation: the schedule and simpler ones", validation(found)),
         ("cost", "What the calibration cost", sections.cost(found)),
         ("pictures", "Pictures", pictures_section(rows, found.precisions[0])),
     )
@@ -92,29 +104,34 @@ def page(manifest: Manifest, found: Sensitivity, rows: Sequence[Row] = ()) -> st
 def _style() -> str:
     light, dark = (";".join(f"--p{k}:{shade[side]}" for k, shade in enumerate(SHADES)) for side in (0, 1))
     ramp = ",".join(f"rgb({r},{g},{b})" for r, g, b in palette()[::51].tolist())
-    return STYLE.replace("LIGHT", light).replace("DARK", dark).replace("RAMP", ramp)
+    found = STYLE.replace("LIGHT", light).replace("DARK", dark)
+    return found.replace("RAMP", ramp).replace("CORRELATION", gradient())
 
 
 def _headline(found: Sensitivity) -> str:
-    chosen = next((row for row in found.validation if row.name == "schedule"), None)
-    reference = escape(found.precisions[0])
+    chosen, reference = found.chosen, escape(found.precisions[0])
     latency = found.predicted_latency
     tiles = [
         (f"{latency:.3f}", f"mean step latency / {reference}"),
         (f"{1 / latency:.2f}&times;", f"speed-up over {reference}"),
     ]
     if chosen:
-        tiles.append((f"{chosen.error:.2e}", "E on validation prompts"))
+        _, _, bounds = interval(chosen.typical, ".1e").partition(" ")
+        tiles.append((f"{chosen.typical.value:.2e}", f"typical error on validation prompts {bounds}"))
+        if chosen.departures:
+            counted, _, bounds = departures(chosen.departures).partition(" [")
+            tiles.append((counted, f"validation prompts departed [{bounds}"))
         if chosen.ssim is not None:
             tiles.append((f"{chosen.ssim:.4f}", f"SSIM to {reference}'s pictures"))
     else:
         tiles.append((f"{found.predicted_error:.2e}", "E predicted, not validated"))
     tiles.append((f"{found.search_calls:,}", f"denoiser calls for the scores; a full sweep: {found.sweep_calls:,}"))
     text = '<div class="tiles">' + "".join(f'<div class="tile"><b>{b}</b>{t}</div>' for b, t in tiles) + "</div>"
-    if found.loses_to:
+    if found.losses:
         text += (
             f'<div class="loss" role="note">On the validation prompts this schedule loses to: '
-            f"{escape(', '.join(found.loses_to))}. Each is no slower and has a smaller E.</div>"
+            f"{escape(', '.join(row.name for row in found.losses))}. Each is no slower and has less typical error, beyond the "
+            "95 % interval.</div>"
         )
     elif chosen is None:
         text += '<div class="loss" role="note">This schedule was not run on validation prompts.</div>'

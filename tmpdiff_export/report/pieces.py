@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from calibration import Sensitivity
-from tmpdiff_export.display import schedule_strip
+from calibration.document import DepartureRecord, IntervalRecord, Sensitivity
+from tmpdiff_export.display import departures, interval, schedule_strip
 from tmpdiff_export.report.svg import places
 
 BY_STEP, ORDER = "by step index", "step indices in order of measuring"
-LEFT = (BY_STEP, ORDER, "use", "steps", "checked steps", "tried because")
+DEPARTURES = "departures"
+LEFT = (BY_STEP, ORDER, DEPARTURES, "use", "steps", "checked steps")
 """Headings of columns that are no figures, and stand to the left."""
 
 
@@ -40,4 +41,28 @@ def table(head: Sequence[str], rows: Sequence[str], label: str) -> str:
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{cells}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def typical_cell(typical: IntervalRecord, errors: Sequence[float] = ()) -> str:
+    """A table cell with a typical error above its interval; the plain mean of `errors` is its tooltip."""
+    value, _, bounds = interval(typical, ".2e").partition(" ")
+    mean = f' title="plain mean {sum(errors) / len(errors):.2e}"' if errors else ""
+    return f"<td{mean}>{value}{f'<small>{bounds}</small>' if bounds else ''}</td>"
+
+
+def departures_cell(found: DepartureRecord | None) -> str:
+    """A table cell with a dot per departure above their number."""
+    if found is None:
+        return '<td class="left counted">-</td>'
+    words = departures(found)
+    dots = f'<span class="dots" role="img" aria-label="{words}">{"<i></i>" * found.count}</span>' if found.count else ""
+    counted, _, bounds = words.partition(" [")
+    return f'<td class="left counted">{dots}{counted}<small>[{bounds}</small></td>'
+
+
+def picture(svg: str, label: str, caption: str) -> str:
+    """A figure with its description for those who do not see it; `caption` is HTML."""
+    return (
+        f'<figure><div role="img" aria-label="{escape(label)}">{svg}</div><figcaption>{caption}</figcaption></figure>'
     )

@@ -1,84 +1,95 @@
-"""The section of the report on how the schedule and the baselines did on validation prompts."""
+"""The section of the report on how the schedule and simpler ones did on validation prompts."""
 
 from __future__ import annotations
 
 from html import escape
 
-import numpy as np
+from calibration.document import Sensitivity, Standing, ValidationRow
+from tmpdiff_export.display import interval, number
+from tmpdiff_export.report.marks import BEST_RULE, error_rows, validated
+from tmpdiff_export.report.pieces import BY_STEP, DEPARTURES, departures_cell, picture, strip, table, typical_cell
 
-from calibration import Sensitivity
-from calibration.document import ValidationRow
-from calibration.measure.metrics import departed
-from calibration.statistics import bootstrap_interval
-from tmpdiff_export.display import number
-from tmpdiff_export.report.pieces import BY_STEP, error_cell, strip, table
+WORDS: dict[Standing, str] = {
+    "worse": "schedule worse",
+    "better": "schedule better",
+    "not distinguishable": "not distinguishable from 1",
+}
+MIXED = "uniform, mixed"
 
 
 def validation(found: Sensitivity) -> str:
-    """The table of the schedule and the baselines, and who beats it."""
+    """The schedule and the others, as a picture and as a table, and whether one of them is better."""
     lead = (
-        '<p class="lead">The schedule and simpler rules, run on prompts that calibration had not seen; the rules have as '
-        "many steps per precision as the schedule, so the same latency; a uniform row has one precision throughout.</p>"
+        '<p class="lead">The schedule and simpler ones, run on prompts that calibration had not seen and nothing was chosen '
+        "on.</p>"
     )
     if not found.validation:
         return f"{lead}<p>There were no validation prompts.</p>"
-    rows = [_validation_row(found, row, found.validation[0]) for row in found.validation]
-    reference = found.precisions[0]
-    head = ("schedule", f"latency / {reference}", "E", "E / schedule's", "SSIM", "PSNR dB", BY_STEP, "steps")
-    verdict = (
-        f'<div class="loss" role="note">The schedule loses to: {escape(", ".join(found.loses_to))}.</div>'
-        if found.loses_to
-        else "<p>No row that is as fast or faster has a smaller E than the schedule.</p>"
+    reference = escape(found.precisions[0])
+    figure = picture(
+        error_rows(found, validated(found), "rows", "schedule"),
+        "typical error of the schedule and the others on validation prompts, with intervals",
+        "Typical error with its 95 % interval, smallest on top; the dotted line is the schedule's.",
     )
+    head = (
+        "schedule", BY_STEP, f"latency / {found.precisions[0]}", "typical error", DEPARTURES, "schedule's / its", "SSIM",
+        "PSNR dB", "steps",
+    )  # fmt: skip
+    rows = [_row(found, row) for row in found.validation]
     return (
-        f"{lead}{verdict}{table(head, rows, 'validation')}"
-        '<p class="note">Latency is computed from the measured step latencies. SSIM and PSNR compare the pictures with '
-        f"those of {escape(reference)}; a dash for PSNR: identical or not decoded. A random row is the mean of its draws, "
-        "+- their standard deviation. In brackets: 95 % interval of the ratio over resampled prompts; where it holds 1, the "
-        f"difference may be chance; with few prompts it is too narrow.{_departed(found)}</p>"
+        f"{lead}{_verdict(found)}{figure}{table(head, rows, 'validation')}{_explained(found)}"
+        '<p class="note">Typical error: mean of E in which no prompt counts for more than ten medians; in brackets the 95 % '
+        "interval over resampled prompts, which is too narrow with few of them. A dot is a departure, a run that ended "
+        "elsewhere: E above .05 and ten medians; in brackets the interval of their share. Schedule's / its: typical error of "
+        "the schedule over that of the row, of the same prompts; below 1 the schedule is better. Latency is computed from "
+        f"the measured step latencies. SSIM and PSNR compare the pictures with those of {reference}; a dash for PSNR: "
+        "identical or not decoded. A random row is the mean of its draws.</p>"
     )
 
 
-def _departed(found: Sensitivity) -> str:
-    """Rows in which a run departed, which their plain means of E do not show."""
-    counts = {row.name: departed(np.array(row.sample_errors)) for row in found.validation if row.sample_errors}
-    rows = ", ".join(f"{escape(name)} ({count})" for name, count in counts.items() if count)
-    return f" Departures, prompts that ended more than ten medians away, weigh in the mean: {rows}." if rows else ""
+def _verdict(found: Sensitivity) -> str:
+    best, chosen = found.best_rule, found.chosen
+    beside = ""
+    if best and chosen and best.against and best.standing:
+        beside = f" Beside the best rule it has {interval(best.against, '.2f')} of the typical error: {best.standing}."
+    if found.losses:
+        names = escape(", ".join(row.name for row in found.losses))
+        return f'<div class="loss" role="note">The schedule loses to: {names}.{escape(beside)}</div>'
+    return f"<p>No row that is as fast or faster has less typical error than the schedule beyond the interval.{escape(beside)}</p>"
 
 
-def _validation_row(found: Sensitivity, row: ValidationRow, chosen: ValidationRow) -> str:
-    kind = "chosen" if row.name == "schedule" else "winner" if row.name in found.loses_to else ""
-    spread = f"<small>+- {row.error_spread:.1e}</small>" if row.error_spread is not None else ""
-    strips = "".join(strip(found, schedule) for schedule in row.schedules)
-    cells = (
-        f"{row.latency:.3f}",
-        f"{error_cell(row.error, '.3e')}{spread}",
-        _ratio(row, chosen),
-        number(row.ssim, ".4f"),
-        number(row.psnr_db, ".1f"),
-    )
-    steps = escape(" + ".join(f"{count} {name}" for name, count in row.counts.items()))
-    remark = "beats the schedule" if kind == "winner" else ""
+def _explained(found: Sensitivity) -> str:
+    """A line for each name that does not explain itself."""
+    words = {
+        BEST_RULE: "the rule that had the least typical error on the calibration prompts, as one would choose it in practice.",
+        MIXED: "pictures shared out among uniform precisions so that they take as long on average as with the schedule.",
+    }
+    items = [
+        f"<li><b>{escape(row.name)}</b>: {text}</li>"
+        for row in found.validation
+        for name, text in words.items()
+        if row.name.startswith(name)
+    ]
+    return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def _row(found: Sensitivity, row: ValidationRow) -> str:
+    lost = row in found.losses
+    kind = "chosen" if row is found.chosen else "winner" if lost else ""
+    remark = "beats the schedule" if lost else ""
     if not kind and found.schedule in row.schedules:
         remark = "the schedule's own steps"
-    name = escape(row.name) + (f"<small>{remark}</small>" if remark else "")
+    against = "-"
+    if row.against and row.standing:
+        value, _, bounds = interval(row.against, ".2f").partition(" ")
+        against = f"{value}<small>{bounds}</small><small>{WORDS[row.standing]}</small>"
+    cells = (against, number(row.ssim, ".4f"), number(row.psnr_db, ".1f"))
+    strips = "".join(strip(found, schedule) for schedule in row.schedules)
+    steps = escape(" + ".join(f"{count} {name}" for name, count in row.counts.items()))
+    if row.name == MIXED:
+        steps = "a share of the pictures each"
     return (
-        f"<tr{f' class={kind}' if kind else ''}><td>{name}</td>"
-        f"{''.join(f'<td>{cell}</td>' for cell in cells)}<td>{strips}</td><td class=left>{steps}</td></tr>"
+        f"<tr{f' class={kind}' if kind else ''}><td>{escape(row.name)}{f'<small>{remark}</small>' if remark else ''}</td>"
+        f"<td>{strips}</td><td>{row.latency:.3f}</td>{typical_cell(row.typical, row.sample_errors)}{departures_cell(row.departures)}"
+        f"{''.join(f'<td>{cell}</td>' for cell in cells)}<td class=left>{steps}</td></tr>"
     )
-
-
-def _ratio(row: ValidationRow, chosen: ValidationRow) -> str:
-    """E over the schedule's, with an interval over prompts where there are two or more."""
-    if not chosen.error > 0:
-        return "-"
-    text = f"{row.error / chosen.error:.2f}"
-    own, of = np.array(row.sample_errors), np.array(chosen.sample_errors)
-    if row is chosen or len(own) < 2 or len(own) != len(of):
-        return text
-    found = bootstrap_interval(lambda pick: _over(own[pick].mean(), of[pick].mean()), len(own))
-    return f"{text}<small>[{found.low:.2f}, {found.high:.2f}]</small>" if np.isfinite(found.low) else text
-
-
-def _over(first: float, second: float) -> float:
-    return float(first / second) if second > 0 else float("nan")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
 
+import numpy as np
 import pytest
 from helpers.children import start, wait_for
 from helpers.paths import ROOT
@@ -16,7 +18,13 @@ from helpers.planted_calibration import STEPS, loop, pictures, run
 from calibration import (
     open_journal,
 )
-from calibration.measure.journal import Entry, JournalError
+from calibration.measure.evaluator import SampleSet
+from calibration.measure.journal import JOURNAL_VERSION, Entry, Journal, JournalError
+from calibration.measure.measurements import Measurements
+from calibration.measure.sample_batches import SampleBatches
+from calibration.measure.sketch import to_text
+from engines.documents import canonical_json
+from engines.files import sha256_bytes
 
 
 def document(result):
@@ -123,6 +131,83 @@ def test_named_measurements_are_remembered_bit_for_bit(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         again.record({"broken": Entry(float("nan"))})
     assert open_journal(path, loop()).get("broken") is None
+
+
+def test_what_is_doubted_or_asked_for_anew_is_measured_again(tmp_path):
+    path, measured = tmp_path / "journal", []
+
+    def remembered(anew=False):
+        return open_journal(path, loop()).remember("latencies_ms", measure, anew)
+
+    def measure():
+        measured.append(len(measured))
+        return {"fp16": float(measured[-1])}
+
+    open_journal(path, loop()).doubt("latencies_ms")  # nothing to doubt yet
+    assert remembered() == remembered() == {"fp16": 0.0}
+    for _ in range(2):
+        open_journal(path, loop()).doubt("latencies_ms")
+    assert remembered() == remembered() == {"fp16": 1.0}
+    assert remembered(anew=True) == remembered() == {"fp16": 2.0}
+    journal = open_journal(path, loop())
+    journal.doubt("latencies_ms")
+    assert journal.remember("latencies_ms", measure) == {"fp16": 3.0} == remembered()
+    assert path.read_bytes().count(b"\n") == 1 + 4 + 2, "header, measurements and doubts: nothing is written over"
+
+
+def of_version(path, version, key=None):
+    """Makes a journal say that it is of another version."""
+    first, rest = path.read_bytes().split(b"\n", 1)
+    record = json.loads(first)
+    del record["sha256"]
+    record |= {"journal": version} | ({"key": key} if key else {})
+    digest = sha256_bytes(canonical_json(record))
+    path.write_bytes(canonical_json({**record, "sha256": digest}) + b"\n" + rest)
+
+
+def test_journal_of_an_earlier_version_is_started_afresh_and_says_so(tmp_path, caplog):
+    expected, *_ = calls_in_all()
+    path = tmp_path / "journal"
+    interrupted_run(path, None)
+    whole = path.read_bytes()
+    of_version(path, JOURNAL_VERSION - 1)
+    with caplog.at_level(logging.WARNING, logger="calibration.measure.journal"):
+        assert document(interrupted_run(path, None)) == expected
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == f"journal {path} is of an earlier version, whose measurements have no error vectors; starting afresh"
+    assert path.read_bytes() == whole
+    of_version(path, JOURNAL_VERSION + 1)
+    newer = path.read_bytes()
+    with pytest.raises(JournalError, match="its format version is 3, expected 2; delete it to start afresh"):
+        interrupted_run(path, None)
+    assert path.read_bytes() == newer
+    of_version(path, JOURNAL_VERSION - 1, key="another")
+    foreign = path.read_bytes()
+    with pytest.raises(JournalError, match="belongs to another calibration"):
+        interrupted_run(path, None)
+    assert path.read_bytes() == foreign, "measurements of something else are not taken away"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, r"KeyError: 'direction'"),
+        (5, r"TypeError: .*"),
+        ("no base64", r"Error: .*"),
+        (to_text(np.array([np.inf] * 192, np.float16)), r"ValueError: a sketch holds numbers that are not finite"),
+        (to_text(np.ones(12, np.float16)), r"ValueError: 12 numbers, expected 192"),
+    ],
+)
+def test_error_vectors_that_a_journal_lacks_are_named(text, says):
+    journal = Journal.in_memory("key")
+    samples = SampleSet(loop())
+    found = Measurements("calibration", samples, journal, SampleBatches({"calibration": samples}))
+    assert found.downcast(2, "int8", 0).direction.shape == (192,)
+    value = {"error": 0.1} | ({"direction": text} if text else {})
+    journal.record({"calibration/downcast/3/int8/0": Entry(value)})
+    words = rf"journal in memory has no usable error vector of calibration/downcast/3/int8/0 \(.*{says}\); delete it to"
+    with pytest.raises(JournalError, match=words):
+        found.downcast(3, "int8", 0)
 
 
 CHILD = """

@@ -11,7 +11,6 @@ import pytest
 from calibration.choose.allocation import ErrorBudget, HighSteps, LatencyBudget, allocate, drop_dominated
 from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import pareto_front
-from calibration.scores.predictors import Contributions
 from engines.errors import BudgetError
 
 NAMES = ("fp16", "fp8", "int8", "int4")
@@ -29,7 +28,7 @@ def case(seed, *, coarse):
         latencies = [1.0, *np.round(rng.uniform(0.2, 1.3, size=count - 1), 4)]
         values = np.rint(2**20 * np.exp(2 * rng.normal(size=(num_steps, count)))) / 2**20
     values[:, 0] = 0
-    return LatencyModel(names, dict(zip(names, map(float, latencies), strict=True))), Contributions(values)
+    return LatencyModel(names, dict(zip(names, map(float, latencies), strict=True))), values
 
 
 def every_schedule(latency_model, found):
@@ -37,7 +36,7 @@ def every_schedule(latency_model, found):
 
     In the order of ties: the first differing step at the precision listed first.
     """
-    names, values = latency_model.precisions, found.values
+    names, values = latency_model.precisions, found
     choices = np.array(list(itertools.product(range(len(names)), repeat=len(values))))
     steps = np.array([latency_model.latencies_ms[name] for name in names])
     latency = np.rint(1e4 * steps).astype(int)[choices].sum(axis=1)
@@ -54,7 +53,7 @@ def brute_front(latency_model, found):
         if least is None or error[k] < least:
             least = error[k]
             schedule = tuple(names[choice] for choice in choices[k])
-            ratio = float(latency[k] / (len(found.values) * round(1e4 * latencies[names[0]])))
+            ratio = float(latency[k] / (len(found) * round(1e4 * latencies[names[0]])))
             front.append((ratio, float(error[k] / 2**20), schedule))
     return front
 
@@ -85,7 +84,7 @@ def test_front_and_budgets_agree_with_brute_force(seed, coarse):
 @pytest.mark.parametrize("seed", range(25))
 def test_high_steps_agree_with_brute_force(seed, coarse):
     latency_model, contributions = case(seed, coarse=coarse)
-    names, values = latency_model.precisions, contributions.values
+    names, values = latency_model.precisions, contributions
     low = min(names[1:], key=lambda name: (latency_model.latencies_ms[name], values[:, names.index(name)].sum()))
     choices, _, errors = every_schedule(latency_model, contributions)
     for count in range(len(values) + 1):
@@ -97,25 +96,13 @@ def test_high_steps_agree_with_brute_force(seed, coarse):
         assert found.error == pytest.approx(errors[best] / 2**20, rel=1e-12)
 
 
-def test_power_changes_errors_but_no_ranking():
-    latency_model, found = case(3, coarse=False)
-    square = Contributions(found.values, 2.0)
-    plain, squared = (pareto_front(latency_model, one) for one in (found, square))
-    assert [entry.precisions for entry in squared] == [entry.precisions for entry in plain]
-    np.testing.assert_allclose([e.error for e in squared], [e.error**2 for e in plain], rtol=1e-12)
-    middle = squared[len(squared) // 2]
-    assert allocate(latency_model, square, ErrorBudget(middle.error)) == middle
-    high = allocate(latency_model, square, HighSteps(1))
-    assert high.error == allocate(latency_model, found, HighSteps(1)).error ** 2
-
-
 def test_budget_no_schedule_meets_names_one_that_does():
     latency_model = LatencyModel(("fp16", "int8"), {"fp16": 3.0, "int8": 1.0})
-    found = Contributions(np.array([[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]]))
+    found = np.array([[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]])
     with pytest.raises(BudgetError, match=r"in 0\.2 of the reference's latency; the fastest takes 0\.3334"):
         allocate(latency_model, found, LatencyBudget(0.2))
     assert allocate(latency_model, found, LatencyBudget(0.3334)).precisions == ("int8",) * 3
-    biased = Contributions(found.values + 0.1)
+    biased = found + 0.1
     with pytest.raises(BudgetError, match=r"error of 0\.2 or less; the most accurate has 0\.3,"):
         allocate(latency_model, biased, ErrorBudget(0.2))
     assert allocate(latency_model, biased, ErrorBudget(0.3)).precisions == ("fp16",) * 3
@@ -124,13 +111,13 @@ def test_budget_no_schedule_meets_names_one_that_does():
     ):
         allocate(latency_model, found, HighSteps(4))
     with pytest.raises(BudgetError, match=r"1 high-precision steps asked for, .* the nearest that can be met is 3"):
-        allocate(LatencyModel(("fp16",), {"fp16": 3.0}), Contributions(found.values[:, :1]), HighSteps(1))
+        allocate(LatencyModel(("fp16",), {"fp16": 3.0}), found[:, :1], HighSteps(1))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_value_named_by_a_refusal_can_be_met(seed):
     latency_model, found = case(seed, coarse=False)
-    found.values[:] += 0.01
+    found[:] += 0.01
     for budget, text in ((LatencyBudget, "the fastest takes "), (ErrorBudget, "the most accurate has ")):
         with pytest.raises(BudgetError) as refusal:
             allocate(latency_model, found, budget(1e-9))
@@ -144,7 +131,7 @@ def test_slower_and_worse_is_never_picked_and_dropping_says_why():
     errors = {"fp16": 0.0, "fp8": 0.1, "int8": 0.2, "int4": 0.5}
     values = rng.uniform(0.5, 1.5, size=(12, 1)) * np.array([0.0, 0.1, 0.2, 0.5])
     latency_model = LatencyModel(names, latencies)
-    picked = {name for entry in pareto_front(latency_model, Contributions(values)) for name in entry.precisions}
+    picked = {name for entry in pareto_front(latency_model, values) for name in entry.precisions}
     assert picked == {"fp16", "int8"}
     left, dropped = drop_dominated(latency_model, errors)
     assert left == ("fp16", "int8")
@@ -165,7 +152,7 @@ def test_hundred_steps_five_precisions_in_a_second():
     latency_model = LatencyModel(names, dict(zip(names, (81.3, 70.1, 52.9, 33.7, 25.3), strict=True)))
     values = np.exp(1.5 * rng.normal(size=(100, 1))) * np.array([0, 0.02, 0.1, 0.3, 1.0])
     values *= np.exp(0.3 * rng.normal(size=values.shape))
-    found = Contributions(values)
+    found = values
     started = time.process_time()  # which other work does not lengthen
     front = pareto_front(latency_model, found)
     assert time.process_time() - started < 1
@@ -185,8 +172,8 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"high-precision steps: 2\.5"):
         HighSteps(2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shape \(3, 2\), expected \[T, 1\]"):
-        pareto_front(LatencyModel(("fp16",), {"fp16": 1.0}), Contributions(values))
+        pareto_front(LatencyModel(("fp16",), {"fp16": 1.0}), values)
     with pytest.raises(ValueError, match="negative"):
-        pareto_front(LatencyModel(("fp16", "int8"), {"fp16": 1.0, "int8": 1.0}), Contributions(values - 1))
+        pareto_front(LatencyModel(("fp16", "int8"), {"fp16": 1.0, "int8": 1.0}), values - 1)
     with pytest.raises(ValueError, match="step latency is 0 ms"):
-        pareto_front(LatencyModel(("fp16", "int8"), {"fp16": 1.0, "int8": 0}), Contributions(values))
+        pareto_front(LatencyModel(("fp16", "int8"), {"fp16": 1.0, "int8": 0}), values)

@@ -21,7 +21,6 @@ from calibration.choose.allocation import (
 )
 from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
 from calibration.choose.pareto import pareto_front
-from calibration.scores.predictors import Contributions
 from engines.errors import BudgetError
 
 NAMES = ("fp16", "fp8", "int8", "int4")
@@ -88,7 +87,7 @@ def test_front_and_budgets_agree_with_brute_force(seed, kind):
     reference = len(values) * round(1e4 * latencies[names[0]])
     for max_engines in (None, *range(1, len(names) + 1)):
         costs = AllocationCosts(swap_ms, max_engines)
-        problem = LatencyModel(names, latencies, costs), Contributions(values)
+        problem = LatencyModel(names, latencies, costs), values
         rows = brute_front(schedules, max_engines or len(names))
         expected = [tuple(names[choice] for choice in choices[row]) for row in rows]
         front = pareto_front(*problem)
@@ -118,17 +117,17 @@ def test_high_steps_agree_with_brute_force(seed, kind):
         allowed = np.flatnonzero((high | (choices == names.index(low))).all(axis=1) & (high.sum(axis=1) == count))
         if max_engines == 1 and 0 < count < len(values):
             with pytest.raises(BudgetError, match="take two engines, but max_engines is 1"):
-                allocate(latency_model, Contributions(values), HighSteps(count))
+                allocate(latency_model, values, HighSteps(count))
             continue
         best = min(allowed, key=lambda row: (error[row], latency[row], row))
-        found = allocate(latency_model, Contributions(values), HighSteps(count))
+        found = allocate(latency_model, values, HighSteps(count))
         assert found.precisions == tuple(names[choice] for choice in choices[best])
         assert found.error == pytest.approx(error[best] / 2**20, rel=1e-12)
         assert found.latency == latency_model.latency(found.precisions)
 
 
 def test_equal_high_steps_go_where_changes_are_cheapest():
-    contributions = Contributions(np.array([[0.0, 1.0]] * 6))
+    contributions = np.array([[0.0, 1.0]] * 6)
     latency_model = LatencyModel(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
     free = allocate(latency_model, contributions, HighSteps(2))
     assert free.precisions == ("fp16",) * 2 + ("int8",) * 4
@@ -151,7 +150,7 @@ def test_latency_charges_every_change_in_its_direction():
 @pytest.mark.parametrize("seed", range(8))
 def test_free_swaps_and_room_for_all_engines_change_no_bit(seed, kind):
     names, latencies, values, _ = case(seed, kind)
-    free, found = LatencyModel(names, latencies), Contributions(values)
+    free, found = LatencyModel(names, latencies), values
     plain = pareto_front(free, found)
     for costs in (AllocationCosts(0.0, len(names)), AllocationCosts(dict.fromkeys(pairs(names), 0.0), 9)):
         latency_model = replace(free, costs=costs)
@@ -173,7 +172,7 @@ def test_swaps_that_cost_more_than_they_gain_are_not_made(seed):
     gain_ms = 12 * (latencies["fp16"] - latencies["int4"])
 
     def made(swap_ms):
-        front = pareto_front(LatencyModel(NAMES, latencies, AllocationCosts(swap_ms)), Contributions(values))
+        front = pareto_front(LatencyModel(NAMES, latencies, AllocationCosts(swap_ms)), values)
         return {changes(entry.precisions) for entry in front}
 
     assert max(made(0.0)) > 2
@@ -189,7 +188,7 @@ def five_precisions(seed=0):
 
 
 def test_dearer_swaps_and_fewer_engines_never_lower_the_error():
-    found = Contributions(five_precisions(1)[0][:40])
+    found = five_precisions(1)[0][:40]
     rows = []
     for costs in [AllocationCosts(swap_ms) for swap_ms in (0.0, 0.05, 1.0, 20.0)]:
         latency_model = LatencyModel(FIVE, FIVE_MS, costs)
@@ -218,7 +217,7 @@ def test_hundred_steps_five_precisions_in_a_second(per_pair, max_engines, caplog
     taken_s = []
     while not taken_s or (min(taken_s) >= 1 and len(taken_s) < 3):  # other work on the machine also takes its caches
         started = time.process_time()
-        front = pareto_front(latency_model, Contributions(values))
+        front = pareto_front(latency_model, values)
         taken_s.append(time.process_time() - started)
     assert min(taken_s) < 1, taken_s
     assert not caplog.records, "exact, so nothing to warn of"
@@ -237,7 +236,7 @@ def test_front_too_large_is_thinned_within_the_bound_it_warns_of(costs, caplog, 
     latencies = {name: FIVE_MS[name] + offset for name, offset in zip(FIVE, (0, 0.017, 0.0231, 0.0057, 0), strict=True)}
     linear = np.array([1 - latencies[name] / latencies["fp16"] for name in FIVE])
     values = linear * np.exp(0.01 * np.random.default_rng(0).normal(size=(25, 1)))
-    problem = LatencyModel(FIVE, latencies, costs), Contributions(values)
+    problem = LatencyModel(FIVE, latencies, costs), values
     exact = pareto_front(*problem)
     assert not caplog.records
     monkeypatch.setattr(pareto, "MAX_POINTS", 400)
@@ -281,7 +280,7 @@ def test_wrong_costs_are_refused():
     for limit in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=r"max_engines is .*, expected a whole number from 1, or None"):
             AllocationCosts(0.0, limit)  # type: ignore[arg-type]
-    found, free = Contributions(np.ones((3, 2))), LatencyModel(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
+    found, free = np.ones((3, 2)), LatencyModel(("fp16", "int8"), {"fp16": 2.0, "int8": 1.0})
     one_way = replace(free, costs=AllocationCosts({("fp16", "int8"): 0.1}))
     with pytest.raises(ValueError, match="swap_ms lacks int8 to fp16; give every ordered pair of precisions"):
         pareto_front(one_way, found)

@@ -111,6 +111,63 @@ def test_a_run_that_goes_on_ends_as_the_whole_one(
     assert sum(size * calls for size, calls in sizes.items()) == measured + sum(again[3].values())
 
 
+def vectors(found: Measurements) -> dict[Any, tuple[float, bytes]]:
+    """E and direction of all downcasts to int8, and of the nudged runs, announced first."""
+    samples = range(found.num_samples)
+    found.expect_nudged()
+    for step in range(STEPS):
+        found.expect_downcasts(step, "int8")
+    runs = {("nudged", sample): found.nudged(sample) for sample in samples}
+    runs |= {(step, sample): found.downcast(step, "int8", sample) for step in range(STEPS) for sample in samples}
+    return {key: (run.error, run.direction.tobytes()) for key, run in runs.items()}
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_directions_are_the_same_however_they_are_measured(tmp_path: Path, at_once: int):
+    expected = vectors(measurements(loop()))
+    path, samples = tmp_path / "journal", SampleSet(loop())
+    sizes: Counter[int] = Counter()
+    whole = Measurements("calibration", samples, open_journal(path, loop()), batches(at_once, sizes))
+    assert vectors(whole) == expected
+    assert max(sizes) == min(at_once, loop().num_samples)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for share in (0.3, 0.8):
+        path.write_bytes(b"".join(lines[: round(share * len(lines))]))
+        again = Measurements("calibration", samples, open_journal(path, loop()), batches(at_once, Counter()))
+        assert vectors(again) == expected
+        assert again.calls == whole.calls
+        assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_directions_and_errors_are_those_of_the_planted_loop():
+    planted = loop()
+    found = measurements(planted)
+    for step in (0, 4, 9):
+        schedule = ["fp16"] * STEPS
+        schedule[step] = "int8"
+        runs = [found.downcast(step, "int8", sample) for sample in range(planted.num_samples)]
+        assert np.mean([run.error for run in runs]) == pytest.approx(planted.true_error(schedule), rel=1e-3)
+        for run in runs:
+            assert run.direction.dtype == np.float16
+            truth = np.zeros(192)
+            truth[[0, step + 1]] = np.sqrt(0.3), np.sqrt(0.7)  # the part all errors share, and the step's own
+            np.testing.assert_allclose(run.direction, truth, atol=2e-3)
+    assert found.calls["calibration: downcast int8"] == {"int8": 3 * 5, "fp16": 5 * (9 + 5 + 0)}
+
+
+def test_a_nudged_run_is_a_whole_reference_run_of_its_own():
+    sizes: Counter[int] = Counter()
+    found = Measurements("calibration", SampleSet(loop()), Journal.in_memory(""), batches(5, sizes))
+    found.expect_nudged()
+    runs = [found.nudged(sample) for sample in range(found.num_samples)]
+    assert all(0 < run.error < 2.0**-30 for run in runs)
+    assert found.calls["calibration: rounding"] == {"fp16": 5 * STEPS}
+    assert sizes == {5: 2 * STEPS}
+    assert found.uniform_error("fp16", 0)["error"] == 0, "the reference is what it was"
+    assert found.downcast(0, "fp8", 0).error > 1e-6
+    assert not found.recomputed
+
+
 def test_latents_that_overflow_are_named():
     found = measurements(Together(loop(), Counter(), overflows=True))
     with pytest.raises(TmpDiffError, match="uniform fp16 run of calibration sample 0 gave latents that are not finite"):
@@ -140,8 +197,24 @@ def test_a_bundle_steps_several_samples_as_it_steps_each(tiny_pipeline: Path, tm
         for sample, state in zip(order, states, strict=True):
             np.testing.assert_allclose(evaluator.latents(state), evaluator.latents(alone[sample]), rtol=1e-3, atol=1e-4)
         assert np.abs(evaluator.latents(states[0]) - evaluator.latents(states[1])).max() > 0.1
+        assert_nudged_slightly(evaluator, BundleEvaluator(runtime, PROMPTS, seed=4, guidance_scale=4.0))
         with pytest.raises(ValueError, match="expected all at one step"):
             evaluator.steps(order, [states[0], evaluator.start(0)], "fp16")
+
+
+def assert_nudged_slightly(evaluator: BundleEvaluator, later: BundleEvaluator) -> None:
+    """`later` has the seeds of `evaluator`, one sample on."""
+    for sample in range(evaluator.num_samples):
+        start = evaluator.latents(evaluator.start(sample)).astype(np.float64)
+        added = evaluator.latents(evaluator.start(sample, nudged=True)) - start
+        rms = np.sqrt(np.mean(start**2))
+        assert 0.9 < np.sqrt(np.mean(added**2)) / (2.0**-16 * rms) < 1.1
+        assert abs(np.mean(added * start)) < 2.0**-16 * rms**2 * 0.3, "noise of its own"
+        again = evaluator.start(sample, nudged=True)
+        assert evaluator.latents(again).dtype == np.float32
+        np.testing.assert_array_equal(evaluator.latents(again) - start, added)
+    same_seed = later.latents(later.start(0, nudged=True))
+    np.testing.assert_array_equal(same_seed, evaluator.latents(evaluator.start(1, nudged=True)))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,16 @@ def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
         for either in (here, there):
             either.upcast_error("int8", 2, 1)
             either.schedule_error("some", mixed, 0, pictures=False)
+        for step in (0, 3):
+            there.expect_downcasts(step, "int4")
+        there.expect_nudged()
+        for sample in range(SAMPLES):
+            both = [
+                [pool.downcast(step, "int4", sample) for step in (0, 3)] + [pool.nudged(sample)]
+                for pool in (here, there)
+            ]
+            for one, other in zip(*both, strict=True):
+                assert (one.error, one.direction.tobytes()) == (other.error, other.direction.tobytes())
         there.forget("int8")
         assert there.upcast_error("int8", 4, 1) == here.upcast_error("int8", 4, 1)
     assert there.calls == here.calls

@@ -14,6 +14,7 @@ from helpers.demo_build import linked_copy
 from helpers.paths import ROOT
 from helpers.tiny_pipeline import tiny_options
 
+from calibration import Sensitivity
 from engines.bundle import Bundle
 
 
@@ -43,6 +44,36 @@ def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path)
     refused("calibrate", tmp_path, "--prompts", prompts, says="it holds no manifest.json")
     assert (bundle / "schedule.json").read_bytes() == before
     assert Bundle.open(bundle).verify() > 0
+
+
+def test_latencies_that_a_budget_was_refused_for_or_that_are_asked_for_are_measured_anew(
+    built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = linked_copy(built(tiny_options()), tmp_path / "bundle")
+    int8_ms = [1.9, 1.0, 0.8]
+    measured: list[float] = []
+
+    def latencies(*_: object) -> dict[str, float]:
+        measured.append(int8_ms[len(measured)])
+        return {"fp16": 2.0, "int8": measured[-1]}
+
+    monkeypatch.setattr("tmpdiff_export.calibrate.bundle._latencies", latencies)
+    command = ["calibrate", bundle, "--prompts", save_prompts(tmp_path), "--samples", 1, "--validation-samples", 1]
+
+    def latency(*budget: object) -> float:
+        done = called(EXPORT, *command, *budget)
+        assert done.returncode == 0, done.stderr
+        return Sensitivity.load(bundle / "sensitivity.json").latencies_ms["int8"]
+
+    refused(*command, "--budget-latency", "0.6", says="the fastest takes 0.95")
+    assert measured == [1.9], "a busy machine"
+    assert latency("--budget-latency", "0.6") == 1.0
+    assert latency("--budget-latency", "0.7") == 1.0
+    assert latency("--high-steps", 1) == 1.0
+    assert measured == [1.9, 1.0], "kept"
+    assert latency("--budget-latency", "0.7", "--fresh-latencies") == 0.8
+    assert latency("--budget-latency", "0.7") == 0.8
+    assert measured == int8_ms
 
 
 SLOWED = """

@@ -45,8 +45,8 @@ def analyse(content: dict[str, Any]) -> Analysis:
     left = [name for name in setting["precisions"] if name not in content["data"]]
     if left:
         notes.append(f"not measured, as time was up: {', '.join(left)}")
-    cells = [cell for found in precisions.values() for cell in found["cells"].values()]
-    findings = {"precisions": precisions, "all": over_all(cells)}
+    every = [cell for found in precisions.values() for cell in found["cells"].values()]
+    findings = {"precisions": precisions, "all": over_all(every)}
     return Analysis(findings, (*found_goals, *_goals_over_all(findings["all"])), tuple(notes))
 
 

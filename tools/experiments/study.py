@@ -213,6 +213,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
             journal = open_journal(path, *sets.evaluators)
             at_once = samples_per_call(runtime, scale)
             named = sets.named()
+            named["calibration"] = replace(named["calibration"], decode=None)
             named["validation"] = replace(named["validation"], compare=compare)
             pool = SampleBatches(named, at_once, args.threads)
             yield Study(

@@ -150,12 +150,12 @@ class Experiment:
             whole |= {"experiment": self.name, "command": command, "data_in": data_in}
             del whole["data"]
         write_content(whole, prefix)
-        save(lambda: self.draw(content, findings), _beside(prefix, ".png"))
+        save(lambda: self.draw(content, findings), beside(prefix, ".png"))
         setting = content["setting"]
         print_goals(f"{self.name}, {setting['denoiser']}, T = {setting['num_steps']}", found.goals)
         for note in found.notes:
             print(note)
-        print(f"wrote {_beside(prefix, '.json')} and {_beside(prefix, '.png')}")
+        print(f"wrote {beside(prefix, '.json')} and {beside(prefix, '.png')}")
 
     def wording(self, args: argparse.Namespace) -> str:
         """The command as it was given; paths by their name only."""
@@ -176,7 +176,7 @@ def require_folder(prefix: Path) -> None:
 
 def write_content(content: dict[str, Any], prefix: Path) -> None:
     """Writes PREFIX.json."""
-    atomic_write_text(_beside(prefix, ".json"), compact_json(content) + "\n")
+    atomic_write_text(beside(prefix, ".json"), compact_json(content) + "\n")
 
 
 def print_goals(name: str, goals: Sequence[Goal]) -> None:
@@ -221,5 +221,6 @@ def compact_json(data: Any, depth: int = 0) -> str:
     return json.dumps(data, allow_nan=False, separators=(",", ":"))
 
 
-def _beside(prefix: Path, suffix: str) -> Path:
+def beside(prefix: Path, suffix: str) -> Path:
+    """The file of a prefix; it may hold dots."""
     return prefix.with_name(prefix.name + suffix)

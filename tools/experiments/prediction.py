@@ -151,8 +151,9 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
                 transform=axes.transAxes, va="top", fontsize=8,
             )  # fmt: skip
             axes.margins(0.08, 0.16)
-            axes.ticklabel_format(style="sci", scilimits=(-2, 2))
-            axes.set_xlabel(f"predicted E, {predictor}")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:.2g}")
+            axes.set_xlabel(f"predicted by the {predictor}")
             if predictor == PREDICTORS[0]:
                 axes.set_title(label(precision, setting["backend"]))
         row[0].set_ylabel("measured E, unseen prompts")

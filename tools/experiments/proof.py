@@ -29,8 +29,7 @@ from engines.documents import read_json
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from tools.experiments import prediction, quality
-from tools.experiments.command import Experiment
-from tools.experiments.command import write_content as write
+from tools.experiments.command import Experiment, beside, write_content
 from tools.experiments.study import open_study
 
 PROGRAM = "proof"
@@ -88,7 +87,7 @@ def measure(piece: Piece) -> None:
     def run() -> int:
         with open_study(piece.arguments(EXPERIMENTS[0]), report) as study:
             for experiment in EXPERIMENTS:
-                write(experiment.content(study, piece.arguments(experiment)), piece.part(experiment))
+                write_content(experiment.content(study, piece.arguments(experiment)), piece.part(experiment))
         return 0
 
     sys.exit(guarded(piece.name, run))
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             pieces.append(Piece(folder, precision, tuple(words), args.out, until))
     for piece in pieces:
         for experiment in EXPERIMENTS:
-            piece.part(experiment).with_name(f"{piece.part(experiment).name}.json").unlink(missing_ok=True)
+            beside(piece.part(experiment), ".json").unlink(missing_ok=True)
     failed = _in_parallel(pieces, args.processes)
     for folder, *_ in bundles:
         for experiment in EXPERIMENTS:
@@ -154,12 +153,8 @@ def _in_parallel(pieces: Sequence[Piece], at_once: int) -> list[str]:
 
 def _put_together(experiment: Experiment, pieces: Sequence[Piece]) -> None:
     """Writes, draws and prints one result file of the parts of a bundle."""
-    paths = [piece.part(experiment) for piece in pieces]
-    contents = [
-        read_json(path, "result file", TmpDiffError)
-        for path in (prefix.with_name(f"{prefix.name}.json") for prefix in paths)
-        if path.exists()
-    ]
+    paths = [beside(piece.part(experiment), ".json") for piece in pieces]
+    contents = [read_json(path, "result file", TmpDiffError) for path in paths if path.exists()]
     data: dict[str, Any] = {}
     for content in contents:
         data |= content["data"]
@@ -168,11 +163,10 @@ def _put_together(experiment: Experiment, pieces: Sequence[Piece]) -> None:
         return
     names = [piece.precision for piece in pieces]
     whole = contents[0] | {"setting": contents[0]["setting"] | {"precisions": names}, "data": data}
-    whole["command"] = whole["command"].replace(
-        f"--precisions {contents[0]['setting']['precisions'][0]} ", f"--precisions {','.join(names)} "
-    )
     prefix = pieces[0].folder / f"{experiment.name}-{pieces[0].bundle.name}"
-    write(whole, prefix)
+    args = vars(pieces[0].arguments(experiment)) | {"precisions": ",".join(names), "out": prefix, "seconds_limit": None}
+    whole["command"] = experiment.wording(argparse.Namespace(**args))
+    write_content(whole, prefix)
     experiment.finish(whole, prefix)
 
 

@@ -41,7 +41,11 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
     for row, words in zip(rows, names, strict=True):
         row[0].set_ylabel(words)
     if found:
-        figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=max(3, 3 * len(found)))
+        figure.legend(
+            *rows[0][0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=2 if len(found) == 1 else min(7, 3 * len(found)),
+        )
     headline(
         figure,
         f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['validation_prompts'])} unseen samples; 95 % "
@@ -83,5 +87,5 @@ def _departures(axes: Axes, cells: dict[str, Any], shade: str) -> None:
     axes.plot(steps, best, "o", color=INK, markersize=8, fillstyle="none", label="best rule")
     axes.plot(steps, [cell["departures"]["schedule"] for cell in cells.values()], "*", color=shade, markersize=9)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=-0.4)
+    axes.set_ylim(-0.4, 1.5 * max(2, axes.get_ylim()[1]))  # room for the legend
     axes.legend(loc="upper right", fontsize=8)

@@ -190,6 +190,7 @@ class TrialRecord(_Record):
         errors: E of each.
         leading: how many of the first samples were drawn at random; those behind them are fragile ones.
         typical: over the leading samples.
+        expected: the same, averaged with what is predicted where few samples leave it noisy; the least wins.
         departures: of all samples it ran on.
         calls: denoiser calls it took.
     """
@@ -203,6 +204,7 @@ class TrialRecord(_Record):
     errors: tuple[float, ...]
     leading: int
     typical: IntervalRecord
+    expected: float
     departures: DepartureRecord
     calls: int
 
@@ -214,7 +216,7 @@ class GuardRecord(_Record):
         trials: the winner first, then by how many samples they ran on and their typical error.
         rounds: how many leading samples each round had, and how many candidates.
         fragile: the samples that departures were looked for on, whichever round.
-        best_rule: name of the rule with the least typical error.
+        best_rule: name of the rule that came out best among them, by what the winner is chosen by.
         calls: denoiser calls of all, per precision.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -19,8 +19,6 @@ from calibration.statistics import departure_record, interval_record, ratio_inte
 RANDOM_DRAWS = 3
 SEED = 0
 STAGE = "schedules"
-
-LATENCY_TOLERANCE = 1e-9
 
 MIXED = "uniform, mixed"
 """Name of the row whose pictures are shared out among two uniform precisions."""
@@ -172,11 +170,3 @@ def _row(name: str, runs: _Runs, chosen: _Runs, latency_model: LatencyModel) -> 
         ssim=None if runs.ssim is None else mean(runs.over_draws(runs.ssim)),
         psnr_db=None if runs.mse is None else psnr_db(runs.over_draws(runs.mse)),
     )
-
-
-def loses_to(rows: Sequence[ValidationRow]) -> tuple[str, ...]:
-    """Rows that are no slower than the schedule and have less typical error, beyond their interval."""
-    if not rows:
-        return ()
-    limit = rows[0].latency * (1 + LATENCY_TOLERANCE)
-    return tuple(row.name for row in rows[1:] if row.latency <= limit and row.against and row.against.low > 1)

@@ -81,17 +81,15 @@ def stacked(states: Sequence[SamplerState]) -> SamplerState:
     )
 
 
-def split(state: SamplerState) -> list[SamplerState]:
-    """A state of N samples as N states of one sample each; their arrays are views of the state's."""
-    return [
-        SamplerState(
-            state.step_index,
-            state.latents[row : row + 1],
-            tuple((j, values[row : row + 1]) for j, values in state.past_samples),
-            tuple((j, values[row : row + 1]) for j, values in state.past_outputs),
-        )
-        for row in range(len(state.latents))
-    ]
+def row_of(state: SamplerState, row: int) -> SamplerState:
+    """One sample of a state [N, C, H, W], as a state of its own; its arrays are views of the state's."""
+    rows = slice(row, row + 1)
+    return SamplerState(
+        state.step_index,
+        state.latents[rows],
+        tuple((j, values[rows]) for j, values in state.past_samples),
+        tuple((j, values[rows]) for j, values in state.past_outputs),
+    )
 
 
 def _joined(arrays: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -195,10 +193,10 @@ class SamplerTable:
             raise ValueError(f"model_output has shape {output.shape}, expected the latents' {state.latents.shape}")
         samples = dict(state.past_samples) | {k: state.latents}
         outputs = dict(state.past_outputs) | {k: output}
-        total = np.zeros(output.shape, np.float64)
+        total, term = np.zeros(output.shape, np.float64), np.empty(output.shape, np.float64)
         for terms, arrays in ((self.rows[k].samples, samples), (self.rows[k].outputs, outputs)):
             for j, coefficient in terms:
-                total += _scaled(arrays[j], coefficient)
+                total += np.multiply(arrays[j], coefficient, out=term, dtype=np.float64)
         return SamplerState(
             k + 1,
             _frozen(total, np.float32),

@@ -4,13 +4,14 @@ Predictions can mislead, so what they choose has to win against the rules of thu
 the same samples, drawn at random, and on *fragile* ones: those most likely to depart. The better half, the best rule
 always among it, goes on to twice as many samples (successive halving: Jamieson and Talwalkar, AISTATS 2016), until all
 have been used. Of those left, a candidate that departs on significantly more samples than the one that departs least (sign
-test over the samples where the two differ) is out; of the others the least typical error wins.
+test over the samples where the two differ) is out; of the others the least typical error wins. Few samples leave it noisy,
+and the least of many noisy figures is the luckiest: it is averaged with what is predicted, each weighed by its variance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +21,7 @@ from calibration.choose.candidates import Candidate
 from calibration.choose.predictions import Predictions
 from calibration.document import GuardRecord, TrialRecord
 from calibration.measure.measurements import Measurements
-from calibration.measure.metrics import departed
+from calibration.measure.metrics import departed, limited
 from calibration.statistics import interval_record, share_record, typical_errors, typical_interval
 
 STAGE = "guard"
@@ -35,28 +36,41 @@ FRAGILE_SHARE = 0.1
 """Share of the samples, those with the largest summed downcasts, that departures are looked for on: four fifths of all
 departures come from them."""
 
+LEAST_DOUBT = 0.05
+"""Least standard deviation of the logarithm that predictions are taken to be wrong by."""
+
 SIGNIFICANT = 0.1
 """Largest probability that chance alone gives so many more departures: four more, where nothing else differs."""
 
 
 @dataclass
 class _Trial:
-    """A candidate under test; `errors` are E by sample."""
+    """A candidate under test.
+
+    Attributes:
+        candidate: which one.
+        leading: samples drawn at random, of the last round that it took part in.
+        errors: E by sample, of leading and fragile ones.
+        expected: typical error, from what is measured and predicted (`expected_errors`).
+    """
 
     candidate: Candidate
+    leading: Sequence[int] = ()
     errors: dict[int, float] = field(default_factory=dict)
+    expected: float = math.inf
 
-    def values(self, samples: Sequence[int]) -> np.ndarray:
+    def values(self, samples: Iterable[int]) -> np.ndarray:
         return np.array([self.errors[sample] for sample in samples])
 
-    def typical(self, leading: Sequence[int]) -> float:
-        return float(typical_errors(self.values(leading)))
+    @property
+    def typical(self) -> float:
+        return float(typical_errors(self.values(self.leading)))
 
-    def departures(self, leading: Sequence[int]) -> set[int]:
+    @property
+    def departures(self) -> set[int]:
         """Of all samples it ran on, by the median of the leading ones."""
-        samples = list(self.errors)
-        lost = departed(self.values(samples), float(np.median(self.values(leading))))
-        return {sample for sample, gone in zip(samples, lost, strict=True) if gone}
+        lost = departed(self.values(self.errors), float(np.median(self.values(self.leading))))
+        return {sample for sample, gone in zip(self.errors, lost, strict=True) if gone}
 
 
 def fragile_samples(measurements: Measurements, precisions: Sequence[str], summed: np.ndarray) -> tuple[int, ...]:
@@ -98,39 +112,34 @@ def guard(
         The record, the winner first.
     """
     order = np.random.default_rng(0).permutation(measurements.num_samples).tolist()
-    sizes = _sizes(len(order))
+    rounds = [(order[:size], list(dict.fromkeys((*order[:size], *fragile)))) for size in _sizes(len(order))]
     alive = trials = [_Trial(candidate) for candidate in found]
-    seen: dict[int, list[int]] = {}  # leading samples by trial, as many as it took part with
-    rounds = []
-    done, total = 0, _most_runs(sizes, len(trials), len(fragile))
-    for size in sizes:
-        leading = order[:size]
-        rounds.append((size, len(alive)))
-        samples = list(dict.fromkeys((*leading, *fragile)))
+    done, total = 0, _most_runs([len(samples) for _, samples in rounds], len(trials))
+    took_part = []
+    for leading, samples in rounds:
+        took_part.append((len(leading), len(alive)))
         measurements.expect([trial.candidate.precisions for trial in alive], pictures=False, samples=samples)
         for trial in alive:
+            trial.leading = leading
             for sample in samples:
+                if sample in trial.errors:
+                    continue
                 values = measurements.schedule_error(STAGE, trial.candidate.precisions, sample, pictures=False)
                 trial.errors[sample] = values["error"]
                 done += 1
                 if on_run:
-                    on_run(min(done, total), total)
-            seen[id(trial)] = leading
-        alive = _ranked(alive, leading)
-        if size < len(order):
-            first_rule = next((trial for trial in alive if trial.candidate.rule), None)
-            alive = [trial for k, trial in enumerate(alive) if k < _survivors(len(alive)) or trial is first_rule]
-    rules = [trial for trial in alive if trial.candidate.rule]
-    best_rule = min(rules, key=lambda trial: trial.typical(order)).candidate.rule if rules else None
-    rest = sorted(
-        (trial for trial in trials if trial is not alive[0]),
-        key=lambda trial: (-len(seen[id(trial)]), trial.typical(seen[id(trial)])),
-    )
+                    on_run(done, total)
+        alive = _ranked(alive, predictions)
+        best_rule = next((trial for trial in alive if trial.candidate.rule), None)
+        if len(leading) < len(order):
+            alive = [trial for k, trial in enumerate(alive) if k < _survivors(len(alive)) or trial is best_rule]
+    rest = [trial for trial in trials if trial is not alive[0]]
+    rest.sort(key=lambda trial: (-len(trial.leading), trial.typical))
     return GuardRecord(
-        trials=tuple(_record(trial, seen[id(trial)], measurements, predictions) for trial in (alive[0], *rest)),
-        rounds=tuple(rounds),
+        trials=tuple(_record(trial, measurements, predictions) for trial in (alive[0], *rest)),
+        rounds=tuple(took_part),
         fragile=tuple(fragile),
-        best_rule=best_rule,
+        best_rule=best_rule.candidate.rule if best_rule else None,
         calls=measurements.calls.get(f"{measurements.name}: {STAGE}", {}),
     )
 
@@ -147,21 +156,52 @@ def _survivors(count: int) -> int:
     return max((count + 1) // 2, LEFT_AT_LAST)
 
 
-def _most_runs(sizes: Sequence[int], count: int, fragile: int) -> int:
-    """Runs of a schedule on a sample, at most."""
+def _most_runs(samples: Sequence[int], count: int) -> int:
+    """Runs of a schedule on a sample, at most: with the best rule beside the better half in every round."""
     total = before = 0
-    for size in sizes:
-        total += count * (size - before + (fragile if not before else 0))
+    for size in samples:
+        total += count * (size - before)
         before, count = size, min(_survivors(count) + 1, count)
     return total
 
 
-def _ranked(trials: Sequence[_Trial], leading: Sequence[int]) -> list[_Trial]:
-    """The better first: those that do not depart significantly more than the one that does least, by typical error."""
-    departures = {id(trial): trial.departures(leading) for trial in trials}
-    order = sorted(trials, key=lambda trial: trial.typical(leading))
-    least = departures[id(min(order, key=lambda trial: len(departures[id(trial)])))]
-    return sorted(order, key=lambda trial: departs_more(departures[id(trial)], least))
+def _ranked(trials: Sequence[_Trial], predictions: Predictions) -> list[_Trial]:
+    """The better first: those that do not depart significantly more than the one that does least, by expected error."""
+    predicted = [predictions.gram.error(trial.candidate.precisions) for trial in trials]
+    expected = expected_errors(np.array([trial.values(trial.leading) for trial in trials]), np.array(predicted))
+    for trial, error in zip(trials, expected.tolist(), strict=True):
+        trial.expected = error
+    by_error = sorted(trials, key=lambda trial: trial.expected)
+    least = min((trial.departures for trial in by_error), key=len)
+    return sorted(by_error, key=lambda trial: departs_more(trial.departures, least))
+
+
+def expected_errors(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Typical errors of candidates from what is measured and what is predicted, each weighed by its variance.
+
+    In logarithms, but for the level that all have in common. The variance of what is measured is that of the differences
+    between candidates from sample to sample; what predictions disagree with it by beyond that is their own (empirical Bayes:
+    Efron and Morris, Journal of the American Statistical Association 70, 1975).
+
+    Args:
+        measured: E by candidate and sample, float64 [C, S].
+        predicted: E, float64 [C].
+
+    Returns:
+        float64 [C]; what is measured alone where a candidate has no error.
+    """
+    typical = typical_errors(measured)
+    count, samples = measured.shape
+    if count < 2 or not min(*measured.flat, *predicted) > 0:
+        return typical
+    logs = np.log(limited(measured.T).T)
+    spread = logs - logs.mean(axis=0) - logs.mean(axis=1, keepdims=True) + logs.mean()
+    noise = float((spread**2).sum()) / ((count - 1) * (samples - 1) * samples) if samples > 1 else math.inf
+    apart = np.log(predicted / typical)
+    apart -= apart.mean()
+    doubt = max(float((apart**2).sum()) / (count - 1) - noise, LEAST_DOUBT**2)
+    found: np.ndarray = typical * np.exp(apart * (noise / (noise + doubt) if math.isfinite(noise) else 1.0))
+    return found
 
 
 def departs_more(mine: set[int], other: set[int]) -> bool:
@@ -170,9 +210,9 @@ def departs_more(mine: set[int], other: set[int]) -> bool:
     return more > fewer and float(binom.sf(more - 1, more + fewer, 0.5)) <= SIGNIFICANT
 
 
-def _record(trial: _Trial, leading: Sequence[int], measurements: Measurements, predictions: Predictions) -> TrialRecord:
+def _record(trial: _Trial, measurements: Measurements, predictions: Predictions) -> TrialRecord:
     precisions = trial.candidate.precisions
-    samples = list(dict.fromkeys((*leading, *trial.errors)))
+    samples = list(dict.fromkeys((*trial.leading, *trial.errors)))
     point = predictions.allocation(precisions)
     return TrialRecord(
         names=trial.candidate.names,
@@ -182,8 +222,9 @@ def _record(trial: _Trial, leading: Sequence[int], measurements: Measurements, p
         predicted_error=point.error,
         samples=tuple(samples),
         errors=tuple(trial.values(samples).tolist()),
-        leading=len(leading),
-        typical=interval_record(typical_interval(trial.values(leading))),
-        departures=share_record(len(trial.departures(leading)), len(trial.errors)),
-        calls=len(trial.errors) * measurements.schedule_calls(precisions),
+        leading=len(trial.leading),
+        typical=interval_record(typical_interval(trial.values(trial.leading))),
+        expected=trial.expected,
+        departures=share_record(len(trial.departures), len(samples)),
+        calls=len(samples) * measurements.schedule_calls(precisions),
     )

@@ -20,14 +20,7 @@ from itertools import combinations
 
 import numpy as np
 
-from calibration.choose.allocation import (
-    BUDGET_TOLERANCE,
-    Budget,
-    ErrorBudget,
-    HighSteps,
-    allocate,
-    require_reachable,
-)
+from calibration.choose.allocation import BUDGET_TOLERANCE, Budget, ErrorBudget, HighSteps, allocate, require_reachable
 from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation, integers, pareto_front
 from calibration.choose.quadratic_search import Form, Search, additive_optima, readings
@@ -59,7 +52,9 @@ def best_schedule(latency_model: LatencyModel, gram: Gram, budget: Budget, held:
     Returns:
         Least predicted error for a latency budget (the fastest such), least latency for an error budget (the most
         accurate such), least predicted error for a number of high-precision steps (with the cheapest changes). Never
-        worse than what the diagonal alone would choose.
+        worse than what the diagonal alone would choose, as far as that meets the budget.
+
+        100 steps and 5 precisions take about a second.
 
     Raises:
         BudgetError: no schedule that holds these steps meets the budget; names the nearest value that one does.
@@ -152,6 +147,10 @@ class _Space:
         return self.total_ns(self.additive)
 
     @cached_property
+    def _whole(self) -> Form:
+        return self.form(np.arange(len(self.latency_model.precisions)))
+
+    @cached_property
     def pools(self) -> tuple[_Pool, ...]:
         """One for every set of precisions whose engines fit together."""
         count = len(self.latency_model.precisions)
@@ -180,7 +179,7 @@ class _Space:
         return np.array([self.latency_model.precisions.index(name) for name in allocation.precisions])
 
     def total_ns(self, choices: np.ndarray) -> np.ndarray:
-        return self.form(np.arange(len(self.latency_model.precisions))).total_ns(choices)
+        return self._whole.total_ns(choices)
 
     def allocation(self, choices: np.ndarray) -> Allocation:
         schedule = tuple(self.latency_model.precisions[choice] for choice in choices)

@@ -14,11 +14,11 @@ import numpy as np
 TOLERANCE = 1e-12
 """Differences of E within this fraction of the sum of all contributions are rounding."""
 
-PERTURBED = 5
+PERTURBED = 21
 """Readings that are perturbed, see `readings`."""
 
-SPREAD = 0.3
-"""Standard deviation of the logarithm of what perturbs them."""
+SPREADS = (0.3, 1.0, 3.0)
+"""Standard deviations of the logarithm of what perturbs them, in turn."""
 
 PRICES = 48
 """Prices of latency at which additive optima are looked for."""
@@ -90,18 +90,19 @@ class Search:
         both = 2 * (both - np.repeat(both[self._cells], self._width, axis=0))
         both.reshape(form.values.shape)[self._index, :, self._index, :] = np.inf  # a step changes once
         self._both = both  # twice the term of both steps, [TQ, TQ]
+        self._gains, self._extra_ns = np.empty_like(both), np.empty(both.shape, dtype=np.int64)
 
     def moves(self) -> tuple[np.ndarray, np.ndarray]:
         """What every move changes: E, float64 [TQ, TQ], infinite where it is none, and latency, int64 [TQ, TQ].
 
-        Rows and columns are steps and their new precisions.
+        Rows and columns are steps and their new precisions. The next call writes over both.
         """
         form, index, z = self._form, self._index, self.choices
         pull = self._pull.reshape(self._steps, self._width)
         alone = 2 * (pull - form.values[index, :, index, z]) + np.einsum("ipip->ip", form.values)
         alone -= alone[index, z][:, None]
         alone[: form.held, 1:] = np.inf
-        gains = self._both + alone.reshape(-1, 1)
+        gains = np.add(self._both, alone.reshape(-1, 1), out=self._gains)
         gains += alone.reshape(1, -1)
         if form.floor.any():
             self._add_floors(gains)
@@ -180,24 +181,23 @@ class Search:
         others = others[:steps, :steps]
         cells = gains.reshape(steps, self._width, steps, self._width)
         index = self._index
-        for mine in (False, True):
-            for other in (False, True):
+        high = int(np.count_nonzero(~form.low))  # of the columns, the first one or none
+        for mine, rows in ((False, slice(0, high)), (True, slice(high, None))):
+            for other, columns in ((False, slice(0, high)), (True, slice(high, None))):
                 found = np.minimum(others, index[:, None]) if mine else others
                 found = np.minimum(found, index) if other else found
-                chosen = np.ix_(index, np.flatnonzero(form.low == mine), index, np.flatnonzero(form.low == other))
-                cells[chosen] += (floor[found] - floor[first])[:, None, :, None]
+                cells[:, rows, :, columns] += (floor[found] - floor[first])[:, None, :, None]
 
     def _latencies(self) -> np.ndarray:
         form, z, swaps = self._form, self.choices, self._form.swaps_ns
         alone = form.steps_ns[None, :] - form.steps_ns[z][:, None]
         if not swaps.any():
-            found: np.ndarray = np.add.outer(alone.reshape(-1), alone.reshape(-1))
-            return found
+            return np.add(alone.reshape(-1, 1), alone.reshape(1, -1), out=self._extra_ns)
         before, after = z[:-1], z[1:]
         now = swaps[before, after][:, None]
         alone[1:] += swaps[before] - now
         alone[:-1] += swaps[:, after].T - now
-        found = np.add.outer(alone.reshape(-1), alone.reshape(-1))
+        found = np.add(alone.reshape(-1, 1), alone.reshape(1, -1), out=self._extra_ns)
         both = swaps[None] - swaps[:, after].T[:, :, None] - swaps[before][:, None, :] + now[:, :, None]
         cells = found.reshape(self._steps, self._width, self._steps, self._width)
         index = self._index
@@ -215,8 +215,10 @@ def readings(form: Form) -> np.ndarray:
     rows = np.einsum("ipjp->ip", form.values)
     plain = [own, rows, (own + rows) / 2]
     generator = np.random.default_rng(0)
-    noise = np.exp(SPREAD * generator.standard_normal((PERTURBED, *own.shape)))
-    found = np.maximum([*plain, *(plain[k % len(plain)] * noise[k] for k in range(PERTURBED))], 0.0)
+    noise = generator.standard_normal((PERTURBED, *own.shape))
+    bases = [(plain[k % len(plain)], SPREADS[k // len(plain) % len(SPREADS)]) for k in range(PERTURBED)]
+    perturbed = [base * np.exp(spread * drawn) for (base, spread), drawn in zip(bases, noise, strict=True)]
+    found = np.maximum([*plain, *perturbed], 0.0)
     found[:, : form.held, 1:] = np.inf
     return found
 

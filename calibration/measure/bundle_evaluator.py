@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.measure.evaluator import SampleSet, SampleSets, State
+from calibration.measure.evaluator import SampleSet, SampleSets
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
-from engines.sampler import SamplerState, split, stacked
+from engines.sampler import SamplerState, row_of, stacked
 from engines.text import PromptFile
 
 # Validation noise is drawn from seeds far from those of calibration, so that no sample is shared.
@@ -19,6 +19,30 @@ VALIDATION_SEED_OFFSET = 1_000_000
 NUDGE = 2.0**-16
 NUDGE_SEED = 0x6E756467
 """Beside a sample's seed: noise that nudges a run is not the noise that starts one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The state of one sample: a row of a state that it shares with the samples it was computed with.
+
+    Samples go from step to step together. Their states are taken apart only where others go on with some of them.
+    """
+
+    together: SamplerState
+    index: int
+
+
+def _joined(rows: Sequence[Row]) -> SamplerState:
+    """The state of all rows in the order given; the shared one where they are all of its rows.
+
+    Raises:
+        ValueError: they stand at different steps.
+    """
+    together = rows[0].together
+    whole = len(rows) == len(together.latents)
+    if whole and all(row.together is together and row.index == index for index, row in enumerate(rows)):
+        return together
+    return stacked([row_of(row.together, row.index) for row in rows])
 
 
 class BundleEvaluator:
@@ -49,7 +73,7 @@ class BundleEvaluator:
             canonical_json([runtime.manifest.bundle_id, list(prompts), seed, float(guidance_scale)])
         )
 
-    def start(self, sample: int, nudged: bool = False) -> State:
+    def start(self, sample: int, nudged: bool = False) -> Row:
         """The state before step 0.
 
         Nudged, unit normal noise of the sample's own (seeded, always the same) is added to the latents, times `NUDGE` of their
@@ -60,9 +84,9 @@ class BundleEvaluator:
         if nudged:
             added = np.random.default_rng([NUDGE_SEED, self._seed + sample]).standard_normal(noise.shape)
             noise = noise + NUDGE * np.sqrt(np.mean(noise.astype(np.float64) ** 2)) * added
-        return self._runtime.table.initial(noise)
+        return Row(self._runtime.table.initial(noise), 0)
 
-    def steps(self, samples: Sequence[int], states: Sequence[SamplerState], precision: str) -> list[State]:
+    def steps(self, samples: Sequence[int], states: Sequence[Row], precision: str) -> list[Row]:
         """One engine call and one sampler update.
 
         Equal to steps of each sample by itself but for what the engine's rounding owes to the size of its batch.
@@ -70,9 +94,9 @@ class BundleEvaluator:
         Raises:
             ValueError: the states stand at different steps.
         """
-        together = stacked(states)
-        after = self._runtime.step(together, precision, self._batch(tuple(samples)), self._guidance_scale)
-        return split(after)
+        batch = self._batch(tuple(samples))
+        after = self._runtime.step(_joined(states), precision, batch, self._guidance_scale)
+        return [Row(after, index) for index in range(len(states))]
 
     def _batch(self, samples: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Denoiser inputs other than latents and timestep, kept for the samples of the last call."""
@@ -80,9 +104,9 @@ class BundleEvaluator:
             self._batches = {samples: self._conditioning.select(samples).batch(self._guidance_scale)}
         return self._batches[samples]
 
-    def latents(self, state: SamplerState) -> np.ndarray:
+    def latents(self, state: Row) -> np.ndarray:
         """float32 [C, h, w], read-only."""
-        latents: np.ndarray = state.latents[0]
+        latents: np.ndarray = state.together.latents[state.index]
         return latents
 
     def key(self) -> str:

@@ -12,10 +12,10 @@ Steps that were not measured are interpolated: scores by the search, correlation
 both precisions. That a vector's correlation with itself is 1 says nothing about its neighbours; in the interpolation the
 mean of the correlations beside it stands there.
 
-The floor. Where the reference rounds coarsely (BF16), any change lets all later steps round otherwise. Every e[i, p]
-then carries r' - r: its own rounding of the steps after i, and, with the other sign, the reference's, which all vectors
+The floor. Where the reference rounds coarsely (BF16), any change lets this step and all later ones round otherwise. Every
+e[i, p] then carries r' - r: its own rounding from step i on, and, with the other sign, the reference's, which all vectors
 share. The reference run from a start changed by next to nothing ends at r'' - r, whose inner product with e[i, p] is in
-the mean the reference's own rounding after step i, f[i]. G holds it once for every pair of low steps and twice for every
+the mean the reference's own rounding from step i on, f[i]. G holds it once for every pair of low steps and twice for every
 step, E only once for each of the two runs:
 
     E(z) = sum over i and j of (G[i z_i, j z_j] - f[max(i, j)] (1 + [i = j])) + 2 f[first low step]
@@ -35,6 +35,9 @@ from calibration.measure.metrics import limited
 
 DIGITS = 4
 """Decimals of correlations, which are rounded before they are used: documents hold them so."""
+
+ROUNDING = 1e-12
+"""Negative eigenvalues, as a fraction of the largest, that are those of a matrix without any but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +128,40 @@ class Gram:
 
 
 def correlate(measured: Mapping[str, tuple[Sequence[int], Vectors]]) -> Correlations:
-    """Correlations of measured downcasts.
+    """Correlations of measured downcasts, those that few samples give by chance taken back.
+
+    Each is shrunk by its noise across samples (the positive part of James and Stein's estimator, Berkeley Symposium 4,
+    1961; the noise is the mean over a pair of precisions). Without that a search would find the steps whose vectors seem to
+    cancel.
 
     Args:
         measured: by low precision, in order of precision: the steps, rising, and their vectors, of the same samples.
     """
-    weighed = {name: _units(vectors.weighed()) for name, (_, vectors) in measured.items()}
+    units = {name: _units(vectors.weighed()) for name, (_, vectors) in measured.items()}
+    num_samples = {name: vectors.errors.shape[1] for name, (_, vectors) in measured.items()}
     names = list(measured)
     values = {
-        (a, b): np.round(np.clip(weighed[a] @ weighed[b].T, -1.0, 1.0), DIGITS)
+        (a, b): np.round(_shrunk(units[a], units[b], num_samples[a], own=a == b), DIGITS)
         for k, a in enumerate(names)
         for b in names[k:]
     }
     return Correlations({name: tuple(map(float, steps)) for name, (steps, _) in measured.items()}, values)
+
+
+def _shrunk(first: np.ndarray, second: np.ndarray, num_samples: int, own: bool) -> np.ndarray:
+    """Inner products of unit vectors float64 [M, S * K] and [M', S * K], less what samples disagree by."""
+    rows = [vectors.reshape(len(vectors), num_samples, -1) for vectors in (first, second)]
+    parts = np.einsum("isk,jsk->sij", *rows)
+    found = parts.sum(axis=0)
+    others = ~np.eye(len(found), dtype=bool) if own else np.ones(found.shape, dtype=bool)
+    if num_samples > 1 and others.any():
+        # how far samples are from having the same correlation, each by its weight
+        weights = np.einsum("is,js->sij", *(np.linalg.norm(vectors, axis=2) for vectors in rows))
+        strays = parts - weights * found / np.maximum(weights.sum(axis=0), 1e-300)
+        noise = float((strays**2).sum(axis=0)[others].mean()) * num_samples / (num_samples - 1)
+        kept = 1 - noise / np.maximum(found**2, 1e-300)
+        found = np.where(others, found * np.maximum(kept, 0.0), found)
+    return np.clip(found, -1.0, 1.0)
 
 
 def rounding_floor(
@@ -151,7 +175,7 @@ def rounding_floor(
         num_steps: T.
 
     Returns:
-        Non-negative and falling: linear between measured steps, 0 for the last one, after which nothing rounds.
+        Non-negative and falling; linear between measured steps.
     """
     run = nudged.weighed()[0]
     curves = []
@@ -160,7 +184,6 @@ def rounding_floor(
         own = np.sum(vectors.weighed() ** 2, axis=1)
         curves.append(np.interp(np.arange(num_steps), steps, np.clip(products, 0.0, own / 2)))
     floor = 2 * np.mean(curves, axis=0) if curves else np.zeros(num_steps)
-    floor[-1] = 0.0
     found: np.ndarray = np.minimum.accumulate(floor)
     return found
 
@@ -228,7 +251,7 @@ def _semidefinite(values: np.ndarray) -> np.ndarray:
     """
     flat = values.reshape(values.shape[0] * values.shape[1], -1)
     eigenvalues, eigenvectors = np.linalg.eigh(flat)
-    if eigenvalues.min() >= 0:
+    if eigenvalues.min() >= -ROUNDING * eigenvalues.max():
         return values
     found = (eigenvectors * np.maximum(eigenvalues, 0.0)) @ eigenvectors.T
     own, wanted = np.diag(found), np.diag(flat)

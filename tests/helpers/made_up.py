@@ -48,21 +48,32 @@ SAMPLES = 24
 Schedule = tuple[str, ...]
 
 
-def calibration(num_steps: int = 20, precisions: Sequence[str] = ("fp16", "int8"), **changes: Any) -> Sensitivity:
-    """A calibration that hangs together: scores, Gram matrix, front, guard, and validation with a departure.
+def calibration(
+    num_steps: int = 20,
+    precisions: Sequence[str] = ("fp16", "int8"),
+    *,
+    samples: int = SAMPLES,
+    method: str = "bisection",
+    chosen: Schedule | None = None,
+    **changes: Any,
+) -> Sensitivity:
+    """A calibration that hangs together: scores, Gram matrix, front, guard, and validation with departures.
 
     Args:
-        num_steps: T, at least 4.
+        num_steps: T.
         precisions: of `SIZES`, the reference first.
+        samples: calibration and validation samples each.
+        method: "sweep" measures every step.
+        chosen: the schedule; by default low precisions in turn, but for the first step and the last two.
         changes: fields that differ.
     """
     reference, *low = precisions
-    bare = {"gram": None, "scores": ()} if not low else _measured(num_steps, low)
-    found = Sensitivity.model_validate(_base(num_steps, tuple(precisions)) | bare)
-    made = _Maker(found)
-    chosen = tuple(low[k % len(low)] if 0 < k < num_steps - 2 else reference for k in range(num_steps)) if low else ()
-    update = made.concluded(chosen or found.schedule)
-    return found.model_copy(update=update | changes)
+    measured = _measured(num_steps, low, method) if low else {"gram": None, "scores": ()}
+    found = Sensitivity.model_validate(_base(num_steps, tuple(precisions)) | {"method": method} | measured)
+    if chosen is None:
+        inner = range(1, num_steps - 2) if low else ()
+        chosen = tuple(low[k % len(low)] if k in inner else reference for k in range(num_steps))
+    return found.model_copy(update=_Maker(found, samples).concluded(chosen) | {"num_samples": samples} | changes)
 
 
 def typical(errors: Sequence[float]) -> IntervalRecord:
@@ -86,15 +97,16 @@ def departures(errors: Sequence[float]) -> DepartureRecord:
 class _Maker:
     """Runs of schedules as a calibration predicts them, with noise; some samples depart at low first steps."""
 
-    def __init__(self, found: Sensitivity) -> None:
+    def __init__(self, found: Sensitivity, count: int) -> None:
         self.found = found
         self.prediction = StoredPrediction(found)
-        self.samples = np.random.default_rng(1).lognormal(0.0, 0.5, SAMPLES)
+        self.count = count
+        self.samples = np.random.default_rng(1).lognormal(0.0, 0.5, count)
 
     def errors(self, schedule: Schedule) -> tuple[float, ...]:
-        noise = np.random.default_rng(zlib.crc32(" ".join(schedule).encode())).lognormal(0.0, 0.1, SAMPLES)
+        noise = np.random.default_rng(zlib.crc32(" ".join(schedule).encode())).lognormal(0.0, 0.1, self.count)
         values = self.prediction.error(schedule) * self.samples * noise
-        if schedule[0] not in ("fp16", "fp8") and values.any():
+        if schedule[0] not in ("fp16", "fp8") and values.any() and self.count > 17:
             values[[3, 17]] = 0.4, 0.2
         return tuple(values.tolist())
 
@@ -154,24 +166,25 @@ class _Maker:
         names: dict[Schedule, list[str]] = {chosen: ["gram", "downcast sum"]}
         for name, schedule in rules.items():
             names.setdefault(schedule, []).append(name)
-        for held in (1, 2, 3):
+        for held in range(1, min(4, len(chosen))):
             moved = (chosen[0],) * held + chosen[held:]
             names.setdefault(moved, []).append(f"gram, first {held} held")
         trials = []
         for index, (schedule, why) in enumerate(names.items()):
-            errors = self.errors(schedule)[: SAMPLES if index < 3 else SAMPLES // 2]
+            errors = self.errors(schedule)[: self.count if index < 3 else -(-self.count // 2)]
             trials.append(
                 TrialRecord(
                     names=tuple(why), precisions=schedule, latency=self.prediction.latency(schedule),
                     predicted_error=self.prediction.error(schedule), samples=tuple(range(len(errors))), errors=errors,
-                    typical=typical(errors), departures=departures(errors), calls=len(errors) * len(schedule),
+                    rule=next((name for name in why if name in rules), None), leading=len(errors),
+                    typical=typical(errors), expected=typical(errors).value, departures=departures(errors), calls=len(errors) * len(schedule),
                 )
             )  # fmt: skip
-        best = min(rules, key=lambda name: self.prediction.error(rules[name]))
-        rounds = ((SAMPLES // 2, len(trials)), (SAMPLES, min(3, len(trials))))
+        best = min(rules, key=lambda name: self.prediction.error(rules[name]), default=None)
+        rounds = ((-(-self.count // 2), len(trials)), (self.count, min(3, len(trials))))
         return GuardRecord(
             trials=tuple(trials), rounds=rounds, fragile=(3, 17), best_rule=best,
-            calls={chosen[1]: sum(trial.calls for trial in trials)},
+            calls={chosen[-1]: sum(trial.calls for trial in trials)},
         )  # fmt: skip
 
     def _rules(self, chosen: Schedule) -> dict[str, Schedule]:
@@ -180,14 +193,14 @@ class _Maker:
     def _rows(self, chosen: Schedule) -> tuple[ValidationRow, ...]:
         found = self.found
         rules = self._rules(chosen)
-        best = min(rules, key=lambda name: self.prediction.error(rules[name]))
+        best = min(rules, key=lambda name: self.prediction.error(rules[name]), default=None)
         count = chosen.count(found.precisions[0])
         generator = np.random.default_rng(0)
         draws = tuple(baselines.shuffled(chosen, generator) for _ in range(3))
         uniforms = {f"uniform {name}": ((name,) * found.num_steps,) for name in found.precisions}
         named: dict[str, tuple[Schedule, ...]] = {
             "schedule": (chosen,),
-            f"best rule: {best}": (rules[best],),
+            **({f"best rule: {best}": (rules[best],)} if best else {}),
             **uniforms,
             **{name: (schedule,) for name, schedule in rules.items()},
             f"random {count}": draws,
@@ -204,8 +217,11 @@ class _Maker:
         errors = runs.mean(axis=0)
         against = None
         if name != "schedule" and level(errors) > 0:
-            ratio = bootstrap_interval(lambda pick: level(own[pick]) / level(errors[pick]), SAMPLES, draws=200)
-            against = IntervalRecord(value=ratio.value, low=ratio.low, high=ratio.high)
+            value = level(own) / level(errors)
+            against = IntervalRecord(value=value, low=value, high=value)
+            if self.count > 1:
+                ratio = bootstrap_interval(lambda pick: level(own[pick]) / level(errors[pick]), self.count, draws=200)
+                against = IntervalRecord(value=value, low=ratio.low, high=ratio.high)
         return ValidationRow(
             name=name,
             schedules=schedules,
@@ -221,11 +237,11 @@ class _Maker:
         )
 
 
-def _measured(num_steps: int, low: Sequence[str]) -> dict[str, Any]:
+def _measured(num_steps: int, low: Sequence[str], method: str) -> dict[str, Any]:
     """Scores, U-shaped, measured at every other step; neighbours' errors alike, far ones a little opposed."""
     steps = np.arange(num_steps)
     shape = np.exp(2.5 * (np.linspace(-0.8, 1.0, num_steps) ** 2 - 1))
-    every = sorted({*steps[:: max(2, num_steps // 12)].tolist(), num_steps - 1})
+    every = sorted({*steps[:: 1 if method == "sweep" else max(2, num_steps // 12)].tolist(), num_steps - 1})
     apart = np.abs(np.subtract.outer(every, every)) / num_steps
     values = np.round(np.exp(-8 * apart) - 0.5 * apart * np.exp(-apart), 4)
     scores = tuple(

@@ -1,18 +1,14 @@
-"""Pages that `tmpdiff-export report` writes, taken apart, and calibrations to write them of."""
+"""Pages that `tmpdiff-export report` writes, taken apart."""
 
 from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
-from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
-from helpers.planted import PlantedEvaluator, calibrate_loops
-
-from calibration import Sensitivity
-
-SECTIONS = ("what", "schedule", "precisions", "scores", "fit", "pareto", "search", "validation", "cost", "pictures")
+SECTIONS = (
+    "what", "schedule", "precisions", "scores", "gram", "fit", "guard", "pareto", "validation", "cost", "pictures",
+)  # fmt: skip
 HOSTILE = '<img src=x onerror="alert(1)"> </title></style><script>alert(2)</script> & $x^2$'
 
 
@@ -71,16 +67,3 @@ def marks(svg: ElementTree.Element, name: str) -> list[tuple[float, float, str]]
         for line in lines
         for use in line.iter("use")
     ]
-
-
-def planted(num_steps: int = 10, num_samples: int = 1, **options: Any) -> Sensitivity:
-    """A calibration of a planted loop with the demo bundle's precisions."""
-
-    def loop(seed: int) -> PlantedEvaluator:
-        shape = np.exp(2 * np.linspace(-0.7, 1.1, num_steps) ** 2)
-        errors = {"fp8": 0.05 * shape, "int8": 0.1 * shape, "int4": 0.3 * shape}
-        return PlantedEvaluator(errors, gains=[0.95] * num_steps, correlation=0.3, num_samples=num_samples, seed=seed)
-
-    latencies = options.pop("latencies", {"fp16": 8.0, "fp8": 6.0, "int8": 4.0, "int4": 3.0})
-    validation = loop(1) if options.pop("validated", True) else None
-    return calibrate_loops(loop(0), latencies, validation=validation, **options).sensitivity

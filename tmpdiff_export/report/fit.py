@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from html import escape
+from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -13,7 +14,7 @@ from tmpdiff_export.display import number
 from tmpdiff_export.report.pieces import picture, table
 from tmpdiff_export.report.svg import INK, MUTED, PAPER, floor_of, log_axis, svg_figure
 
-LOOKS: dict[Predictor, dict[str, str]] = {
+LOOKS: dict[Predictor, dict[str, Any]] = {
     "gram": {"marker": "o", "color": INK},
     "downcast sum": {"marker": "D", "color": MUTED, "markerfacecolor": PAPER},
 }

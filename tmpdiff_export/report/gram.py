@@ -78,6 +78,7 @@ def matrix(found: Sensitivity, whole: Gram, precision: str) -> str:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
             axis.set_minor_locator(FixedLocator(positions))
+            axis.remove_overlapping_locs = False  # a measured step may have a number, too
             axis.set_tick_params(which="major", length=0, pad=8)
             axis.set_tick_params(which="minor", length=5, width=1.2, color=INK)
     return svg[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -51,7 +52,13 @@ def trade_off(found: Sensitivity) -> str:
         front = [(point.latency, max(point.error, floor)) for point in found.pareto]
         if front:
             axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.8, label="front, predicted")
-        predicted = {"marker": "*", "markersize": 15, "color": INK, "markerfacecolor": PAPER, "linestyle": "none"}
+        predicted: dict[str, Any] = {
+            "marker": "*",
+            "markersize": 15,
+            "color": INK,
+            "markerfacecolor": PAPER,
+            "linestyle": "none",
+        }
         axes.plot(found.predicted_latency, max(found.predicted_error, floor), **predicted, zorder=5)
         for mark in marks:
             height = max(mark.typical.value, floor)

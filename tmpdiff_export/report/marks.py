@@ -105,7 +105,7 @@ def whisker(axes: Axes, mark: Mark, at: float, floor: float, which: str) -> None
     value = max(mark.typical.value, floor)
     low, high = max(mark.typical.low, floor), max(mark.typical.high, floor)
     if low < high:
-        size = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+        size: Any = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
         place = (value, at) if which == "x" else (at, value)
         axes.errorbar(*place, **{f"{which}err": size}, color=INK, linewidth=1, capsize=3, zorder=2)
 

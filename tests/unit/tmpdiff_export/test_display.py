@@ -10,6 +10,7 @@ import sys
 import pytest
 from helpers.paths import ROOT
 
+from calibration.document import DepartureRecord, IntervalRecord
 from tmpdiff_export import display
 
 SHOW = (
@@ -49,3 +50,12 @@ def test_a_terminal_gets_a_bar() -> None:
     assert result.returncode == 0
     assert "fp8: export" in shown
     assert "3/3" in shown
+
+
+def test_intervals_and_departures_in_one_line() -> None:
+    found = IntervalRecord(value=1.24e-3, low=1e-3, high=2e-3)
+    assert display.interval(found, ".1e") == "1.2e-03 [1.0e-03, 2.0e-03]"
+    assert display.interval(IntervalRecord(value=0.5, low=0.5, high=0.5), ".2f") == "0.50"  # a single sample
+    assert display.interval(IntervalRecord(value=0.0, low=0.0, high=0.0), ".2e") == "0"
+    assert display.interval(None, ".2e") == display.departures(None) == "-"
+    assert display.departures(DepartureRecord(count=2, samples=160, low=0.0015, high=0.0444)) == "2 of 160 [0.1, 4.4 %]"

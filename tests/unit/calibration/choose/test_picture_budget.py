@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from calibration.choose.baselines import RULES
+from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.choose.pareto import Allocation
-from calibration.choose.picture_budget import QualityBudget, fastest_meeting
+from calibration.choose.picture_budget import QualityBudget, fastest_meeting, rule_schedules
+from calibration.scores.gram import Gram
 from engines.errors import BudgetError
-from tmpdiff_export.report.figures import LOOKS
+from tmpdiff_export.report.latency import LOOKS
 from tools.experiments.quality_figure import RULE_STYLES
 
 FRONT = tuple(Allocation(("fp16",) * k + ("int8",) * (20 - k), 0.02 * (20 - k) ** 2, 0.5 + k / 40) for k in range(21))
@@ -57,6 +61,20 @@ def test_a_fixed_rule_that_does_with_less_is_taken() -> None:
     assert len(asked) == len(set(asked)) <= 11
     worse = [Allocation(item.precisions, item.error, item.latency + 0.4) for item in rule]
     assert fastest_meeting(FRONT, (worse,), QualityBudget("ssim", 0.9), measure)[0] == FRONT[12]
+
+
+def test_rules_come_with_every_count_and_what_the_gram_predicts() -> None:
+    values = np.zeros((4, 2, 4, 2))
+    values[:, 1, :, 1] = 1.0  # E is the square of the number of low steps
+    gram = Gram(("fp16", "int8"), values, np.zeros(4))
+    latency_model = LatencyModel(gram.precisions, {"fp16": 2.0, "int8": 1.0})
+    rules = rule_schedules(latency_model, gram)
+    assert set(rules) == set(RULES)
+    assert rules["last K"] == [
+        Allocation(("int8",) * (4 - k) + ("fp16",) * k, float((4 - k) ** 2), (4 + k) / 8) for k in (1, 2, 3)
+    ]
+    assert rule_schedules(replace(latency_model, costs=AllocationCosts(0.0, 1)), gram) == {}
+    assert rule_schedules(replace(latency_model, latencies_ms={"fp16": 1.0, "int8": 1.5}), gram) == {}
 
 
 def test_every_rule_has_a_look_where_rules_are_drawn() -> None:

@@ -175,7 +175,8 @@ def test_a_stored_calibration_predicts_what_it_predicted(costs):
         assert prediction.latency(point.precisions) == pytest.approx(point.latency)
     for name in found.precisions:
         assert prediction.latency((name,) * STEPS) == pytest.approx(found.latencies_ms[name] / 8.0)
-    assert prediction.error(("int4",) * STEPS) is None
+    with pytest.raises(ValueError, match="steps at int4"):
+        prediction.error(("int4",) * STEPS)
 
 
 def test_the_nearest_policy_is_the_best_of_all_that_are_no_slower():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from helpers.commands import EXPORT, called, error_lines, started
 from helpers.demo_build import linked_copy
-from helpers.report_page import HOSTILE, Parsed, planted
+from helpers.made_up import calibration
+from helpers.report_page import HOSTILE, Parsed
 from PIL import Image
 
 from engines.bundle import SCHEDULE_NAME, SENSITIVITY_NAME, Bundle
@@ -20,7 +22,8 @@ from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 
 
-def test_pictures_are_the_runtimes(parsed: Parsed, bundle: Bundle, written: tuple[Path, dict[str, Any]]) -> None:
+def test_pictures_are_the_runtimes(bundle: Bundle, written: tuple[Path, dict[str, Any]]) -> None:
+    parsed = Parsed(written[0].read_text())
     runtime = DenoiseRuntime(bundle, threads=2)
     images = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(a["src"].partition(",")[2]))).convert("RGB"))
@@ -60,7 +63,14 @@ def other_schedule(bundle: Path) -> None:
 
 
 def other_calibration(bundle: Path) -> None:
-    planted(num_steps=5).save(bundle / SENSITIVITY_NAME)
+    calibration(5, ("fp16", "fp8", "int8", "int4")).save(bundle / SENSITIVITY_NAME)
+
+
+def old_calibration(bundle: Path) -> None:
+    path = bundle / SENSITIVITY_NAME
+    data = json.loads(path.read_text())
+    path.unlink()
+    path.write_text(json.dumps(data | {"version": 2}))
 
 
 @pytest.mark.parametrize(
@@ -70,11 +80,25 @@ def other_calibration(bundle: Path) -> None:
         (without(SCHEDULE_NAME), (), "not calibrated: it holds no schedule.json; run `tmpdiff-export calibrate"),
         (other_schedule, (), "is not the schedule that sensitivity.json describes"),
         (other_calibration, (), "has 5 steps"),
+        (
+            old_calibration,
+            (),
+            "has format version 2, which holds no error vectors; calibrate the bundle anew: tmpdiff-export",
+        ),
         (None, ("--pictures", "2"), "add --prompt TEXT"),
         (None, ("--pictures", "-1", "--prompt", "a"), "--pictures is -1"),
         (None, ("--prompt", "word " * 500), "token"),
     ],
-    ids=["no sensitivity", "no schedule", "other schedule", "other T", "no prompt", "negative", "long prompt"],
+    ids=[
+        "no sensitivity",
+        "no schedule",
+        "other schedule",
+        "other T",
+        "version 2",
+        "no prompt",
+        "negative",
+        "long prompt",
+    ],
 )
 def test_refusals(
     demo_bundle: Path, tmp_path: Path, damage: Callable[[Path], None] | None, arguments: tuple[str, ...], words: str

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.report_page import HOSTILE, SECTIONS, Parsed, planted
+from helpers import made_up
+from helpers.report_page import HOSTILE, SECTIONS, Parsed
 
-from calibration import HighSteps, Sensitivity
-from calibration.document import CheckRecord, TransferRecord
-from engines.bundle import Bundle
+from calibration.document import CheckRecord, IntervalRecord, Sensitivity, TransferRecord, ValidationRow
+from engines.manifest import Manifest
 from tmpdiff_export.report.page import page
 
 
@@ -23,38 +23,44 @@ def test_every_section_opens_with_a_plain_sentence(parsed: Parsed) -> None:
     assert [link["href"] for link in parsed.named("a")] == [f"#{name}" for name in SECTIONS]
 
 
-def test_strips_show_the_schedules(parsed: Parsed, bundle: Bundle, found: Sensitivity) -> None:
+def test_strips_show_the_schedules(parsed: Parsed, found: Sensitivity) -> None:
     cells = [cell["title"] for cell in parsed.named("i", "schedule")]
-    assert cells == [f"step index {k}: {name}" for k, name in enumerate(bundle.schedule().precisions)]
+    assert cells == [f"step index {k}: {name}" for k, name in enumerate(found.schedule)]
     tried = [name for row in found.validation for schedule in row.schedules for name in schedule]
-    assert [cell["title"].partition(": ")[2] for cell in parsed.named("i", "validation")] == tried
-    colours = {(cell["title"].partition(": ")[2], cell["style"]) for cell in parsed.named("i")}
+    strips = [cell["title"].partition(": ")[2] for cell in parsed.named("i", "validation") if "title" in cell]
+    assert strips == tried
+    colours = {(c["title"].partition(": ")[2], c["style"]) for c in parsed.named("i") if "title" in c}
     assert len(colours) == len({name for name, _ in colours}) == len({style for _, style in colours})
 
 
-def test_tables_hold_the_documents_figures(parsed: Parsed, bundle: Bundle, found: Sensitivity) -> None:
+def test_tables_hold_the_documents_figures(parsed: Parsed, manifest: Manifest, found: Sensitivity) -> None:
     rows = parsed.tables["validation"][1:]
     assert len(rows) == len(found.validation) >= 9
+    lost = {row.name for row in found.losses}
     for cells, row in zip(rows, found.validation, strict=True):
-        remark = "beats the schedule" if row.name in found.loses_to else ""
+        remark = "beats the schedule" if row.name in lost else ""
         if row.name != "schedule" and found.schedule in row.schedules:
             remark = "the schedule's own steps"
         assert cells[0] == row.name + remark
-        assert float(cells[1]) == pytest.approx(row.latency, abs=6e-4)
-        assert float(cells[2].partition("+-")[0]) == pytest.approx(row.error, rel=1e-3)
-        assert float(cells[4]) == pytest.approx(row.ssim, abs=1e-4)
-        assert cells[5] == ("-" if row.psnr_db is None else f"{row.psnr_db:.1f}")
+        assert float(cells[2]) == pytest.approx(row.latency, abs=6e-4)
+        assert float(cells[3].partition("[")[0]) == pytest.approx(row.typical.value, rel=6e-3)
+        assert float(cells[6]) == pytest.approx(row.ssim, abs=1e-4)
+        assert cells[7] == ("-" if row.psnr_db is None else f"{row.psnr_db:.1f}")
     for cells, name in zip(parsed.tables["precisions"][1:], found.precisions, strict=True):
-        entry = bundle.manifest.denoisers[name]
-        assert cells[0] == name + ("simulated" if name == "fp8" else "")  # on the CPU
+        entry = manifest.denoisers[name]
+        assert cells[0] == name + ("simulated" if name == "fp8" else "")
         assert float(cells[1]) == pytest.approx(found.latencies_ms[name], abs=6e-3)
-        assert float(cells[3]) == pytest.approx(found.uniform_errors[name], rel=1e-2)
-        assert float(cells[4]) == pytest.approx(entry.sqnr_db, abs=0.06)
-        assert float(cells[5]) == pytest.approx(entry.bytes / 1e6, abs=0.06)
-        assert ("dropped" in cells[7]) == (name in {item.precision for item in found.dropped})
-    for cells, record in zip(parsed.tables["fit of the predictors"][1:], found.fit, strict=True):
-        assert cells[0].removesuffix(" (used)") == record.predictor
-        assert cells[1:3] == [f"{record.r2:.3f}", f"{record.spearman:.3f}"]
+        assert float(cells[3].partition("[")[0]) == pytest.approx(found.uniform[name].value, rel=6e-3)
+        assert cells[4].startswith(
+            f"{found.uniform_departures[name].count} of {found.uniform_departures[name].samples}"
+        )
+        assert float(cells[5]) == pytest.approx(entry.sqnr_db, abs=0.06)
+        assert float(cells[6]) == pytest.approx(entry.bytes / 1e6, abs=0.06)
+    fits = parsed.tables["fit of the predictors"][1:]
+    assert [cells[0] for cells in fits] == ["gram (used)", "downcast sum"]
+    for cells, record in zip(fits, found.fit, strict=True):
+        assert cells[1:4] == [f"{record.r2:.3f}", f"{record.spearman:.3f}", f"{record.ratio:.2f}"]
+        assert float(cells[4].removeprefix("\u00d7 ")) == pytest.approx(np.exp(record.scatter), abs=6e-3)
     for cells, curve in zip(parsed.tables["score curves"][1:], found.scores, strict=True):
         assert cells[2].replace(",", "") == str(sum(curve.calls.values()))
         assert cells[5] == ", ".join(map(str, curve.order))
@@ -62,7 +68,7 @@ def test_tables_hold_the_documents_figures(parsed: Parsed, bundle: Bundle, found
     assert total == sum(sum(calls.values()) for calls in found.calls.values())
     for count in (found.search_calls, found.sweep_calls):
         assert f"{count:,}" in parsed.text["cost"]
-    for identity in (bundle.manifest.bundle_id, found.evaluator_key, bundle.manifest.model.denoiser_sha256):
+    for identity in (manifest.bundle_id, found.evaluator_key, manifest.model.denoiser_sha256):
         assert identity in parsed.text["what"]
 
 
@@ -84,108 +90,162 @@ def test_hostile_prompt_is_text(parsed: Parsed) -> None:
     assert len(parsed.named("title")) == 1
 
 
-def test_hostile_documents_are_text(bundle: Bundle, found: Sensitivity) -> None:
+def test_hostile_documents_are_text(manifest: Manifest, found: Sensitivity) -> None:
     row = found.validation[1].model_copy(update={"name": HOSTILE})
+    assert found.guard is not None
+    first, second, *others = found.guard.trials
+    trials = (first.model_copy(update={"names": (HOSTILE, HOSTILE)}), second, *others)
     hostile = found.model_copy(
         update={
             "budget": HOSTILE,
             "validation": (found.validation[0], row, *found.validation[2:]),
-            "loses_to": (HOSTILE,),
+            "guard": found.guard.model_copy(update={"trials": trials, "best_rule": HOSTILE}),
             "calls": {HOSTILE: {"fp16": 1}},
         }
     )
-    sampling = bundle.manifest.sampling.model_copy(update={"scheduler": HOSTILE})
-    model = bundle.manifest.model.model_copy(update={"pipeline_class": HOSTILE})
-    result = Parsed(page(bundle.manifest.model_copy(update={"sampling": sampling, "model": model}), hostile))
+    sampling = manifest.sampling.model_copy(update={"scheduler": HOSTILE})
+    model = manifest.model.model_copy(update={"pipeline_class": HOSTILE})
+    result = Parsed(page(manifest.model_copy(update={"sampling": sampling, "model": model}), hostile))
     assert not result.named("script")
     assert not result.named("img")
-    for section in ("", "what", "validation", "cost", "pareto"):
+    for section in ("", "what", "validation", "cost", "guard"):
         assert HOSTILE in result.text[section]
+    assert HOSTILE[:20] in result.text["pareto"]
 
 
-def test_a_loss_is_shown_first(bundle: Bundle, found: Sensitivity) -> None:
-    clean = Parsed(page(bundle.manifest, found.model_copy(update={"loses_to": ()})))
-    assert "loses to" not in clean.text[""]
-    assert "No row that is as fast or faster has a smaller E" in clean.text["validation"]
-    loser = Parsed(page(bundle.manifest, found.model_copy(update={"loses_to": (found.validation[-1].name,)})))
-    assert f"loses to: {found.validation[-1].name}" in loser.text[""]
-    assert f"loses to: {found.validation[-1].name}" in loser.text["validation"]
-    assert loser.tables["validation"][-1][0] == f"{found.validation[-1].name}beats the schedule"
+def with_row(found: Sensitivity, name: str, **changes: Any) -> Sensitivity:
+    rows = tuple(row.model_copy(update=changes) if row.name == name else row for row in found.validation)
+    return found.model_copy(update={"validation": rows})
 
 
-def test_predictions_at_the_wrong_level_are_marked(bundle: Bundle, found: Sensitivity) -> None:
+def last_rule(found: Sensitivity) -> ValidationRow:
+    return next(row for row in found.validation if row.name.startswith("last "))
+
+
+def test_a_loss_beyond_the_interval_is_shown_first(manifest: Manifest, found: Sensitivity) -> None:
+    clean = made_up.calibration(20)
+    assert not clean.losses
+    parsed = Parsed(page(made_up.manifest(clean), clean))
+    assert "loses to" not in parsed.text[""]
+    assert "No row that is as fast or faster has less typical error" in parsed.text["validation"]
+    rule = last_rule(clean).name
+    for low, lost in ((1.01, True), (0.99, False)):
+        loser = with_row(clean, rule, against=IntervalRecord(value=1.2, low=low, high=1.5))
+        parsed = Parsed(page(made_up.manifest(loser), loser))
+        assert (f"loses to: {rule}" in parsed.text[""]) == lost
+        assert (f"loses to: {rule}" in parsed.text["validation"]) == lost
+        marked = [cells[0] for cells in parsed.tables["validation"] if "beats the schedule" in cells[0]]
+        assert marked == ([f"{rule}beats the schedule"] if lost else [])
+    slower = with_row(clean, rule, against=IntervalRecord(value=1.2, low=1.1, high=1.5), latency=0.99)
+    assert not slower.losses
+
+
+def test_predictions_at_the_wrong_level_are_marked(manifest: Manifest, found: Sensitivity) -> None:
     for ratio, marked in ((1.1, False), (0.1, True), (3.0, True)):
         fits = tuple(fit.model_copy(update={"ratio": ratio}) for fit in found.fit)
-        text = Parsed(page(bundle.manifest, found.model_copy(update={"fit": fits}))).text["fit"]
+        text = Parsed(page(manifest, found.model_copy(update={"fit": fits}))).text["fit"]
         assert ("not as a level" in text) == marked
 
 
-def test_every_schedule_of_the_search_is_shown(bundle: Bundle) -> None:
-    found = planted(num_samples=4, budget=HighSteps(4))
-    record = found.refinement
+def test_every_candidate_of_the_guard_is_shown(parsed: Parsed, manifest: Manifest, found: Sensitivity) -> None:
+    record = found.guard
     assert record is not None
-    parsed = Parsed(page(bundle.manifest, found))
-    rows = parsed.tables["local search"][1:]
+    rows = parsed.tables["guard"][1:]
     assert len(rows) == len(record.trials) > 4
-    start = record.trials[0]
     for cells, trial in zip(rows, record.trials, strict=True):
-        origin = "predicted best" if trial is start else trial.origin
-        assert cells[0] == origin + ("chosen" if trial.precisions == found.schedule else "")
-        assert float(cells[4]) == pytest.approx(np.mean(trial.errors), rel=1e-2)
-        ratios = np.array(trial.errors) / np.array(start.errors[: len(trial.errors)])
-        assert float(cells[5]) == pytest.approx(np.exp(np.log(ratios).mean()), abs=6e-3)
-        assert int(cells[6]) == len(trial.errors)
-    assert rows[0][5] == "1.00"
-    drawn = [cell["title"].partition(": ")[2] for cell in parsed.named("i", "search")]
+        assert cells[0].startswith(trial.names[0])
+        assert ("winner" in cells[0]) == (trial is record.trials[0])
+        assert ("best rule" in cells[0]) == (record.best_rule in trial.names)
+        assert all(name in cells[0] for name in trial.names)
+        assert float(cells[2]) == pytest.approx(trial.latency, abs=6e-4)
+        assert int(cells[4]) == len(trial.samples)
+        value, low, high = (float(word) for word in re.findall(r"[\d.]+e-\d+", cells[5]))
+        typical = trial.typical
+        assert (value, low, high) == pytest.approx((typical.value, typical.low, typical.high), rel=6e-3)
+        assert cells[6].startswith(f"{trial.departures.count} of {trial.departures.samples}[")
+        assert int(cells[7].replace(",", "")) == trial.calls
+    drawn = [cell["title"].partition(": ")[2] for cell in parsed.named("i", "guard") if "title" in cell]
     assert drawn == [name for trial in record.trials for name in trial.precisions]
-    assert f"{sum(record.calls.values()):,} denoiser calls" in parsed.text["search"]
-    stood = "The predicted best schedule stood" in parsed.text["search"]
-    assert stood == (record.origin == "scores")
-    beaten = found.model_copy(update={"refinement": record.model_copy(update={"origin": HOSTILE})})
-    assert f"gave way to one that was tried because: {HOSTILE}" in Parsed(page(bundle.manifest, beaten)).text["search"]
+    assert f"{sum(record.calls.values()):,} denoiser calls" in parsed.text["guard"]
+    assert f"the winner is {record.trials[0].names[0]}" in parsed.text["guard"]
+    none = Parsed(page(manifest, found.model_copy(update={"guard": None})))
+    assert "No guard was held" in none.text["guard"]
 
 
-def test_carried_scores_say_where_they_come_from(bundle: Bundle) -> None:
-    assert "carried scores" not in Parsed(page(bundle.manifest, planted())).tables
+def test_departures_are_dots(parsed: Parsed, found: Sensitivity) -> None:
+    assert found.guard is not None
+    counts = {
+        "guard": [trial.departures.count for trial in found.guard.trials],
+        "validation": [row.departures.count for row in found.validation if row.departures],
+    }
+    for section, expected in counts.items():
+        assert sum(expected) > 0
+        dots = [cell for cell in parsed.named("i", section) if "title" not in cell]
+        assert len(dots) == sum(expected)
+        words = [span["aria-label"] for span in parsed.named("span", section) if span.get("class") == "dots"]
+        assert [int(word.partition(" ")[0]) for word in words] == [count for count in expected if count]
+    row = next(row for row in found.validation if row.departures and row.departures.count)
+    bounds = f"[{100 * row.departures.low:.1f}, {100 * row.departures.high:.1f} %]"
+    assert bounds in parsed.text["validation"]
+
+
+def test_intervals_and_words_of_the_ratio(parsed: Parsed, found: Sensitivity) -> None:
+    words = {
+        "worse": "schedule worse",
+        "better": "schedule better",
+        "not distinguishable": "not distinguishable from 1",
+    }
+    seen = set()
+    for cells, row in zip(parsed.tables["validation"][1:], found.validation, strict=True):
+        if row.against is None or row.standing is None:
+            assert cells[5] == "-"
+            continue
+        seen.add(row.standing)
+        assert cells[5].startswith(f"{row.against.value:.2f}[{row.against.low:.2f}, {row.against.high:.2f}]")
+        assert cells[5].endswith(words[row.standing])
+    assert seen == set(words)
+    tips = [cell["title"] for cell in parsed.named("td", "validation") if "title" in cell]
+    assert tips == [f"plain mean {np.mean(row.sample_errors):.2e}" for row in found.validation]
+
+
+def test_one_sample_distinguishes_nothing() -> None:
+    found = made_up.calibration(8, samples=1)
+    assert {row.standing for row in found.validation} == {None, "not distinguishable"}
+    assert not found.losses
+
+
+def test_rows_that_do_not_explain_themselves_are_explained(parsed: Parsed, found: Sensitivity) -> None:
+    best = found.best_rule
+    assert best is not None
+    assert f"{best.name}: the rule that had the least typical error on the calibration" in parsed.text["validation"]
+    assert "uniform, mixed: pictures shared out among uniform precisions" in parsed.text["validation"]
+
+
+def test_the_gram_matrix_is_described_for_those_who_do_not_see_it(parsed: Parsed, found: Sensitivity) -> None:
+    labels = [div["aria-label"] for div in parsed.named("div", "gram") if div.get("role") == "img"]
+    assert len(labels) == len(found.precisions) - 1
+    for label, name in zip(labels, found.precisions[1:], strict=True):
+        assert label.startswith(f"signed correlation of the error vectors of {name}, step by step")
+        assert re.search(r"neighbours \+0\.\d\d, all pairs [+-]0\.\d\d; 11 of 20 steps measured", label)
+    assert "How to read it: where a cell is orange" in parsed.text["gram"]
+
+
+def test_a_calibration_by_the_downcast_sum_says_so(manifest: Manifest, found: Sensitivity) -> None:
+    text = Parsed(page(manifest, found.model_copy(update={"predictor": "downcast sum"}))).text["gram"]
+    assert "by the diagonal alone, the downcast sum" in text
+
+
+def test_carried_scores_say_where_they_come_from(parsed: Parsed, manifest: Manifest, found: Sensitivity) -> None:
+    assert "carried scores" not in parsed.tables
     check = CheckRecord(
         precision="int4", steps=(0, 5, 9), carried=(1.0, 2.0, 3.0), measured=(2.0, 4.0, 7.0), level=2.1, scatter=0.3,
         spearman=None,
     )  # fmt: skip
     record = TransferRecord(bundle_id="c" * 64, num_steps=30, guidance_scale=2.5, checks=(check,))
-    carried = planted().model_copy(update={"transfer": record, "method": "transfer"})
-    parsed = Parsed(page(bundle.manifest, carried))
+    carried = found.model_copy(update={"transfer": record, "method": "transfer"})
+    parsed = Parsed(page(manifest, carried))
     assert parsed.tables["carried scores"][1:] == [["int4", "0, 5, 9", "2.10", f"\u00d7 {np.exp(0.3):.2f}", "-"]]
     assert f"bundle {'c' * 12} with T = 30 and guidance scale 2.5" in parsed.text["scores"]
-
-
-def test_intervals_are_those_of_the_ratio_over_prompts(bundle: Bundle) -> None:
-    found = planted(num_samples=5, budget=HighSteps(4))
-    rows = Parsed(page(bundle.manifest, found)).tables["validation"][1:]
-    schedule = found.validation[0]
-    for cells, row in zip(rows, found.validation, strict=True):
-        ratio, _, interval = cells[3].partition("[")
-        assert float(ratio) == pytest.approx(row.error / schedule.error, abs=6e-3)
-        assert np.mean(row.sample_errors) == pytest.approx(row.error)
-        if row is schedule:
-            assert not interval
-            continue
-        low, high = map(float, interval.rstrip("]").split(", "))
-        single = np.array(row.sample_errors) / np.array(schedule.sample_errors)
-        assert single.min() - 0.01 <= low <= float(ratio) <= high <= single.max() + 0.01
-    older = tuple(row.model_copy(update={"sample_errors": ()}) for row in found.validation)
-    without_samples = Parsed(page(bundle.manifest, found.model_copy(update={"validation": older})))
-    assert not any("[" in cells[3] for cells in without_samples.tables["validation"][1:])
-
-
-def test_departures_are_counted(bundle: Bundle) -> None:
-    found = planted(num_samples=5, budget=HighSteps(4))
-    words = "Departures, prompts that ended more than ten medians away"
-    assert words not in Parsed(page(bundle.manifest, found)).text["validation"]
-    row = found.validation[2]
-    far = row.model_copy(update={"sample_errors": (*row.sample_errors[:-1], 100 * max(row.sample_errors))})
-    rows = tuple(far if item is row else item for item in found.validation)
-    text = Parsed(page(bundle.manifest, found.model_copy(update={"validation": rows}))).text["validation"]
-    assert f"{words}, weigh in the mean: {row.name} (1)." in text
 
 
 @pytest.mark.parametrize(
@@ -193,17 +253,19 @@ def test_departures_are_counted(bundle: Bundle) -> None:
     [
         {"num_steps": 1},
         {"num_steps": 2, "method": "sweep"},
-        {"validated": False},
-        {"latencies": dict.fromkeys(("fp16", "fp8", "int8", "int4"), 8.0)},  # nothing is faster: all dropped
-        {"budget": HighSteps(10)},  # E = 0 throughout
-        {"budget": HighSteps(10), "num_samples": 3},
-        {"budget": HighSteps(4), "num_samples": 3, "refine_calls": 0},
+        {"validation": ()},
+        {"precisions": ("fp16",)},  # all others dropped
+        {"num_steps": 10, "chosen": ("fp16",) * 10},  # E = 0 throughout
+        {"samples": 1},
+        {"samples": 3},
+        {"guard": None, "fit": (), "fit_points": ()},
     ],
-    ids=["T=1", "T=2", "not validated", "all dropped", "all fp16", "all fp16, several samples", "no calls to search"],
+    ids=["T=1", "T=2", "not validated", "all dropped", "all fp16", "one sample", "three samples", "no guard, no fit"],
 )
-def test_unusual_calibrations_have_every_section(bundle: Bundle, options: dict[str, Any]) -> None:
-    text = page(bundle.manifest, planted(**options))
+def test_unusual_calibrations_have_every_section(options: dict[str, Any]) -> None:
+    found = made_up.calibration(**options)
+    text = page(made_up.manifest(found), found)
     assert tuple(Parsed(text).text)[1:] == SECTIONS
     assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<[^>]*>", "", text[text.index("<body>") :]))
-    if not options.get("validated", True):
+    if not found.validation:
         assert "not run on validation prompts" in Parsed(text).text[""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ SIZES = {"fp16": 0.0, "fp8": 1e-4, "int8": 4e-4, "int4": 4e-3, "nvfp4": 8e-3}
 """Largest score by precision."""
 LATENCIES_MS = {"fp16": 8.0, "fp8": 6.0, "int8": 5.0, "int4": 4.0, "nvfp4": 3.5}
 SAMPLES = 24
+FRAGILE = (3, 17)
+"""Samples that depart where the first step errs much."""
 
 Schedule = tuple[str, ...]
 
@@ -106,8 +108,8 @@ class _Maker:
     def errors(self, schedule: Schedule) -> tuple[float, ...]:
         noise = np.random.default_rng(zlib.crc32(" ".join(schedule).encode())).lognormal(0.0, 0.1, self.count)
         values = self.prediction.error(schedule) * self.samples * noise
-        if schedule[0] not in ("fp16", "fp8") and values.any() and self.count > 17:
-            values[[3, 17]] = 0.4, 0.2
+        if schedule[0] not in ("fp16", "fp8") and values.any() and self.count > max(FRAGILE):
+            values[list(FRAGILE)] = 0.4, 0.2
         return tuple(values.tolist())
 
     def concluded(self, chosen: Schedule) -> dict[str, Any]:
@@ -171,35 +173,43 @@ class _Maker:
             names.setdefault(moved, []).append(f"gram, first {held} held")
         trials = []
         for index, (schedule, why) in enumerate(names.items()):
-            errors = self.errors(schedule)[: self.count if index < 3 else -(-self.count // 2)]
+            leading = self.count if index < 3 else -(-self.count // 2)
+            fragile = [] if index < 3 else [sample for sample in FRAGILE if leading <= sample < self.count]
+            samples = (*range(leading), *fragile)
+            own = self.errors(schedule)
+            errors = tuple(own[sample] for sample in samples)
             trials.append(
                 TrialRecord(
-                    names=tuple(why), precisions=schedule, latency=self.prediction.latency(schedule),
-                    predicted_error=self.prediction.error(schedule), samples=tuple(range(len(errors))), errors=errors,
-                    typical=typical(errors), departures=departures(errors), calls=len(errors) * len(schedule),
+                    names=tuple(why), rule=next((name for name in why if name in rules), None), leading=leading,
+                    precisions=schedule, latency=self.prediction.latency(schedule),
+                    predicted_error=self.prediction.error(schedule), samples=samples, errors=errors,
+                    typical=typical(errors[:leading]), departures=departures(errors), calls=len(errors) * len(schedule),
                 )
             )  # fmt: skip
-        best = min(rules, key=lambda name: self.prediction.error(rules[name]))
+        best = self._best(rules)
         rounds = ((-(-self.count // 2), len(trials)), (self.count, min(3, len(trials))))
         return GuardRecord(
-            trials=tuple(trials), rounds=rounds, fragile=(3, 17), best_rule=best,
+            trials=tuple(trials), rounds=rounds, fragile=FRAGILE, best_rule=best,
             calls={chosen[-1]: sum(trial.calls for trial in trials)},
         )  # fmt: skip
 
     def _rules(self, chosen: Schedule) -> dict[str, Schedule]:
         return baselines.fixed_rules(chosen, self.found.precisions)
 
+    def _best(self, rules: Mapping[str, Schedule]) -> str | None:
+        return min(rules, key=lambda name: self.prediction.error(rules[name]), default=None)
+
     def _rows(self, chosen: Schedule) -> tuple[ValidationRow, ...]:
         found = self.found
         rules = self._rules(chosen)
-        best = min(rules, key=lambda name: self.prediction.error(rules[name]))
+        best = self._best(rules)
         count = chosen.count(found.precisions[0])
         generator = np.random.default_rng(0)
         draws = tuple(baselines.shuffled(chosen, generator) for _ in range(3))
         uniforms = {f"uniform {name}": ((name,) * found.num_steps,) for name in found.precisions}
         named: dict[str, tuple[Schedule, ...]] = {
             "schedule": (chosen,),
-            f"best rule: {best}": (rules[best],),
+            **({f"best rule: {best}": (rules[best],)} if best else {}),
             **uniforms,
             **{name: (schedule,) for name, schedule in rules.items()},
             f"random {count}": draws,

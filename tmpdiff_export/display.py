@@ -16,7 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from calibration.document import DepartureRecord, IntervalRecord
 
-PIPED_WIDTH = 130
+PIPED_WIDTH = 140
 LINE_SECONDS = 30.0
 """Without a terminal: at most one line of progress in this time, so that short commands print none."""
 Report = Callable[[str, int, int], None]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from helpers.made_up_manifest import manifest as manifest
 from scipy.stats import beta
 
 from calibration.choose import baselines
@@ -29,21 +30,13 @@ from calibration.document import (
 )
 from calibration.measure.metrics import level
 from calibration.statistics import bootstrap_interval
-from engines.manifest import (
-    EngineEntry,
-    FileEntry,
-    Manifest,
-    ModelEntry,
-    RangeCalibrationEntry,
-    SamplingEntry,
-    TextEntry,
-    manifest_identity,
-)
 
 SIZES = {"fp16": 0.0, "fp8": 1e-4, "int8": 4e-4, "int4": 4e-3, "nvfp4": 8e-3}
 """Largest score by precision."""
 LATENCIES_MS = {"fp16": 8.0, "fp8": 6.0, "int8": 5.0, "int4": 4.0, "nvfp4": 3.5}
 SAMPLES = 24
+FRAGILE = (3, 17)
+"""Samples that depart where the first step errs much."""
 
 Schedule = tuple[str, ...]
 
@@ -106,8 +99,8 @@ class _Maker:
     def errors(self, schedule: Schedule) -> tuple[float, ...]:
         noise = np.random.default_rng(zlib.crc32(" ".join(schedule).encode())).lognormal(0.0, 0.1, self.count)
         values = self.prediction.error(schedule) * self.samples * noise
-        if schedule[0] not in ("fp16", "fp8") and values.any() and self.count > 17:
-            values[[3, 17]] = 0.4, 0.2
+        if schedule[0] not in ("fp16", "fp8") and values.any() and self.count > max(FRAGILE):
+            values[list(FRAGILE)] = 0.4, 0.2
         return tuple(values.tolist())
 
     def concluded(self, chosen: Schedule) -> dict[str, Any]:
@@ -171,29 +164,36 @@ class _Maker:
             names.setdefault(moved, []).append(f"gram, first {held} held")
         trials = []
         for index, (schedule, why) in enumerate(names.items()):
-            errors = self.errors(schedule)[: self.count if index < 3 else -(-self.count // 2)]
+            leading = self.count if index < 3 else -(-self.count // 2)
+            fragile = [] if index < 3 else [sample for sample in FRAGILE if leading <= sample < self.count]
+            samples = (*range(leading), *fragile)
+            own = self.errors(schedule)
+            errors = tuple(own[sample] for sample in samples)
             trials.append(
                 TrialRecord(
-                    names=tuple(why), precisions=schedule, latency=self.prediction.latency(schedule),
-                    predicted_error=self.prediction.error(schedule), samples=tuple(range(len(errors))), errors=errors,
-                    rule=next((name for name in why if name in rules), None), leading=len(errors),
-                    typical=typical(errors), expected=typical(errors).value, departures=departures(errors), calls=len(errors) * len(schedule),
+                    names=tuple(why), rule=next((name for name in why if name in rules), None), leading=leading,
+                    precisions=schedule, latency=self.prediction.latency(schedule),
+                    predicted_error=self.prediction.error(schedule), samples=samples, errors=errors,
+                    typical=typical(errors[:leading]), departures=departures(errors), calls=len(errors) * len(schedule),
                 )
             )  # fmt: skip
-        best = min(rules, key=lambda name: self.prediction.error(rules[name]), default=None)
+        best = self._best(rules)
         rounds = ((-(-self.count // 2), len(trials)), (self.count, min(3, len(trials))))
         return GuardRecord(
-            trials=tuple(trials), rounds=rounds, fragile=(3, 17), best_rule=best,
+            trials=tuple(trials), rounds=rounds, fragile=FRAGILE, best_rule=best,
             calls={chosen[-1]: sum(trial.calls for trial in trials)},
         )  # fmt: skip
 
     def _rules(self, chosen: Schedule) -> dict[str, Schedule]:
         return baselines.fixed_rules(chosen, self.found.precisions)
 
+    def _best(self, rules: Mapping[str, Schedule]) -> str | None:
+        return min(rules, key=lambda name: self.prediction.error(rules[name]), default=None)
+
     def _rows(self, chosen: Schedule) -> tuple[ValidationRow, ...]:
         found = self.found
         rules = self._rules(chosen)
-        best = min(rules, key=lambda name: self.prediction.error(rules[name]), default=None)
+        best = self._best(rules)
         count = chosen.count(found.precisions[0])
         generator = np.random.default_rng(0)
         draws = tuple(baselines.shuffled(chosen, generator) for _ in range(3))
@@ -299,30 +299,3 @@ def _base(num_steps: int, precisions: Schedule) -> dict[str, Any]:
             calibration_prompts=("a",), validation_prompts=("b",),
         ),
     }  # fmt: skip
-
-
-def manifest(found: Sensitivity) -> Manifest:
-    """The manifest of a bundle that was calibrated so; there are no files to it."""
-    file = FileEntry(path="engines/one.onnx", bytes=1_000_000, sha256="d" * 64)
-    engine = EngineEntry(
-        file=file, backend="onnxruntime", backend_version="1.20", device="cpu", lowering={}, onnx_sha256="d" * 64,
-        recipe="none", sqnr_db=40.0, sqnr_floor_db=20.0, inputs=(), outputs=(),
-    )  # fmt: skip
-    emulated = engine.model_copy(update={"lowering": {"emulated MatMul": 4}})
-    parts: dict[str, Any] = {
-        "version": 4,
-        "created_with": "tests",
-        "model": ModelEntry(pipeline_class="PixArtSigmaPipeline", denoiser_class="D", denoiser_sha256="c" * 64, parameters=7),
-        "sampling": SamplingEntry(
-            scheduler="DPMSolverMultistepScheduler", num_inference_steps=found.num_steps, num_steps=found.num_steps,
-            guidance_scale=4.5, latents_shape=(4, 32, 32), height=256, width=256,
-        ),
-        "sampler": file,
-        "text": TextEntry(tokenizer=file, max_tokens=32, pad_token_id=0, lowercase=True),
-        "text_encoder": engine,
-        "vae_decoder": engine,
-        "denoisers": {name: emulated if name in ("fp8", "nvfp4") else engine for name in found.precisions},
-        "range_calibration": RangeCalibrationEntry(prompts_sha256="b" * 64, num_prompts=2, num_batches=2, seed=0),
-    }  # fmt: skip
-    data = Manifest.model_construct(bundle_id="", **parts).model_dump(mode="json", exclude_unset=True)
-    return Manifest.model_validate(data | {"bundle_id": manifest_identity(data)})

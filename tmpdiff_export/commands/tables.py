@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from calibration.document import DepartureRecord, Sensitivity, TransferRecord
 from tmpdiff_export.display import departures, interval, number, print_table, schedule_strip
 
+NAME_WIDTH = 36
+
 
 def print_sensitivity(found: Sensitivity) -> None:
     """Scores, cost, fit, Pareto front, guard, validation and schedule."""
@@ -77,7 +79,7 @@ def print_validation(found: Sensitivity) -> None:
             word = "" if row.standing == "not distinguishable" else f" {row.standing}"
             beside = f"{interval(row.against, '.2f')}{word}"
         figures = [f"{row.latency:.3f}", _short(interval(row.typical, ".1e")), _count(row.departures), beside]
-        rows.append([row.name, *figures, number(row.ssim, ".4f"), number(row.psnr_db, ".1f")])
+        rows.append([_name(row.name), *figures, number(row.ssim, ".4f"), number(row.psnr_db, ".1f")])
     print_table(
         "Validation prompts",
         ["schedule", "latency", "typical error", "departures", "schedule's / its", "SSIM", "PSNR dB"],
@@ -171,12 +173,15 @@ def _print_guard(found: Sensitivity) -> None:
     guard = found.guard
     rows = []
     for index, trial in enumerate(guard.trials):
-        marks = [*(["winner"] if index == 0 else []), *(["best rule"] if guard.best_rule in trial.names else [])]
+        marks = [
+            *(["winner"] if index == 0 else []),
+            *(["best rule"] if trial.rule and trial.rule == guard.best_rule else []),
+        ]
         rows.append(
             [
-                trial.names[0],
+                _name(trial.names[0]),
                 f"{trial.latency:.3f}",
-                str(len(trial.samples)),
+                str(trial.leading) + (f" + {more}" if (more := len(trial.samples) - trial.leading) else ""),
                 _short(interval(trial.typical, ".1e")),
                 _count(trial.departures),
                 str(trial.calls),
@@ -187,12 +192,20 @@ def _print_guard(found: Sensitivity) -> None:
         "Guard: candidates on calibration prompts",
         ["candidate", "latency", "prompts", "typical error", "departures", "calls", ""],
         rows,
-        [f"denoiser calls for the guard: {sum(guard.calls.values())}"],
+        [
+            f"denoiser calls for the guard: {sum(guard.calls.values())}",
+            "prompts: drawn at random, which typical errors are of, and fragile ones, that departures were looked for on as well",
+        ],
     )
 
 
 def _count(found: DepartureRecord | None) -> str:
     return f"{found.count} of {found.samples}" if found else "-"
+
+
+def _name(name: str) -> str:
+    """A name for a column: of a rule that mixes many precisions on two lines."""
+    return name if len(name) <= NAME_WIDTH else name.replace(" (", "\n (", 1)
 
 
 def _short(text: str) -> str:

@@ -50,12 +50,14 @@ def guard_section(found: Sensitivity) -> str:
 
 def _row(found: Sensitivity, record: GuardRecord, trial: TrialRecord) -> str:
     won = trial is record.trials[0]
-    remarks = [*(["winner"] if won else []), *(["best rule"] if record.best_rule in trial.names else [])]
+    remarks = [*(["winner"] if won else []), *(["best rule"] if trial.rule and trial.rule == record.best_rule else [])]
     if len(trial.names) > 1:
         remarks.append(f"also: {escape('; '.join(trial.names[1:]))}")
     remark = "".join(f"<small>{text}</small>" for text in remarks)
+    fragile = len(trial.samples) - trial.leading
+    extra = f"<small>+ {fragile} fragile</small>" if fragile else ""
     return (
         f"<tr{' class=chosen' if won else ''}><td>{escape(trial.names[0])}{remark}</td><td>{strip(found, trial.precisions)}</td>"
-        f"<td>{trial.latency:.3f}</td><td>{trial.predicted_error:.2e}</td><td>{len(trial.samples)}</td>"
+        f"<td>{trial.latency:.3f}</td><td>{trial.predicted_error:.2e}</td><td>{trial.leading}{extra}</td>"
         f"{typical_cell(trial.typical, trial.errors)}{departures_cell(trial.departures)}<td>{trial.calls:,}</td></tr>"
     )

@@ -67,14 +67,19 @@ def tried(found: Sensitivity) -> tuple[Mark, ...]:
         return ()
     marks = []
     for index, trial in enumerate(found.guard.trials):
-        kind = "chosen" if index == 0 else "best rule" if found.guard.best_rule in trial.names else "other"
+        kind = (
+            "chosen" if index == 0 else "best rule" if trial.rule and trial.rule == found.guard.best_rule else "other"
+        )
         marks.append(Mark(shortened(trial.names[0]), trial.latency, trial.typical, kind))
     return tuple(marks)
 
 
 def shortened(name: str) -> str:
-    """A name that leaves room for the figure."""
-    return name if len(name) <= LONGEST else name[: LONGEST - 3] + "..."
+    """A name that leaves room for the figure: a rule that mixes precisions without its pool."""
+    if len(name) <= LONGEST:
+        return name
+    rule, pool, _ = name.partition(" (")
+    return f"{rule} (mixed)" if pool and len(rule) <= LONGEST - 8 else name[: LONGEST - 3] + "..."
 
 
 def style(mark: Mark, place: dict[str, int]) -> dict[str, Any]:

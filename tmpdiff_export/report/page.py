@@ -62,7 +62,8 @@ svg *{stroke-linejoin:round;stroke-linecap:butt}
 .ramp.correlation{width:9rem;border:1px solid var(--line);background:linear-gradient(to right,CORRELATION)}
 .matrices{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,16rem),1fr));gap:.4rem 1.2rem}
 .matrices figure{max-width:21rem}
-.scroll td:first-child small{white-space:normal;max-width:14rem}td.counted{min-width:8rem}.dots{display:flex;flex-wrap:wrap;gap:2px;max-width:9rem;padding:2px 0}
+:is([aria-label=guard],[aria-label=validation]) td:first-child{white-space:normal;min-width:9.5rem}
+td.counted{min-width:8rem}.dots{display:flex;flex-wrap:wrap;gap:2px;max-width:9rem;padding:2px 0}
 .dots i{width:.5rem;height:.5rem;border-radius:50%;background:var(--loss)}
 ul{margin:.4rem 0;padding-left:1.2rem;max-width:48rem;font-size:.9rem}
 """

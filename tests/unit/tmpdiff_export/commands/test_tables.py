@@ -16,7 +16,7 @@ def found() -> Sensitivity:
 
 
 def cells(printed: str, title: str) -> list[list[str]]:
-    """The rows of a printed table, lines that go on below left out."""
+    """The rows of a printed table; names that go on below are joined."""
     lines = printed[printed.index(f"{title}") :].splitlines()
     rows = []
     for line in lines[1:]:
@@ -24,7 +24,13 @@ def cells(printed: str, title: str) -> list[list[str]]:
             break
         if line.startswith("│"):
             rows.append([cell.strip() for cell in line.strip("│").split("│")])
-    return [row for row in rows if row[0]]
+    joined: list[list[str]] = []
+    for row in rows:
+        if row[1]:
+            joined.append(row)
+        else:
+            joined[-1] = [" ".join(filter(None, pair)) for pair in zip(joined[-1], row, strict=True)]
+    return joined
 
 
 def test_everything_is_printed(found: Sensitivity, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,12 +64,17 @@ def test_everything_is_printed(found: Sensitivity, capsys: pytest.CaptureFixture
     assert f"predicted E {found.predicted_error:.3e} from 24 calibration prompts, by gram" in printed
 
 
-def test_no_row_of_validation_is_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
-    found = made_up.calibration(50, ("fp16", "fp8", "int8", "int4", "nvfp4"))
+@pytest.mark.parametrize("precisions", [("fp16", "int8"), ("fp16", "fp8", "int8", "int4", "nvfp4")])
+def test_no_figure_of_validation_is_wrapped(capsys: pytest.CaptureFixture[str], precisions: tuple[str, ...]) -> None:
+    found = made_up.calibration(50, precisions)
     print_sensitivity(found)
     printed = capsys.readouterr().out
     table = printed[printed.index("Validation prompts") :]
-    assert len([line for line in table.splitlines() if line.startswith("│")]) == len(found.validation)
+    lines = [line.strip("│").split("│") for line in table.splitlines() if line.startswith("│")]
+    goes_on = [line for line in lines if not line[1].strip()]
+    assert len(lines) - len(goes_on) == len(found.validation)
+    assert all(line[0].startswith("  (") and not "".join(line[1:]).strip() for line in goes_on)
+    assert bool(goes_on) == (len(precisions) > 2)
 
 
 @pytest.mark.parametrize(

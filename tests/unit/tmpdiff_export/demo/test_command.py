@@ -89,7 +89,14 @@ def test_one_table_of_at_most_ten_rows(finished: Demo) -> None:
     found = Sensitivity.load(finished.out / "bundle" / "sensitivity.json")
     high = found.schedule.count("fp16")
     assert len(rows) <= 10
-    assert {"schedule", "uniform fp16", "uniform int8", f"first {high}", f"last {high}", f"both ends {high}"} <= names
+    assert {
+        "schedule",
+        "uniform fp16",
+        "uniform int8",
+        f"first {high} (int8)",
+        f"last {high} (int8)",
+        f"both ends {high} (int8)",
+    } <= names
     assert finished.output.stdout.count("┏") == 1
     for line in conclusions(found):
         assert line in finished.output.stdout
@@ -101,7 +108,9 @@ def test_files_that_it_names_exist(finished: Demo) -> None:
     for path in named.values():
         assert Path(path).exists()
     page = Path(named["report"]).read_text()
-    assert page.count("data:image/png") == 2 * 3  # fp16, int8 and the schedule, each with its heat map
+    assert (
+        page.count("data:image/png") == 2 * 3 + 1
+    )  # fp16, int8 and the schedule, each with its heat map, and the Gram matrix
     names = json.loads(Path(named["summary"]).read_text())["pictures"]
     assert names == ["0-fp16.png", "0-int8.png", "0-schedule.png", SHEET_NAME]
     assert sorted(path.name for path in Path(named["pictures"]).parent.iterdir()) == sorted(names)
@@ -173,7 +182,14 @@ def test_summary_has_the_rows_of_the_table() -> None:
     summary = summarise("plain", prompts, made_up.manifest(found), found, ["0-fp16.png"], 1.0)
     rows = {row["name"]: row for row in summary["rows"]}
     high = found.schedule.count("fp16")
-    assert {"schedule", "uniform fp16", "uniform int8", f"first {high}", f"last {high}", f"random {high}"} <= set(rows)
+    assert {
+        "schedule",
+        "uniform fp16",
+        "uniform int8",
+        f"first {high} (int8)",
+        f"last {high} (int8)",
+        f"random {high}",
+    } <= set(rows)
     for row, record in zip(summary["rows"], found.validation, strict=True):
         assert sum(row["steps"].values()) == found.num_steps
         assert set(row) >= {"name", "steps", "latency", "error", "ssim", "psnr_db", "prompts"}

@@ -13,9 +13,10 @@ from helpers.report_page import Parsed, figures, marks
 from PIL import Image
 
 from calibration.choose.stored_prediction import StoredPrediction, stored_gram
-from calibration.document import Sensitivity
+from calibration.document import Sensitivity, TrialRecord
 from tmpdiff_export.report.gram import ALIKE, OPPOSED, colours, correlations
 from tmpdiff_export.report.latency import rule_points, ruled_precision
+from tmpdiff_export.report.marks import shortened
 from tmpdiff_export.report.page import page
 from tmpdiff_export.report.svg import spread
 
@@ -104,9 +105,9 @@ def test_pareto_figure_has_the_schedule_and_every_baseline(text: str, found: Sen
     labels = [element.text for element in svg.iter("text")]
     best = found.best_rule
     assert best is not None
-    names = {row.name.removeprefix("best rule: ") for row in found.validation}
+    names = {shortened(row.name.removeprefix("best rule: ")) for row in found.validation}
     assert names | {"best rule", "schedule, predicted", "front, predicted"} <= set(labels)
-    assert labels.count(best.name.removeprefix("best rule: ")) == 1
+    assert labels.count(shortened(best.name.removeprefix("best rule: "))) == 1
     rows = [mark for mark in marks(svg, "pareto") if "--muted" not in mark[2]]
     expected = {round(row.latency, 6) for row in found.validation}
     assert len({round(x, 2) for x, *_ in rows}) == len(expected)
@@ -117,11 +118,14 @@ def test_rows_are_in_order_and_have_their_intervals(text: str, found: Sensitivit
     assert found.guard is not None
     svg = figures(text)[name]
     rows = found.guard.trials if name == "guard" else found.validation
-    typical = {row.names[0] if name == "guard" else row.name.removeprefix("best rule: "): row.typical for row in rows}
+    typical = {
+        shortened(row.names[0] if isinstance(row, TrialRecord) else row.name.removeprefix("best rule: ")): row.typical
+        for row in rows
+    }
     labels = [element.text for element in svg.iter("text") if element.text in typical]
-    values = [typical[str(label)].value for label in labels][: len(typical)]
+    values = [typical[str(label)].value for label in labels if label != "schedule"]  # which the legend names, too
     assert sorted(values, reverse=True) == values
-    assert len(values) == len(typical)
+    assert len(values) == len(set(typical) - {"schedule"})
 
 
 def test_rank_deviation_of_a_swept_calibration(text: str) -> None:
@@ -171,3 +175,9 @@ def test_labels_keep_their_distance_and_their_order() -> None:
     assert ordered[-1] <= 1 + 1e-9
     assert spread([0.5], 0.1, 0.0, 1.0) == [0.5]
     assert spread([], 0.1, 0.0, 1.0) == []
+
+
+def test_long_names_are_shortened_in_figures() -> None:
+    assert shortened("evenly spread 10 (int8)") == "evenly spread 10 (int8)"
+    assert shortened("evenly spread 10 (12 fp8, 8 int8)") == "evenly spread 10 (mixed)"
+    assert shortened("x" * 40) == "x" * 23 + "..."

@@ -190,6 +190,7 @@ class TrialRecord(_Record):
         errors: E of each.
         leading: how many of the first samples were drawn at random; those behind them are fragile ones.
         typical: over the leading samples.
+        expected: the same, averaged with what is predicted where few samples leave it noisy; the least wins.
         departures: of all samples it ran on.
         calls: denoiser calls it took.
     """
@@ -203,6 +204,7 @@ class TrialRecord(_Record):
     errors: tuple[float, ...]
     leading: int
     typical: IntervalRecord
+    expected: float
     departures: DepartureRecord
     calls: int
 

@@ -4,7 +4,8 @@ Predictions can mislead, so what they choose has to win against the rules of thu
 the same samples, drawn at random, and on *fragile* ones: those most likely to depart. The better half, the best rule
 always among it, goes on to twice as many samples (successive halving: Jamieson and Talwalkar, AISTATS 2016), until all
 have been used. Of those left, a candidate that departs on significantly more samples than the one that departs least (sign
-test over the samples where the two differ) is out; of the others the least typical error wins.
+test over the samples where the two differ) is out; of the others the least typical error wins. Few samples leave it noisy,
+and the least of many noisy figures is the luckiest: it is averaged with what is predicted, each weighed by its variance.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from calibration.choose.candidates import Candidate
 from calibration.choose.predictions import Predictions
 from calibration.document import GuardRecord, TrialRecord
 from calibration.measure.measurements import Measurements
-from calibration.measure.metrics import departed
+from calibration.measure.metrics import departed, limited
 from calibration.statistics import interval_record, share_record, typical_errors, typical_interval
 
 STAGE = "guard"
@@ -35,6 +36,9 @@ FRAGILE_SHARE = 0.1
 """Share of the samples, those with the largest summed downcasts, that departures are looked for on: four fifths of all
 departures come from them."""
 
+LEAST_DOUBT = 0.05
+"""Least standard deviation of the logarithm that predictions are taken to be wrong by."""
+
 SIGNIFICANT = 0.1
 """Largest probability that chance alone gives so many more departures: four more, where nothing else differs."""
 
@@ -47,11 +51,13 @@ class _Trial:
         candidate: which one.
         leading: samples drawn at random, of the last round that it took part in.
         errors: E by sample, of leading and fragile ones.
+        expected: typical error, from what is measured and predicted (`expected_errors`).
     """
 
     candidate: Candidate
     leading: Sequence[int] = ()
     errors: dict[int, float] = field(default_factory=dict)
+    expected: float = math.inf
 
     def values(self, samples: Iterable[int]) -> np.ndarray:
         return np.array([self.errors[sample] for sample in samples])
@@ -123,7 +129,7 @@ def guard(
                 done += 1
                 if on_run:
                     on_run(done, total)
-        alive = _ranked(alive)
+        alive = _ranked(alive, predictions)
         best_rule = next((trial for trial in alive if trial.candidate.rule), None)
         if len(leading) < len(order):
             alive = [trial for k, trial in enumerate(alive) if k < _survivors(len(alive)) or trial is best_rule]
@@ -159,11 +165,43 @@ def _most_runs(samples: Sequence[int], count: int) -> int:
     return total
 
 
-def _ranked(trials: Sequence[_Trial]) -> list[_Trial]:
-    """The better first: those that do not depart significantly more than the one that does least, by typical error."""
-    by_error = sorted(trials, key=lambda trial: trial.typical)
+def _ranked(trials: Sequence[_Trial], predictions: Predictions) -> list[_Trial]:
+    """The better first: those that do not depart significantly more than the one that does least, by expected error."""
+    predicted = [predictions.gram.error(trial.candidate.precisions) for trial in trials]
+    expected = expected_errors(np.array([trial.values(trial.leading) for trial in trials]), np.array(predicted))
+    for trial, error in zip(trials, expected.tolist(), strict=True):
+        trial.expected = error
+    by_error = sorted(trials, key=lambda trial: trial.expected)
     least = min((trial.departures for trial in by_error), key=len)
     return sorted(by_error, key=lambda trial: departs_more(trial.departures, least))
+
+
+def expected_errors(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Typical errors of candidates from what is measured and what is predicted, each weighed by its variance.
+
+    In logarithms, but for the level that all have in common. The variance of what is measured is that of the differences
+    between candidates from sample to sample; what predictions disagree with it by beyond that is their own (empirical Bayes:
+    Efron and Morris, Journal of the American Statistical Association 70, 1975).
+
+    Args:
+        measured: E by candidate and sample, float64 [C, S].
+        predicted: E, float64 [C].
+
+    Returns:
+        float64 [C]; what is measured alone where a candidate has no error.
+    """
+    typical = typical_errors(measured)
+    count, samples = measured.shape
+    if count < 2 or not min(*measured.flat, *predicted) > 0:
+        return typical
+    logs = np.log(limited(measured.T).T)
+    spread = logs - logs.mean(axis=0) - logs.mean(axis=1, keepdims=True) + logs.mean()
+    noise = float((spread**2).sum()) / ((count - 1) * (samples - 1) * samples) if samples > 1 else math.inf
+    apart = np.log(predicted / typical)
+    apart -= apart.mean()
+    doubt = max(float((apart**2).sum()) / (count - 1) - noise, LEAST_DOUBT**2)
+    found: np.ndarray = typical * np.exp(apart * (noise / (noise + doubt) if math.isfinite(noise) else 1.0))
+    return found
 
 
 def departs_more(mine: set[int], other: set[int]) -> bool:
@@ -186,6 +224,7 @@ def _record(trial: _Trial, measurements: Measurements, predictions: Predictions)
         errors=tuple(trial.values(samples).tolist()),
         leading=len(trial.leading),
         typical=interval_record(typical_interval(trial.values(trial.leading))),
+        expected=trial.expected,
         departures=share_record(len(trial.departures), len(samples)),
         calls=len(samples) * measurements.schedule_calls(precisions),
     )

@@ -20,14 +20,7 @@ from itertools import combinations
 
 import numpy as np
 
-from calibration.choose.allocation import (
-    BUDGET_TOLERANCE,
-    Budget,
-    ErrorBudget,
-    HighSteps,
-    allocate,
-    require_reachable,
-)
+from calibration.choose.allocation import BUDGET_TOLERANCE, Budget, ErrorBudget, HighSteps, allocate, require_reachable
 from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation, integers, pareto_front
 from calibration.choose.quadratic_search import Form, Search, additive_optima, readings

@@ -128,19 +128,40 @@ class Gram:
 
 
 def correlate(measured: Mapping[str, tuple[Sequence[int], Vectors]]) -> Correlations:
-    """Correlations of measured downcasts.
+    """Correlations of measured downcasts, those that few samples give by chance taken back.
+
+    Each is shrunk by its noise across samples (the positive part of James and Stein's estimator, Berkeley Symposium 4,
+    1961; the noise is the mean over a pair of precisions). Without that a search would find the steps whose vectors seem to
+    cancel.
 
     Args:
         measured: by low precision, in order of precision: the steps, rising, and their vectors, of the same samples.
     """
-    weighed = {name: _units(vectors.weighed()) for name, (_, vectors) in measured.items()}
+    units = {name: _units(vectors.weighed()) for name, (_, vectors) in measured.items()}
+    num_samples = {name: vectors.errors.shape[1] for name, (_, vectors) in measured.items()}
     names = list(measured)
     values = {
-        (a, b): np.round(np.clip(weighed[a] @ weighed[b].T, -1.0, 1.0), DIGITS)
+        (a, b): np.round(_shrunk(units[a], units[b], num_samples[a], own=a == b), DIGITS)
         for k, a in enumerate(names)
         for b in names[k:]
     }
     return Correlations({name: tuple(map(float, steps)) for name, (steps, _) in measured.items()}, values)
+
+
+def _shrunk(first: np.ndarray, second: np.ndarray, num_samples: int, own: bool) -> np.ndarray:
+    """Inner products of unit vectors float64 [M, S * K] and [M', S * K], less what samples disagree by."""
+    rows = [vectors.reshape(len(vectors), num_samples, -1) for vectors in (first, second)]
+    parts = np.einsum("isk,jsk->sij", *rows)
+    found = parts.sum(axis=0)
+    others = ~np.eye(len(found), dtype=bool) if own else np.ones(found.shape, dtype=bool)
+    if num_samples > 1 and others.any():
+        # how far samples are from having the same correlation, each by its weight
+        weights = np.einsum("is,js->sij", *(np.linalg.norm(vectors, axis=2) for vectors in rows))
+        strays = parts - weights * found / np.maximum(weights.sum(axis=0), 1e-300)
+        noise = float((strays**2).sum(axis=0)[others].mean()) * num_samples / (num_samples - 1)
+        kept = 1 - noise / np.maximum(found**2, 1e-300)
+        found = np.where(others, found * np.maximum(kept, 0.0), found)
+    return np.clip(found, -1.0, 1.0)
 
 
 def rounding_floor(

@@ -176,10 +176,11 @@ class _Maker:
                 TrialRecord(
                     names=tuple(why), precisions=schedule, latency=self.prediction.latency(schedule),
                     predicted_error=self.prediction.error(schedule), samples=tuple(range(len(errors))), errors=errors,
-                    typical=typical(errors), departures=departures(errors), calls=len(errors) * len(schedule),
+                    rule=next((name for name in why if name in rules), None), leading=len(errors),
+                    typical=typical(errors), expected=typical(errors).value, departures=departures(errors), calls=len(errors) * len(schedule),
                 )
             )  # fmt: skip
-        best = min(rules, key=lambda name: self.prediction.error(rules[name]))
+        best = min(rules, key=lambda name: self.prediction.error(rules[name]), default=None)
         rounds = ((-(-self.count // 2), len(trials)), (self.count, min(3, len(trials))))
         return GuardRecord(
             trials=tuple(trials), rounds=rounds, fragile=(3, 17), best_rule=best,
@@ -192,14 +193,14 @@ class _Maker:
     def _rows(self, chosen: Schedule) -> tuple[ValidationRow, ...]:
         found = self.found
         rules = self._rules(chosen)
-        best = min(rules, key=lambda name: self.prediction.error(rules[name]))
+        best = min(rules, key=lambda name: self.prediction.error(rules[name]), default=None)
         count = chosen.count(found.precisions[0])
         generator = np.random.default_rng(0)
         draws = tuple(baselines.shuffled(chosen, generator) for _ in range(3))
         uniforms = {f"uniform {name}": ((name,) * found.num_steps,) for name in found.precisions}
         named: dict[str, tuple[Schedule, ...]] = {
             "schedule": (chosen,),
-            f"best rule: {best}": (rules[best],),
+            **({f"best rule: {best}": (rules[best],)} if best else {}),
             **uniforms,
             **{name: (schedule,) for name, schedule in rules.items()},
             f"random {count}": draws,

@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from calibration.scores.single_step import DIRECTIONS
 from engines.cli import guarded
 from engines.documents import read_json
 from engines.errors import TmpDiffError
 from tmpdiff_export.display import print_table
-from tools.experiments.prediction import SampleScores
+from tools.experiments.curves import curve
 from tools.experiments.rank_deviation import regret_in_range
+from tools.experiments.single_steps import directions_of
 from tools.experiments.statistics import rank_deviation, spearman
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[list[str]]:
-    """A row of words per precision that both have and direction.
+    """A row of words per precision and direction that both have.
 
     Raises:
         TmpDiffError: nothing to compare.
@@ -43,17 +43,19 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[list[str]]:
         raise TmpDiffError(f"the first file has {', '.join(first['data'])}, the second {', '.join(second['data'])}")
     rows = []
     for precision in shared:
-        found, truth = (SampleScores.of(content["data"][precision]).curves() for content in (first, second))
-        for direction in DIRECTIONS:
-            pair = truth[direction], found[direction]
-            rows.append(
-                [
-                    f"{precision}, {direction}",
-                    f"{spearman(*pair):.2f}",
-                    f"{rank_deviation(*pair):.1f}",
-                    f"{regret_in_range(*(np.maximum(curve, 0.0) for curve in pair)):.0%}",
-                ]
-            )
+        found, truth = first["data"][precision], second["data"][precision]
+        for direction in directions_of(found):
+            if direction in truth:
+                pair = curve(truth, direction), curve(found, direction)
+                positive = [np.maximum(scores, 0.0) for scores in pair]
+                rows.append(
+                    [
+                        f"{precision}, {direction}",
+                        f"{spearman(*pair):.2f}",
+                        f"{rank_deviation(*pair):.1f}",
+                        f"{regret_in_range(*positive):.0%}",
+                    ]
+                )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What the four commands share: arguments, the result file, goals, and drawing again from the result file."""
+"""What the commands share: arguments, the result file, goals, and drawing again from the result file."""
 
 from __future__ import annotations
 
@@ -80,14 +80,19 @@ class Experiment:
     version: int = 1
     same_data: str = ""
 
-    def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Runs the command; the exit status: 0 whether goals are met or not, 1 for a failure, 2 for wrong usage."""
+    def parser(self) -> argparse.ArgumentParser:
+        """Of the command."""
         parser = argparse.ArgumentParser(prog=f"python -m tools.experiments.{self.name}", description=self.about)
         add_study_arguments(parser)
         self.add_arguments(parser)
         parser.add_argument("--out", type=Path, metavar="PREFIX", help="writes PREFIX.json and PREFIX.png")
         also = f", or one of {self.same_data}, which measures the same" if self.same_data else ""
         parser.add_argument("--redraw", type=Path, metavar="JSON", help=f"analyse and draw a result file again{also}")
+        return parser
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Runs the command; the exit status: 0 whether goals are met or not, 1 for a failure, 2 for wrong usage."""
+        parser = self.parser()
         args = parser.parse_args(arguments)
         missing = [name for name in ("bundle", "prompts", "out") if getattr(args, name) is None]
         if not args.redraw and missing:
@@ -96,32 +101,32 @@ class Experiment:
 
     def _run(self, args: argparse.Namespace) -> int:
         if not args.redraw:
-            self._finish(self._measure(args), args.out)
+            require_folder(args.out)
+            with progress_bar() as report, open_study(args, report) as study:
+                content = self.content(study, args)
+            # What was measured is safe before analysis, which takes its time; `--redraw` does that again.
+            write_content(content, args.out)
+            self.finish(content, args.out)
             return 0
         content = self._read(args.redraw)
         foreign = content["experiment"] != self.name
         if foreign and not args.out:
             raise TmpDiffError(f"{args.redraw} is a file of {content['experiment']}; name the one to write with --out")
-        self._finish(content, args.out or args.redraw.with_suffix(""), args.redraw.name if foreign else None)
+        self.finish(content, args.out or args.redraw.with_suffix(""), args.redraw.name if foreign else None)
         return 0
 
-    def _measure(self, args: argparse.Namespace) -> dict[str, Any]:
-        if not args.out.parent.is_dir():
-            raise TmpDiffError(f"output folder {args.out.parent} does not exist; make it first")
-        with progress_bar() as report, open_study(args, report) as study:
-            data = self.measure(study, args)
-            setting = study.setting
-        content = {
-            "experiment": self.name,
-            "version": self.version,
-            "command": self._wording(args),
-            "setting": setting,
-            "data": data,
-        }
-        rounded: dict[str, Any] = round_numbers(content)
-        # What was measured is safe before analysis, which takes its time; `--redraw` does that again.
-        atomic_write_text(_beside(args.out, ".json"), compact_json(rounded) + "\n")
-        return rounded
+    def content(self, study: Study, args: argparse.Namespace) -> dict[str, Any]:
+        """Measures; what the result file holds before it is analysed."""
+        found: dict[str, Any] = round_numbers(
+            {
+                "experiment": self.name,
+                "version": self.version,
+                "command": self.wording(args),
+                "setting": study.setting,
+                "data": self.measure(study, args),
+            }
+        )
+        return found
 
     def _read(self, path: Path) -> dict[str, Any]:
         content = read_json(path, "result file", TmpDiffError)
@@ -135,7 +140,7 @@ class Experiment:
             raise TmpDiffError(f"{path} has no measurements; redraw {content['data_in']}, which holds them")
         return content
 
-    def _finish(self, content: dict[str, Any], prefix: Path, data_in: str | None = None) -> None:
+    def finish(self, content: dict[str, Any], prefix: Path, data_in: str | None = None) -> None:
         """Writes, draws and prints; measurements that lie in another file, `data_in`, are not written again."""
         found = self.analyse(content)
         findings = round_numbers(found.findings)
@@ -144,21 +149,34 @@ class Experiment:
             command = f"python -m tools.experiments.{self.name} --redraw {data_in} --out {prefix.name}"
             whole |= {"experiment": self.name, "command": command, "data_in": data_in}
             del whole["data"]
-        atomic_write_text(_beside(prefix, ".json"), compact_json(whole) + "\n")
-        save(lambda: self.draw(content, findings), _beside(prefix, ".png"))
+        write_content(whole, prefix)
+        save(lambda: self.draw(content, findings), beside(prefix, ".png"))
         setting = content["setting"]
         print_goals(f"{self.name}, {setting['denoiser']}, T = {setting['num_steps']}", found.goals)
         for note in found.notes:
             print(note)
-        print(f"wrote {_beside(prefix, '.json')} and {_beside(prefix, '.png')}")
+        print(f"wrote {beside(prefix, '.json')} and {beside(prefix, '.png')}")
 
-    def _wording(self, args: argparse.Namespace) -> str:
+    def wording(self, args: argparse.Namespace) -> str:
         """The command as it was given; paths by their name only."""
         words = [f"python -m tools.experiments.{self.name} BUNDLE"]
         for name, value in vars(args).items():
-            if name not in ("bundle", "redraw") and value is not None:
+            if value is True:
+                words.append(f"--{name.replace('_', '-')}")
+            elif name not in ("bundle", "redraw") and value is not None and value is not False:
                 words.append(f"--{name.replace('_', '-')} {value.name if isinstance(value, Path) else value}")
         return " ".join(words)
+
+
+def require_folder(prefix: Path) -> None:
+    """Refuses a prefix whose folder is not there, before anything is measured."""
+    if not prefix.parent.is_dir():
+        raise TmpDiffError(f"output folder {prefix.parent} does not exist; make it first")
+
+
+def write_content(content: dict[str, Any], prefix: Path) -> None:
+    """Writes PREFIX.json."""
+    atomic_write_text(beside(prefix, ".json"), compact_json(content) + "\n")
 
 
 def print_goals(name: str, goals: Sequence[Goal]) -> None:
@@ -203,5 +221,6 @@ def compact_json(data: Any, depth: int = 0) -> str:
     return json.dumps(data, allow_nan=False, separators=(",", ":"))
 
 
-def _beside(prefix: Path, suffix: str) -> Path:
+def beside(prefix: Path, suffix: str) -> Path:
+    """The file of a prefix; it may hold dots."""
     return prefix.with_name(prefix.name + suffix)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engines.files import atomic_write_bytes
-from tmpdiff_export.report.figures import MARKERS
+from tmpdiff_export.report.marks import MARKERS
 from tmpdiff_export.report.svg import SHADES, places
 
 INK, GRID = "#1a1a1a", "#dddddd"

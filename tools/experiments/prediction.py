@@ -1,198 +1,174 @@
-"""What single-step scores predict for schedules of one low precision, and how well."""
+"""Measured error of random schedules on unseen prompts against what downcasts predict (figures 2 and 5 of the paper).
+
+Downcasts of the calibration prompts, of the steps that `calibrate` would measure, make the Gram matrix and the downcast
+sum. Random schedules at every K asked for run on prompts that calibration does not use. Goal: R^2 of the Gram matrix of
+at least 0.98 for every precision. Beside it: what fewer calibration prompts predict, and the Gram matrix that keeps the
+floor of the reference's own rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from calibration.measure.metrics import limited
-from calibration.scores.divergence import affordable, risk_curve, with_risk
-from calibration.scores.predictors import PREDICTORS, Contributions, contributions
-from calibration.scores.single_step import DIRECTIONS
-from calibration.statistics import Interval, bootstrap_interval
-from tools.experiments.schedules import fixed_rules, high_steps
-from tools.experiments.statistics import r_squared, spearman
+from calibration.measure.measurements import Measurements
+from calibration.scores.gram import Gram, gram
+from calibration.scores.measured_gram import MeasuredGram, measured_gram
+from calibration.scores.single_step import Downcasts, measure_downcasts
+from calibration.statistics import bootstrap_interval, typical_errors
+from tools.experiments.command import Analysis, Experiment, Goal, verdict
+from tools.experiments.figures import INK, headline, label, panels
+from tools.experiments.goals import R2
+from tools.experiments.schedules import HIGH, counts_between, precisions_of, random_patterns
+from tools.experiments.statistics import log_scatter, r_squared, spearman, spearman_within
+from tools.experiments.study import Study
 
-_NAMES = ("reference", "low")
+FEWER = (8, 24)
+"""Calibration prompts, the first ones, that predict as well."""
 
-
-def mean_scores(direction: str, scores: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """The score curve of samples as the calibrator makes it, float64 [T].
-
-    Args:
-        direction: "downcast" or "upcast".
-        scores: of each sample, float64 [S, T].
-        uniform: E(all p), float64 [S].
-    """
-    if direction == "downcast":
-        return np.asarray(limited(scores).mean(axis=0))
-    return np.asarray(limited(uniform).mean() - limited(uniform[:, None] - scores).mean(axis=0))
+PREDICTORS = ("gram", "downcast sum")
 
 
-@dataclass(frozen=True)
-class SampleScores:
-    """Scores of one low precision, sample by sample.
-
-    Attributes:
-        scores: by direction, float64 [S, T].
-        uniform: E(all p), float64 [S].
-    """
-
-    scores: dict[str, np.ndarray]
-    uniform: np.ndarray
-
-    @classmethod
-    def of(cls, data: dict[str, Any]) -> SampleScores:
-        """From the data of a result file."""
-        return cls({name: np.array(data[name]) for name in DIRECTIONS}, np.array(data["uniform"]))
-
-    def predicted(self, predictor: str, high: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Predicted E of schedules, float64 [N].
-
-        Args:
-            predictor: one of `PREDICTORS`.
-            high: bool [N, T], the steps at the reference.
-            rows: samples whose mean scores to use, repeated ones counting more; None for all.
-        """
-        found = self.contributions(predictor, rows)
-        return np.asarray((~high @ found.values[:, 1]) ** found.power)
-
-    def curves(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Score curves by direction, float64 [T]; `rows` as above."""
-        rows = np.arange(len(self.uniform)) if rows is None else rows
-        return {name: mean_scores(name, values[rows], self.uniform[rows]) for name, values in self.scores.items()}
-
-    def contributions(self, predictor: str, rows: np.ndarray | None = None) -> Contributions:
-        """What a step at the reference (0) and at the low precision adds; values float64 [T, 2]."""
-        rows = np.arange(len(self.uniform)) if rows is None else rows
-        curves = {(name, _NAMES[1]): curve for name, curve in self.curves(rows).items()}
-        return contributions(predictor, _NAMES, curves, {_NAMES[1]: float(limited(self.uniform[rows]).mean())})
-
-    def risks(self, predictor: str, *, afford: bool = True) -> dict[str, np.ndarray]:
-        """The risk of departures (`calibration.scores.divergence`), or as much of it as the predictor's schedules afford."""
-        errors = self.scores["downcast"]
-        risks = {_NAMES[1]: risk_curve(dict(enumerate(errors.T)), errors.shape[1])}
-        return affordable(self.contributions(predictor), _NAMES, risks) if afford else risks
-
-    def weighed(self, predictor: str, risks: Mapping[str, np.ndarray]) -> Contributions:
-        """Contributions with risk: what schedules are chosen by."""
-        return with_risk(self.contributions(predictor), _NAMES, risks)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares which schedules."""
+    parser.add_argument("--every", type=int, default=2, metavar="N", help="every Nth K from T/5 to 4T/5 (default 2)")
+    parser.add_argument("--draws", type=int, default=3, metavar="N", help="random schedules per K (default 3)")
 
 
-def attainable(scores: SampleScores, predictor: str, counts: Sequence[int]) -> dict[int, tuple[float, str]]:
-    """How far the best schedule of K steps at the reference lies below the best fixed rule, both as predicted.
-
-    Returns:
-        By K, the share of the rule's E, and the rule.
-    """
-    found = scores.contributions(predictor)
-    values = found.values[:, 1]
-    shares = {}
-    for count in counts:
-        best = float(np.sort(values)[: len(values) - count].sum() ** found.power)
-        rules = {
-            name: float(scores.predicted(predictor, high_steps([pattern]))[0])
-            for name, pattern in fixed_rules(len(values), count).items()
+def measure(study: Study, args: argparse.Namespace) -> dict[str, Any]:
+    """Per precision the schedules, E of them by unseen sample, and what is predicted of them in every way."""
+    data: dict[str, Any] = {}
+    patterns = [
+        pattern
+        for count in counts_between(study.num_steps, args.every)
+        for pattern in random_patterns(study.num_steps, count, args.draws)
+    ]
+    for precision in study.precisions:
+        if not study.in_time():
+            break
+        schedules = [precisions_of(pattern, study.reference, precision) for pattern in patterns]
+        curve, found = _measured(study, study.calibration, precision)
+        unfloored = gram({precision: curve.search.scores}, found.correlations, 0 * found.floor, study.reference)
+        grams = {"gram": found.gram, "downcast sum": found.gram.downcast_sum(), "gram, floor left in": unfloored}
+        for count in FEWER:
+            if count < study.calibration.num_samples:
+                # steps that the search takes with fewer prompts may be others, few of which are measured anew
+                grams[f"gram of {count} prompts"] = _measured(study, study.recounted(count), precision)[1].gram
+        runs = study.validation_errors("random schedules", schedules, pictures=False)
+        data[precision] = {
+            "patterns": patterns,
+            "validation": [[values["error"] for values in rows] for rows in runs],
+            "predicted": {name: _predicted(found, schedules) for name, found in grams.items()},
+            "scores": curve.search.scores.tolist(),
+            "measured_steps": list(curve.steps),
+            "floor": found.floor.tolist(),
         }
-        rule = min(rules, key=lambda name: rules[name])
-        shares[count] = (1 - best / rules[rule] if rules[rule] > 0 else 0.0, rule)
-    return shares
+        study.forget(precision)
+    return data
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How well one predictor describes measured errors; intervals over samples.
+def _measured(study: Study, measurements: Measurements, precision: str) -> tuple[Downcasts, MeasuredGram]:
+    def report(done: int, total: int) -> None:
+        study.report(f"downcast {precision}", done, total)
 
-    Attributes:
-        r2: over all schedules.
-        r2_within: among schedules that agree on the heaviest step, the one with the largest contribution. Where one
-            step dwarfs the others, `r2` says little more than whether it was spared; this is what is left to the
-            others.
-        ratio: sum of predicted over sum of measured.
-    """
-
-    predictor: str
-    r2: Interval
-    r2_within: Interval
-    spearman: Interval
-    ratio: Interval
+    curve = measure_downcasts(measurements, precision, on_evaluation=report)
+    return curve, measured_gram(measurements, [curve])
 
 
-def fit_predictors(scores: SampleScores, patterns: list[str], measured: np.ndarray, *, held_out: bool) -> list[Fit]:
-    """A fit per predictor.
-
-    Args:
-        scores: of the calibration samples.
-        patterns: N schedules.
-        measured: E, float64 [N, samples].
-        held_out: whether `measured` is of other samples than the scores; both are then resampled.
-    """
-    high = high_steps(patterns)
-    return [_fit(predictor, scores, high, measured, held_out) for predictor in PREDICTORS]
+def _predicted(found: Gram, schedules: list[tuple[str, ...]]) -> list[float]:
+    return [found.error(schedule) for schedule in schedules]
 
 
-def _fit(predictor: str, scores: SampleScores, high: np.ndarray, measured: np.ndarray, held_out: bool) -> Fit:
-    sizes = (len(scores.uniform), measured.shape[1]) if held_out else (len(scores.uniform),)
-    spared = high[:, int(np.argmax(scores.contributions(predictor).values[:, 1]))]
+def analyse(content: dict[str, Any]) -> Analysis:
+    """How well every predictor does; intervals over unseen samples."""
+    findings: dict[str, Any] = {}
+    goals, notes = [], []
+    backend = content["setting"]["backend"]
+    for precision, measured in content["data"].items():
+        name = label(precision, backend)
+        fits = {predictor: _fit(measured, predictor) for predictor in measured["predicted"]}
+        findings[precision] = fits
+        found = fits["gram"]
+        goals.append(
+            Goal(
+                f"{name}, {len(measured['patterns'])} schedules",
+                f"R^2 of the Gram >= {R2}",
+                _words(found),
+                verdict(found["r2"]["value"] >= R2),
+            )
+        )
+        notes += [f"{name}: {predictor}: {_words(fit)}" for predictor, fit in fits.items() if predictor != "gram"]
+    return Analysis(findings, tuple(goals), tuple(notes))
 
-    def interval(agreement: Callable[[np.ndarray, np.ndarray], float]) -> Interval:
-        def statistic(rows: np.ndarray, others: np.ndarray | None = None) -> float:
-            chosen = rows if others is None else others  # without samples of their own the two are paired
-            return agreement(scores.predicted(predictor, high, rows), limited(measured[:, chosen].T).mean(axis=0))
 
-        return bootstrap_interval(statistic, *sizes)
-
-    return Fit(
-        predictor,
-        r2=interval(r_squared),
-        r2_within=interval(lambda predicted, found: r_squared(_centred(predicted, spared), _centred(found, spared))),
-        spearman=interval(spearman),
-        ratio=interval(_ratio),
+def _words(fit: dict[str, Any]) -> str:
+    bounds = fit["r2"]
+    return (
+        f"R^2 {bounds['value']:.3f} [{bounds['low']:.3f}, {bounds['high']:.3f}], rms of log {fit['log_scatter']:.2f}, "
+        f"Spearman {fit['spearman']:.2f}, within K {fit['spearman_within']:.2f}, level {fit['ratio']:.2f}"
     )
 
 
-def plain_r_squared(scores: SampleScores, patterns: list[str], measured: np.ndarray) -> float:
-    """R^2 of the best predictor where all means are plain ones, `measured` [N, samples] included."""
-    curves = {(name, _NAMES[1]): values.mean(axis=0) for name, values in scores.scores.items()}
-    low = ~high_steps(patterns)
-    found = [contributions(name, _NAMES, curves, {_NAMES[1]: float(scores.uniform.mean())}) for name in PREDICTORS]
-    return max(r_squared((low @ item.values[:, 1]) ** item.power, measured.mean(axis=1)) for item in found)
-
-
-def plain_agreement(
-    scores: SampleScores, predictor: str, patterns: list[str], measured: np.ndarray
-) -> dict[str, Interval]:
-    """Spearman of predictions with plain means of E, `measured` [N, samples]: without risk and with it.
-
-    Departures decide these means; intervals are over the samples of `measured`.
-    """
-    low = ~high_steps(patterns)
+def _fit(measured: dict[str, Any], predictor: str) -> dict[str, Any]:
+    predicted, errors = np.array(measured["predicted"][predictor]), np.array(measured["validation"])
+    counts = np.array([pattern.count(HIGH) for pattern in measured["patterns"]])
+    typical = typical_errors(errors)
+    interval = bootstrap_interval(lambda rows: r_squared(predicted, typical_errors(errors[:, rows])), errors.shape[1])
     return {
-        name: bootstrap_interval(
-            lambda rows, predicted=low @ found.values[:, 1]: spearman(predicted, measured[:, rows].mean(axis=1)),
-            measured.shape[1],
-        )
-        for name, found in (
-            ("limited", scores.contributions(predictor)),
-            ("with risk", scores.weighed(predictor, scores.risks(predictor))),
-        )
+        "r2": asdict(interval),
+        "log_scatter": log_scatter(predicted, typical),
+        "spearman": spearman(predicted, typical),
+        "spearman_within": spearman_within(counts, predicted, typical),
+        "ratio": float(predicted.sum() / typical.sum()) if typical.sum() > 0 else float("nan"),
     }
 
 
-def better(fits: list[Fit]) -> Fit:
-    """The one with the highest R^2 among those that rise; the first where none does."""
-    return max(fits, key=lambda fit: fit.r2.value if fit.spearman.value > 0 else -1.0)
+def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
+    """A row per predictor, a column per precision."""
+    figure, rows = panels(len(PREDICTORS), len(findings), width=3.3, height=2.9)
+    setting, mappable = content["setting"], None
+    for row, predictor in zip(rows, PREDICTORS, strict=True):
+        for axes, (precision, fits) in zip(row, findings.items(), strict=True):
+            measured = content["data"][precision]
+            counts = np.array([pattern.count(HIGH) for pattern in measured["patterns"]])
+            predicted, errors = (
+                np.array(measured["predicted"][predictor]),
+                typical_errors(np.array(measured["validation"])),
+            )
+            mappable = axes.scatter(
+                predicted, errors, c=counts, cmap="viridis", s=26, vmin=counts.min(), vmax=counts.max(), zorder=3
+            )
+            ends = np.array([min(predicted.min(), errors.min()), max(predicted.max(), errors.max())])
+            axes.plot(ends, ends, ":", color=INK, linewidth=1, label="predicted = measured")
+            r2 = fits[predictor]["r2"]
+            axes.text(
+                0.03, 0.97, f"R² {r2['value']:.3f} [{r2['low']:.3f}, {r2['high']:.3f}]",
+                transform=axes.transAxes, va="top", fontsize=8,
+            )  # fmt: skip
+            axes.margins(0.08, 0.16)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:.2g}")
+            axes.set_xlabel(f"predicted by the {predictor}")
+            if predictor == PREDICTORS[0]:
+                axes.set_title(label(precision, setting["backend"]))
+        row[0].set_ylabel("measured E, unseen prompts")
+    if mappable:
+        figure.colorbar(mappable, ax=[axes for row in rows for axes in row], label="K", shrink=0.6)
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center")
+    headline(
+        figure,
+        f"Random schedules, {setting['denoiser']}, T = {setting['num_steps']}, typical error of "
+        f"{len(setting['validation_prompts'])} unseen samples, predicted from {len(setting['calibration_prompts'])}",
+    )
+    return figure
 
 
-def _centred(values: np.ndarray, spared: np.ndarray) -> np.ndarray:
-    """Values less the mean of the group they belong to, [N]."""
-    groups = {chosen: values[spared == chosen].mean() for chosen in np.unique(spared)}
-    return values - np.array([groups[chosen] for chosen in spared])
+EXPERIMENT = Experiment("prediction", __doc__.splitlines()[0], add_arguments, measure, analyse, draw)
 
-
-def _ratio(predicted: np.ndarray, measured: np.ndarray) -> float:
-    total = float(measured.sum())
-    return float(predicted.sum()) / total if total > 0 else float("nan")
+if __name__ == "__main__":
+    sys.exit(EXPERIMENT.main())

@@ -1,4 +1,4 @@
-"""The figure of `quality`: every metric against K, a column per precision."""
+"""The figure of `quality`: a column per precision, everything against K."""
 
 from __future__ import annotations
 
@@ -7,91 +7,85 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tools.experiments.figures import INK, RANDOM, colour, headline, label, panels
 
-OURS = "schedule"
-RANDOM_NAME = "random"
 RULE_STYLES = {"first K": ":>", "last K": ":<", "both ends": "--^", "evenly spread": "--v"}
+OTHER_STYLES = {"random": "-s", "uniform, mixed": "-.D"}
+PICTURES = {"ssim": "1 - SSIM", "lpips": "LPIPS"}
 
 
 def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
-    """A column per precision; every metric against K, with the latency above where there is a speed-up."""
-    setting, data = content["setting"], content["data"]
-    shown = {"error": "E", "ssim": "1 - SSIM", "psnr_db": "PSNR, dB"}
-    if all("lpips" in entry["means"][OURS] for found in findings.values() for entry in found["counts"].values()):
-        shown["lpips"] = "LPIPS"
-    figure, rows = panels(len(shown), len(findings), width=3.6, height=2.6)
-    for column, (precision, found) in enumerate(findings.items()):
-        for row, key in enumerate(shown):
-            axes = rows[row][column]
-            _lines(axes, found["counts"], key, colour(precision))
-            if key != "psnr_db":
-                axes.set_yscale("log")
-            axes.set_xlabel(f"steps at {setting['reference']}, K")
-        rows[0][column].set_title(label(precision, setting["backend"]))
-        ratio = data["latencies_ms"][precision] / data["latencies_ms"][setting["reference"]]
-        if found["faster"]:
-            _latency_axis(rows[0][column], ratio, setting["num_steps"])
-        else:
-            rows[0][column].text(
-                0.02, 0.03, "no speed-up on this machine", transform=rows[0][column].transAxes, fontsize=8
-            )
-    for row, words in enumerate(shown.values()):
-        rows[row][0].set_ylabel(words)
-    figure.legend(
-        *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, 3 * len(findings) - 1)
-    )
+    """Typical error, its ratio to the best rule's, departures, and distances of pictures."""
+    setting = content["setting"]
+    found = {name: entry for name, entry in findings["precisions"].items() if entry["cells"]}
+    first = next(iter(next(iter(found.values()))["cells"].values())) if found else {"pictures": {}}
+    pictures = [key for key in PICTURES if key in first["pictures"]]
+    figure, rows = panels(3 + len(pictures), max(1, len(found)), width=3.6, height=2.4)
+    for column, (precision, entry) in enumerate(found.items()):
+        shade, cells = colour(precision), entry["cells"]
+        axes = [row[column] for row in rows]
+        axes[0].set_title(label(precision, setting["backend"]))
+        _lines(axes[0], cells, [{n: t["value"] for n, t in cell["typical"].items()} for cell in cells.values()], shade)
+        bounds = np.array([[cell["typical"]["schedule"][key] for key in ("low", "high")] for cell in cells.values()]).T
+        axes[0].fill_between([int(count) for count in cells], *bounds, color=shade, alpha=0.15, linewidth=0)
+        _ratios(axes[1], cells, shade)
+        _departures(axes[2], cells, shade)
+        for k, key in enumerate(pictures, start=3):
+            _lines(axes[k], cells, [cell["pictures"][key] for cell in cells.values()], shade)
+        for each in axes:
+            each.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[-1].set_xlabel(f"steps at {setting['reference']}, K")
+    names = ["typical error", "typical error\nover the best rule's", "departures", *(PICTURES[key] for key in pictures)]
+    for row, words in zip(rows, names, strict=True):
+        row[0].set_ylabel(words)
+    if found:
+        figure.legend(
+            *rows[0][0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=2 if len(found) == 1 else min(7, 3 * len(found)),
+        )
     headline(
         figure,
-        f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['validation_prompts'])} unseen samples; band: "
-        "95 % confidence of the schedule's E, bars: spread of random schedules",
+        f"{setting['denoiser']}, T = {setting['num_steps']}, {len(setting['validation_prompts'])} unseen samples; 95 % "
+        "confidence; the best rule is the one that was best on calibration prompts",
     )
     return figure
 
 
-def _lines(axes: Axes, counts: dict[str, Any], key: str, shade: str) -> None:
-    steps = [int(count) for count in counts]
-    entries = [entry["means"] for entry in counts.values()]
-    uniform = {name for means in entries for name in means if name.startswith("uniform")}
-    for name in [name for name in entries[0] if name not in uniform]:
-        values = np.array([_plotted(means[name], key) for means in entries])
-        if name == RANDOM_NAME:
-            spread = [means[name]["error_spread"] or 0.0 for means in entries] if key == "error" else None
-            axes.errorbar(steps, values, spread, fmt="-s", color=RANDOM, markersize=4, linewidth=1, label=name)
-        elif name in RULE_STYLES:
-            axes.plot(steps, values, RULE_STYLES[name], color=INK, markersize=4, linewidth=0.9, label=name)
-        else:
-            ours = name == OURS
-            look, size = ("-*", 10) if ours else ("-.o", 5)
-            axes.plot(
-                steps, values, look, color=shade, markersize=size, linewidth=1.8, label=name, zorder=4 if ours else 3
-            )
-            if ours and key == "error":
-                low, high = ([means[name]["error"][bound] for means in entries] for bound in ("low", "high"))
-                axes.fill_between(steps, low, high, color=shade, alpha=0.15, linewidth=0)
-    for name in sorted(uniform):
-        level = next(_plotted(means[name], key) for means in entries if name in means)
-        if level:  # the reference is exact, and has no PSNR
-            axes.axhline(level, color=RANDOM, linewidth=0.8, linestyle=":")
-            axes.text(steps[-1], level, name, fontsize=7, ha="right", va="bottom", color=RANDOM)
+def _lines(axes: Axes, cells: dict[str, Any], values: list[dict[str, float]], shade: str) -> None:
+    steps = [int(count) for count in cells]
+    for name, style in (RULE_STYLES | OTHER_STYLES).items():
+        shown = RANDOM if name in OTHER_STYLES else INK
+        axes.plot(steps, [row[name] for row in values], style, color=shown, markersize=4, linewidth=0.9, label=name)
+    axes.plot(
+        steps,
+        [row["schedule"] for row in values],
+        "-*",
+        color=shade,
+        markersize=10,
+        linewidth=1.8,
+        label="schedule",
+        zorder=4,
+    )
+    axes.set_yscale("log")
 
 
-def _plotted(means: dict[str, Any], key: str) -> Any:
-    if key == "error":
-        return means["error"]["value"]
-    return 1 - means["ssim"] if key == "ssim" else means[key]
+def _ratios(axes: Axes, cells: dict[str, Any], shade: str) -> None:
+    shown = {int(count): cell["ratios"]["best rule"] for count, cell in cells.items() if cell["ratios"]["best rule"]}
+    values = np.array([[found[key] for key in ("value", "low", "high")] for found in shown.values()]).reshape(-1, 3)
+    spread = np.abs(values[:, 1:] - values[:, :1]).T
+    axes.errorbar(list(shown), values[:, 0], spread, fmt="*", color=shade, markersize=10, capsize=3)
+    axes.axhline(1, color=INK, linewidth=0.8, alpha=0.6)
+    axes.set_ylim(bottom=0)
 
 
-def _latency_axis(axes: Axes, ratio: float, num_steps: int) -> None:
-    """Latency relative to the reference, above the axes; `ratio` is the low precision's, below 1."""
-
-    def latency(count: Any) -> Any:
-        return ratio + (1 - ratio) * count / num_steps
-
-    def count(relative: Any) -> Any:
-        return (relative - ratio) / (1 - ratio) * num_steps
-
-    above = axes.secondary_xaxis("top", functions=(latency, count))
-    above.set_xlabel("relative latency", fontsize=8)
-    above.tick_params(labelsize=7)
+def _departures(axes: Axes, cells: dict[str, Any], shade: str) -> None:
+    steps = [int(count) for count in cells]
+    best = [cell["departures"]["best rule"] for cell in cells.values()]
+    axes.plot(steps, best, "o", color=INK, markersize=8, fillstyle="none", label="best rule")
+    axes.plot(steps, [cell["departures"]["schedule"] for cell in cells.values()], "*", color=shade, markersize=9)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(-0.4, 1.5 * max(2, axes.get_ylim()[1]))  # room for the legend
+    axes.legend(loc="upper right", fontsize=8)

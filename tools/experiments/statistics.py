@@ -1,9 +1,9 @@
-"""Statistics of the experiments: agreement of predictions, rankings, and what a wrong ranking costs."""
+"""Statistics of the experiments: agreement of predictions, rankings, departures, and what a wrong ranking costs."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import binom, rankdata
 
 
 def r_squared(predicted: np.ndarray, measured: np.ndarray) -> float:
@@ -17,6 +17,25 @@ def r_squared(predicted: np.ndarray, measured: np.ndarray) -> float:
 def spearman(predicted: np.ndarray, measured: np.ndarray) -> float:
     """Rank correlation of two float64 [N]; NaN where either is constant."""
     return _correlation(rankdata(predicted), rankdata(measured))
+
+
+def log_scatter(predicted: np.ndarray, measured: np.ndarray) -> float:
+    """Root mean square of log(predicted / measured); NaN where one of the two is not positive."""
+    if min(float(predicted.min()), float(measured.min())) <= 0:
+        return float("nan")
+    return float(np.sqrt(np.mean(np.log(predicted / measured) ** 2)))
+
+
+def spearman_within(groups: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> float:
+    """Mean of the rank correlations within groups, where they are defined; NaN where none is."""
+    found = [spearman(predicted[groups == group], measured[groups == group]) for group in np.unique(groups)]
+    defined = [value for value in found if not np.isnan(value)]
+    return float(np.mean(defined)) if defined else float("nan")
+
+
+def sign_test(more: int, fewer: int) -> float:
+    """Probability that of `more` + `fewer` pairs that differ, chance alone gives so many of one sign; one-sided."""
+    return float(binom.sf(more - 1, more + fewer, 0.5))
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:

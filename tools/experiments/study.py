@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,18 +17,19 @@ import numpy as np
 
 from calibration import open_journal
 from calibration.measure.bundle_evaluator import BundleSamples, samples_per_call
-from calibration.measure.evaluator import Compare
+from calibration.measure.evaluator import Compare, SampleSet
 from calibration.measure.journal import Journal
-from calibration.measure.latency import machine, step_latencies
+from calibration.measure.latency import machine
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import picture_errors
+from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
-from calibration.scores.single_step import DIRECTIONS, Direction
 from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
 from engines.version import VERSION
+from tools.experiments.curves import Direction
 from tools.experiments.lpips import lpips, read_weights
 
 JOURNAL_FOLDER = "experiments"
@@ -42,21 +44,27 @@ class Study:
     """What an experiment measures on.
 
     Attributes:
-        calibration: of the calibration prompts; sample i is prompt i with seed + i.
+        samples: of the calibration prompts; sample i is prompt i with seed + i.
+        pool: takes all measurements.
+        calibration: of these samples.
         validation: of prompts that calibration does not use; their pictures are compared too.
         precisions: the low precisions studied.
         at_once: samples measured together; what one engine call is compiled for.
         setting: what was run on what, for the result file.
+        until: when to begin nothing new (`time.monotonic`), None for never.
     """
 
     runtime: DenoiseRuntime
     journal: Journal
+    samples: SampleSet
+    pool: Pool
     calibration: Measurements
     validation: Measurements
     precisions: tuple[str, ...]
     at_once: int
     setting: dict[str, Any]
     report: Report
+    until: float | None
 
     @property
     def reference(self) -> str:
@@ -72,8 +80,8 @@ class Study:
         """E(all p) of every calibration sample."""
         return self.calibration_errors("uniform runs", [(precision,) * self.num_steps])[0]
 
-    def scores(self, precision: str, directions: Sequence[Direction] = DIRECTIONS) -> dict[str, list[list[float]]]:
-        """Downcast and upcast scores by sample and step, from a full sweep.
+    def scores(self, precision: str, directions: Sequence[Direction]) -> dict[str, list[list[float]]]:
+        """Scores by direction, sample and step, from a full sweep.
 
         Costs T (T + 1) / 2 denoiser calls per direction and sample.
         """
@@ -95,7 +103,7 @@ class Study:
             found[direction] = rows
         return found
 
-    def _score(self, precision: str, direction: str, step: int, sample: int) -> float:
+    def _score(self, precision: str, direction: Direction, step: int, sample: int) -> float:
         if direction == "downcast":
             return self.calibration.downcast(step, precision, sample).error
         upcast = self.calibration.upcast_error(precision, step, sample)
@@ -134,24 +142,15 @@ class Study:
         self.calibration.forget(precision)
         self.validation.forget(precision)
 
-    def latencies_ms(self) -> dict[str, float]:
-        """Step latency by precision on this machine, measured once per machine and kept."""
-
-        def measure() -> dict[str, float]:
-            conditioning = self.runtime.encode([self.setting["calibration_prompts"][0]] * self.at_once)
-            timings = step_latencies(
-                self.runtime,
-                conditioning,
-                self.setting["guidance_scale"],
-                on_round=lambda done, total: self.report("step latencies", done, total),
-            )
-            return {name: timing.median_ms for name, timing in timings.items()}
-
-        batch = f", batch {self.at_once}" if self.at_once > 1 else ""
-        found: dict[str, float] = self.journal.remember(
-            f"step latencies in ms, {self.setting['machine']}{batch}", measure
+    def recounted(self, num_samples: int | None = None) -> Measurements:
+        """The calibration samples, or only the first ones, with a count of calls from nothing; nothing is measured twice."""
+        return Measurements(
+            "calibration", self.samples, self.journal, self.pool, num_samples or self.calibration.num_samples
         )
-        return found
+
+    def in_time(self) -> bool:
+        """Whether something new may be begun."""
+        return self.until is None or time.monotonic() < self.until
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,11 +171,16 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="weights from tools.experiments.fetch_lpips: measures LPIPS of pictures, too",
     )
+    parser.add_argument(
+        "--seconds-limit", type=float, metavar="S", help="begins nothing new after S seconds; what is there is written"
+    )
 
 
 @contextlib.contextmanager
 def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
     """The study the arguments ask for.
+
+    Studies of other precisions have journals of their own: they may run at once.
 
     Raises:
         TmpDiffError: the bundle or prompts cannot be used, a precision is not built, there are too few samples, or
@@ -192,6 +196,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                 f"{name} is {count}, expected 2 (a confidence interval needs two) to {len(there)} "
                 f"(the prompts of {args.prompts.name})"
             )
+    until = None if args.seconds_limit is None else time.monotonic() + args.seconds_limit
     with DenoiseRuntime.load(args.bundle, threads=args.threads) as runtime:
         runtime.bundle.verify(runtime.manifest.files())
         precisions = _low_precisions(args.precisions, runtime.precisions)
@@ -202,16 +207,20 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
         folder.mkdir(exist_ok=True)
         compare, compared = _comparison(args.lpips)
         keys = " ".join(samples.evaluator.key() for samples in sets.named().values())
-        path = folder / f"{sha256_bytes(f'{keys}{compared}'.encode())[:16]}.journal"
+        digest = sha256_bytes(f"{keys}{compared} {' '.join(precisions)}".encode())[:16]
+        path = folder / f"{digest}-{'-'.join(precisions)}.journal"
         with _alone(path):
             journal = open_journal(path, *sets.evaluators)
             at_once = samples_per_call(runtime, scale)
             named = sets.named()
+            named["calibration"] = replace(named["calibration"], decode=None)
             named["validation"] = replace(named["validation"], compare=compare)
             pool = SampleBatches(named, at_once, args.threads)
             yield Study(
                 runtime=runtime,
                 journal=journal,
+                samples=named["calibration"],
+                pool=pool,
                 calibration=Measurements("calibration", named["calibration"], journal, pool, args.samples),
                 validation=Measurements("validation", named["validation"], journal, pool, args.validation_samples),
                 precisions=precisions,
@@ -236,6 +245,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                     "validation_prompts": list(prompts.validation[: args.validation_samples]),
                 },
                 report=report,
+                until=until,
             )
 
 

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace, bundle: Path, guidance_scale: float | None, report: Report) -> Any:
-    options = {"bundle": bundle, "guidance_scale": guidance_scale, "seed": 0, "lpips": None}
+    options = {"bundle": bundle, "guidance_scale": guidance_scale, "seed": 0, "lpips": None, "seconds_limit": None}
     return open_study(argparse.Namespace(**vars(args) | options), report)
 
 

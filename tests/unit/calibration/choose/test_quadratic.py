@@ -113,30 +113,28 @@ def compare(latency_model: LatencyModel, gram: Gram, every: Every, held: int) ->
     reference_ns = gram.num_steps * step_ns(latency_model.latencies_ms["fp16"])
     fastest = every.total_ns[allowed].min() / reference_ns
     highest = every.error.max()
+    budgets = [LatencyBudget(fastest + share * (1 - fastest)) for share in (0.2, 0.7)]
     found: list[tuple[Budget, float]] = []
-    for ratio in (fastest + 0.2 * (1 - fastest), fastest + 0.7 * (1 - fastest)):
-        within = allowed & (every.total_ns <= ratio * reference_ns * (1 + 1e-12))
-        best = every.error[within].min()
-        chosen = best_schedule(latency_model, gram, LatencyBudget(ratio), held)
-        assert chosen.latency <= ratio * (1 + 1e-12)
+    for budget in (*budgets, ErrorBudget(0.03 * highest), ErrorBudget(0.3 * highest)):
+        chosen = best_schedule(latency_model, gram, budget, held)
         assert (chosen.error, chosen.latency) == (
             gram.error(chosen.precisions),
             latency_model.latency(chosen.precisions),
         )
         assert chosen.precisions[:held] == ("fp16",) * held
         assert len(set(chosen.precisions)) <= (latency_model.costs.max_engines or 3)
-        excess = chosen.error / best - 1 if best > 0 else chosen.error
-        found.append((LatencyBudget(ratio), excess))
-        if excess <= ROUNDING:  # of equals the fastest
+        if isinstance(budget, ErrorBudget):
+            assert chosen.error <= budget.error * (1 + 1e-12)
+            within = allowed & (every.error <= budget.error * (1 + 1e-12))
+            found.append((budget, chosen.latency / (every.total_ns[within].min() / reference_ns) - 1))
+            continue
+        assert chosen.latency <= budget.ratio * (1 + 1e-12)
+        within = allowed & (every.total_ns <= budget.ratio * reference_ns * (1 + 1e-12))
+        best = every.error[within].min()
+        found.append((budget, chosen.error / best - 1 if best > 0 else chosen.error))
+        if found[-1][1] <= ROUNDING:  # of equals the fastest
             equal = within & (every.error <= best * (1 + ROUNDING))
             assert chosen.latency == pytest.approx(every.total_ns[equal].min() / reference_ns, rel=1e-12)
-    for error in (0.03 * highest, 0.3 * highest):
-        within = allowed & (every.error <= error * (1 + 1e-12))
-        chosen = best_schedule(latency_model, gram, ErrorBudget(error), held)
-        assert chosen.error <= error * (1 + 1e-12)
-        assert chosen.precisions[:held] == ("fp16",) * held
-        assert len(set(chosen.precisions)) <= (latency_model.costs.max_engines or 3)
-        found.append((ErrorBudget(error), chosen.latency / (every.total_ns[within].min() / reference_ns) - 1))
     return found
 
 
@@ -152,8 +150,7 @@ def test_latency_and_error_budgets_agree_with_brute_force(seed: int, kind: str) 
 
 
 def test_where_vectors_nearly_cancel_a_hundredth_of_the_optima_may_be_missed() -> None:
-    missed = []
-    total = 0
+    missed, total = [], 0
     for seed in range(12):
         gram = few_directions(seed, 8)
         timed = Every.of(gram)
@@ -243,12 +240,10 @@ def test_front_is_a_front_and_never_worse_than_the_additive_one(seed: int, kind:
 
 
 def test_front_follows_the_optima() -> None:
-    gram = planted(0, "neighbours", 8)
-    latency_model = models(0)[0]
+    gram, latency_model = planted(0, "neighbours", 8), models(0)[0]
     every = Every.of(gram)(latency_model)
     for point in quadratic.front(latency_model, gram):
-        within = every.total_ns <= point.latency * 8e6 * (1 + 1e-12)
-        assert point.error <= every.error[within].min() * 1.05
+        assert point.error <= every.error[every.total_ns <= point.latency * 8e6 * (1 + 1e-12)].min() * 1.05
 
 
 def test_of_one_step_or_one_precision() -> None:

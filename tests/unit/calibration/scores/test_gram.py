@@ -181,11 +181,30 @@ def test_no_sample_weighs_more_than_ten_medians():
     directions = np.zeros((2, 9, 2))
     directions[:, :, 0] = 1.0
     directions[1, 8, 0] = -1.0
+    weighed = Vectors(errors, directions).weighed()
+    products = weighed @ weighed.T
+    assert products[0, 1] == pytest.approx((8 - 10) / 9 * 1e-4)
+    assert np.diag(products) == pytest.approx(np.full(2, (8 + 10) / 9 * 1e-4))
     found = correlate({"int8": ((0, 1), Vectors(errors, directions))})
-    assert found.values["int8", "int8"][0, 1] == pytest.approx((8 - 10) / (8 + 10), abs=10.0**-DIGITS)
-    whole = gram({"int8": np.array([level(row) for row in errors])}, found, np.zeros(2), "fp16")
-    assert whole.diagonal[:, 1] == pytest.approx(np.full(2, (8 + 10) / 9 * 1e-4))
-    assert whole.error(("int8", "int8")) == pytest.approx(4 * 8 / 9 * 1e-4, rel=1e-3)
+    assert found.values["int8", "int8"][0, 1] == 0, "samples that disagree so much show no correlation"
+
+
+def test_correlations_that_few_samples_give_by_chance_are_taken_back():
+    """Steps 0 and 1 err alike on every sample, the others at random."""
+    rng = np.random.default_rng(0)
+    chance, real = [], []
+    for _ in range(50):
+        directions = rng.normal(size=(5, 3, 12))
+        directions[1] = directions[0] + 0.3 * rng.normal(size=(3, 12))
+        directions /= np.linalg.norm(directions, axis=2, keepdims=True)
+        found = correlate({"int8": (range(5), Vectors(np.full((5, 3), 1e-4), directions))}).values["int8", "int8"]
+        plain = np.einsum("isk,jsk->ij", directions, directions) / 3
+        chance.append((np.mean(found[2:, :2] ** 2), np.mean(plain[2:, :2] ** 2)))
+        real.append((found[0, 1], plain[0, 1]))
+    kept, before = np.mean(chance, axis=0)
+    assert kept < before / 2
+    kept, before = np.mean(real, axis=0)
+    assert 0.95 * before < kept < before
 
 
 # the reference's own rounding -------------------------------------------------------------------------------------

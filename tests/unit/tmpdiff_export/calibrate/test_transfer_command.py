@@ -1,4 +1,4 @@
-"""`calibrate --from`, `--refine-calls` and the transfer experiment, on small bundles of two step counts."""
+"""`calibrate --from` and the transfer experiment, on small bundles of two step counts."""
 
 from __future__ import annotations
 
@@ -77,8 +77,7 @@ def test_scores_carried_to_the_same_bundle_are_confirmed_and_cost_nothing(
     assert check["steps"] == list(check_steps(SHORT))
     assert check["measured"] == pytest.approx(check["carried"])
     assert (check["level"], check["scatter"]) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-9))
-    scores = next(record.scores for record in before.scores if record.direction == "downcast")
-    carried = next(record["scores"] for record in found["scores"] if record["direction"] == "downcast")
+    scores, carried = before.scores[0].scores, found["scores"][0]["scores"]
     assert carried == pytest.approx(np.maximum(scores, 1e-4 * max(scores)))
     assert found["schedule"] == list(before.schedule)
     assert cli.main(["inspect", str(bundles.short)]) == 0
@@ -92,23 +91,11 @@ def test_a_source_that_cannot_be_used_is_refused(
     assert "is not calibrated: it holds no sensitivity.json" in refusal(
         capsys, bundles.short, *arguments(bundles), "--from", bundles.long
     )
-    assert "refine_calls is -1, expected 0 or more" in refusal(
-        capsys, bundles.short, *arguments(bundles), "--refine-calls", -1
-    )
     with pytest.raises(SystemExit):
         cli.main(
             ["calibrate", str(bundles.short), *arguments(bundles), "--from", str(bundles.long), "--method", "sweep"]
         )
     assert "not allowed with argument" in capsys.readouterr().err
-
-
-def test_refinement_is_held_or_not_as_asked(bundles: Bundles, capsys: pytest.CaptureFixture[str]) -> None:
-    none = calibrated(capsys, bundles.short, *arguments(bundles), "--method", "sweep", "--refine-calls", 0)
-    assert none["refinement"]["trials"] == []
-    some = calibrated(capsys, bundles.short, *arguments(bundles), "--method", "sweep", "--refine-calls", 200)
-    assert len(some["refinement"]["trials"]) > 1
-    assert sum(some["refinement"]["calls"].values()) <= 200
-    assert some["refinement"]["trials"][0]["precisions"] == none["schedule"]
 
 
 def test_the_experiment_compares_fresh_and_carried_scores(bundles: Bundles, tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import made_up
 from PIL import Image
 
-from calibration import Sensitivity
+from calibration.document import DroppedRecord, IntervalRecord, Sensitivity
 from engines.bundle import Bundle
 from engines.text import PromptFile
 from tmpdiff_export.calibrate.bundle import calibrate_bundle
 from tmpdiff_export.cli import main
-from tmpdiff_export.commands.demo import summarise, verdict
+from tmpdiff_export.commands.demo import conclusions, summarise
 from tmpdiff_export.demo.gallery import SHEET_NAME, Gallery
 
 PROMPTS = ("a large cyan square in the top right",)
@@ -90,7 +91,7 @@ def test_one_table_of_at_most_ten_rows(finished: Demo) -> None:
     assert len(rows) <= 10
     assert {"schedule", "uniform fp16", "uniform int8", f"first {high}", f"last {high}", f"both ends {high}"} <= names
     assert finished.output.stdout.count("┏") == 1
-    for line in verdict(found):
+    for line in conclusions(found):
         assert line in finished.output.stdout
 
 
@@ -127,15 +128,26 @@ def test_an_interrupted_demo_says_that_it_starts_over(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_better_rule_is_named(demo_bundle: Path) -> None:
-    found = Sensitivity.load(demo_bundle / "sensitivity.json")
-    chosen, *others = found.validation
-    rule = next(row.name for row in others if row.name.startswith("last "))
-    better = [row.model_copy(update={"error": chosen.error / 4}) if row.name == rule else row for row in others]
-    lost = found.model_copy(update={"validation": (chosen, *better), "loses_to": (rule,)})
-    text = "\n".join(verdict(lost))
-    assert f"LOSES to {rule}: " in text
-    assert "0.25 of the schedule's" in text
+def test_the_last_lines_compare_with_the_best_rule() -> None:
+    found = made_up.calibration(20)
+    chosen, best, *others = found.validation
+    for low, lost in ((1.1, True), (0.9, False)):
+        against = IntervalRecord(value=1.2, low=low, high=1.4)
+        rows = (chosen, best.model_copy(update={"against": against}), *others)
+        *_, own, rule, ratio, verdict, last = conclusions(found.model_copy(update={"validation": rows}))
+        assert own.startswith("on 24 validation prompts: typical error ")
+        assert "departures 0 of 24 [" in own
+        assert rule.startswith(f"{best.name}: typical error ")
+        assert "departures 2 of 24 [" in rule
+        assert f"1.20 [{low:.2f}, 1.40] of the best rule's typical error" in ratio
+        assert (f"LOSES on validation to: {best.name} " in verdict) == lost
+        assert "nothing was chosen on these prompts" in last
+
+
+def test_a_schedule_without_error_says_why() -> None:
+    reason = DroppedRecord(precision="int8", by="fp16", reason="it is no faster than fp16")
+    found = made_up.calibration(20, ("fp16",), dropped=(reason,))
+    assert list(conclusions(found)) == ["schedule: fp16 at every step", "int8: it is no faster than fp16"]
 
 
 def test_pictures_side_by_side(demo_bundle: Path, tmp_path: Path) -> None:
@@ -155,22 +167,27 @@ def test_pictures_side_by_side(demo_bundle: Path, tmp_path: Path) -> None:
     assert pictures[SHEET_NAME].shape[1] > 3 * pictures[SHEET_NAME].shape[0]  # one row, four columns
 
 
-def test_summary_has_the_rows_of_the_table(demo_bundle: Path) -> None:
-    found = Sensitivity.load(demo_bundle / "sensitivity.json")
+def test_summary_has_the_rows_of_the_table() -> None:
+    found = made_up.calibration(20)
     prompts = PromptFile(("a",), ("b",))
-    summary = summarise("plain", prompts, Bundle.open(demo_bundle).manifest, found, ["0-fp16.png"], 1.0)
+    summary = summarise("plain", prompts, made_up.manifest(found), found, ["0-fp16.png"], 1.0)
     rows = {row["name"]: row for row in summary["rows"]}
     high = found.schedule.count("fp16")
     assert {"schedule", "uniform fp16", "uniform int8", f"first {high}", f"last {high}", f"random {high}"} <= set(rows)
-    for row in rows.values():
+    for row, record in zip(summary["rows"], found.validation, strict=True):
         assert sum(row["steps"].values()) == found.num_steps
         assert set(row) >= {"name", "steps", "latency", "error", "ssim", "psnr_db", "prompts"}
+        assert row["typical"] == record.typical.model_dump()
+        assert row["departures"] == (record.departures.model_dump() if record.departures else None)
+        assert row["against"] == (record.against.model_dump() if record.against else None)
     assert rows["uniform fp16"]["latency"] == 1.0
-    assert rows["uniform fp16"]["error"] == 0.0
+    assert rows["uniform fp16"]["typical"]["value"] == 0.0
     assert rows["uniform int8"]["latency"] < rows["schedule"]["latency"] < 1.0
-    assert rows["uniform int8"]["error"] > 0
+    assert rows["uniform int8"]["typical"]["value"] > 0
+    assert summary["loses_to"] == [row.name for row in found.losses]
     assert 0 < summary["search_calls"] <= summary["sweep_calls"]
     assert summary["validation_prompts"] == ["b"]
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
 def test_a_wheel_carries_weights_and_prompts(tmp_path: Path, demo_pipeline: Path) -> None:

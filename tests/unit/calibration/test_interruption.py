@@ -46,8 +46,8 @@ def interrupted_run(path, calibration_limit, validation_limit=None):
 
 def test_killed_after_any_number_of_calls_and_resumed_is_the_same(tmp_path):
     expected, calibration_calls, validation_calls = calls_in_all()
-    limits: list[tuple[int | None, int | None]] = [(n, None) for n in range(0, calibration_calls, 53)]
-    limits += [(None, n) for n in range(0, validation_calls, 53)]
+    limits: list[tuple[int | None, int | None]] = [(n, None) for n in range(0, calibration_calls, 71)]
+    limits += [(None, n) for n in range(0, validation_calls, 71)]
     for k, (calibration_limit, validation_limit) in enumerate(limits):
         path = tmp_path / str(k)
         with pytest.raises(Interrupted):
@@ -92,7 +92,7 @@ def test_journal_torn_at_any_byte_of_its_last_line(tmp_path):
     interrupted_run(tmp_path / "whole", None)
     whole = (tmp_path / "whole").read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
-    for cut in [*range(last, len(whole), 9), len(whole) - 1]:
+    for cut in [*range(last, len(whole), 29), len(whole) - 1]:
         path = tmp_path / "torn"
         path.write_bytes(whole[:cut])
         assert document(interrupted_run(path, None)) == expected

@@ -13,17 +13,19 @@ from helpers.planted_calibration import LATENCIES_MS, STEPS, U_SHAPE, loop, pict
 from helpers.planted_loops import predicted, run_errors
 
 from calibration import (
+    CalibrationOptions,
     ErrorBudget,
     HighSteps,
     LatencyBudget,
     QualityBudget,
     Sensitivity,
+    calibrate,
     open_journal,
 )
 from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.choose.stored_prediction import StoredPrediction
 from calibration.document import OutdatedCalibrationError
-from calibration.measure.evaluator import SampleSet
+from calibration.measure.evaluator import SampleSet, SampleSets
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import level, mean, psnr_db
@@ -196,6 +198,15 @@ def test_quality_budget_is_met_by_measurement_on_calibration_samples(metric):
         assert "calibration: quality" in found.calls
         assert found.guard is None
         assert not [row.name for row in found.validation if row.name.startswith("best rule")]
+
+
+def test_pictures_of_calibration_samples_are_decoded_for_a_quality_budget_only():
+    def refuse(latents):
+        pytest.fail("decoded for nothing")
+
+    sets = SampleSets(SampleSet(loop(), refuse), SampleSet(loop(seed=1), pictures))
+    found = calibrate(sets, LATENCIES_MS, CalibrationOptions(HighSteps(4))).sensitivity
+    assert found == run(decode=pictures).sensitivity
 
 
 def test_quality_budget_takes_a_fixed_rule_where_predictions_mislead(monkeypatch):

@@ -65,7 +65,7 @@ def _predicted(predictions: Predictions, budget: HighSteps | LatencyBudget) -> I
     for name, gram in predictions.grams.items():
         yield name, best_schedule(latency_model, gram, budget).precisions
     num_steps = predictions.gram.num_steps
-    for held in sorted({1, 2, *(math.ceil(share * num_steps) for share in HELD_SHARES)}):
+    for held in sorted({1, 2, *(math.ceil(share * num_steps) for share in HELD_SHARES)} & set(range(num_steps))):
         try:
             schedule = best_schedule(latency_model, predictions.gram, budget, held).precisions
         except BudgetError:

@@ -192,7 +192,7 @@ def expected_errors(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """
     typical = typical_errors(measured)
     count, samples = measured.shape
-    if count < 2 or not min(*measured.flat, *predicted) > 0:
+    if count < 2 or not min(measured.min(), predicted.min()) > 0:
         return typical
     logs = np.log(limited(measured.T).T)
     spread = logs - logs.mean(axis=0) - logs.mean(axis=1, keepdims=True) + logs.mean()

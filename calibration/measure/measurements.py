@@ -157,7 +157,7 @@ class Measurements:
     def _uniform(self, precision: str, sample: int) -> Request:
         kind = "uniform-pictures" if self._decoded else "uniform"
         name = f"{self.name}/{kind}/{precision}/{sample}"
-        return Request(name, sample, precision, (), True, f"uniform {precision}")
+        return Request(name, sample, precision, (), self._decoded, f"uniform {precision}")
 
     def _downcast(self, step_index: int, precision: str, sample: int) -> Request:
         name = f"{self.name}/downcast/{step_index}/{precision}/{sample}"

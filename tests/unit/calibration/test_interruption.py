@@ -22,7 +22,7 @@ from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import JOURNAL_VERSION, Entry, Journal, JournalError
 from calibration.measure.measurements import Measurements
 from calibration.measure.sample_batches import SampleBatches
-from calibration.measure.sketch import to_text
+from calibration.measure.sketch import from_text, to_text
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
 
@@ -46,8 +46,8 @@ def interrupted_run(path, calibration_limit, validation_limit=None):
 
 def test_killed_after_any_number_of_calls_and_resumed_is_the_same(tmp_path):
     expected, calibration_calls, validation_calls = calls_in_all()
-    limits: list[tuple[int | None, int | None]] = [(n, None) for n in range(0, calibration_calls, 41)]
-    limits += [(None, n) for n in range(0, validation_calls, 41)]
+    limits: list[tuple[int | None, int | None]] = [(n, None) for n in range(0, calibration_calls, 71)]
+    limits += [(None, n) for n in range(0, validation_calls, 71)]
     for k, (calibration_limit, validation_limit) in enumerate(limits):
         path = tmp_path / str(k)
         with pytest.raises(Interrupted):
@@ -92,7 +92,7 @@ def test_journal_torn_at_any_byte_of_its_last_line(tmp_path):
     interrupted_run(tmp_path / "whole", None)
     whole = (tmp_path / "whole").read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
-    for cut in [*range(last, len(whole), 9), len(whole) - 1]:
+    for cut in [*range(last, len(whole), 29), len(whole) - 1]:
         path = tmp_path / "torn"
         path.write_bytes(whole[:cut])
         assert document(interrupted_run(path, None)) == expected
@@ -101,6 +101,22 @@ def test_journal_torn_at_any_byte_of_its_last_line(tmp_path):
     for cut in (0, 1, header // 2, header):
         path.write_bytes(whole[:cut])
         assert open_journal(path, loop(), loop(seed=1)).get("calibration/uniform/fp16/0") is None
+
+
+def test_journal_has_the_direction_of_every_downcast_and_nudged_run(tmp_path):
+    path = tmp_path / "journal"
+    found = interrupted_run(path, None).sensitivity
+    entries = {record["name"]: record for record in map(json.loads, path.read_text().splitlines()[1:])}
+    kinds = {name: name.split("/")[1] for name in entries}
+    assert {"uniform", "uniform-pictures", "downcast", "nudged", "schedule", "pictures"} == set(kinds.values())
+    for name, record in entries.items():
+        assert ("direction" in record["value"]) == (kinds[name] in ("downcast", "nudged")), name
+        if "direction" in record["value"]:
+            assert from_text(record["value"]["direction"]).shape == (192,)
+    measured = sum(sum(record.measured) for record in found.scores)
+    samples = loop().num_samples
+    assert list(kinds.values()).count("downcast") == measured * samples
+    assert list(kinds.values()).count("nudged") == samples
 
 
 def test_damaged_or_foreign_journal_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from helpers.planted_loops import Blocks, FragileLoop, predicted, run_errors
 from calibration import ErrorBudget, HighSteps, LatencyBudget
 from calibration.choose.baselines import fixed_rules
 from calibration.choose.candidates import Candidate
-from calibration.choose.guard import departs_more, fragile_samples, guard
+from calibration.choose.guard import departs_more, expected_errors, fragile_samples, guard
 from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
@@ -231,6 +231,54 @@ def test_what_a_round_measures_is_asked_for_at_once_and_a_pool_changes_nothing()
     waits = [wait for wait in pool.together if wait]
     # what starts low needs its uniform run on these samples as well
     assert all(runs[k] <= waits[k - 3] <= runs[k] + 20 for k in range(3)), (runs, waits)
+
+
+# few samples ------------------------------------------------------------------------------------------------------
+
+
+def noisy(seed, samples, noise, candidates=12):
+    """True errors of candidates, and measured ones: samples differ in level, and by noise of their own."""
+    generator = np.random.default_rng(seed)
+    truth = 1e-4 * np.exp(0.3 * generator.normal(size=candidates))
+    levels = generator.lognormal(0, 1, size=samples)
+    return truth, truth[:, None] * levels * np.exp(noise * generator.normal(size=(candidates, samples)))
+
+
+def test_predictions_help_to_choose_where_few_samples_are_noisy():
+    lost = {"measured": 0.0, "expected": 0.0}
+    for seed in range(60):
+        truth, measured = noisy(seed, samples=4, noise=0.5)
+        predicted_ones = 1.7 * truth * np.exp(0.1 * np.random.default_rng(seed + 1000).normal(size=12))
+        picked = {"measured": typical_errors(measured), "expected": expected_errors(measured, predicted_ones)}
+        for name, errors in picked.items():
+            lost[name] += float(truth[errors.argmin()] / truth.min() - 1)
+    assert lost["expected"] < 0.4 * lost["measured"]
+
+
+def test_predictions_that_mislead_are_outvoted_by_many_samples():
+    for seed in range(20):
+        truth, measured = noisy(seed, samples=120, noise=0.2)
+        misleading = np.random.default_rng(seed + 1000).permutation(truth) ** 2
+        found = expected_errors(measured, misleading)
+        np.testing.assert_allclose(found, typical_errors(measured), rtol=0.02)
+
+
+def test_what_is_expected_does_not_hang_on_the_level_of_predictions():
+    truth, measured = noisy(0, samples=5, noise=0.3)
+    found = expected_errors(measured, truth)
+    np.testing.assert_allclose(expected_errors(measured, 7 * truth), found)
+    typical = typical_errors(measured)
+    assert (np.minimum(found / typical, 1) > 0.3).all()
+    assert np.log(found / typical).mean() == pytest.approx(0, abs=1e-9)
+
+
+def test_where_there_is_nothing_to_weigh_one_side_counts_alone():
+    truth, measured = noisy(0, samples=1, noise=0.3)
+    found = expected_errors(measured, truth)
+    np.testing.assert_allclose(found / found.sum(), truth / truth.sum(), err_msg="one sample: as predicted")
+    np.testing.assert_array_equal(expected_errors(measured[:1], truth[:1]), typical_errors(measured[:1]))
+    measured[3] = 0.0
+    np.testing.assert_array_equal(expected_errors(measured, truth), typical_errors(measured), "one errs not at all")
 
 
 # fragile samples --------------------------------------------------------------------------------------------------

@@ -179,8 +179,8 @@ def test_quality(studied: tuple[Path, Path], tmp_path: Path) -> None:
         mixed = (1 - int(count) / NUM_STEPS) * typical_errors(uniform)
         assert made["typical"]["uniform, mixed"]["value"] == pytest.approx(mixed, rel=1e-4)
         assert made["ratios"]["uniform, mixed"]["value"] == pytest.approx(mine / mixed, rel=1e-4)
-        assert made["pictures"]["ssim"]["last K"] == pytest.approx(
-            1 - np.mean(data["runs"][rules["last K"]]["ssim"]), abs=1e-4
+        assert made["pictures"]["dissimilarity"]["last K"] == pytest.approx(
+            np.mean(data["runs"][rules["last K"]]["dissimilarity"]), rel=1e-4
         )
         assert made["calls"]["now"]["guard"] == cell["calls"] > 0
         assert made["calls"]["now"]["scores"] == data["calls"]["downcast int8"] + data["calls"]["rounding"]
@@ -268,7 +268,7 @@ def test_samples_measured_together_give_the_same(
     for pattern in shared:
         one, other = runs[0][pattern], runs[1][pattern]
         assert np.array(other["error"]) == pytest.approx(np.array(one["error"]), rel=0.05)
-        assert np.array(other["ssim"]) == pytest.approx(np.array(one["ssim"]), abs=1e-3)
+        assert np.array(other["dissimilarity"]) == pytest.approx(np.array(one["dissimilarity"]), abs=1e-3)
         assert np.array(other["lpips"]) == pytest.approx(np.array(one["lpips"]), abs=1e-3)
         assert np.all(np.array(one["lpips"]) > 0)
     assert [content["setting"]["pictures_per_call"] for content in found] == [1, 2]

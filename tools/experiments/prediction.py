@@ -31,7 +31,8 @@ from tools.experiments.study import Study
 FEWER = (8, 24)
 """Calibration prompts, the first ones, that predict as well."""
 
-PREDICTORS = ("gram", "downcast sum")
+DRAWN = {"gram": "Gram matrix", "downcast sum": "downcast sum"}
+"""Predictors of the figure; by what result files call them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,9 +131,9 @@ def _fit(measured: dict[str, Any], predictor: str) -> dict[str, Any]:
 
 def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
     """A row per predictor, a column per precision."""
-    figure, rows = panels(len(PREDICTORS), len(findings), width=3.3, height=2.9)
+    figure, rows = panels(len(DRAWN), len(findings), width=3.3, height=2.9)
     setting, mappable = content["setting"], None
-    for row, predictor in zip(rows, PREDICTORS, strict=True):
+    for row, (predictor, words) in zip(rows, DRAWN.items(), strict=True):
         for axes, (precision, fits) in zip(row, findings.items(), strict=True):
             measured = content["data"][precision]
             counts = np.array([pattern.count(HIGH) for pattern in measured["patterns"]])
@@ -153,8 +154,8 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
             axes.margins(0.08, 0.16)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter("{x:.2g}")
-            axes.set_xlabel(f"predicted by the {predictor}")
-            if predictor == PREDICTORS[0]:
+            axes.set_xlabel(f"predicted by the {words}")
+            if row is rows[0]:
                 axes.set_title(label(precision, setting["backend"]))
         row[0].set_ylabel("measured E, unseen prompts")
     if mappable:

@@ -110,15 +110,18 @@ def _candidates(record: GuardRecord, reference: str) -> list[dict[str, Any]]:
 
 
 def _runs(study: Study, precision: str, patterns: list[str]) -> dict[str, Any]:
-    """By schedule "error", "ssim" and, if measured, "lpips" of every sample, and "psnr_db" of all."""
+    """By schedule "error", "dissimilarity" (1 - SSIM) and, if measured, "lpips" of every sample, and "psnr_db" of all."""
     schedules = [precisions_of(pattern, study.reference, precision) for pattern in patterns]
     runs = study.validation_errors("schedules", schedules, pictures=True)
     return {pattern: _columns(rows) for pattern, rows in zip(patterns, runs, strict=True)}
 
 
 def _columns(rows: list[Values]) -> dict[str, Any]:
+    distances = [{"dissimilarity": 1 - values["ssim"], **values} for values in rows]
     columns: dict[str, Any] = {
-        key: [float(f"{values[key]:.{DIGITS}g}") for values in rows] for key in rows[0] if key != "mse"
+        key: [float(f"{values[key]:.{DIGITS}g}") for values in distances]
+        for key in ("error", "dissimilarity", "lpips")
+        if key in distances[0]
     }
     return columns | {"psnr_db": psnr_db([values["mse"] for values in rows])}
 

@@ -22,8 +22,8 @@ from tools.experiments.schedules import LOW, fixed_rules
 from tools.experiments.statistics import sign_test
 
 SCHEDULE, RANDOM, MIXED, UNIFORM = "schedule", "random", "uniform, mixed", "uniform"
-PICTURES = {"ssim": "1 - SSIM", "lpips": "LPIPS"}
-"""Both the less the better; by what result files call their source."""
+PICTURES = {"dissimilarity": "1 - SSIM", "lpips": "LPIPS"}
+"""How far pictures are from the reference's, by their names in result files."""
 
 
 def analyse(content: dict[str, Any]) -> Analysis:
@@ -145,8 +145,7 @@ def _departed(errors: np.ndarray) -> np.ndarray:
 
 def _distances(runs: list[dict[str, Any]], key: str) -> np.ndarray:
     """How far pictures are from the reference's, a mean over schedules, float64 [S]."""
-    values = np.array([run[key] for run in runs]).mean(axis=0)
-    return 1 - values if key == "ssim" else values
+    return np.asarray(np.array([run[key] for run in runs]).mean(axis=0))
 
 
 def _interval(found: Interval | None) -> dict[str, float] | None:

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tools.experiments.figures import INK, RANDOM, colour, headline, label, panels
+from tools.experiments.quality_analysis import PICTURES
 
 RULE_STYLES = {"first K": ":>", "last K": ":<", "both ends": "--^", "evenly spread": "--v"}
 OTHER_STYLES = {"random": "-s", "uniform, mixed": "-.D"}
-PICTURES = {"ssim": "1 - SSIM", "lpips": "LPIPS"}
 
 
 def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
@@ -78,7 +78,7 @@ def _ratios(axes: Axes, cells: dict[str, Any], shade: str) -> None:
     spread = np.abs(values[:, 1:] - values[:, :1]).T
     axes.errorbar(list(shown), values[:, 0], spread, fmt="*", color=shade, markersize=10, capsize=3)
     axes.axhline(1, color=INK, linewidth=0.8, alpha=0.6)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
 
 
 def _departures(axes: Axes, cells: dict[str, Any], shade: str) -> None:

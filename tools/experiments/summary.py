@@ -67,7 +67,7 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
             f"{found['schedule']}, {found['best rule']}" for found in departures
         ],
         "  cells with significantly more": [str(found["significantly_more_departures"]) for found in columns],
-        f"R^2 of the Gram, least <= 1 and >= {goals.R2}": [
+        f"R^2 of the Gram, least >= {goals.R2}": [
             number(min(found.get("r2", {}).values(), default=None), ".3f") for found in columns[:-1]
         ]
         + [

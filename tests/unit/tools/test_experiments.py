@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.commands import started
 from helpers.demo_build import linked_copy
 from helpers.experiments import command
 from helpers.tiny_pipeline import PROMPTS, UNSEEN, tiny_options
 
+from calibration.statistics import typical_errors
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
 from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
-from tools.experiments import prediction, study
+from tools.experiments import study
+from tools.experiments.curves import mean_scores
+from tools.experiments.schedules import fixed_rules
 from tools.experiments.statistics import r_squared
 
 NUM_STEPS = 6
@@ -58,24 +62,12 @@ def test_other_numbers_of_steps_take_the_same_engines(studied: tuple[Path, Path]
     assert "already exists" in done.stderr
 
 
-def test_what_any_schedule_can_gain_over_the_fixed_rules():
-    curve = np.array([1.0, 8.0, 1.0, 1.0, 8.0, 1.0, 1.0, 8.0])  # no fixed rule finds steps 1, 4 and 7
-    rows = np.tile(curve, (4, 1))
-    scores = prediction.SampleScores({"downcast": rows, "upcast": rows}, rows.sum(axis=1))
-    share, rule = prediction.attainable(scores, "downcast", [3])[3]
-    assert share == pytest.approx(1 - 5 / 12)
-    assert rule in ("last K", "both ends", "evenly spread")
-    rising = np.tile(np.arange(1.0, 9.0), (4, 1))
-    scores = prediction.SampleScores({"downcast": rising, "upcast": rising}, rising.sum(axis=1))
-    assert prediction.attainable(scores, "downcast", [2, 5]) == {2: (0.0, "last K"), 5: (0.0, "last K")}
-
-
 def test_curves_of_samples_are_limited_means_in_both_directions():
     changed = np.array([[1.0, 4.0], [1.0, 4.0], [1.0, 4.0], [500.0, 4.0]])
-    assert prediction.mean_scores("downcast", changed, changed.sum(axis=1)).tolist() == [13 / 4, 4.0]
+    assert mean_scores("downcast", changed, changed.sum(axis=1)).tolist() == [13 / 4, 4.0]
     uniform = np.array([5.0, 5.0, 5.0, 900.0])
     upcast = uniform[:, None] - changed
-    assert prediction.mean_scores("upcast", upcast, uniform).tolist() == [65 / 4 - 13 / 4, 65 / 4 - 4.0]
+    assert mean_scores("upcast", upcast, uniform).tolist() == [65 / 4 - 13 / 4, 65 / 4 - 4.0]
 
 
 def test_two_measurements_of_the_same_curves_are_compared(tmp_path: Path):
@@ -109,6 +101,7 @@ def test_commands_go_on_share_what_they_measure_and_draw_again(studied: tuple[Pa
     curve = steps["data"]["int8"]["downcast"]
     assert np.shape(curve) == (2, NUM_STEPS)
     assert steps["findings"]["int8"]["downcast"]["mean"] == pytest.approx(np.mean(curve, axis=0), rel=1e-4)
+    assert "upcast" not in steps["data"]["int8"], "calibration has no use for them"
     assert str(tmp_path) not in json.dumps(steps), "results name no paths of the machine"
 
     (journal,) = (studied[0] / "experiments").glob("*.journal")
@@ -117,7 +110,7 @@ def test_commands_go_on_share_what_they_measure_and_draw_again(studied: tuple[Pa
     ranks = run("rank_deviation", studied, tmp_path / "ranks")
     assert journal.read_bytes() == measured, "it goes on where the other one stopped"
     assert ranks["data"] == steps["data"]
-    sweep = ranks["findings"]["int8"]["downcast"]["methods"]["evenly spaced"][-1]
+    sweep = ranks["findings"]["int8"]["methods"]["evenly spaced"][-1]
     assert (sweep["evaluations"], sweep["calls_share"], sweep["deviation"], sweep["regret"]) == (NUM_STEPS, 1, 0, 0)
 
     drawn = tmp_path / "ranks.json"
@@ -142,49 +135,114 @@ def test_commands_go_on_share_what_they_measure_and_draw_again(studied: tuple[Pa
     assert "has no measurements; redraw single.json" in refused.stderr
     assert command("quality", "--redraw", drawn).returncode == 1
 
+    both = run("single_steps", studied, tmp_path / "both", "--upcasts")
+    assert both["data"]["int8"]["downcast"] == curve
+    assert np.shape(both["data"]["int8"]["upcast"]) == (2, NUM_STEPS)
+    assert both["command"].endswith("--threads 1 --upcasts --out both")
 
-def test_additivity_and_quality(studied: tuple[Path, Path], tmp_path: Path) -> None:
-    fits = run("additivity", studied, tmp_path / "additivity", "--every", 1, "--draws", 2)
-    data = fits["data"]["int8"]
+
+def test_predictions_of_unseen_prompts(studied: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tools.experiments.prediction.FEWER", (2, 3), raising=True)
+    found = run("prediction", studied, tmp_path / "prediction", "--every", 1, "--draws", 2)
+    data, fits = found["data"]["int8"], found["findings"]["int8"]
     assert {pattern.count("H") for pattern in data["patterns"]} == {2, 3, 4}
-    assert np.shape(data["calibration"]) == np.shape(data["validation"]) == (len(data["patterns"]), 2)
-    found = fits["findings"]["int8"]["calibration"]["fits"]["downcast"]["r2"]["value"]
+    assert np.shape(data["validation"]) == (len(data["patterns"]), 2)
     low = np.array([[letter == "L" for letter in pattern] for pattern in data["patterns"]])
-    predicted = low @ np.clip(np.mean(data["downcast"], axis=0), 0, None)
-    assert found == pytest.approx(r_squared(predicted, np.mean(data["calibration"], axis=1)), rel=1e-4)
-    assert len(fits["goals"]) == 2
+    assert data["predicted"]["downcast sum"] == pytest.approx(low @ np.array(data["scores"]), rel=1e-3)
+    assert set(fits) == set(data["predicted"]) == {"gram", "downcast sum", "gram, floor left in"}
+    for predictor, fit in fits.items():
+        typical = typical_errors(np.array(data["validation"]))
+        assert fit["r2"]["value"] == pytest.approx(r_squared(np.array(data["predicted"][predictor]), typical), rel=1e-3)
+        assert 0 <= fit["r2"]["low"] <= fit["r2"]["high"] <= 1
+    assert [goal["target"] for goal in found["goals"]] == ["R^2 of the Gram >= 0.98"]
 
-    quality = run("quality", studied, tmp_path / "quality", "--every", 1, "--draws", 2)
-    for count, rows in quality["data"]["precisions"]["int8"]["rows"].items():
-        assert set(rows) == {"schedule", "scores alone", "first K", "last K", "both ends", "evenly spread", "random"}
-        for row in rows.values():
-            assert {pattern.count("H") for pattern in row["patterns"]} == {int(count)}
-            assert np.shape(row["error"]) == np.shape(row["ssim"]) == (len(row["patterns"]), 2)
-        first = rows["first K"]
-        means = quality["findings"]["int8"]["counts"][count]["means"]["first K"]
-        assert means["error"]["value"] == pytest.approx(np.mean(first["error"]), rel=1e-4)
-        against = quality["findings"]["int8"]["counts"][count]["against"]["error"]["first K"]["value"]
-        assert against == pytest.approx(np.mean(rows["schedule"]["error"]) / np.mean(first["error"]), rel=1e-4)
-    assert quality["data"]["uniform"]["fp16"]["error"] == [[0.0, 0.0]]
-    assert {goal["verdict"] for goal in quality["goals"]} <= {"met", "missed", "not distinguishable"}
-    assert len(quality["goals"]) == 3 * 3 * 2  # K, metrics, two goals each
+
+def test_quality(studied: tuple[Path, Path], tmp_path: Path) -> None:
+    found = run("quality", studied, tmp_path / "quality", "--draws", 1)
+    data, findings = found["data"]["int8"], found["findings"]["precisions"]["int8"]
+    assert list(data["cells"]) == list(findings["cells"]) == ["2", "3", "4"]
+    uniform = np.array(data["runs"]["L" * NUM_STEPS]["error"])
+    for count, cell in data["cells"].items():
+        made = findings["cells"][count]
+        rules = fixed_rules(NUM_STEPS, int(count))
+        assert {pattern.count("H") for pattern in (cell["schedule"], *cell["random"])} == {int(count)}
+        assert cell["candidates"][0]["pattern"] == cell["schedule"]
+        assert cell["best_rule"] in rules
+        names = {candidate["pattern"] for candidate in cell["candidates"]}
+        assert {rules[cell["best_rule"]], cell["schedule"]} <= names
+        for candidate in cell["candidates"]:
+            assert candidate["calls"] <= candidate["samples"] * NUM_STEPS
+        typical = {name: typical_errors(np.array(data["runs"][rule]["error"])) for name, rule in rules.items()}
+        mine = typical_errors(np.array(data["runs"][cell["schedule"]]["error"]))
+        assert made["ratios"]["best rule"]["value"] == pytest.approx(mine / typical[cell["best_rule"]], rel=1e-4)
+        assert made["ratios"]["last K"]["value"] == pytest.approx(mine / typical["last K"], rel=1e-4)
+        mixed = (1 - int(count) / NUM_STEPS) * typical_errors(uniform)
+        assert made["typical"]["uniform, mixed"]["value"] == pytest.approx(mixed, rel=1e-4)
+        assert made["ratios"]["uniform, mixed"]["value"] == pytest.approx(mine / mixed, rel=1e-4)
+        assert made["pictures"]["dissimilarity"]["last K"] == pytest.approx(
+            np.mean(data["runs"][rules["last K"]]["dissimilarity"]), rel=1e-4
+        )
+        assert made["calls"]["now"]["guard"] == cell["calls"] > 0
+        assert made["calls"]["now"]["scores"] == data["calls"]["downcast int8"] + data["calls"]["rounding"]
+        assert data["calls"]["rounding"] == 2 * NUM_STEPS
+        earlier = made["calls"]["earlier"]
+        assert earlier["scores"] == earlier["race"] == 2 * data["calls"]["downcast int8"]
+        assert earlier["fit"] == data["calls"]["fit"], "as many samples of either kind"
+    assert len(found["goals"]) == 3 * 4 + 2
+    assert {goal["verdict"] for goal in found["goals"]} <= {"met", "missed", "not distinguishable"}
+    drawn = (tmp_path / "quality.json").read_bytes()
     redrawn = command("quality", "--redraw", tmp_path / "quality.json")
-    for count, entry in quality["findings"]["int8"]["counts"].items():
-        ratio = entry["search"]["error"]["scores alone"]["value"]
-        assert f"int8, K = {count}: the search's schedule over that of scores alone: E x {ratio:.2f}" in redrawn.stdout
+    assert redrawn.returncode == 0, redrawn.stderr
+    assert (tmp_path / "quality.json").read_bytes() == drawn
+    assert "int8, K = 3: " in redrawn.stdout
 
-    done = command("risk", tmp_path / "additivity.json", tmp_path / "quality.json")
+    late = run("quality", studied, tmp_path / "late", "--seconds-limit", 0)
+    assert late["data"] == {}
+    assert late["findings"]["all"]["cells"] == 0
+
+
+def test_the_proof_measures_in_processes_and_is_summed_up(studied: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, prompts = studied
+    out = tmp_path / "proof"
+    words = ("--prompts", prompts, "--processes", 2, "--out", out)
+    done = started("tools.experiments.proof", "--bundle", bundle, 2, 2, *words)
     assert done.returncode == 0, done.stderr
-    ran = {*data["patterns"]} | {
-        pattern
-        for rows in quality["data"]["precisions"]["int8"]["rows"].values()
-        for row in rows.values()
-        for pattern in row["patterns"]
+    assert "bundle int8: int8, K = 3\n" in done.stdout
+    alone = run("quality", studied, tmp_path / "alone")
+    together = json.loads((out / "quality-bundle.json").read_text())
+    assert together["data"] == alone["data"]
+    assert together["findings"] == alone["findings"]
+    assert together["setting"]["precisions"] == ["int8"]
+    for name in ("quality", "prediction"):
+        assert (out / f"{name}-bundle.png").exists()
+
+    summed = tmp_path / "summary.json"
+    files = (out / "quality-bundle.json", out / "prediction-bundle.json")
+    done = command("summary", *files, "--out", summed)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(summed.read_text())
+    ((name, family),) = found["families"].items()
+    assert name == f"PixArtTransformer2DModel, T = {NUM_STEPS}"
+    assert family["r2"].keys() == {"int8"}
+    assert {key: value for key, value in family.items() if key != "r2"} == found["all"]
+    assert found["all"] == {
+        key: value if isinstance(value, dict) else pytest.approx(value, rel=1e-4)
+        for key, value in alone["findings"]["all"].items()
     }
-    assert f"int8: {len(ran)} schedules" in done.stdout
-    done = command("risk", tmp_path / "quality.json")
+    ratios = [c["ratios"]["best rule"]["value"] for c in alone["findings"]["precisions"]["int8"]["cells"].values()]
+    assert family["over_best_rule"] == pytest.approx(np.prod(ratios) ** (1 / 3), rel=1e-3)
+    assert "worst cell <= 1.02" in done.stdout
+    done = command("summary", out / "parts" / "quality-bundle-int8.json")
     assert done.returncode == 1
-    assert "holds 'quality', expected a file of 'additivity'" in done.stderr
+    assert "expected a result file of prediction or quality" in done.stderr
+
+    late = started("tools.experiments.proof", "--bundle", bundle, 2, 2, *words, "--seconds-limit", 0)
+    assert late.returncode == 0, late.stderr
+    assert "quality, bundle: nothing was measured" in late.stdout
+    refused = started("tools.experiments.proof", "--bundle", bundle, 9, 2, *words)
+    assert refused.returncode == 1
+    assert "bundle int8: FAILED" in refused.stdout
+    assert "not measured to the end: bundle int8" in refused.stderr
 
 
 def test_samples_measured_together_give_the_same(
@@ -204,15 +262,20 @@ def test_samples_measured_together_give_the_same(
         done = command("quality", *words, "--draws=1", "--lpips=x", "--out", out)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(out.with_suffix(".json").read_text()))
-    rows = [content["data"]["precisions"]["int8"]["rows"]["2"] for content in found]
-    for name, row in rows[0].items():
-        if name != "schedule":  # E of a few 1e-5: rounding may turn a choice
-            assert np.array(rows[1][name]["error"]) == pytest.approx(np.array(row["error"]), rel=0.05)
-            assert np.array(rows[1][name]["ssim"]) == pytest.approx(np.array(row["ssim"]), abs=1e-3)
-            assert np.array(rows[1][name]["lpips"]) == pytest.approx(np.array(row["lpips"]), abs=1e-3)
-            assert np.all(np.array(row["lpips"]) > 0)
+    runs = [content["data"]["int8"]["runs"] for content in found]
+    shared = runs[0].keys() & runs[1].keys()  # E of a few 1e-5: rounding may turn a choice
+    assert set(fixed_rules(NUM_STEPS, 2).values()) <= shared
+    for pattern in shared:
+        one, other = runs[0][pattern], runs[1][pattern]
+        assert np.array(other["error"]) == pytest.approx(np.array(one["error"]), rel=0.05)
+        assert np.array(other["dissimilarity"]) == pytest.approx(np.array(one["dissimilarity"]), abs=1e-3)
+        assert np.array(other["lpips"]) == pytest.approx(np.array(one["lpips"]), abs=1e-3)
+        assert np.all(np.array(one["lpips"]) > 0)
     assert [content["setting"]["pictures_per_call"] for content in found] == [1, 2]
-    assert "int8, K = 2, LPIPS" in {goal["subject"] for goal in found[0]["goals"]}
+    assert (
+        found[0]["findings"]["precisions"]["int8"]["cells"]["2"]["picture_ratios"]["lpips"]["uniform, mixed"]["value"]
+        > 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,36 +319,3 @@ def test_prompts_are_drawn_in_turns_from_scenes_that_training_never_sees(tmp_pat
         assert done.returncode == 1
         assert message in done.stderr
     assert path.read_bytes() == before
-
-
-def test_a_search_on_chosen_samples(studied: tuple[Path, Path], tmp_path: Path) -> None:
-    bundle, prompts = studied
-    run("single_steps", studied, tmp_path / "scores")
-    given = (
-        bundle, "--scores", tmp_path / "scores.json", "--prompts", prompts, "--high-steps", 3, "--threads", 1,
-    )  # fmt: skip
-    found = []
-    for samples in ("0,2", "2,0"):
-        out = tmp_path / f"{samples}.json"
-        done = command(
-            "sparing", *given, "--precision", "int8", "--samples", samples,
-            "--validation-samples", samples.replace("2", "1"), "--out", out,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(out.read_text())["counts"]["3"])
-    for row, other in zip(found[0]["unseen"], found[1]["unseen"], strict=True):
-        assert row["pattern"].count("H") == 3
-        if row["origin"] != "found":
-            assert row["errors"] == other["errors"][::-1], "samples keep their prompt and noise"
-            assert len(set(row["errors"])) == 2
-    first = found[0]["trials"][0]
-    assert (first["origin"], first["pattern"]) == ("scores", found[0]["start"])
-    assert found[0]["best"] in [trial["pattern"] for trial in found[0]["trials"]]
-    for args, words in (
-        (("--precision", "int4", "--samples", "0,1", "--validation-samples", "0,1"), "holds no scores of int4"),
-        (("--precision", "int8", "--samples", "0,9", "--validation-samples", "0,1"), "calibration sample 9 is not in"),
-    ):
-        done = command("sparing", *given, *args, "--out", tmp_path / "refused.json")
-        assert done.returncode == 1
-        assert words in done.stderr
-    assert not (tmp_path / "refused.json").exists()

@@ -10,11 +10,14 @@ from calibration.statistics import bootstrap_interval
 from tools.experiments.statistics import (
     error_regret,
     error_regret_at,
+    log_scatter,
     r_squared,
     rank_deviation,
     rank_deviation_at,
     rank_deviations,
+    sign_test,
     spearman,
+    spearman_within,
 )
 
 
@@ -69,6 +72,22 @@ def test_agreement_is_that_of_scipy_and_undefined_for_constants():
     assert r_squared(predicted, measured) == pytest.approx(stats.pearsonr(predicted, measured).statistic ** 2)
     assert spearman(predicted, measured) == pytest.approx(stats.spearmanr(predicted, measured).statistic)
     assert np.isnan(r_squared(np.ones(4), np.arange(4)))
+
+
+def test_scatter_and_agreement_within_groups():
+    measured = np.array([1.0, 2.0, 10.0, 20.0, 7.0])
+    groups = np.array([1, 1, 2, 2, 3])  # one alone says nothing
+    assert log_scatter(3 * measured, measured) == pytest.approx(np.log(3))
+    assert np.isnan(log_scatter(0 * measured, measured))
+    assert spearman_within(groups, np.array([1.0, 2.0, 20.0, 10.0, 0.0]), measured) == 0
+    assert spearman_within(groups, measured, measured) == pytest.approx(1)
+    assert np.isnan(spearman_within(np.arange(5), measured, measured))
+
+
+def test_sign_test_is_that_of_scipy():
+    for more, fewer in ((0, 0), (4, 0), (5, 1), (1, 5)):
+        exact = stats.binomtest(more, more + fewer, alternative="greater").pvalue if more + fewer else 1.0
+        assert sign_test(more, fewer) == pytest.approx(exact)
 
 
 def test_rank_deviation_of_two_exchanged_steps():

@@ -7,8 +7,8 @@ log scale over 2 to 3 decades, not monotone (often U-shaped), with a spike at an
 1. Evaluate both ends, the middle, and the step before the last, which costs two denoiser calls a sample: which of the
    last two has the spike is a matter of the scheduler. Flow matching in few steps ends with one too short to matter,
    after the one that matters most (docs/results.md, "How few measurements are enough?").
-2. Where the first step towers over its nearest evaluated neighbour, evaluate the one beside it, so that a
-   spike of one step does not lift the interpolation of the steps next to it.
+2. Where the first step, or the one before the last, towers over its nearest evaluated neighbour, evaluate the one beside
+   it, so that a spike of one step does not lift the interpolation of the steps next to it.
 3. Between evaluated steps, interpolate the log score with a monotone cubic (PCHIP; Fritsch and Butland,
    SIAM J. Sci. Stat. Comput. 5, 1984) and estimate how far the truth may stray: from the interval's rise,
    from the change of slope to its neighbours, and from its length.
@@ -39,7 +39,7 @@ FLOOR = 1e-4
 zero or negative can be ranked at random without a visible effect on the error."""
 
 STEEP = math.log(3.0)
-"""A first step higher than its nearest evaluated neighbour by more than this (in log score) may be a spike."""
+"""A step at an end that is higher than its nearest evaluated neighbour by more than this (in log score) may be a spike."""
 
 RISE, CURVATURE, ROUGHNESS = 0.25, 1.0, 0.05
 """Possible deviation in the middle of an interval, in log score: RISE * difference between its ends
@@ -107,7 +107,7 @@ def adaptive_bisection(
         values[step] = _evaluate(evaluate, step)
     settled = False
     while len(values) < budget:
-        beside = _beside_steep_first(values)
+        beside = _beside_spike(values, num_steps)
         if beside is None:
             step, expected_deviation = _most_uncertain(values, num_steps)
             if expected_deviation <= SETTLED * num_steps and len(values) >= MIN_EVALUATIONS:
@@ -157,10 +157,17 @@ def _interpolate(steps: np.ndarray, logs: np.ndarray, num_steps: int) -> np.ndar
     return np.asarray(PchipInterpolator(steps, logs)(np.arange(num_steps)))
 
 
-def _beside_steep_first(values: dict[int, float]) -> int | None:
-    """The second step if the first is steep and the second not evaluated."""
-    _, logs = _logs(values)
-    return 1 if logs[0] - logs[1] > STEEP and 1 not in values else None
+def _beside_spike(values: dict[int, float], num_steps: int) -> int | None:
+    """The step beside the first one, or before the one before the last, if that one is steep and this is not evaluated."""
+    steps, logs = _logs(values)
+    found = dict(zip(steps.tolist(), logs.tolist(), strict=True))
+    for spike, beside, inward in ((0, 1, 1), (num_steps - 2, num_steps - 3, -1)):
+        if spike not in found or not 0 <= beside < num_steps or beside in found:
+            continue
+        nearest = min((step for step in found if (step - spike) * inward > 0), key=lambda step: abs(step - spike))
+        if found[spike] - found[nearest] > STEEP:
+            return beside
+    return None
 
 
 def _most_uncertain(values: dict[int, float], num_steps: int) -> tuple[int, float]:

@@ -8,7 +8,8 @@ from calibration.choose.picture_budget import QualityBudget
 from calibration.document import Sensitivity
 from calibration.measure.evaluator import Evaluator, SampleSet, SampleSets
 from calibration.measure.journal import open_journal
-from calibration.run import CalibrationOptions, CalibrationResult, calibrate
+from calibration.run import CalibrationResult, calibrate
+from calibration.stages import CalibrationOptions
 
 __all__ = [
     "CalibrationOptions",

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student_t
 
-from calibration.document import DepartureRecord, IntervalRecord
 from calibration.measure.metrics import LIMIT_MEDIANS, departed
+from calibration.records import DepartureRecord, IntervalRecord
 
 DRAWS = 1000
 CONFIDENCE = 0.95

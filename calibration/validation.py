@@ -11,9 +11,9 @@ import numpy as np
 
 from calibration.choose import baselines
 from calibration.choose.costs import LatencyModel
-from calibration.document import ValidationRow
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import mean, psnr_db
+from calibration.records import ValidationRow
 from calibration.statistics import departure_record, interval_record, ratio_interval, typical_errors, typical_interval
 
 RANDOM_DRAWS = 3

@@ -66,12 +66,13 @@ ROOMS = {
     """,
     "calibration": """
         run
-        validation
+        stages validation
         choose
         scores
         statistics
         measure
         document
+        records
     """,
     "tmpdiff_export": """
         cli

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from calibration.document import DepartureRecord, IntervalRecord
+    from calibration.records import DepartureRecord, IntervalRecord
 
 PIPED_WIDTH = 140
 LINE_SECONDS = 30.0

@@ -14,7 +14,7 @@ import numpy as np
 
 from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
 from calibration.choose.pareto import Allocation, integers, pareto_front
-from calibration.document import DroppedRecord
+from calibration.records import DroppedRecord
 from engines.errors import BudgetError
 
 BUDGET_TOLERANCE = 1e-12

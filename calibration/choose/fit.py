@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
-from calibration.document import PREDICTORS, FitPoint, FitRecord, Predictor
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import level
+from calibration.records import PREDICTORS, FitPoint, FitRecord, Predictor
 from calibration.scores.gram import Gram
 
 FIT_SCHEDULES = 8

@@ -19,9 +19,9 @@ from scipy.stats import binom
 
 from calibration.choose.candidates import Candidate
 from calibration.choose.predictions import Predictions
-from calibration.document import GuardRecord, TrialRecord
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import departed, limited
+from calibration.records import GuardRecord, TrialRecord
 from calibration.statistics import interval_record, share_record, typical_errors, typical_interval
 
 STAGE = "guard"
@@ -39,8 +39,8 @@ departures come from them."""
 LEAST_DOUBT = 0.05
 """Least standard deviation of the logarithm that predictions are taken to be wrong by."""
 
-SIGNIFICANT = 0.1
-"""Largest probability that chance alone gives so many more departures: four more, where nothing else differs."""
+SIGNIFICANT = 0.05
+"""Largest probability that chance alone gives so many more departures: five more, where nothing else differs."""
 
 
 @dataclass

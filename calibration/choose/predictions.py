@@ -10,7 +10,7 @@ from calibration.choose.allocation import Budget, ErrorBudget, HighSteps, Latenc
 from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation
 from calibration.choose.quadratic import best_schedule, front
-from calibration.document import Predictor
+from calibration.records import Predictor
 from calibration.scores.gram import Gram
 
 DEFAULT_ERROR_FRACTION = 0.25

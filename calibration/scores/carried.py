@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.document import CheckRecord, Sensitivity, TransferRecord
+from calibration.document import Sensitivity
 from calibration.measure.measurements import Downcast, Measurements
 from calibration.measure.metrics import level
+from calibration.records import CheckRecord, TransferRecord
 from calibration.scores.bisection import Search
 from calibration.scores.gram import Correlations
 from calibration.scores.measured_gram import stored_correlations

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.document import CorrelationRecord, GramRecord, ScoreRecord
 from calibration.measure.measurements import Measurements
+from calibration.records import CorrelationRecord, GramRecord, ScoreRecord
 from calibration.scores.gram import Correlations, Gram, correlate, gram, rounding_floor
 from calibration.scores.single_step import Downcasts, vectors_of
 

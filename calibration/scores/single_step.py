@@ -13,9 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from calibration.document import ScoreRecord
 from calibration.measure.measurements import Downcast, Measurements
 from calibration.measure.metrics import level
+from calibration.records import ScoreRecord
 from calibration.scores.bisection import Search, adaptive_bisection, default_evaluations, full_sweep
 from calibration.scores.gram import Vectors
 

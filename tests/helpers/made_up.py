@@ -13,7 +13,9 @@ from scipy.stats import beta
 
 from calibration.choose import baselines
 from calibration.choose.stored_prediction import StoredPrediction
-from calibration.document import (
+from calibration.document import Sensitivity
+from calibration.measure.metrics import level
+from calibration.records import (
     CalibrationSettings,
     CorrelationRecord,
     DepartureRecord,
@@ -24,11 +26,9 @@ from calibration.document import (
     IntervalRecord,
     ParetoPoint,
     ScoreRecord,
-    Sensitivity,
     TrialRecord,
     ValidationRow,
 )
-from calibration.measure.metrics import level
 from calibration.statistics import bootstrap_interval
 
 SIZES = {"fp16": 0.0, "fp8": 1e-4, "int8": 4e-4, "int4": 4e-3, "nvfp4": 8e-3}
@@ -174,7 +174,8 @@ class _Maker:
                     names=tuple(why), rule=next((name for name in why if name in rules), None), leading=leading,
                     precisions=schedule, latency=self.prediction.latency(schedule),
                     predicted_error=self.prediction.error(schedule), samples=samples, errors=errors,
-                    typical=typical(errors[:leading]), departures=departures(errors), calls=len(errors) * len(schedule),
+                    typical=typical(errors[:leading]), expected=typical(errors[:leading]).value,
+                    departures=departures(errors), calls=len(errors) * len(schedule),
                 )
             )  # fmt: skip
         best = self._best(rules)

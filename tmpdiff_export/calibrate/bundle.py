@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration import CalibrationOptions, Sensitivity, calibrate, open_journal
-from calibration.document import CalibrationSettings
 from calibration.measure.bundle_evaluator import BundleSamples, samples_per_call
 from calibration.measure.latency import machine, step_latencies
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
-from calibration.run import DEFAULT_OPTIONS, Progress
+from calibration.records import CalibrationSettings
 from calibration.scores.carried import CarriedScores, carried_scores
 from calibration.scores.transfer import TransferError, step_axes
+from calibration.stages import DEFAULT_OPTIONS, Progress
 from engines.bundle import Bundle
 from engines.errors import BudgetError, TmpDiffError
 from engines.runtime import DenoiseRuntime

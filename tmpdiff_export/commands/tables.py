@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from calibration.document import DepartureRecord, Sensitivity, TransferRecord
+from calibration.document import Sensitivity
+from calibration.records import DepartureRecord, TransferRecord
 from tmpdiff_export.display import departures, interval, number, print_table, schedule_strip
 
 NAME_WIDTH = 36

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from calibration.document import PREDICTORS, FitRecord, Predictor, Sensitivity
+from calibration.document import Sensitivity
+from calibration.records import PREDICTORS, FitRecord, Predictor
 from tmpdiff_export.display import number
 from tmpdiff_export.report.pieces import picture, table
 from tmpdiff_export.report.svg import INK, MUTED, PAPER, floor_of, log_axis, svg_figure

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from calibration.document import GuardRecord, Sensitivity, TrialRecord
+from calibration.document import Sensitivity
+from calibration.records import GuardRecord, TrialRecord
 from tmpdiff_export.report.marks import error_rows, tried
 from tmpdiff_export.report.pieces import BY_STEP, DEPARTURES, departures_cell, picture, strip, table, typical_cell
 

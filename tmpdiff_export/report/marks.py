@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from calibration.document import IntervalRecord, Sensitivity
+from calibration.document import Sensitivity
+from calibration.records import IntervalRecord
 from tmpdiff_export.report.svg import INK, PAPER, SHADES, floor_of, log_axis, places, svg_figure
 
 MARKERS = "osD^vP"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from calibration.document import DepartureRecord, IntervalRecord, Sensitivity
+from calibration.document import Sensitivity
+from calibration.records import DepartureRecord, IntervalRecord
 from tmpdiff_export.display import departures, interval, schedule_strip
 from tmpdiff_export.report.svg import places
 

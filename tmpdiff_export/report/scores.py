@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import rankdata
 
-from calibration.document import Sensitivity, TransferRecord
+from calibration.document import Sensitivity
+from calibration.records import TransferRecord
 from calibration.scores.bisection import adaptive_bisection
 from tmpdiff_export.display import number
 from tmpdiff_export.report.marks import MARKERS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from calibration.document import Sensitivity, Standing, ValidationRow
+from calibration.document import Sensitivity
+from calibration.records import Standing, ValidationRow
 from tmpdiff_export.display import interval, number
 from tmpdiff_export.report.marks import BEST_RULE, error_rows, validated
 from tmpdiff_export.report.pieces import BY_STEP, DEPARTURES, departures_cell, picture, strip, table, typical_cell

@@ -18,9 +18,9 @@ from typing import Any
 
 from calibration.choose.allocation import HighSteps
 from calibration.choose.costs import LatencyModel
-from calibration.document import GuardRecord
 from calibration.measure.metrics import psnr_db
-from calibration.run import DEFAULT_OPTIONS, Scored, choose, score_steps
+from calibration.records import GuardRecord
+from calibration.stages import DEFAULT_OPTIONS, Scored, choose, score_steps
 from tools.experiments.calls import earlier_calls, spent
 from tools.experiments.command import Experiment
 from tools.experiments.quality_analysis import analyse

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import made_up
 
-from calibration.document import IntervalRecord, OutdatedCalibrationError, Sensitivity
+from calibration.document import OutdatedCalibrationError, Sensitivity
+from calibration.records import IntervalRecord
 from engines.errors import TmpDiffError
 
 

@@ -216,7 +216,7 @@ def test_quality_budget_takes_a_fixed_rule_where_predictions_mislead(monkeypatch
     target = next(row for row in rule.validation if row.name == "first 4 (int4)").ssim
     others = measurements(loop(scale=np.geomspace(0.1, 8, STEPS)))
     misled, _ = predicted(others, ("fp16", "int8", "int4"), LATENCIES_MS)
-    monkeypatch.setattr(sys.modules["calibration.run"], "Predictions", lambda model, grams, predictor: misled)
+    monkeypatch.setattr(sys.modules["calibration.stages"], "Predictions", lambda model, grams, predictor: misled)
     found = run(early, budget=QualityBudget("ssim", target), validation=early, decode=pictures).sensitivity
     assert "by the rule 'first K'" in found.budget
     high = [name == "fp16" for name in found.schedule]

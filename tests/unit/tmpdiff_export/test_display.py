@@ -10,7 +10,7 @@ import sys
 import pytest
 from helpers.paths import ROOT
 
-from calibration.document import DepartureRecord, IntervalRecord
+from calibration.records import DepartureRecord, IntervalRecord
 from tmpdiff_export import display
 
 SHOW = (

@@ -10,8 +10,8 @@ from helpers.planted import PlantedEvaluator, measurements
 from helpers.planted_loops import RoundedLoop, predicted, run_errors
 
 from calibration.choose.fit import FIT_SAMPLES, FIT_SCHEDULES, best_fit, fit, measure_fit, random_schedules
-from calibration.document import FitRecord
 from calibration.measure.metrics import level
+from calibration.records import FitRecord
 
 STEPS = 10
 NAMES = ("fp16", "int8", "int4")

@@ -87,11 +87,25 @@ def test_few_steps_are_all_evaluated(num_steps):
 
 
 def test_budget_of_every_step_is_left_when_settled():
-    truth = np.random.default_rng(1).uniform(0.01, 1, size=20)
-    search, asked = searched(truth, max_evaluations=20)
-    assert 15 <= len(asked) < 20, "noise needs nearly all"
-    assert search.settled
-    assert rank_deviation(truth, search.scores) <= 2
+    deviations = []
+    for seed in range(20):
+        truth = np.random.default_rng(seed).uniform(0.01, 1, size=20)
+        search, asked = searched(truth, max_evaluations=20)
+        assert 15 <= len(asked) <= 20, "noise needs nearly all"
+        assert search.settled
+        deviations.append(rank_deviation(truth, search.scores))
+    assert np.mean(deviations) <= 1.6
+    assert max(deviations) <= 3.5
+
+
+@pytest.mark.parametrize("num_steps", [20, 50])
+def test_spike_before_the_last_step_does_not_lift_the_step_before_it(num_steps):
+    """Flow matching in few steps: level, then ten times as much, then a last step that hardly matters."""
+    truth = np.full(num_steps, 1.5e-4)
+    truth[-3:] = 1.7e-4, 1.3e-3, 2.3e-4
+    search, asked = searched(truth)
+    assert num_steps - 3 in asked
+    np.testing.assert_allclose(search.scores, truth, rtol=0.1)
 
 
 def test_flat_curve_settles_at_once():

@@ -10,8 +10,8 @@ from helpers.planted import Counted, PlantedEvaluator, measurements
 from helpers.planted_loops import RoundedLoop, run_errors
 
 from calibration.choose.fit import fit
-from calibration.document import GramRecord
 from calibration.measure.metrics import level
+from calibration.records import GramRecord
 from calibration.scores.gram import DIGITS, Correlations, Gram, Vectors, correlate, gram, rounding_floor
 from calibration.scores.measured_gram import gram_of, measured_gram
 from calibration.scores.single_step import measure_downcasts

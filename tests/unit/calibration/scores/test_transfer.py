@@ -13,7 +13,7 @@ from helpers.planted import Counted, PlantedEvaluator, PoolHere, calibrate_loops
 from calibration import HighSteps, Sensitivity, open_journal
 from calibration.choose.fit import fit
 from calibration.choose.stored_prediction import stored_gram
-from calibration.document import CalibrationSettings, CorrelationRecord, GramRecord, TransferRecord
+from calibration.records import CalibrationSettings, CorrelationRecord, GramRecord, TransferRecord
 from calibration.scores.carried import CarriedScores, carried_scores
 from calibration.scores.gram import Correlations
 from calibration.scores.measured_gram import stored_correlations

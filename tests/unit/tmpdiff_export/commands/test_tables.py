@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers import made_up
 
-from calibration.document import IntervalRecord, Sensitivity
+from calibration.document import Sensitivity
+from calibration.records import IntervalRecord
 from tmpdiff_export.commands.tables import print_sensitivity, verdict
 from tmpdiff_export.display import schedule_strip
 

@@ -16,7 +16,8 @@ import pytest
 from helpers import made_up
 from PIL import Image
 
-from calibration.document import DroppedRecord, IntervalRecord, Sensitivity
+from calibration.document import Sensitivity
+from calibration.records import DroppedRecord, IntervalRecord
 from engines.bundle import Bundle
 from engines.text import PromptFile
 from tmpdiff_export.calibrate.bundle import calibrate_bundle

@@ -14,7 +14,7 @@ from helpers.planted import PlantedEvaluator, calibrate_loops
 from calibration import HighSteps
 from calibration.choose.costs import AllocationCosts
 from calibration.choose.stored_prediction import StoredPrediction
-from calibration.document import CalibrationSettings
+from calibration.records import CalibrationSettings
 from engines.bundle import Bundle
 from engines.errors import ScheduleError
 from engines.schedule import Schedule

@@ -13,7 +13,8 @@ from helpers.report_page import Parsed, figures, marks
 from PIL import Image
 
 from calibration.choose.stored_prediction import StoredPrediction, stored_gram
-from calibration.document import Sensitivity, TrialRecord
+from calibration.document import Sensitivity
+from calibration.records import TrialRecord
 from tmpdiff_export.report.gram import ALIKE, OPPOSED, colours, correlations
 from tmpdiff_export.report.latency import rule_points, ruled_precision
 from tmpdiff_export.report.marks import shortened

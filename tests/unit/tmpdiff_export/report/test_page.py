@@ -10,7 +10,8 @@ import pytest
 from helpers import made_up
 from helpers.report_page import HOSTILE, SECTIONS, Parsed
 
-from calibration.document import CheckRecord, IntervalRecord, Sensitivity, TransferRecord, ValidationRow
+from calibration.document import Sensitivity
+from calibration.records import CheckRecord, IntervalRecord, TransferRecord, ValidationRow
 from engines.manifest import Manifest
 from tmpdiff_export.report.page import page
 

@@ -16,11 +16,14 @@ import argparse
 import sys
 from typing import Any
 
+import numpy as np
+
 from calibration.choose.allocation import HighSteps
 from calibration.choose.costs import LatencyModel
 from calibration.measure.metrics import psnr_db
 from calibration.records import GuardRecord
 from calibration.stages import DEFAULT_OPTIONS, Scored, choose, score_steps
+from calibration.statistics import typical_errors
 from tools.experiments.calls import earlier_calls, spent
 from tools.experiments.command import Experiment
 from tools.experiments.quality_analysis import analyse
@@ -79,15 +82,18 @@ def measure(study: Study, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chosen(study: Study, scored: Scored, count: int) -> dict[str, Any]:
-    """What calibration chooses with K steps at the reference, and how its guard came to it."""
+    """What calibration chooses with K steps at the reference, and how its guard came to it; and typical errors of all
+    rules on all calibration samples, which the guard leaves off for most."""
     measurements = study.recounted()
     chosen, _, record = choose(measurements, scored, HighSteps(count), study.report)
     assert record is not None, "the fixed rules are several where 0 < K < T"
-    rules = {pattern: name for name, pattern in fixed_rules(study.num_steps, count).items()}
-    best = next(trial for trial in record.trials if trial.rule == record.best_rule)
+    precision = scored.predictions.latency_model.precisions[1]
+    rules = fixed_rules(study.num_steps, count)
+    schedules = [precisions_of(pattern, study.reference, precision) for pattern in rules.values()]
+    errors = typical_errors(np.array(study.calibration_errors("rules", schedules)))
     return {
         "schedule": pattern_of(chosen.precisions, study.reference),
-        "best_rule": rules[pattern_of(best.precisions, study.reference)],
+        "rules": dict(zip(rules, errors.tolist(), strict=True)),
         "calls": sum(spent(measurements).values()),
         "rounds": [list(found) for found in record.rounds],
         "candidates": _candidates(record, study.reference),
@@ -126,7 +132,7 @@ def _columns(rows: list[Values]) -> dict[str, Any]:
     return columns | {"psnr_db": psnr_db([values["mse"] for values in rows])}
 
 
-EXPERIMENT = Experiment("quality", __doc__.splitlines()[0], add_arguments, measure, analyse, draw, version=3)
+EXPERIMENT = Experiment("quality", __doc__.splitlines()[0], add_arguments, measure, analyse, draw, version=4)
 
 if __name__ == "__main__":
     sys.exit(EXPERIMENT.main())

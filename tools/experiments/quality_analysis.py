@@ -95,7 +95,7 @@ def _cell(measured: dict[str, Any], count: int) -> dict[str, Any]:
     }
     distances[UNIFORM] = {key: _distances([runs[uniform]], key) for key in pictures}
     distances[MIXED] = {key: share[0] * values for key, values in distances[UNIFORM].items()}
-    best = cell["best_rule"]
+    best = min(cell["rules"], key=cell["rules"].__getitem__)
     own = errors[SCHEDULE][0]
     ratios = {
         name: _equal() if found == patterns[SCHEDULE] else _interval(ratio_interval(own, errors[name]))

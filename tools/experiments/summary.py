@@ -24,7 +24,7 @@ from tools.experiments.quality_analysis import over_all
 
 PROGRAM = "summary"
 ALL = "all"
-VERSIONS = {"prediction": 1, "quality": 3}
+VERSIONS = {"prediction": 1, "quality": 4}
 
 
 def summarize(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""From scores to a schedule: allocation under a budget, rivals, fixed rules."""
+"""From scores to a schedule: predictions, allocation under a budget, candidates, the guard."""

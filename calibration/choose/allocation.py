@@ -88,17 +88,17 @@ def drop_dominated(
             no_worse = all(their <= my for their, my in zip(theirs, mine, strict=True))
             return no_worse and (theirs != mine or rank < index)
 
-        rivals = [other for rank, other in enumerate(precisions) if rank != index and beats(other, rank)]
-        if index == 0 or not rivals:
+        better = [other for rank, other in enumerate(precisions) if rank != index and beats(other, rank)]
+        if index == 0 or not better:
             left.append(name)
             continue
-        # the fastest rival, for the most telling reason
-        rival = min(rivals, key=lambda other: (latencies_ms[other], errors[other]))
+        # the fastest of them, for the most telling reason
+        by = min(better, key=lambda other: (latencies_ms[other], errors[other]))
         reason = (
-            f"{rival} is no slower ({latencies_ms[rival]:.4g} ms against {latencies_ms[name]:.4g} ms a step) "
-            f"and errs no more (E {errors[rival]:.3g} against {errors[name]:.3g})"
+            f"{by} is no slower ({latencies_ms[by]:.4g} ms against {latencies_ms[name]:.4g} ms a step) "
+            f"and errs no more (E {errors[by]:.3g} against {errors[name]:.3g})"
         )
-        dropped.append(DroppedRecord(precision=name, by=rival, reason=reason))
+        dropped.append(DroppedRecord(precision=name, by=by, reason=reason))
     return tuple(left), tuple(dropped)
 
 

@@ -87,9 +87,9 @@ class SampleSets:
     """What a calibration measures on.
 
     Attributes:
-        calibration: the samples that scores are measured on.
-        validation: others, of the same steps and precisions, with a decoder where SSIM and PSNR are wanted. None:
-            predictors are compared on the calibration samples, and no schedule is validated.
+        calibration: the samples that scores are measured and schedules chosen on.
+        validation: others, of the same steps and precisions, which only judge; with a decoder where SSIM and PSNR are
+            wanted. None: no schedule is validated.
     """
 
     calibration: SampleSet

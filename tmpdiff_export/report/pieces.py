@@ -31,11 +31,6 @@ def precision_name(found: Sensitivity, precision: str) -> str:
     return f'<span class="dot" style="--c:var(--p{places(found.precisions)[precision]})"></span>{escape(precision)}'
 
 
-def error_cell(error: float, form: str) -> str:
-    """An error for a table cell; 0 is exact."""
-    return format(error, form) if error else "0"
-
-
 def table(head: Sequence[str], rows: Sequence[str], label: str) -> str:
     """A table that scrolls by itself where it is wider than the page; `rows` are HTML."""
     cells = "".join(f'<th scope="col"{" class=left" if name in LEFT else ""}>{escape(name)}</th>' for name in head)

@@ -1,4 +1,4 @@
-"""Calibration from end to end: measure, search, allocate, validate."""
+"""Calibration from end to end: uniform runs, scores, choice, validation, and the document of it all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
 from calibration.records import GuardRecord, ParetoPoint, ValidationRow
 from calibration.stages import DEFAULT_OPTIONS, CalibrationOptions, Progress, choose, score_steps
-from calibration.statistics import departure_record, interval_record, typical_errors, typical_interval
+from calibration.statistics import departure_record, typical_errors, typical_interval
 from calibration.validation import validation_rows
 from engines.schedule import Schedule
 
@@ -134,7 +134,7 @@ def calibrate(
             swap_ms=options.costs.by_pair(built.precisions),
             max_engines=options.costs.max_engines,
             latencies_ms={name: float(latencies_ms[name]) for name in built.precisions},
-            uniform={name: interval_record(typical_interval(errors)) for name, errors in uniform.items()},
+            uniform={name: typical_interval(errors) for name, errors in uniform.items()},
             uniform_departures={name: departure_record(errors) for name, errors in uniform.items()},
             dropped=dropped,
             scores=records,

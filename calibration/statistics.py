@@ -1,13 +1,12 @@
-"""Confidence intervals over samples: of typical errors, of their ratios, and of counts of departures."""
+"""Typical errors of samples, their ratios, and counts of departures, with confidence intervals; and what chance alone gives."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binom, binomtest, norm
 from scipy.stats import t as student_t
 
 from calibration.measure.metrics import LIMIT_MEDIANS, departed
@@ -18,42 +17,6 @@ CONFIDENCE = 0.95
 """Probability that an interval is to cover."""
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A statistic of all samples, and the bounds of its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def bootstrap_interval(statistic: Callable[..., float], *sizes: int, draws: int = DRAWS) -> Interval:
-    """Percentile bootstrap (Efron, Annals of Statistics 7, 1979) over samples.
-
-    What was measured on the same samples stays paired: the statistic gets indices, and picks with them from as many
-    arrays as it likes. With few samples the interval is too narrow, as the extremes are hardly ever drawn alone.
-
-    Args:
-        statistic: called with one int64 [n] array of sample indices per entry of `sizes`. May return NaN where it is
-            not defined for a draw; such draws are left out.
-        sizes: number of samples of each set; sets are drawn from independently.
-        draws: number of resampled sets; equal arguments give equal ones.
-
-    Raises:
-        ValueError: no set, or one of fewer than two samples.
-    """
-    if not sizes or min(sizes) < 2:
-        raise ValueError(f"a confidence interval over {sizes} samples was asked for, expected 2 or more in every set")
-    generator = np.random.default_rng(0)
-    values = np.array([statistic(*(generator.integers(size, size=size) for size in sizes)) for _ in range(draws)])
-    value = float(statistic(*(np.arange(size) for size in sizes)))
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(value, float(low), float(high))
-
-
 def typical_errors(errors: np.ndarray) -> np.ndarray:
     """Limited means of E over the last axis; float64 [..., S] -> [...]."""
     medians = np.median(errors, axis=-1, keepdims=True)
@@ -61,14 +24,14 @@ def typical_errors(errors: np.ndarray) -> np.ndarray:
     return found
 
 
-def typical_interval(errors: np.ndarray, weights: np.ndarray | None = None) -> Interval:
+def typical_interval(errors: np.ndarray, weights: np.ndarray | None = None) -> IntervalRecord:
     """Typical error of samples float64 [S], or of draws [N, S] by their weights (None: their mean); for a single sample
     the bounds are the figure itself."""
     draws = np.atleast_2d(errors)
     return _resampled(lambda picked: _mean_of_draws(draws[:, picked], weights), draws.shape[1])
 
 
-def ratio_interval(errors: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> Interval | None:
+def ratio_interval(errors: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> IntervalRecord | None:
     """Typical error of a schedule over that of another one on the same samples, which stay paired.
 
     Args:
@@ -91,11 +54,6 @@ def ratio_interval(errors: np.ndarray, others: np.ndarray, weights: np.ndarray |
     return None if np.isnan(found.value) else found
 
 
-def interval_record(found: Interval) -> IntervalRecord:
-    """An interval as documents hold it."""
-    return IntervalRecord(value=found.value, low=found.low, high=found.high)
-
-
 def departure_record(errors: np.ndarray) -> DepartureRecord:
     """Departures of runs, E float64 [S] or [N, S], each measured by the median of its own row."""
     rows = np.atleast_2d(errors)
@@ -108,6 +66,11 @@ def share_record(count: int, samples: int) -> DepartureRecord:
     return DepartureRecord(count=count, samples=samples, low=float(bounds.low), high=float(bounds.high))
 
 
+def sign_test(more: int, fewer: int) -> float:
+    """Probability that of `more` + `fewer` pairs that differ, chance alone gives so many of one sign; one-sided."""
+    return float(binom.sf(more - 1, more + fewer, 0.5))
+
+
 def _mean_of_draws(errors: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Typical errors of draws float64 [N, ..., S], their mean by weights, float64 [...]."""
     shares = np.full(len(errors), 1 / len(errors)) if weights is None else weights
@@ -115,7 +78,7 @@ def _mean_of_draws(errors: np.ndarray, weights: np.ndarray | None) -> np.ndarray
     return found
 
 
-def _resampled(statistic: Callable[[np.ndarray], np.ndarray], size: int) -> Interval:
+def _resampled(statistic: Callable[[np.ndarray], np.ndarray], size: int) -> IntervalRecord:
     """A positive statistic of sample indices int64 [..., S], and its percentile bootstrap interval.
 
     With few samples the bounds are too near to the figure. They are moved away from it, in logarithms, by what a normal
@@ -123,12 +86,12 @@ def _resampled(statistic: Callable[[np.ndarray], np.ndarray], size: int) -> Inte
     """
     value = float(statistic(np.arange(size)))
     if size < 2:
-        return Interval(value, value, value)
+        return IntervalRecord(value=value, low=value, high=value)
     values = statistic(np.random.default_rng(0).integers(size, size=(DRAWS, size)))
     values = values[np.isfinite(values)]
     if not len(values) or not value > 0:
-        return Interval(value, value, value)
+        return IntervalRecord(value=value, low=value, high=value)
     tail = (1 - CONFIDENCE) / 2
     wider = float(student_t.ppf(tail, size - 1) / norm.ppf(tail)) * math.sqrt(size / (size - 1))
     low, high = (value * float(bound / value) ** wider for bound in np.quantile(values, [tail, 1 - tail]))
-    return Interval(value, min(low, value), max(high, value))
+    return IntervalRecord(value=value, low=min(low, value), high=max(high, value))

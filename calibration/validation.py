@@ -14,7 +14,7 @@ from calibration.choose.costs import LatencyModel
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import mean, psnr_db
 from calibration.records import ValidationRow
-from calibration.statistics import departure_record, interval_record, ratio_interval, typical_errors, typical_interval
+from calibration.statistics import departure_record, ratio_interval, typical_errors, typical_interval
 
 RANDOM_DRAWS = 3
 SEED = 0
@@ -155,16 +155,15 @@ def _joined(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray |
 
 def _row(name: str, runs: _Runs, chosen: _Runs, latency_model: LatencyModel) -> ValidationRow:
     latencies = [latency_model.latency(schedule) for schedule in runs.schedules]
-    against = None if name == "schedule" else ratio_interval(chosen.error[0], runs.error, runs.weights)
     errors = runs.over_draws(runs.error)
     return ValidationRow(
         name=name,
         schedules=runs.schedules,
         counts=dict(Counter(runs.schedules[0])),
         latency=float(runs.weights @ latencies),
-        typical=interval_record(typical_interval(runs.error, runs.weights)),
+        typical=typical_interval(runs.error, runs.weights),
         departures=None if name == MIXED else departure_record(runs.error),
-        against=None if against is None else interval_record(against),
+        against=None if name == "schedule" else ratio_interval(chosen.error[0], runs.error, runs.weights),
         error=mean(errors),
         sample_errors=tuple(errors),
         ssim=None if runs.ssim is None else mean(runs.over_draws(runs.ssim)),

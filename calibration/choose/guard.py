@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.stats import binom
 
 from calibration.choose.candidates import Candidate
 from calibration.choose.predictions import Predictions
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import departed, limited
 from calibration.records import GuardRecord, TrialRecord
-from calibration.statistics import interval_record, share_record, typical_errors, typical_interval
+from calibration.statistics import share_record, sign_test, typical_errors, typical_interval
 
 STAGE = "guard"
 
@@ -33,8 +32,8 @@ LEFT_AT_LAST = 3
 """Candidates of the last round, so that one that departs can give way."""
 
 FRAGILE_SHARE = 0.1
-"""Share of the samples, those with the largest summed downcasts, that departures are looked for on: four fifths of all
-departures come from them."""
+"""Share of the samples, those with the largest summed downcasts, that departures are looked for on: 85 % of all
+departures in 64 stored comparisons came from them."""
 
 LEAST_DOUBT = 0.05
 """Least standard deviation of the logarithm that predictions are taken to be wrong by."""
@@ -206,8 +205,7 @@ def expected_errors(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 def departs_more(mine: set[int], other: set[int]) -> bool:
     """Whether a schedule departs on significantly more samples than another one does; a one-sided sign test."""
-    more, fewer = len(mine - other), len(other - mine)
-    return more > fewer and float(binom.sf(more - 1, more + fewer, 0.5)) <= SIGNIFICANT
+    return sign_test(len(mine - other), len(other - mine)) <= SIGNIFICANT
 
 
 def _record(trial: _Trial, measurements: Measurements, predictions: Predictions) -> TrialRecord:
@@ -223,7 +221,7 @@ def _record(trial: _Trial, measurements: Measurements, predictions: Predictions)
         samples=tuple(samples),
         errors=tuple(trial.values(samples).tolist()),
         leading=len(trial.leading),
-        typical=interval_record(typical_interval(trial.values(trial.leading))),
+        typical=typical_interval(trial.values(trial.leading)),
         expected=trial.expected,
         departures=share_record(len(trial.departures), len(samples)),
         calls=len(samples) * measurements.schedule_calls(precisions),

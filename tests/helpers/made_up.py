@@ -14,7 +14,6 @@ from scipy.stats import beta
 from calibration.choose import baselines
 from calibration.choose.stored_prediction import StoredPrediction
 from calibration.document import Sensitivity
-from calibration.measure.metrics import level
 from calibration.records import (
     CalibrationSettings,
     CorrelationRecord,
@@ -29,7 +28,7 @@ from calibration.records import (
     TrialRecord,
     ValidationRow,
 )
-from calibration.statistics import bootstrap_interval
+from calibration.statistics import ratio_interval, typical_interval
 
 SIZES = {"fp16": 0.0, "fp8": 1e-4, "int8": 4e-4, "int4": 4e-3, "nvfp4": 8e-3}
 """Largest score by precision."""
@@ -71,11 +70,7 @@ def calibration(
 
 def typical(errors: Sequence[float]) -> IntervalRecord:
     """Typical error and its interval."""
-    values = np.array(errors)
-    if len(values) < 2:
-        return IntervalRecord(value=values[0], low=values[0], high=values[0])
-    found = bootstrap_interval(lambda pick: level(values[pick]), len(values), draws=200)
-    return IntervalRecord(value=found.value, low=found.low, high=found.high)
+    return typical_interval(np.array(errors))
 
 
 def departures(errors: Sequence[float]) -> DepartureRecord:
@@ -216,13 +211,6 @@ class _Maker:
     def _row(self, name: str, schedules: tuple[Schedule, ...], own: np.ndarray) -> ValidationRow:
         runs = np.array([self.errors(schedule) for schedule in schedules])
         errors = runs.mean(axis=0)
-        against = None
-        if name != "schedule" and level(errors) > 0:
-            value = level(own) / level(errors)
-            against = IntervalRecord(value=value, low=value, high=value)
-            if self.count > 1:
-                ratio = bootstrap_interval(lambda pick: level(own[pick]) / level(errors[pick]), self.count, draws=200)
-                against = IntervalRecord(value=value, low=ratio.low, high=ratio.high)
         return ValidationRow(
             name=name,
             schedules=schedules,
@@ -230,7 +218,7 @@ class _Maker:
             latency=float(np.mean([self.prediction.latency(schedule) for schedule in schedules])),
             typical=typical(errors.tolist()),
             departures=None if name == "uniform, mixed" else departures(runs.reshape(-1).tolist()),
-            against=against,
+            against=None if name == "schedule" else ratio_interval(own, errors[None]),
             error=float(errors.mean()),
             sample_errors=tuple(errors.tolist()),
             ssim=1 - float(errors.mean()),

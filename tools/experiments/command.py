@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from calibration.statistics import Interval
+from calibration.records import IntervalRecord
 from engines.cli import guarded
 from engines.documents import read_json
 from engines.errors import TmpDiffError
@@ -194,7 +194,7 @@ def verdict(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def wording(interval: Interval, form: str = ".3f") -> str:
+def wording(interval: IntervalRecord, form: str = ".3f") -> str:
     """An interval in words, "0.981 [0.972, 0.990]"."""
     return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from calibration.statistics import Interval
+from calibration.choose.guard import SIGNIFICANT as SIGNIFICANT
+from calibration.records import IntervalRecord
 
 R2 = 0.98
 """Least R^2 of the Gram matrix on unseen prompts."""
@@ -16,9 +17,6 @@ OVER_RULE_MEAN = 0.92
 OVER_MIXED = 0.8
 """Largest typical error over that of uniform precision at the same latency, in any cell."""
 
-SIGNIFICANT = 0.05
-"""Largest probability that chance alone gives so many more departures, where they count as more."""
-
 MORE_DEPARTURES = 1.1
 """Most departures over those of the best rule, in sum."""
 
@@ -26,7 +24,7 @@ CALLS = 0.6
 """Largest share of the calls that the calibrator took before."""
 
 
-def at_most(found: Interval, limit: float) -> str:
+def at_most(found: IntervalRecord, limit: float) -> str:
     """A verdict: "not distinguishable" where the figure is above, and its interval reaches the limit."""
     if found.value <= limit:
         return "met"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from calibration.measure.measurements import Measurements
 from calibration.scores.gram import Gram, gram
 from calibration.scores.measured_gram import MeasuredGram, measured_gram
 from calibration.scores.single_step import Downcasts, measure_downcasts
-from calibration.statistics import bootstrap_interval, typical_errors
+from calibration.statistics import typical_errors
 from tools.experiments.command import Analysis, Experiment, Goal, verdict
 from tools.experiments.figures import INK, headline, label, panels
 from tools.experiments.goals import R2
 from tools.experiments.schedules import HIGH, counts_between, precisions_of, random_patterns
-from tools.experiments.statistics import log_scatter, r_squared, spearman, spearman_within
+from tools.experiments.statistics import bootstrap_interval, log_scatter, r_squared, spearman, spearman_within
 from tools.experiments.study import Study
 
 FEWER = (8, 24)
@@ -121,7 +120,7 @@ def _fit(measured: dict[str, Any], predictor: str) -> dict[str, Any]:
     typical = typical_errors(errors)
     interval = bootstrap_interval(lambda rows: r_squared(predicted, typical_errors(errors[:, rows])), errors.shape[1])
     return {
-        "r2": asdict(interval),
+        "r2": interval.model_dump(),
         "log_scatter": log_scatter(predicted, typical),
         "spearman": spearman(predicted, typical),
         "spearman_within": spearman_within(counts, predicted, typical),

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from calibration.measure.metrics import departed
-from calibration.statistics import (
-    Interval,
-    bootstrap_interval,
-    departure_record,
-    ratio_interval,
-    typical_interval,
-)
+from calibration.records import IntervalRecord
+from calibration.statistics import departure_record, ratio_interval, sign_test, typical_interval
 from tools.experiments import goals
 from tools.experiments.command import Analysis, Goal, verdict, wording
 from tools.experiments.figures import label
 from tools.experiments.schedules import LOW, fixed_rules
-from tools.experiments.statistics import sign_test
+from tools.experiments.statistics import bootstrap_interval
 
 SCHEDULE, RANDOM, MIXED, UNIFORM = "schedule", "random", "uniform, mixed", "uniform"
 PICTURES = {"dissimilarity": "1 - SSIM", "lpips": "LPIPS"}
@@ -112,9 +106,9 @@ def _cell(measured: dict[str, Any], count: int) -> dict[str, Any]:
     ratio = ratios["best rule"]
     return {
         "best_rule": best,
-        "typical": {name: asdict(typical_interval(values, weights.get(name))) for name, values in errors.items()},
+        "typical": {name: typical_interval(values, weights.get(name)).model_dump() for name, values in errors.items()},
         "ratios": ratios,
-        "verdict": goals.at_most(Interval(**ratio), goals.OVER_RULE) if ratio else "met",
+        "verdict": goals.at_most(IntervalRecord(**ratio), goals.OVER_RULE) if ratio else "met",
         "pictures": {key: {name: float(found[key].mean()) for name, found in distances.items()} for key in pictures},
         "picture_ratios": {
             key: {
@@ -148,8 +142,8 @@ def _distances(runs: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.asarray(np.array([run[key] for run in runs]).mean(axis=0))
 
 
-def _interval(found: Interval | None) -> dict[str, float] | None:
-    return None if found is None else asdict(found)
+def _interval(found: IntervalRecord | None) -> dict[str, float] | None:
+    return None if found is None else found.model_dump()
 
 
 def _equal() -> dict[str, float]:
@@ -159,7 +153,7 @@ def _equal() -> dict[str, float]:
 def _means_ratio(mine: np.ndarray, others: np.ndarray) -> dict[str, float] | None:
     if not others.mean() > 0:
         return None
-    return asdict(bootstrap_interval(lambda rows: float(mine[rows].mean() / others[rows].mean()), len(mine)))
+    return bootstrap_interval(lambda rows: float(mine[rows].mean() / others[rows].mean()), len(mine)).model_dump()
 
 
 def _goals(subject: str, cell: dict[str, Any]) -> list[Goal]:
@@ -167,7 +161,7 @@ def _goals(subject: str, cell: dict[str, Any]) -> list[Goal]:
     for name, source, limit in (("best rule", cell["best_rule"], goals.OVER_RULE), (MIXED, MIXED, goals.OVER_MIXED)):
         ratio = cell["ratios"][name]
         if ratio:
-            interval = Interval(**ratio)
+            interval = IntervalRecord(**ratio)
             target = f"typical error <= {limit} of {source}"
             found.append(Goal(subject, target, wording(interval), goals.at_most(interval, limit)))
     departures, calls = cell["departures"], cell["calls"]

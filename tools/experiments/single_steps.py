@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from calibration.measure.metrics import departed, limited
-from calibration.statistics import bootstrap_interval
 from tools.experiments.command import Analysis, Experiment
 from tools.experiments.curves import DIRECTIONS, Direction, curve, mean_scores
 from tools.experiments.figures import colour, headline, label, marker, panels
-from tools.experiments.statistics import spearman
+from tools.experiments.statistics import bootstrap_interval, spearman
 from tools.experiments.study import Study
 
 
@@ -81,14 +79,14 @@ def analyse(content: dict[str, Any]) -> Analysis:
                 "low": [band.low for band in bands],
                 "high": [band.high for band in bands],
                 "decades": float(np.log10(positive.max() / positive.min())) if len(positive) else None,
-                "sum_over_uniform": asdict(total),
+                "sum_over_uniform": total.model_dump(),
                 "highest_steps": np.argsort(-sums[direction], kind="stable")[:5].tolist(),
             }
         if "upcast" in sums:
             entry["rank_correlation"] = spearman(sums["downcast"], sums["upcast"])
-        entry["uniform"] = asdict(
-            bootstrap_interval(lambda rows, u=uniform: float(limited(u[rows]).mean()), len(uniform))
-        )
+        entry["uniform"] = bootstrap_interval(
+            lambda rows, u=uniform: float(limited(u[rows]).mean()), len(uniform)
+        ).model_dump()
         findings[precision] = entry
         for sample in np.flatnonzero(departed(uniform, float(np.median(uniform)))):
             words = f"{precision}: sample {sample} departs, E = {uniform[sample]:.3f} with all steps at {precision}"

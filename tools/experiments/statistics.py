@@ -1,9 +1,41 @@
-"""Statistics of the experiments: agreement of predictions, rankings, departures, and what a wrong ranking costs."""
+"""Statistics of the experiments: intervals, agreement of predictions, rankings, and what a wrong ranking costs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-from scipy.stats import binom, rankdata
+from scipy.stats import rankdata
+
+from calibration.records import IntervalRecord
+from calibration.statistics import CONFIDENCE, DRAWS
+
+
+def bootstrap_interval(statistic: Callable[..., float], *sizes: int, draws: int = DRAWS) -> IntervalRecord:
+    """Percentile bootstrap (Efron, Annals of Statistics 7, 1979) over samples.
+
+    What was measured on the same samples stays paired: the statistic gets indices, and picks with them from as many
+    arrays as it likes. With few samples the interval is too narrow, as the extremes are hardly ever drawn alone.
+
+    Args:
+        statistic: called with one int64 [n] array of sample indices per entry of `sizes`. May return NaN where it is
+            not defined for a draw; such draws are left out.
+        sizes: number of samples of each set; sets are drawn from independently.
+        draws: number of resampled sets; equal arguments give equal ones.
+
+    Raises:
+        ValueError: no set, or one of fewer than two samples.
+    """
+    if not sizes or min(sizes) < 2:
+        raise ValueError(f"a confidence interval over {sizes} samples was asked for, expected 2 or more in every set")
+    generator = np.random.default_rng(0)
+    values = np.array([statistic(*(generator.integers(size, size=size) for size in sizes)) for _ in range(draws)])
+    value = float(statistic(*(np.arange(size) for size in sizes)))
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return IntervalRecord(value=value, low=float("nan"), high=float("nan"))
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return IntervalRecord(value=value, low=float(low), high=float(high))
 
 
 def r_squared(predicted: np.ndarray, measured: np.ndarray) -> float:
@@ -31,11 +63,6 @@ def spearman_within(groups: np.ndarray, predicted: np.ndarray, measured: np.ndar
     found = [spearman(predicted[groups == group], measured[groups == group]) for group in np.unique(groups)]
     defined = [value for value in found if not np.isnan(value)]
     return float(np.mean(defined)) if defined else float("nan")
-
-
-def sign_test(more: int, fewer: int) -> float:
-    """Probability that of `more` + `fewer` pairs that differ, chance alone gives so many of one sign; one-sided."""
-    return float(binom.sf(more - 1, more + fewer, 0.5))
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from calibration.measure.metrics import limited
+from calibration.scores.single_step import sweep_calls
 from calibration.scores.transfer import StepAxis, carry, check_steps, compare, step_axes
-from calibration.statistics import bootstrap_interval
 from engines.cli import guarded
 from engines.files import atomic_write_text
 from tmpdiff_export.display import progress_bar
 from tools.experiments.schedules import HIGH, LOW, fixed_rules, precisions_of
-from tools.experiments.statistics import error_regret_at, rank_deviation, spearman
+from tools.experiments.statistics import bootstrap_interval, error_regret_at, rank_deviation, spearman
 from tools.experiments.study import Report, Study, open_study
 
 PROGRAM = "transfer"
@@ -114,7 +114,7 @@ def _compare(study: Study, precision: str, source: np.ndarray, axes: tuple[StepA
             "spearman": check.spearman,
             "holds": check.holds,
             "calls": sum(study.num_steps - step for step in steps) * study.calibration.num_samples,
-            "sweep_calls": study.calibration.num_samples * study.num_steps * (study.num_steps + 1) // 2,
+            "sweep_calls": sweep_calls(study.num_steps, study.calibration.num_samples),
         },
         "rankings": {name: _ranking(fresh, scores) for name, scores in rankings.items()},
         "fresh, half the samples against the other half": _ranking(*halves),
@@ -152,8 +152,7 @@ def _schedules(study: Study, precision: str, rankings: dict[str, np.ndarray]) ->
 
 def _over(values: np.ndarray, fresh: np.ndarray) -> dict[str, float]:
     """Mean E over that of the fresh schedule, with a 95 % interval over samples."""
-    found = bootstrap_interval(lambda pick: float(values[pick].mean() / fresh[pick].mean()), len(values))
-    return {"value": found.value, "low": found.low, "high": found.high}
+    return bootstrap_interval(lambda pick: float(values[pick].mean() / fresh[pick].mean()), len(values)).model_dump()
 
 
 def _highest(scores: np.ndarray, count: int) -> str:

@@ -7,15 +7,14 @@ import pytest
 from scipy import stats
 
 from calibration.measure.metrics import DEPARTED, LIMIT_MEDIANS, level
+from calibration.records import IntervalRecord
 from calibration.statistics import (
     CONFIDENCE,
     DRAWS,
-    Interval,
-    bootstrap_interval,
     departure_record,
-    interval_record,
     ratio_interval,
     share_record,
+    sign_test,
     typical_errors,
     typical_interval,
 )
@@ -53,12 +52,13 @@ def test_the_interval_of_a_typical_error_is_that_of_a_bootstrap_and_a_little_wid
 @pytest.mark.parametrize("samples", [2, 4, 8, 60])
 def test_few_samples_have_wider_intervals_than_their_extremes_say(samples):
     errors = lognormal(samples)
-    plain = bootstrap_interval(lambda rows: float(typical_errors(errors[rows])), samples)
+    drawn = np.random.default_rng(0).integers(samples, size=(DRAWS, samples))
+    low, high = np.quantile(typical_errors(errors[drawn]), [0.025, 0.975])
     found = typical_interval(errors)
-    assert found.value == pytest.approx(plain.value)
-    assert 0 < found.low <= plain.low * 1.02
-    assert found.high >= plain.high * 0.98
-    assert (found.high / found.low) / (plain.high / plain.low) > (1.2 if samples <= 4 else 1.0)
+    assert found.value == pytest.approx(level(errors))
+    assert 0 < found.low <= low * 1.02
+    assert found.high >= high * 0.98
+    assert (found.high / found.low) / (high / low) > (1.2 if samples <= 4 else 1.0)
 
 
 @pytest.mark.parametrize(("samples", "most_missed"), [(4, 0.15), (8, 0.15), (60, 0.12)])
@@ -80,10 +80,9 @@ def test_draws_are_averaged_and_stay_paired_by_sample():
 
 
 def test_the_bounds_of_a_single_sample_are_the_figure_itself():
-    assert typical_interval(np.array([0.3])) == Interval(0.3, 0.3, 0.3)
+    assert typical_interval(np.array([0.3])) == IntervalRecord(value=0.3, low=0.3, high=0.3)
     found = ratio_interval(np.array([0.3]), np.array([[0.1]]))
     assert (found.low, found.value, found.high) == pytest.approx((3, 3, 3))
-    assert interval_record(Interval(2.0, 1.0, 3.0)).model_dump() == {"value": 2.0, "low": 1.0, "high": 3.0}
 
 
 # ratios -----------------------------------------------------------------------------------------------------------
@@ -164,3 +163,9 @@ def test_departures_of_draws_are_measured_by_their_own_medians():
     low[0] = high[0] = 0.5
     found = departure_record(np.stack([low, high]))
     assert (found.count, found.samples) == (1, 20)
+
+
+def test_sign_test_is_that_of_scipy():
+    for more, fewer in ((0, 0), (4, 0), (5, 1), (1, 5)):
+        exact = stats.binomtest(more, more + fewer, alternative="greater").pvalue if more + fewer else 1.0
+        assert sign_test(more, fewer) == pytest.approx(exact)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calibration.statistics import bootstrap_interval
 from tools.experiments.statistics import (
+    bootstrap_interval,
     error_regret,
     error_regret_at,
     log_scatter,
@@ -15,7 +15,6 @@ from tools.experiments.statistics import (
     rank_deviation,
     rank_deviation_at,
     rank_deviations,
-    sign_test,
     spearman,
     spearman_within,
 )
@@ -82,12 +81,6 @@ def test_scatter_and_agreement_within_groups():
     assert spearman_within(groups, np.array([1.0, 2.0, 20.0, 10.0, 0.0]), measured) == 0
     assert spearman_within(groups, measured, measured) == pytest.approx(1)
     assert np.isnan(spearman_within(np.arange(5), measured, measured))
-
-
-def test_sign_test_is_that_of_scipy():
-    for more, fewer in ((0, 0), (4, 0), (5, 1), (1, 5)):
-        exact = stats.binomtest(more, more + fewer, alternative="greater").pvalue if more + fewer else 1.0
-        assert sign_test(more, fewer) == pytest.approx(exact)
 
 
 def test_rank_deviation_of_two_exchanged_steps():

@@ -17,11 +17,12 @@ from calibration.document import Sensitivity
 from calibration.measure.evaluator import SampleSets
 from calibration.measure.journal import Journal, journal_key
 from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import typical_errors
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
 from calibration.records import GuardRecord, ParetoPoint, ValidationRow
 from calibration.stages import DEFAULT_OPTIONS, CalibrationOptions, Progress, choose, score_steps
-from calibration.statistics import departure_record, typical_errors, typical_interval
+from calibration.statistics import departure_record, typical_interval
 from calibration.validation import validation_rows
 from engines.schedule import Schedule
 

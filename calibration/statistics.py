@@ -1,4 +1,4 @@
-"""Typical errors of samples, their ratios, and counts of departures, with confidence intervals; and what chance alone gives."""
+"""Confidence intervals of typical errors, of their ratios and of counts of departures; a sign test."""
 
 from __future__ import annotations
 
@@ -9,19 +9,12 @@ import numpy as np
 from scipy.stats import binom, binomtest, norm
 from scipy.stats import t as student_t
 
-from calibration.measure.metrics import LIMIT_MEDIANS, departed
+from calibration.measure.metrics import departed, typical_errors
 from calibration.records import DepartureRecord, IntervalRecord
 
 DRAWS = 1000
 CONFIDENCE = 0.95
 """Probability that an interval is to cover."""
-
-
-def typical_errors(errors: np.ndarray) -> np.ndarray:
-    """Limited means of E over the last axis; float64 [..., S] -> [...]."""
-    medians = np.median(errors, axis=-1, keepdims=True)
-    found: np.ndarray = np.minimum(errors, np.where(medians > 0, LIMIT_MEDIANS * medians, np.inf)).mean(axis=-1)
-    return found
 
 
 def typical_interval(errors: np.ndarray, weights: np.ndarray | None = None) -> IntervalRecord:
@@ -57,7 +50,7 @@ def ratio_interval(errors: np.ndarray, others: np.ndarray, weights: np.ndarray |
 def departure_record(errors: np.ndarray) -> DepartureRecord:
     """Departures of runs, E float64 [S] or [N, S], each measured by the median of its own row."""
     rows = np.atleast_2d(errors)
-    return share_record(int(sum(departed(row, float(np.median(row))).sum() for row in rows)), rows.size)
+    return share_record(int(sum(departed(row).sum() for row in rows)), rows.size)
 
 
 def share_record(count: int, samples: int) -> DepartureRecord:

@@ -12,9 +12,9 @@ import numpy as np
 from calibration.choose import baselines
 from calibration.choose.costs import LatencyModel
 from calibration.measure.measurements import Measurements
-from calibration.measure.metrics import mean, psnr_db
+from calibration.measure.metrics import mean, psnr_db, typical_errors
 from calibration.records import ValidationRow
-from calibration.statistics import departure_record, ratio_interval, typical_errors, typical_interval
+from calibration.statistics import departure_record, ratio_interval, typical_interval
 
 RANDOM_DRAWS = 3
 SEED = 0

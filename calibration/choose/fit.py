@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from calibration.measure.measurements import Measurements
-from calibration.measure.metrics import level
+from calibration.measure.metrics import typical_error
 from calibration.records import PREDICTORS, FitPoint, FitRecord, Predictor
 from calibration.scores.gram import Gram
 
@@ -67,7 +67,7 @@ def measure_fit(
             if on_run:
                 on_run(len(points) * len(samples) + len(errors), len(schedules) * len(samples))
         predicted = {name: grams[name].error(schedule) for name in PREDICTORS}
-        points.append(FitPoint(precisions=schedule, measured=level(errors), predicted=predicted))
+        points.append(FitPoint(precisions=schedule, measured=typical_error(errors), predicted=predicted))
     measured = [point.measured for point in points]
     return tuple(fit(name, [point.predicted[name] for point in points], measured) for name in PREDICTORS), tuple(points)
 

@@ -19,9 +19,9 @@ import numpy as np
 from calibration.choose.candidates import Candidate
 from calibration.choose.predictions import Predictions
 from calibration.measure.measurements import Measurements
-from calibration.measure.metrics import departed, limited
+from calibration.measure.metrics import departed, limited, typical_errors
 from calibration.records import GuardRecord, TrialRecord
-from calibration.statistics import share_record, sign_test, typical_errors, typical_interval
+from calibration.statistics import share_record, sign_test, typical_interval
 
 STAGE = "guard"
 
@@ -87,7 +87,7 @@ def fragile_samples(measurements: Measurements, precisions: Sequence[str], summe
     found = set(np.argsort(-summed, kind="stable")[:count].tolist())
     for precision in precisions:
         errors = [measurements.uniform_error(precision, sample)["error"] for sample in range(len(summed))]
-        found |= set(np.flatnonzero(departed(np.array(errors), float(np.median(errors)))).tolist())
+        found |= set(np.flatnonzero(departed(np.array(errors))).tolist())
     return tuple(sorted(found))
 
 
@@ -193,7 +193,7 @@ def expected_errors(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     count, samples = measured.shape
     if count < 2 or not min(measured.min(), predicted.min()) > 0:
         return typical
-    logs = np.log(limited(measured.T).T)
+    logs = np.log(limited(measured))
     spread = logs - logs.mean(axis=0) - logs.mean(axis=1, keepdims=True) + logs.mean()
     noise = float((spread**2).sum()) / ((count - 1) * (samples - 1) * samples) if samples > 1 else math.inf
     apart = np.log(predicted / typical)

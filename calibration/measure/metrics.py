@@ -42,12 +42,12 @@ def limited(errors: np.ndarray) -> np.ndarray:
     what scores say about all others would drown. Winsorizing by the median (Tukey's term) leaves everything else as it is.
 
     Args:
-        errors: float64 [S, ...], non-negative; samples along the first axis.
+        errors: float64 [..., S], non-negative.
 
     Returns:
         The same shape. Where the median is 0, nothing is limited.
     """
-    medians = np.median(errors, axis=0)
+    medians = np.median(errors, axis=-1, keepdims=True)
     return np.minimum(errors, np.where(medians > 0, LIMIT_MEDIANS * medians, np.inf))
 
 
@@ -56,12 +56,18 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def level(errors: Sequence[float]) -> float:
-    """Typical error: the mean of E over samples, `limited`. Scores and predictions are made of it."""
+def typical_error(errors: Sequence[float]) -> float:
+    """Mean of E over samples, `limited`. Scores and predictions are made of it."""
     return mean(limited(np.array(errors)).tolist())
 
 
-def departed(errors: np.ndarray, median: float) -> np.ndarray:
+def typical_errors(errors: np.ndarray) -> np.ndarray:
+    """`typical_error` of many sets of samples at once, but for the last bits; float64 [..., S] -> [...]."""
+    found: np.ndarray = limited(errors).mean(axis=-1)
+    return found
+
+
+def departed(errors: np.ndarray, median: float | None = None) -> np.ndarray:
     """Which samples departed, bool [S]: their runs ended elsewhere than the reference's.
 
     Now and then a small error decides early in the loop which picture is drawn, and E is then far above that of other
@@ -69,9 +75,10 @@ def departed(errors: np.ndarray, median: float) -> np.ndarray:
 
     Args:
         errors: float64 [S].
-        median: of E of samples drawn at random.
+        median: of samples drawn at random; None where these are.
     """
-    found: np.ndarray = errors > max(DEPARTED, LIMIT_MEDIANS * median)
+    usual = float(np.median(errors)) if median is None else median
+    found: np.ndarray = errors > max(DEPARTED, LIMIT_MEDIANS * usual)
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from calibration.document import Sensitivity
 from calibration.measure.measurements import Downcast, Measurements
-from calibration.measure.metrics import level
+from calibration.measure.metrics import typical_error
 from calibration.records import CheckRecord, TransferRecord
 from calibration.scores.bisection import Search
 from calibration.scores.gram import Correlations
@@ -141,7 +141,7 @@ def _checked(
             runs[row].append(measurements.downcast(step, precision, sample))
             if on_check:
                 on_check(f"check {precision}", row * len(samples) + sample + 1, len(steps) * len(samples))
-    measured = [level([run.error for run in row]) for row in runs]
+    measured = [typical_error([run.error for run in row]) for row in runs]
     picked = list(steps)
     comparison = compare(carried[picked], np.array(measured))
     check = CheckRecord(

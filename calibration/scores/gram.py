@@ -58,7 +58,7 @@ class Vectors:
         Returns:
             float64 [M, S * K].
         """
-        weights = np.sqrt(limited(self.errors.T).T / self.errors.shape[1])
+        weights = np.sqrt(limited(self.errors) / self.errors.shape[1])
         found: np.ndarray = (weights[..., None] * self.directions).reshape(len(weights), -1)
         return found
 

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from calibration.measure.measurements import Downcast, Measurements
-from calibration.measure.metrics import level
+from calibration.measure.metrics import typical_error
 from calibration.records import ScoreRecord
 from calibration.scores.bisection import Search, adaptive_bisection, default_evaluations, full_sweep
 from calibration.scores.gram import Vectors
@@ -91,7 +91,7 @@ def measure_downcasts(
             runs.append(measurements.downcast(step_index, precision, sample))
             if on_evaluation:
                 on_evaluation((len(found) - 1) * measurements.num_samples + len(runs), most)
-        return level([run.error for run in runs])
+        return typical_error([run.error for run in runs])
 
     search: Callable[[Callable[[int], float], int], Search] = full_sweep
     if method == "bisection":

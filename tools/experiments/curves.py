@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from calibration.measure.metrics import limited
+from calibration.measure.metrics import typical_errors
 
 Direction = Literal["downcast", "upcast"]
 DIRECTIONS: tuple[Direction, ...] = ("downcast", "upcast")
@@ -23,8 +23,8 @@ def mean_scores(direction: Direction, scores: np.ndarray, uniform: np.ndarray) -
         uniform: E(all p), float64 [S]; upcasts are limited before they are taken from it.
     """
     if direction == "downcast":
-        return np.asarray(limited(scores).mean(axis=0))
-    return np.asarray(limited(uniform).mean() - limited(uniform[:, None] - scores).mean(axis=0))
+        return np.asarray(typical_errors(scores.T))
+    return np.asarray(typical_errors(uniform) - typical_errors((uniform[:, None] - scores).T))
 
 
 def curve(measured: dict[str, Any], direction: Direction, rows: np.ndarray | None = None) -> np.ndarray:

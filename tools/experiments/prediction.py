@@ -16,10 +16,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from calibration.measure.measurements import Measurements
+from calibration.measure.metrics import typical_errors
 from calibration.scores.gram import Gram, gram
 from calibration.scores.measured_gram import MeasuredGram, measured_gram
 from calibration.scores.single_step import Downcasts, measure_downcasts
-from calibration.statistics import typical_errors
 from tools.experiments.command import Analysis, Experiment, Goal, verdict
 from tools.experiments.figures import INK, headline, label, panels
 from tools.experiments.goals import R2

@@ -20,10 +20,9 @@ import numpy as np
 
 from calibration.choose.allocation import HighSteps
 from calibration.choose.costs import LatencyModel
-from calibration.measure.metrics import psnr_db
+from calibration.measure.metrics import psnr_db, typical_errors
 from calibration.records import GuardRecord
 from calibration.stages import DEFAULT_OPTIONS, Scored, choose, score_steps
-from calibration.statistics import typical_errors
 from tools.experiments.calls import earlier_calls, spent
 from tools.experiments.command import Experiment
 from tools.experiments.quality_analysis import analyse

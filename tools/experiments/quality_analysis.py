@@ -97,7 +97,7 @@ def _cell(measured: dict[str, Any], count: int) -> dict[str, Any]:
         if name not in (SCHEDULE, "best rule")
     }
     ratios |= {"best rule": ratios[best], MIXED: _interval(ratio_interval(own, errors[MIXED], share))}
-    lost = {name: set(np.flatnonzero(_departed(errors[name][0])).tolist()) for name in (SCHEDULE, best)}
+    lost = {name: set(np.flatnonzero(departed(errors[name][0])).tolist()) for name in (SCHEDULE, best)}
     more, fewer = len(lost[SCHEDULE] - lost[best]), len(lost[best] - lost[SCHEDULE])
     guard = cell["calls"]
     now = {"scores": sum(calls for stage, calls in measured["calls"].items() if stage != "fit")}
@@ -131,10 +131,6 @@ def _cell(measured: dict[str, Any], count: int) -> dict[str, Any]:
         },
         "calls": {"now": now, "earlier": earlier, "share": sum(now.values()) / sum(earlier.values())},
     }
-
-
-def _departed(errors: np.ndarray) -> np.ndarray:
-    return departed(errors, float(np.median(errors)))
 
 
 def _distances(runs: list[dict[str, Any]], key: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibration.measure.metrics import departed, limited
+from calibration.measure.metrics import departed, limited, typical_errors
 from tools.experiments.command import Analysis, Experiment
 from tools.experiments.curves import DIRECTIONS, Direction, curve, mean_scores
 from tools.experiments.figures import colour, headline, label, marker, panels
@@ -70,7 +70,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
             positive = sums[direction][sums[direction] > 0]
             total = bootstrap_interval(
                 lambda rows, scores=scores, direction=direction, uniform=uniform: float(
-                    mean_scores(direction, scores[rows], uniform[rows]).sum() / limited(uniform[rows]).mean()
+                    mean_scores(direction, scores[rows], uniform[rows]).sum() / typical_errors(uniform[rows])
                 ),
                 len(scores),
             )
@@ -85,10 +85,10 @@ def analyse(content: dict[str, Any]) -> Analysis:
         if "upcast" in sums:
             entry["rank_correlation"] = spearman(sums["downcast"], sums["upcast"])
         entry["uniform"] = bootstrap_interval(
-            lambda rows, u=uniform: float(limited(u[rows]).mean()), len(uniform)
+            lambda rows, u=uniform: float(typical_errors(u[rows])), len(uniform)
         ).model_dump()
         findings[precision] = entry
-        for sample in np.flatnonzero(departed(uniform, float(np.median(uniform)))):
+        for sample in np.flatnonzero(departed(uniform)):
             words = f"{precision}: sample {sample} departs, E = {uniform[sample]:.3f} with all steps at {precision}"
             if "upcast" in measured:
                 changed = uniform[sample] - np.array(measured["upcast"])[sample]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.measure.metrics import limited
+from calibration.measure.metrics import typical_errors
 from calibration.scores.single_step import sweep_calls
 from calibration.scores.transfer import StepAxis, carry, check_steps, compare, step_axes
 from engines.cli import guarded
@@ -88,19 +88,19 @@ def _downcasts(study: Study, precision: str) -> np.ndarray:
 
 def _compare(study: Study, precision: str, source: np.ndarray, axes: tuple[StepAxis, StepAxis]) -> dict[str, Any]:
     samples = _downcasts(study, precision)
-    fresh = limited(samples).mean(axis=0)
-    carried = carry(limited(source).mean(axis=0), *axes)
+    fresh = typical_errors(samples.T)
+    carried = carry(typical_errors(source.T), *axes)
     steps = list(check_steps(study.num_steps))
     check = compare(carried[steps], fresh[steps])
     checked = carried * check.level
     checked[steps] = fresh[steps]
-    halves = limited(samples[::2]).mean(axis=0), limited(samples[1::2]).mean(axis=0)
+    halves = typical_errors(samples[::2].T), typical_errors(samples[1::2].T)
     rankings = {FRESH: fresh, "carried": carried, "carried, checked": checked}
     log_ratio = np.log(fresh / carried)
     shrink = float(np.log(axes[1].weights[1:-1].mean() / axes[0].weights[1:-1].mean()))
-    level = float(np.log(np.median(fresh[1:-1])) - np.log(np.median(limited(source).mean(axis=0)[1:-1])))
+    level = float(np.log(np.median(fresh[1:-1])) - np.log(np.median(typical_errors(source.T)[1:-1])))
     return {
-        "source_scores": limited(source).mean(axis=0).tolist(),
+        "source_scores": typical_errors(source.T).tolist(),
         "fresh_scores": fresh.tolist(),
         "carried_scores": carried.tolist(),
         "all_low": {"error": float(np.mean(study.uniform(precision)))},

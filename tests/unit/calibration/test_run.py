@@ -28,7 +28,7 @@ from calibration.document import OutdatedCalibrationError
 from calibration.measure.evaluator import SampleSet, SampleSets
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
-from calibration.measure.metrics import level, mean, psnr_db
+from calibration.measure.metrics import mean, psnr_db, typical_error
 from calibration.measure.sample_batches import SampleBatches
 from engines.errors import BudgetError, TmpDiffError
 
@@ -97,7 +97,7 @@ def test_typical_errors_of_uniform_schedules_are_those_of_the_calibration_sample
     assert list(found.uniform) == list(found.uniform_departures) == list(LATENCIES_MS)
     for name, interval in found.uniform.items():
         truth = run_errors(loop(num_samples=5), (name,) * STEPS)
-        assert interval.value == pytest.approx(level(truth))
+        assert interval.value == pytest.approx(typical_error(truth))
         assert interval.low <= interval.value <= interval.high
         assert (found.uniform_departures[name].count, found.uniform_departures[name].samples) == (0, 5)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calibration.measure.metrics import DEPARTED, LIMIT_MEDIANS, level
+from calibration.measure.metrics import DEPARTED, LIMIT_MEDIANS, typical_error, typical_errors
 from calibration.records import IntervalRecord
 from calibration.statistics import (
     CONFIDENCE,
@@ -15,7 +15,6 @@ from calibration.statistics import (
     ratio_interval,
     share_record,
     sign_test,
-    typical_errors,
     typical_interval,
 )
 
@@ -33,7 +32,7 @@ def test_typical_errors_are_the_levels_of_every_row():
     found = typical_errors(errors)
     assert found.shape == (3, 4)
     for row in np.ndindex(3, 4):
-        assert found[row] == pytest.approx(level(errors[row]))
+        assert found[row] == pytest.approx(typical_error(errors[row]))
     assert found[0, 0] < errors[0, 0].mean() / 10, "no sample counts for more than ten medians"
     assert float(typical_errors(np.array([0.0, 0.0, 0.0, 8.0]))) == 2, "no median, no limit"
 
@@ -55,7 +54,7 @@ def test_few_samples_have_wider_intervals_than_their_extremes_say(samples):
     drawn = np.random.default_rng(0).integers(samples, size=(DRAWS, samples))
     low, high = np.quantile(typical_errors(errors[drawn]), [0.025, 0.975])
     found = typical_interval(errors)
-    assert found.value == pytest.approx(level(errors))
+    assert found.value == pytest.approx(typical_error(errors))
     assert 0 < found.low <= low * 1.02
     assert found.high >= high * 0.98
     assert (found.high / found.low) / (high / low) > (1.2 if samples <= 4 else 1.0)
@@ -72,8 +71,10 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(samples, most_m
 def test_draws_are_averaged_and_stay_paired_by_sample():
     draws = lognormal((2, 30), spread=1.5)
     weights = np.array([0.25, 0.75])
-    assert typical_interval(draws).value == pytest.approx(np.mean([level(row) for row in draws]))
-    assert typical_interval(draws, weights).value == pytest.approx(0.25 * level(draws[0]) + 0.75 * level(draws[1]))
+    assert typical_interval(draws).value == pytest.approx(np.mean([typical_error(row) for row in draws]))
+    assert typical_interval(draws, weights).value == pytest.approx(
+        0.25 * typical_error(draws[0]) + 0.75 * typical_error(draws[1])
+    )
     opposite = np.stack([np.where(np.arange(30) % 2, 1.0, 3.0), np.where(np.arange(30) % 2, 3.0, 1.0)])
     found = typical_interval(opposite)
     assert (found.low, found.value, found.high) == pytest.approx((2, 2, 2)), "what one draw has, the other lacks"
@@ -93,7 +94,7 @@ def test_ratios_are_of_the_same_samples():
     levels = lognormal(40, spread=1.2)
     first = 0.9 * levels * np.random.default_rng(1).lognormal(0, 0.01, size=40)
     paired = ratio_interval(first, levels[None])
-    assert paired.value == pytest.approx(level(first) / level(levels))
+    assert paired.value == pytest.approx(typical_error(first) / typical_error(levels))
     assert 0.88 < paired.low < paired.value < paired.high < 0.92
     shuffled = ratio_interval(np.random.default_rng(2).permutation(first), levels[None])
     assert shuffled.low < 0.75
@@ -103,10 +104,12 @@ def test_ratios_are_of_the_same_samples():
 def test_a_ratio_to_several_draws_is_that_to_their_mean():
     errors, draws = lognormal(20), lognormal((3, 20), seed=1)
     found = ratio_interval(errors, draws)
-    assert found.value == pytest.approx(level(errors) / np.mean([level(row) for row in draws]))
+    assert found.value == pytest.approx(typical_error(errors) / np.mean([typical_error(row) for row in draws]))
     weights = np.array([0.5, 0.0, 0.5])
     weighed = ratio_interval(errors, draws, weights)
-    assert weighed.value == pytest.approx(2 * level(errors) / (level(draws[0]) + level(draws[2])))
+    assert weighed.value == pytest.approx(
+        2 * typical_error(errors) / (typical_error(draws[0]) + typical_error(draws[2]))
+    )
     assert weighed.low < weighed.value < weighed.high
 
 

@@ -15,7 +15,7 @@ from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
-from calibration.measure.metrics import level, mean
+from calibration.measure.metrics import mean, typical_error
 from calibration.measure.sample_batches import SampleBatches
 from calibration.statistics import ratio_interval
 from calibration.validation import MIXED, RANDOM_DRAWS, validation_rows
@@ -75,7 +75,7 @@ def test_rows_are_those_that_a_schedule_has_to_be_compared_with():
         errors = run_errors(loop(num_samples=3), row.schedules[0])
         assert row.sample_errors == pytest.approx(errors)
         assert row.error == pytest.approx(errors.mean())
-        assert row.typical.value == pytest.approx(level(errors))
+        assert row.typical.value == pytest.approx(typical_error(errors))
         assert row.typical.low < row.typical.value < row.typical.high
         assert (row.departures.count, row.departures.samples) == (0, 3)
         assert row.latency == MODEL.latency(row.schedules[0]) == found["schedule"].latency
@@ -109,7 +109,7 @@ def test_random_is_a_mean_over_draws_of_all_runs():
     assert len(set(row.schedules)) == RANDOM_DRAWS
     draws = np.array([run_errors(loop(num_samples=3), schedule) for schedule in row.schedules])
     assert row.sample_errors == pytest.approx(draws.mean(axis=0))
-    assert row.typical.value == pytest.approx(np.mean([level(errors) for errors in draws]))
+    assert row.typical.value == pytest.approx(np.mean([typical_error(errors) for errors in draws]))
     assert row.departures.samples == 3 * RANDOM_DRAWS
     assert row.schedules == validated(loop(num_samples=2))["random 4"].schedules
 
@@ -144,7 +144,7 @@ def test_uniform_precisions_are_mixed_to_the_same_latency_as_on_paper():
     found = validated(evaluator, decode=pictures)
     mixed, eight, reference = (found[name] for name in (MIXED, "uniform int8", "uniform fp16"))
     assert found["schedule"].latency == 0.625 == mixed.latency
-    expected = 0.75 * level(run_errors(evaluator, ("int8",) * STEPS))
+    expected = 0.75 * typical_error(run_errors(evaluator, ("int8",) * STEPS))
     assert expected < 0.6 * found["uniform int4"].typical.value
     assert mixed.typical.value == pytest.approx(expected)
     assert mixed.typical.low == pytest.approx(0.75 * eight.typical.low)
@@ -163,7 +163,7 @@ def test_the_least_error_of_all_mixtures_counts():
     evaluator = PlantedEvaluator({"fp8": sizes, "int8": sizes, "int4": sizes}, gains=[1.0] * STEPS)
     mixed = validated(evaluator)[MIXED]
     assert mixed.schedules == (("int4",) * STEPS, ("fp16",) * STEPS)
-    assert mixed.typical.value == pytest.approx(0.6 * level(run_errors(evaluator, ("int4",) * STEPS)))
+    assert mixed.typical.value == pytest.approx(0.6 * typical_error(run_errors(evaluator, ("int4",) * STEPS)))
 
 
 def test_nothing_is_mixed_to_a_latency_that_none_has():

@@ -14,7 +14,7 @@ from helpers.demo_build import linked_copy
 from helpers.experiments import command
 from helpers.tiny_pipeline import PROMPTS, UNSEEN, tiny_options
 
-from calibration.statistics import typical_errors
+from calibration.measure.metrics import typical_errors
 from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
 from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption

@@ -10,7 +10,7 @@ from helpers.planted import PlantedEvaluator, measurements
 from helpers.planted_loops import RoundedLoop, predicted, run_errors
 
 from calibration.choose.fit import FIT_SAMPLES, FIT_SCHEDULES, best_fit, fit, measure_fit, random_schedules
-from calibration.measure.metrics import level
+from calibration.measure.metrics import typical_error
 from calibration.records import FitRecord
 
 STEPS = 10
@@ -43,7 +43,7 @@ def test_correlated_errors_are_predicted_by_the_gram(correlation):
     assert figures["downcast sum"].scatter > 0.2
     assert len(points) == FIT_SCHEDULES
     for point in points:
-        assert point.measured == pytest.approx(level(run_errors(loop(correlation), point.precisions)))
+        assert point.measured == pytest.approx(typical_error(run_errors(loop(correlation), point.precisions)))
 
 
 def test_uncorrelated_errors_are_predicted_by_both_and_the_first_is_taken():

@@ -17,7 +17,7 @@ from calibration.choose.guard import departs_more, expected_errors, fragile_samp
 from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
-from calibration.statistics import typical_errors
+from calibration.measure.metrics import typical_errors
 
 STEPS = 8
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.0, "int4": 3.0}

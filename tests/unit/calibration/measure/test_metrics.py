@@ -52,8 +52,8 @@ def test_pictures_of_another_kind_are_refused():
 
 
 def test_one_departed_sample_decides_no_mean():
-    errors = np.array([[1.0, 2.0], [2.0, 0.0], [3.0, 0.0], [900.0, 0.0]])
+    errors = np.array([[1.0, 2.0, 3.0, 900.0], [2.0, 0.0, 0.0, 0.0]])
     found = limited(errors)
-    assert np.array_equal(found[:, 0], [1.0, 2.0, 3.0, 25.0])  # ten medians of 2.5
-    assert np.array_equal(found[:, 1], errors[:, 1])  # a median of 0 says nothing about what is far
+    assert np.array_equal(found[0], [1.0, 2.0, 3.0, 25.0])  # ten medians of 2.5
+    assert np.array_equal(found[1], errors[1])  # a median of 0 says nothing about what is far
     assert np.array_equal(limited(found), found)

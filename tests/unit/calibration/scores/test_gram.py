@@ -10,7 +10,7 @@ from helpers.planted import Counted, PlantedEvaluator, measurements
 from helpers.planted_loops import RoundedLoop, run_errors
 
 from calibration.choose.fit import fit
-from calibration.measure.metrics import level
+from calibration.measure.metrics import typical_error
 from calibration.records import GramRecord
 from calibration.scores.gram import DIGITS, Correlations, Gram, Vectors, correlate, gram, rounding_floor
 from calibration.scores.measured_gram import gram_of, measured_gram
@@ -215,7 +215,7 @@ def rounded():
     evaluator = RoundedLoop()
     found, curves, measured_one = measured(evaluator)
     schedules = random_schedules(40, evaluator.num_steps, evaluator.precisions)
-    truth = [level(run_errors(evaluator, schedule)) for schedule in schedules if set(schedule) != {"bf16"}]
+    truth = [typical_error(run_errors(evaluator, schedule)) for schedule in schedules if set(schedule) != {"bf16"}]
     return found, curves, measured_one, [one for one in schedules if set(one) != {"bf16"}], truth
 
 

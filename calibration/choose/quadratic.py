@@ -23,7 +23,7 @@ import numpy as np
 from calibration.choose.allocation import BUDGET_TOLERANCE, Budget, ErrorBudget, HighSteps, allocate, require_reachable
 from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation, integers, pareto_front
-from calibration.choose.quadratic_search import Form, Search, additive_optima, readings
+from calibration.choose.quadratic_search import Form, LocalSearch, additive_optima, readings
 from calibration.scores.gram import Gram
 from engines.errors import BudgetError
 
@@ -93,11 +93,11 @@ def front(latency_model: LatencyModel, gram: Gram) -> tuple[Allocation, ...]:
     found: list[np.ndarray] = []
     for k in picked:
         limit_ns = int(space.additive_ns[k])
-        pooled = np.array([start for pool in space.pools for start in pool.of_least_error(limit_ns)[:1]])
+        pooled = np.array([start for subset in space.subsets for start in subset.of_least_error(limit_ns)[:1]])
         nearest = [pooled[gram.errors(pooled).argmin()]] if len(pooled) else []
         best = _Best()
         for start in (space.additive[k], *found[-1:], *nearest):
-            best.descend(space.pool_of(start), start, limit_ns)
+            best.descend(space.subset_of(start), start, limit_ns)
         found.append(best.choices)
     choices = np.concatenate([space.additive, np.array(found), np.zeros((1, gram.num_steps), dtype=np.int64)])
     errors = gram.errors(choices)
@@ -151,16 +151,16 @@ class _Space:
         return self.form(np.arange(len(self.latency_model.precisions)))
 
     @cached_property
-    def pools(self) -> tuple[_Pool, ...]:
+    def subsets(self) -> tuple[_Subset, ...]:
         """One for every set of precisions whose engines fit together."""
         count = len(self.latency_model.precisions)
         fit = min(self.latency_model.costs.max_engines or count, count)
         sets = [found for found in combinations(range(count), fit) if found[0] == 0 or not self.held]
-        return tuple(_Pool(self.form(np.array(found)), np.array(found)) for found in sets)
+        return tuple(_Subset(self.form(np.array(found)), np.array(found)) for found in sets)
 
-    def pool_of(self, choices: np.ndarray) -> _Pool:
-        """The first pool that has these precisions."""
-        return next(pool for pool in self.pools if np.isin(choices, pool.columns).all())
+    def subset_of(self, choices: np.ndarray) -> _Subset:
+        """The first one that has these precisions."""
+        return next(subset for subset in self.subsets if np.isin(choices, subset.columns).all())
 
     def form(self, columns: np.ndarray, high_steps: bool = False) -> Form:
         """What a search over these precisions minimizes."""
@@ -186,8 +186,8 @@ class _Space:
         return Allocation(schedule, self.gram.error(schedule), self.latency_model.latency(schedule))
 
 
-class _Pool:
-    """Where searches over a set of precisions start: at optima of additive readings.
+class _Subset:
+    """A set of precisions to search over, and where searches start: at optima of additive readings.
 
     Attributes:
         form: what they minimize.
@@ -217,9 +217,9 @@ class _Pool:
         np.put_along_axis(choices, highest, 0, axis=1)
         return list(self.columns[np.unique(choices, axis=0)])
 
-    def search(self, choices: np.ndarray) -> Search:
+    def search(self, choices: np.ndarray) -> LocalSearch:
         """A search from a schedule in indices of all precisions."""
-        return Search(self.form, np.searchsorted(self.columns, choices))
+        return LocalSearch(self.form, np.searchsorted(self.columns, choices))
 
     def _best(self, costs: np.ndarray) -> list[np.ndarray]:
         least, order = costs.min(axis=1), costs.argmin(axis=1)
@@ -235,13 +235,13 @@ class _Best:
         self.choices = np.empty(0, dtype=np.int64)
         self.error = self.total_ns = math.inf
 
-    def descend(self, pool: _Pool, start: np.ndarray, limit_ns: int) -> float:
+    def descend(self, subset: _Subset, start: np.ndarray, limit_ns: int) -> float:
         """Searches from a start within a latency; returns the E that the search ends at."""
-        search = pool.search(start)
+        search = subset.search(start)
         search.descend(limit_ns)
-        equal = abs(search.error - self.error) <= pool.form.tolerance
+        equal = abs(search.error - self.error) <= subset.form.tolerance
         if (search.total_ns < self.total_ns) if equal else (search.error < self.error):
-            self.choices, self.error, self.total_ns = pool.columns[search.choices], search.error, search.total_ns
+            self.choices, self.error, self.total_ns = subset.columns[search.choices], search.error, search.total_ns
         return search.error
 
 
@@ -249,13 +249,13 @@ def _least_error(space: _Space, limit_ns: int, warm: Sequence[np.ndarray]) -> _B
     """The schedule of least E within a latency, from all starts and from `warm` ones; infinite E without any."""
     best = _Best()
     for start in warm:
-        best.descend(space.pool_of(start), start, limit_ns)
-    pools = [(pool, starts) for pool in space.pools if (starts := pool.of_least_error(limit_ns))]
-    ends = [best.descend(pool, starts[0], limit_ns) for pool, starts in pools]
+        best.descend(space.subset_of(start), start, limit_ns)
+    subsets = [(subset, starts) for subset in space.subsets if (starts := subset.of_least_error(limit_ns))]
+    ends = [best.descend(subset, starts[0], limit_ns) for subset, starts in subsets]
     for k in np.argsort(ends, kind="stable")[:FULL_SETS]:
-        pool, starts = pools[k]
+        subset, starts = subsets[k]
         for start in starts[1:]:
-            best.descend(pool, start, limit_ns)
+            best.descend(subset, start, limit_ns)
     return best
 
 
@@ -263,18 +263,18 @@ def _least_latency(space: _Space, within: float) -> np.ndarray:
     """The fastest schedule of E within a bound: the fastest starts are tightened, then what is faster is looked for."""
     reference = np.zeros(space.gram.num_steps, dtype=np.int64)
     found = [reference, *space.additive[space.gram.errors(space.additive) <= within][:1]]
-    found += [start for pool in space.pools for start in pool.of_least_latency(within)]
+    found += [start for subset in space.subsets for start in subset.of_least_latency(within)]
     order = np.argsort(space.total_ns(np.array(found)), kind="stable")[:STARTS]
     best, choices = (math.inf, math.inf), reference
     starts = [found[k] for k in order]
     while True:
         before = best
         for start in starts:
-            pool = space.pool_of(start)
-            search = pool.search(start)
+            subset = space.subset_of(start)
+            search = subset.search(start)
             search.tighten(within)
             if (search.total_ns, search.error) < best:
-                best, choices = (search.total_ns, search.error), pool.columns[search.choices]
+                best, choices = (search.total_ns, search.error), subset.columns[search.choices]
         faster = _least_error(space, int(best[0]) - 1, [])
         if best == before or not faster.error <= within:
             return choices
@@ -292,8 +292,8 @@ def _high_steps(space: _Space, budget: HighSteps) -> np.ndarray:
     columns = np.unique(start)
     if len(columns) == 1:
         return start
-    pool = _Pool(space.form(columns, high_steps=True), columns)
+    subset = _Subset(space.form(columns, high_steps=True), columns)
     best = _Best()
-    for choices in (start, *pool.of_high_steps(budget.count)):
-        best.descend(pool, choices, NO_LIMIT_NS)
+    for choices in (start, *subset.of_high_steps(budget.count)):
+        best.descend(subset, choices, NO_LIMIT_NS)
     return best.choices

@@ -68,7 +68,7 @@ class Form:
         return found
 
 
-class Search:
+class LocalSearch:
     """A schedule, and all moves from it.
 
     Attributes:

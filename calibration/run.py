@@ -12,7 +12,7 @@ import numpy as np
 from calibration.choose.allocation import drop_dominated, require_reachable
 from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation
-from calibration.choose.picture_budget import QualityBudget, meet_quality
+from calibration.choose.picture_budget import QualityBudget
 from calibration.document import Sensitivity
 from calibration.measure.evaluator import SampleSets
 from calibration.measure.journal import Journal, journal_key
@@ -102,18 +102,7 @@ def calibrate(
         calibration.forget(loser.precision)
     scored = score_steps(calibration, replace(built, precisions=kept), options, report)
     predictions = scored.predictions
-    guarded: GuardRecord | None = None
-    if isinstance(options.budget, QualityBudget):
-        chosen, wording = meet_quality(
-            predictions.latency_model,
-            predictions.gram,
-            predictions.front,
-            options.budget,
-            calibration,
-            partial(report, "quality"),
-        )
-    else:
-        chosen, wording, guarded = choose(calibration, scored, options.budget, report)
+    chosen, wording, guarded = choose(calibration, scored, options.budget, report)
     counted = [calibration]
     rows: tuple[ValidationRow, ...] = ()
     if sets.validation:

@@ -16,7 +16,7 @@ from calibration.choose.fit import best_fit, measure_fit
 from calibration.choose.guard import STAGE as GUARD
 from calibration.choose.guard import fragile_samples, guard
 from calibration.choose.pareto import Allocation
-from calibration.choose.picture_budget import QualityBudget
+from calibration.choose.picture_budget import QualityBudget, meet_quality
 from calibration.choose.predictions import Predictions, predicted_best
 from calibration.measure.measurements import Measurements
 from calibration.records import FitPoint, FitRecord, GuardRecord, Predictor, TransferRecord
@@ -37,7 +37,6 @@ class CalibrationOptions:
         budget: what the schedule has to meet; None: see `calibration.choose.predictions.DEFAULT_ERROR_FRACTION`. A
             quality budget is met by measurement, and needs a decoder.
         method: "bisection" evaluates as few steps as the ranking needs, "sweep" all.
-        max_evaluations: evaluations per score curve of the bisection, see `adaptive_bisection`.
         carried: scores of another calibration, which take the place of a search where a few measurements agree
             with them; `method` has then no say.
         costs: what a change of precision costs, and how many precisions a schedule may use.
@@ -48,7 +47,6 @@ class CalibrationOptions:
 
     budget: Budget | QualityBudget | None = None
     method: Literal["bisection", "sweep"] = "bisection"
-    max_evaluations: int | None = None
     carried: CarriedScores | None = None
     costs: AllocationCosts = NO_COSTS
 
@@ -90,7 +88,7 @@ def score_steps(
     Args:
         measurements: of the calibration samples.
         latency_model: of the precisions to score.
-        options: `method`, `max_evaluations` and `carried` say how.
+        options: `method` and `carried` say how.
         report: see `Progress`.
 
     Raises:
@@ -104,13 +102,7 @@ def score_steps(
         correlations = options.carried.correlations_of(precisions[1:])
     else:
         curves = [
-            measure_downcasts(
-                measurements,
-                precision,
-                method=options.method,
-                max_evaluations=options.max_evaluations,
-                on_evaluation=partial(report, f"downcast {precision}"),
-            )
+            measure_downcasts(measurements, precision, options.method, partial(report, f"downcast {precision}"))
             for precision in precisions[1:]
         ]
     found = measured_gram(measurements, curves, correlations)
@@ -124,14 +116,18 @@ def score_steps(
 
 
 def choose(
-    measurements: Measurements, scored: Scored, budget: Budget | None, report: Progress
+    measurements: Measurements, scored: Scored, budget: Budget | QualityBudget | None, report: Progress
 ) -> tuple[Allocation, str, GuardRecord | None]:
-    """The schedule under a budget that the guard holds for the best, the budget in words, and the guard's record.
+    """The schedule under a budget, the budget in words, and the record of the guard.
+
+    There is none where there was nothing to compare, and for a budget in picture quality: that is met by measurement.
 
     Raises:
         BudgetError: no schedule meets it.
     """
     predictions = scored.predictions
+    if isinstance(budget, QualityBudget):
+        return *meet_quality(predictions, budget, measurements, partial(report, "quality")), None
     chosen, wording = predicted_best(predictions, budget)
     found = candidates(predictions, chosen, budget)
     if len(found) < 2:

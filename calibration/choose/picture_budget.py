@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from calibration.choose.baselines import RULES
-from calibration.choose.costs import LatencyModel
 from calibration.choose.pareto import Allocation
+from calibration.choose.predictions import Predictions
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import mean, psnr_db
-from calibration.scores.gram import Gram
 from engines.errors import BudgetError
 
 QualityMetric = Literal["ssim", "psnr"]
@@ -49,9 +48,7 @@ class QualityBudget:
 
 
 def meet_quality(
-    latency_model: LatencyModel,
-    gram: Gram,
-    front: Sequence[Allocation],
+    predictions: Predictions,
     budget: QualityBudget,
     measurements: Measurements,
     on_run: Callable[[int, int], None],
@@ -59,9 +56,7 @@ def meet_quality(
     """The fastest schedule that meets a quality budget when it is run, of the Pareto front and the fixed rules.
 
     Args:
-        latency_model: what schedules are made of.
-        gram: predicts E of the rules; of the same precisions.
-        front: fastest first.
+        predictions: of the kept precisions; the front says in which order to try.
         budget: what has to be met.
         measurements: of the calibration samples, with pictures.
         on_run: called after every run of a schedule on a sample with (done, at most).
@@ -72,7 +67,7 @@ def meet_quality(
     Raises:
         BudgetError: see `fastest_meeting`.
     """
-    rules = rule_schedules(latency_model, gram)
+    front, rules = predictions.front, rule_schedules(predictions)
     done, total = 0, (sum(len(tried).bit_length() for tried in (front, *rules.values())) + 1) * measurements.num_samples
 
     def measure(allocation: Allocation) -> float:
@@ -94,22 +89,21 @@ def meet_quality(
     return chosen, f"{budget} on the calibration samples (measured: {quality:.4g}{by_rule})"
 
 
-def rule_schedules(latency_model: LatencyModel, gram: Gram) -> dict[str, list[Allocation]]:
+def rule_schedules(predictions: Predictions) -> dict[str, list[Allocation]]:
     """The fixed rules by name, with every number of steps at the reference and the others at the fastest precision.
 
     Returns:
         Schedules fastest first; no rules where no precision is faster than the reference, or none may join it.
     """
+    latency_model, num_steps = predictions.latency_model, predictions.gram.num_steps
     reference, low = latency_model.reference, min(latency_model.precisions, key=latency_model.latencies_ms.__getitem__)
     rules: dict[str, list[Allocation]] = {}
     if low == reference or latency_model.costs.max_engines == 1:
         return rules
-    for count in range(1, gram.num_steps):
-        pool = (reference,) * count + (low,) * (gram.num_steps - count)
+    for count in range(1, num_steps):
+        pool = (reference,) * count + (low,) * (num_steps - count)
         for name, rule in RULES.items():
-            schedule = rule(pool)
-            found = Allocation(schedule, gram.error(schedule), latency_model.latency(schedule))
-            rules.setdefault(name, []).append(found)
+            rules.setdefault(name, []).append(predictions.allocation(rule(pool)))
     return {name: sorted(schedules, key=lambda allocation: allocation.latency) for name, schedules in rules.items()}
 
 

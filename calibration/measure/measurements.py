@@ -17,8 +17,8 @@ from calibration.measure.requests import Pool, Request
 
 
 @dataclass(frozen=True, eq=False)
-class Downcast:
-    """How a run of one sample ended beside the reference run.
+class ErrorVector:
+    """By what the final latents of a run differ from those of the reference run of the same sample.
 
     Attributes:
         error: E.
@@ -30,7 +30,7 @@ class Downcast:
 
 
 class Measurements:
-    """E of uniform runs, of runs with one step changed, and of any schedule, sample by sample.
+    """E of uniform runs, of downcasts, and of any schedule, sample by sample.
 
     A run that leaves a uniform one at step i costs T - i denoiser calls, as a pool keeps the states of those. Every
     sample of every measurement is one line of the journal.
@@ -88,15 +88,9 @@ class Measurements:
         chosen = range(self.num_samples) if samples is None else samples
         self._ask([self._downcast(step_index, precision, sample) for sample in chosen])
 
-    def expect_upcasts(self, precision: str, step_index: int, *, samples: Iterable[int] | None = None) -> None:
-        """Announces that `upcast_error` will be asked for on all samples, or on those given."""
-        chosen = range(self.num_samples) if samples is None else samples
-        self._ask([self._upcast(precision, step_index, sample) for sample in chosen])
-
-    def expect_nudged(self, samples: Iterable[int] | None = None) -> None:
-        """Announces that `nudged` will be asked for on all samples, or on those given."""
-        chosen = range(self.num_samples) if samples is None else samples
-        self._ask([self._nudged(sample) for sample in chosen])
+    def expect_nudged(self) -> None:
+        """Announces that `nudged` will be asked for on all samples."""
+        self._ask([self._nudged(sample) for sample in range(self.num_samples)])
 
     def uniform_error(self, precision: str, sample: int) -> dict[str, float]:
         """Errors of the run with every step at `precision`; the first request costs T calls.
@@ -111,7 +105,7 @@ class Measurements:
             self.uniform_error(self.reference, sample)
         return self._value("uniform runs", self._uniform(precision, sample))
 
-    def downcast(self, step_index: int, precision: str, sample: int) -> Downcast:
+    def downcast(self, step_index: int, precision: str, sample: int) -> ErrorVector:
         """The reference run with one step at `precision` instead; T - step_index calls.
 
         Raises:
@@ -120,16 +114,10 @@ class Measurements:
         self.uniform_error(self.reference, sample)
         return self._with_direction(f"downcast {precision}", self._downcast(step_index, precision, sample))
 
-    def nudged(self, sample: int) -> Downcast:
+    def nudged(self, sample: int) -> ErrorVector:
         """The reference run from a start that is nudged (`Evaluator.start`): how far rounding alone carries it; T calls."""
         self.uniform_error(self.reference, sample)
         return self._with_direction("rounding", self._nudged(sample))
-
-    def upcast_error(self, precision: str, step_index: int, sample: int) -> float:
-        """E of the uniform run at `precision` with one step at the reference instead; T - step_index calls."""
-        self.uniform_error(precision, sample)
-        error: float = self._value(f"upcast {precision}", self._upcast(precision, step_index, sample))["error"]
-        return error
 
     def schedule_calls(self, precisions: Sequence[str]) -> int:
         """Denoiser calls that `schedule_error` takes per sample, if it was not measured before."""
@@ -165,11 +153,6 @@ class Measurements:
         run = f"{self.reference} with step {step_index} at {precision}"
         return Request(name, sample, self.reference, rest, False, run, vector=True)
 
-    def _upcast(self, precision: str, step_index: int, sample: int) -> Request:
-        name = f"{self.name}/upcast/{step_index}/{precision}/{sample}"
-        rest = (self.reference, *[precision] * (self.num_steps - step_index - 1))
-        return Request(name, sample, precision, rest, False, f"{precision} with step {step_index} at {self.reference}")
-
     def _nudged(self, sample: int) -> Request:
         name, rest = f"{self.name}/nudged/{sample}", (self.reference,) * self.num_steps
         return Request(name, sample, self.reference, rest, False, f"nudged {self.reference}", vector=True, nudged=True)
@@ -183,7 +166,7 @@ class Measurements:
         name = f"{self.name}/{kind}/{words}/{sample}"
         return Request(name, sample, base, tuple(precisions[shared:]), pictures, f"schedule {words}")
 
-    def _with_direction(self, stage: str, request: Request) -> Downcast:
+    def _with_direction(self, stage: str, request: Request) -> ErrorVector:
         value = self._value(stage, request)
         try:
             direction = sketch.from_text(value["direction"])
@@ -195,7 +178,7 @@ class Measurements:
                 f"journal {self._journal.path or 'in memory'} has no usable error vector of {request.name} "
                 f"({type(error).__name__}: {error}); delete it to start afresh"
             ) from error
-        return Downcast(value["error"], direction)
+        return ErrorVector(value["error"], direction)
 
     def _value(self, stage: str, request: Request) -> dict[str, Any]:
         """A measurement from the journal, taken if it is not there yet; its calls are counted for `stage` once."""

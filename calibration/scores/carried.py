@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.document import Sensitivity
-from calibration.measure.measurements import Downcast, Measurements
+from calibration.measure.measurements import ErrorVector, Measurements
 from calibration.measure.metrics import typical_error
 from calibration.records import CheckRecord, TransferRecord
 from calibration.scores.bisection import Search
@@ -134,7 +134,7 @@ def _checked(
     samples = range(measurements.num_samples)
     for step in steps:
         measurements.expect_downcasts(step, precision)
-    runs: list[list[Downcast]] = []
+    runs: list[list[ErrorVector]] = []
     for row, step in enumerate(steps):
         runs.append([])
         for sample in samples:

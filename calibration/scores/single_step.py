@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from calibration.measure.measurements import Downcast, Measurements
+from calibration.measure.measurements import ErrorVector, Measurements
 from calibration.measure.metrics import typical_error
 from calibration.records import ScoreRecord
 from calibration.scores.bisection import Search, adaptive_bisection, default_evaluations, full_sweep
@@ -65,9 +64,7 @@ def sweep_calls(num_steps: int, num_samples: int) -> int:
 def measure_downcasts(
     measurements: Measurements,
     precision: str,
-    *,
     method: str = "bisection",
-    max_evaluations: int | None = None,
     on_evaluation: OnEvaluation | None = None,
 ) -> Downcasts:
     """Scores and error vectors at `precision`, by adaptive bisection or a full sweep.
@@ -80,9 +77,8 @@ def measure_downcasts(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     num_steps = measurements.num_steps
-    evaluations = (max_evaluations or default_evaluations(num_steps)) if method == "bisection" else num_steps
-    most = min(evaluations, num_steps) * measurements.num_samples
-    found: dict[int, list[Downcast]] = {}
+    most = (default_evaluations(num_steps) if method == "bisection" else num_steps) * measurements.num_samples
+    found: dict[int, list[ErrorVector]] = {}
 
     def evaluate(step_index: int) -> float:
         measurements.expect_downcasts(step_index, precision)
@@ -93,15 +89,12 @@ def measure_downcasts(
                 on_evaluation((len(found) - 1) * measurements.num_samples + len(runs), most)
         return typical_error([run.error for run in runs])
 
-    search: Callable[[Callable[[int], float], int], Search] = full_sweep
-    if method == "bisection":
-        search = partial(adaptive_bisection, max_evaluations=max_evaluations)
-    result = search(evaluate, num_steps)
+    result = (adaptive_bisection if method == "bisection" else full_sweep)(evaluate, num_steps)
     steps = tuple(sorted(found))
     return Downcasts(precision, result, steps, vectors_of([found[step] for step in steps]))
 
 
-def vectors_of(runs: list[list[Downcast]]) -> Vectors:
+def vectors_of(runs: list[list[ErrorVector]]) -> Vectors:
     """Measured runs by step and sample as arrays."""
     return Vectors(
         np.array([[run.error for run in row] for row in runs]),

@@ -83,7 +83,7 @@ class Study:
     def scores(self, precision: str, directions: Sequence[Direction]) -> dict[str, list[list[float]]]:
         """Scores by direction, sample and step, from a full sweep.
 
-        Costs T (T + 1) / 2 denoiser calls per direction and sample.
+        Costs at most T (T + 1) / 2 denoiser calls per direction and sample.
         """
         found: dict[str, list[list[float]]] = {}
         samples = self.calibration.num_samples
@@ -95,7 +95,7 @@ class Study:
                     if direction == "downcast":
                         self.calibration.expect_downcasts(step, precision, samples=block)
                     else:
-                        self.calibration.expect_upcasts(precision, step, samples=block)
+                        self.calibration.expect([self._upcast(precision, step)], pictures=False, samples=block)
                     for sample in block:
                         rows[sample].append(self._score(precision, direction, step, sample))
                     done += len(block)
@@ -106,8 +106,12 @@ class Study:
     def _score(self, precision: str, direction: Direction, step: int, sample: int) -> float:
         if direction == "downcast":
             return self.calibration.downcast(step, precision, sample).error
-        upcast = self.calibration.upcast_error(precision, step, sample)
-        return self.calibration.uniform_error(precision, sample)["error"] - upcast
+        schedule = self._upcast(precision, step)
+        upcast = self.calibration.schedule_error(f"upcast {precision}", schedule, sample, pictures=False)
+        return self.calibration.uniform_error(precision, sample)["error"] - upcast["error"]
+
+    def _upcast(self, precision: str, step: int) -> Schedule:
+        return tuple(self.reference if index == step else precision for index in range(self.num_steps))
 
     def calibration_errors(self, stage: str, schedules: Sequence[Schedule]) -> list[list[float]]:
         """E of each schedule on every calibration sample."""

@@ -12,6 +12,7 @@ from calibration.choose.baselines import RULES
 from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.choose.pareto import Allocation
 from calibration.choose.picture_budget import QualityBudget, fastest_meeting, rule_schedules
+from calibration.choose.predictions import Predictions
 from calibration.scores.gram import Gram
 from engines.errors import BudgetError
 from tmpdiff_export.report.latency import LOOKS
@@ -68,13 +69,17 @@ def test_rules_come_with_every_count_and_what_the_gram_predicts() -> None:
     values[:, 1, :, 1] = 1.0  # E is the square of the number of low steps
     gram = Gram(("fp16", "int8"), values, np.zeros(4))
     latency_model = LatencyModel(gram.precisions, {"fp16": 2.0, "int8": 1.0})
-    rules = rule_schedules(latency_model, gram)
+
+    def rules_of(model: LatencyModel) -> dict[str, list[Allocation]]:
+        return rule_schedules(Predictions(model, {"gram": gram}, "gram"))
+
+    rules = rules_of(latency_model)
     assert set(rules) == set(RULES)
     assert rules["last K"] == [
         Allocation(("int8",) * (4 - k) + ("fp16",) * k, float((4 - k) ** 2), (4 + k) / 8) for k in (1, 2, 3)
     ]
-    assert rule_schedules(replace(latency_model, costs=AllocationCosts(0.0, 1)), gram) == {}
-    assert rule_schedules(replace(latency_model, latencies_ms={"fp16": 1.0, "int8": 1.5}), gram) == {}
+    assert rules_of(replace(latency_model, costs=AllocationCosts(0.0, 1))) == {}
+    assert rules_of(replace(latency_model, latencies_ms={"fp16": 1.0, "int8": 1.5})) == {}
 
 
 def test_every_rule_has_a_look_where_rules_are_drawn() -> None:

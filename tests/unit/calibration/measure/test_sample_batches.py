@@ -73,12 +73,13 @@ def test_a_resumed_run_computes_lost_states_again_and_says_so(tmp_path: Path):
 
     journal, sizes = Journal.in_memory(""), Counter[int]()
     first = Measurements("calibration", SampleSet(loop()), journal, batches(3, Counter()))
-    error = first.upcast_error("int8", 4, 0)
+    late, later = (tuple("fp16" if index == step else "int8" for index in range(STEPS)) for step in (4, 6))
+    error = first.schedule_error("some", late, 0, pictures=False)
     second = Measurements("calibration", SampleSet(loop()), journal, batches(3, sizes))
-    assert second.upcast_error("int8", 4, 0) == error
+    assert second.schedule_error("some", late, 0, pictures=False) == error
     assert not sizes
-    second.upcast_error("int8", 6, 0)
-    assert second.calls["calibration: upcast int8"] == {"fp16": 2, "int8": STEPS - 5 + STEPS - 7}
+    second.schedule_error("some", later, 0, pictures=False)
+    assert second.calls["calibration: some"] == {"fp16": 2, "int8": STEPS - 5 + STEPS - 7}
     assert second.recomputed == {"fp16": STEPS, "int8": STEPS}
     assert sizes == {1: 2 * STEPS + STEPS - 6}
 

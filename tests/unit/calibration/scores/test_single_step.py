@@ -10,6 +10,7 @@ from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.sketch import direction
+from calibration.scores.bisection import default_evaluations
 from calibration.scores.single_step import measure_downcasts, sweep_calls
 from engines.errors import TmpDiffError
 
@@ -80,7 +81,7 @@ def test_uncorrelated_errors_add_up():
 @pytest.mark.parametrize("method", ["sweep", "bisection"])
 def test_calls_are_counted_exactly(method):
     counted = Counted(loop())
-    found, curves = measured(counted, method=method, max_evaluations=None)
+    found, curves = measured(counted, method=method)
     expected = {"calibration: uniform runs": {"fp16": 3 * STEPS}}
     for precision, curve in curves.items():
         steps = curve.search.order
@@ -111,11 +112,10 @@ def test_a_record_says_what_was_measured_and_what_it_cost():
 def test_progress_counts_samples_up_to_what_is_allowed():
     seen = []
     found = measurements(loop())
-    curve = measure_downcasts(
-        found, "int8", max_evaluations=6, on_evaluation=lambda done, most: seen.append((done, most))
-    )
-    assert len(curve.steps) <= 6
-    assert seen == [(done, 18) for done in range(1, 3 * len(curve.steps) + 1)]
+    curve = measure_downcasts(found, "int8", on_evaluation=lambda done, most: seen.append((done, most)))
+    allowed = default_evaluations(STEPS)
+    assert len(curve.steps) <= allowed
+    assert seen == [(done, 3 * allowed) for done in range(1, 3 * len(curve.steps) + 1)]
 
 
 def test_all_samples_of_an_evaluation_are_asked_for_at_once():

@@ -85,12 +85,15 @@ def test_equal_result_calls_and_progress_with_any_number_of_workers(tmp_path, al
 
 
 def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
+    def low_but(step):
+        return tuple("fp16" if index == step else "int8" for index in range(STEPS))
+
     mixed = ("fp16",) * 3 + ("int4",) * (STEPS - 3)
     here = measurements(loop())
     with open_planted(tmp_path / "trace", 2) as pool:
         there = Measurements("calibration", SampleSet(loop()), Journal.in_memory(""), pool)
         for either in (here, there):
-            either.upcast_error("int8", 2, 1)
+            either.schedule_error("some", low_but(2), 1, pictures=False)
             either.schedule_error("some", mixed, 0, pictures=False)
         for step in (0, 3):
             there.expect_downcasts(step, "int4")
@@ -103,7 +106,8 @@ def test_measurements_nobody_announced_are_taken_as_well(tmp_path):
             for one, other in zip(*both, strict=True):
                 assert (one.error, one.direction.tobytes()) == (other.error, other.direction.tobytes())
         there.forget("int8")
-        assert there.upcast_error("int8", 4, 1) == here.upcast_error("int8", 4, 1)
+        both = [pool.schedule_error("some", low_but(4), 1, pictures=False) for pool in (here, there)]
+        assert both[0] == both[1]
     assert there.calls == here.calls
     assert there.recomputed == {"int8": STEPS}, "its states were forgotten"
     assert not here.recomputed

@@ -14,6 +14,8 @@ from calibration.measure.metrics import LIMIT_MEDIANS, departed
 from calibration.records import DepartureRecord, IntervalRecord
 
 DRAWS = 1000
+MOST_WIDENED = math.log(1e100)
+"""Farthest that a bound is moved from its figure, in logarithms; two samples 34 decades apart would overflow."""
 CONFIDENCE = 0.95
 """Probability that an interval is to cover."""
 
@@ -130,5 +132,7 @@ def _resampled(statistic: Callable[[np.ndarray], np.ndarray], size: int) -> Inte
         return Interval(value, value, value)
     tail = (1 - CONFIDENCE) / 2
     wider = float(student_t.ppf(tail, size - 1) / norm.ppf(tail)) * math.sqrt(size / (size - 1))
-    low, high = (value * float(bound / value) ** wider for bound in np.quantile(values, [tail, 1 - tail]))
+    bounds = np.quantile(values, [tail, 1 - tail])
+    apart = [wider * (math.log(bound) - math.log(value)) if bound > 0 else -math.inf for bound in bounds.tolist()]
+    low, high = (value * math.exp(min(found, MOST_WIDENED)) for found in apart)
     return Interval(value, min(low, value), max(high, value))

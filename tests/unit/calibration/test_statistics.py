@@ -164,3 +164,12 @@ def test_departures_of_draws_are_measured_by_their_own_medians():
     low[0] = high[0] = 0.5
     found = departure_record(np.stack([low, high]))
     assert (found.count, found.samples) == (1, 20)
+
+
+def test_samples_decades_apart_have_finite_intervals():
+    found = ratio_interval(np.array([1e16, 1e20]), np.array([[1e-20, 1e20]]))
+    assert found is not None
+    assert 0 < found.low <= found.value <= found.high < 1e200
+    wide = typical_interval(np.array([1e90, 1e-30, 1e-30]))
+    assert 0 <= wide.low <= wide.value <= wide.high < 1e200
+    assert typical_interval(np.array([0.0, 0.0, 1e-3])).low == 0

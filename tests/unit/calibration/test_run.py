@@ -381,6 +381,13 @@ def test_schedule_and_document_survive_the_disk(tmp_path):
 def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="latencies_ms lacks int8, int4"):
         calibrate_loops(loop(), {"fp16": 1.0, "fp8": 1.0})
+    for latencies_ms, options, words in (
+        ({"fp16": 1.0, "fp8": 1.0, "int8": 1.0, "int4": 0.0}, {}, "step latency is 0.0 ms"),
+        (LATENCIES_MS, {"costs": AllocationCosts(1e300)}, "a loop may take"),
+    ):
+        evaluator = Counted(loop(), 0)
+        with pytest.raises(ValueError, match=words):
+            calibrate_loops(evaluator, latencies_ms, **options)  # before any call
     with pytest.raises(ValueError, match="method is 'guess'"):
         run(method="guess")
     with pytest.raises(ValueError, match="another number of steps or other precisions"):

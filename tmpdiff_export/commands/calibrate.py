@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget-error",
         type=_error_budget,
         metavar="E|ssim:X|psnr:DB",
-        help="predicted error of the final latents, or picture quality measured on the validation prompts",
+        help="predicted error of the final latents, or picture quality measured on the calibration prompts",
     )
     budget.add_argument("--high-steps", type=int, metavar="K", help="number of steps at FP16")
     parser.add_argument(

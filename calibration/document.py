@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, pairwise, permutations
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from calibration.records import (
     CalibrationSettings,
+    Count,
     DepartureRecord,
     DroppedRecord,
     FitPoint,
@@ -28,6 +31,11 @@ from engines.errors import TmpDiffError
 
 SENSITIVITY_VERSION: Final = 3
 LATENCY_TOLERANCE = 1e-9
+
+LatencyMs = Annotated[float, Field(ge=1e-6, le=1e12)]
+"""A nanosecond at least, as latencies are added in these."""
+
+SwapMs = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class OutdatedCalibrationError(TmpDiffError):
@@ -65,30 +73,37 @@ class Sensitivity(Record):
     method: Literal["bisection", "sweep", "transfer"]
     num_steps: int = Field(ge=1)
     num_samples: int = Field(ge=1)
-    precisions: tuple[str, ...]
-    latencies_ms: dict[str, float]
-    swap_ms: dict[str, float] = Field(default_factory=dict)
-    max_engines: int | None = None
+    precisions: tuple[str, ...] = Field(min_length=1)
+    latencies_ms: dict[str, LatencyMs]
+    swap_ms: dict[str, SwapMs] = Field(default_factory=dict)
+    max_engines: int | None = Field(default=None, ge=1)
     uniform: dict[str, IntervalRecord]
     uniform_departures: dict[str, DepartureRecord]
     dropped: tuple[DroppedRecord, ...]
     scores: tuple[ScoreRecord, ...]
     gram: GramRecord | None
-    calls: dict[str, dict[str, int]]
-    search_calls: int
-    sweep_calls: int
+    calls: dict[str, dict[str, Count]]
+    search_calls: Count
+    sweep_calls: Count
     predictor: Predictor
     fit: tuple[FitRecord, ...]
     fit_points: tuple[FitPoint, ...]
     budget: str
     schedule: tuple[str, ...]
-    predicted_error: float
-    predicted_latency: float
+    predicted_error: float = Field(ge=0)
+    predicted_latency: float = Field(gt=0)
     pareto: tuple[ParetoPoint, ...]
     guard: GuardRecord | None
     validation: tuple[ValidationRow, ...]
     settings: CalibrationSettings | None = None
     transfer: TransferRecord | None = None
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Sensitivity:
+        """Lengths and names agree, so that no reader has to look twice."""
+        for contradiction in chain(_of_precisions(self), _of_scores(self), _of_schedules(self), _of_samples(self)):
+            raise ValueError(contradiction)
+        return self
 
     @property
     def chosen(self) -> ValidationRow | None:
@@ -131,3 +146,79 @@ class Sensitivity(Record):
     def save(self, path: Path) -> None:
         """Writes the document atomically."""
         write_document(path, self.model_dump(mode="json"))
+
+
+def _of_precisions(found: Sensitivity) -> Iterator[str]:
+    """Contradictions among what is given by precision, in words; so do all below."""
+    names = found.precisions
+    if len(set(names)) < len(names) or not all(name.isalnum() for name in names):
+        yield f"precisions are {', '.join(map(repr, names))}, expected distinct plain words"
+    for field in ("latencies_ms", "uniform", "uniform_departures"):
+        if set(getattr(found, field)) != set(names):
+            yield f"{field} are not of the precisions {', '.join(names)}"
+    if not set(found.swap_ms) <= {" ".join(pair) for pair in permutations(names, 2)}:
+        yield "swap_ms is not of pairs of precisions"
+    dropped = {item.precision for item in found.dropped}
+    if len(dropped) < len(found.dropped) or not dropped <= set(names[1:]):
+        yield "dropped ones are no low precisions, or twice the same"
+    low = [name for name in names[1:] if name not in dropped]
+    if [record.precision for record in found.scores] != low:
+        yield f"scores are not of {', '.join(low) or 'no precision'}, which are not dropped"
+    if found.transfer and [check.precision for check in found.transfer.checks] != low:
+        yield f"checks are not of {', '.join(low)}, which are not dropped"
+
+
+def _of_scores(found: Sensitivity) -> Iterator[str]:
+    steps, low = found.num_steps, [record.precision for record in found.scores]
+    for record in found.scores:
+        if len(record.scores) != steps:
+            yield f"scores of {record.precision} are of {len(record.scores)} steps, expected {steps}"
+    if (found.gram is None) != (not low):
+        yield "gram is there without scores, or scores without it"
+    if found.gram is None:
+        return
+    positions = found.gram.positions
+    if list(positions) != low or len(found.gram.floor) != steps:
+        yield f"gram is not of {', '.join(low)} and {steps} steps"
+    for name, at in positions.items():
+        if not at or not 0 <= at[0] <= at[-1] <= steps - 1 or any(a >= b for a, b in pairwise(at)):
+            yield f"gram has positions of {name} that do not rise within 0..{steps - 1}"
+    pairs = [(first, second) for k, first in enumerate(low) for second in low[k:]]
+    if [(item.first, item.second) for item in found.gram.correlations] != pairs:
+        yield "gram has no correlations of every pair of low precisions, in order"
+    for item in found.gram.correlations:
+        rows, columns = len(positions[item.first]), len(positions[item.second])
+        if [len(row) for row in item.values] != [columns] * rows:
+            yield f"gram has correlations of {item.first} and {item.second} that are not {rows} rows of {columns}"
+
+
+def _of_schedules(found: Sensitivity) -> Iterator[str]:
+    kept = {found.precisions[0], *(record.precision for record in found.scores)}
+    trials = found.guard.trials if found.guard else ()
+    of_kept = [found.schedule, *(point.precisions for point in found.pareto)]
+    of_kept += [*(point.precisions for point in found.fit_points), *(trial.precisions for trial in trials)]
+    of_all = chain.from_iterable(row.schedules for row in found.validation)
+    for allowed, schedules in ((kept, of_kept), (set(found.precisions), of_all)):
+        for schedule in schedules:
+            if len(schedule) != found.num_steps or not set(schedule) <= allowed:
+                yield (
+                    f"a schedule has {len(schedule)} steps at {', '.join(sorted(set(schedule)))}; expected "
+                    f"{found.num_steps} at {', '.join(sorted(allowed))}"
+                )
+    if trials and trials[0].precisions != found.schedule:
+        yield "guard has another winner than the schedule"
+    for row in found.validation:
+        if not set(row.counts) <= set(found.precisions):
+            yield f"validation counts steps of {row.name} at unknown precisions"
+
+
+def _of_samples(found: Sensitivity) -> Iterator[str]:
+    if found.guard:
+        for samples in (found.guard.fragile, *(trial.samples for trial in found.guard.trials)):
+            if max(samples, default=0) >= found.num_samples:
+                yield f"guard has a sample {max(samples)}, expected less than {found.num_samples}"
+    names = [row.name for row in found.validation]
+    if names and (names.count("schedule") != 1 or len(set(names)) < len(names)):
+        yield "validation has no row of the schedule, or two rows of one name"
+    if len({len(row.sample_errors) for row in found.validation}) > 1:
+        yield "validation rows are of different samples"

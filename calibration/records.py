@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""Of samples, steps or denoiser calls."""
+
+Error = Annotated[float, Field(ge=0, le=1e100)]
+"""E, of one sample or many; latents in float32 err by less."""
+
+Correlation = Annotated[float, Field(ge=-1, le=1)]
 
 
 class Record(BaseModel):
-    """Immutable, and without fields of other names."""
+    """Immutable, of finite numbers, and without fields of other names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class IntervalRecord(Record):
     """A figure and the bounds of its 95 % interval, which are the figure itself where there is a single sample."""
 
-    value: float
-    low: float
-    high: float
+    value: float = Field(ge=0)
+    low: float = Field(ge=0)
+    high: float = Field(ge=0)
 
 
 class DepartureRecord(Record):
     """How many of so many samples departed, and a 95 % interval of the share (Clopper and Pearson, Biometrika 26, 1934)."""
 
-    count: int = Field(ge=0)
-    samples: int = Field(ge=0)
-    low: float
-    high: float
+    count: Count
+    samples: Count
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
 
 
 class ScoreRecord(Record):
@@ -43,12 +51,19 @@ class ScoreRecord(Record):
     """
 
     precision: str
-    scores: tuple[float, ...]
+    scores: tuple[Error, ...]
     measured: tuple[bool, ...]
     order: tuple[int, ...]
     settled: bool
-    calls: dict[str, int]
-    sweep_calls: int
+    calls: dict[str, Count]
+    sweep_calls: Count
+
+    @model_validator(mode="after")
+    def _of_the_same_steps(self) -> ScoreRecord:
+        steps = [step for step, known in enumerate(self.measured) if known]
+        if len(self.measured) != len(self.scores) or not steps or sorted(self.order) != steps:
+            raise ValueError(f"scores, measured and order of {self.precision} are not of the same steps")
+        return self
 
 
 class CorrelationRecord(Record):
@@ -56,7 +71,7 @@ class CorrelationRecord(Record):
 
     first: str
     second: str
-    values: tuple[tuple[float, ...], ...]
+    values: tuple[tuple[Correlation, ...], ...]
 
 
 class GramRecord(Record):
@@ -70,7 +85,7 @@ class GramRecord(Record):
 
     positions: dict[str, tuple[float, ...]]
     correlations: tuple[CorrelationRecord, ...]
-    floor: tuple[float, ...]
+    floor: tuple[Error, ...]
 
 
 class DroppedRecord(Record):
@@ -101,24 +116,24 @@ class FitRecord(Record):
     predictor: Predictor
     r2: float | None
     spearman: float | None
-    ratio: float | None
-    scatter: float | None
+    ratio: float | None = Field(ge=0)
+    scatter: float | None = Field(ge=0, le=700)
 
 
 class FitPoint(Record):
     """A random schedule, its measured typical error and what each predictor says."""
 
     precisions: tuple[str, ...]
-    measured: float
-    predicted: dict[Predictor, float]
+    measured: Error
+    predicted: dict[Predictor, Error] = Field(min_length=len(PREDICTORS))
 
 
 class ParetoPoint(Record):
     """A schedule that no other one beats in relative latency and predicted E."""
 
     precisions: tuple[str, ...]
-    latency: float
-    error: float
+    latency: float = Field(gt=0)
+    error: float = Field(ge=0)
 
 
 Standing = Literal["worse", "better", "not distinguishable"]
@@ -147,14 +162,14 @@ class ValidationRow(Record):
     """
 
     name: str
-    schedules: tuple[tuple[str, ...], ...]
-    counts: dict[str, int]
-    latency: float
+    schedules: tuple[tuple[str, ...], ...] = Field(min_length=1)
+    counts: dict[str, Count]
+    latency: float = Field(gt=0)
     typical: IntervalRecord
     departures: DepartureRecord | None
     against: IntervalRecord | None
-    error: float
-    sample_errors: tuple[float, ...]
+    error: Error
+    sample_errors: tuple[Error, ...] = Field(min_length=1)
     ssim: float | None = None
     psnr_db: float | None = None
 
@@ -186,18 +201,26 @@ class TrialRecord(Record):
         calls: denoiser calls it took.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] = Field(min_length=1)
     rule: str | None
     precisions: tuple[str, ...]
-    latency: float
-    predicted_error: float
-    samples: tuple[int, ...]
-    errors: tuple[float, ...]
-    leading: int
+    latency: float = Field(gt=0)
+    predicted_error: float = Field(ge=0)
+    samples: tuple[Count, ...]
+    errors: tuple[Error, ...]
+    leading: int = Field(ge=1)
     typical: IntervalRecord
-    expected: float
+    expected: float = Field(ge=0)
     departures: DepartureRecord
-    calls: int
+    calls: Count
+
+    @model_validator(mode="after")
+    def _of_the_same_samples(self) -> TrialRecord:
+        if not self.leading <= len(self.samples) == len(self.errors) == len(set(self.samples)):
+            raise ValueError(
+                f"{self.names[0]} has {len(self.errors)} errors of {len(self.samples)} samples, {self.leading} of them leading"
+            )
+        return self
 
 
 class GuardRecord(Record):
@@ -211,23 +234,29 @@ class GuardRecord(Record):
         calls: denoiser calls of all, per precision.
     """
 
-    trials: tuple[TrialRecord, ...]
-    rounds: tuple[tuple[int, int], ...]
-    fragile: tuple[int, ...]
+    trials: tuple[TrialRecord, ...] = Field(min_length=1)
+    rounds: tuple[tuple[Count, Count], ...]
+    fragile: tuple[Count, ...]
     best_rule: str | None
-    calls: dict[str, int]
+    calls: dict[str, Count]
 
 
 class CheckRecord(Record):
     """Carried downcast scores of one precision against measured ones, see `calibration.scores.transfer.Comparison`."""
 
     precision: str
-    steps: tuple[int, ...]
-    carried: tuple[float, ...]
-    measured: tuple[float, ...]
-    level: float
-    scatter: float
+    steps: tuple[Count, ...] = Field(min_length=1)
+    carried: tuple[Error, ...]
+    measured: tuple[Error, ...]
+    level: float = Field(gt=0)
+    scatter: float = Field(ge=0, le=700)
     spearman: float | None
+
+    @model_validator(mode="after")
+    def _of_the_same_steps(self) -> CheckRecord:
+        if not len(self.steps) == len(self.carried) == len(self.measured):
+            raise ValueError(f"carried and measured scores of {self.precision} are not of the same steps")
+        return self
 
 
 class TransferRecord(Record):

@@ -11,7 +11,7 @@ import numpy as np
 
 from calibration.choose.allocation import drop_dominated, require_reachable
 from calibration.choose.costs import LatencyModel
-from calibration.choose.pareto import Allocation
+from calibration.choose.pareto import Allocation, integers
 from calibration.choose.picture_budget import QualityBudget
 from calibration.document import Sensitivity
 from calibration.measure.evaluator import SampleSets
@@ -192,6 +192,8 @@ def _check(
         raise ValueError("validation runs another number of steps or other precisions than calibration")
     if journal and journal.key != journal_key(evaluator, validation):
         raise ValueError("the journal was opened for other evaluators; open it with open_journal")
+    built = LatencyModel(evaluator.precisions, latencies_ms, options.costs)
+    integers(built, np.zeros((evaluator.num_steps, len(built.precisions))))  # refuses latencies and costs out of range
     if not isinstance(options.budget, QualityBudget):
         fastest = min(latencies_ms[name] for name in evaluator.precisions) / latencies_ms[evaluator.precisions[0]]
         require_reachable(options.budget, fastest, evaluator.num_steps, options.costs)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from calibration.choose.allocation import Budget
+from calibration.choose.allocation import Budget, HighSteps, LatencyBudget
 from calibration.choose.candidates import candidates
 from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
 from calibration.choose.fit import best_fit, measure_fit
@@ -122,6 +122,9 @@ def choose(
 
     There is none where there was nothing to compare, and for a budget in picture quality: that is met by measurement.
 
+    Under an error budget, or none, the guard goes by what it measures, among schedules no slower than the predicted best: one that
+    errs less may have a higher predicted error, even above the budget, and the words then say so.
+
     Raises:
         BudgetError: no schedule meets it.
     """
@@ -133,4 +136,7 @@ def choose(
     if len(found) < 2:
         return chosen, wording, None
     record = guard(measurements, found, predictions, scored.fragile, partial(report, GUARD))
-    return predictions.allocation(record.trials[0].precisions), wording, record
+    winner = predictions.allocation(record.trials[0].precisions)
+    if not isinstance(budget, (HighSteps, LatencyBudget)) and winner.error > chosen.error:
+        wording += f"; the guard measured less with a schedule no slower, predicted {winner.error:.3g}"
+    return winner, wording, record

@@ -13,6 +13,8 @@ from calibration.measure.metrics import departed, typical_errors
 from calibration.records import DepartureRecord, IntervalRecord
 
 DRAWS = 1000
+MOST_WIDENED = math.log(1e100)
+"""Farthest that a bound is moved from its figure, in logarithms; two samples 34 decades apart would overflow."""
 CONFIDENCE = 0.95
 """Probability that an interval is to cover."""
 
@@ -35,6 +37,8 @@ def ratio_interval(errors: np.ndarray, others: np.ndarray, weights: np.ndarray |
     Returns:
         None where the other one has no error.
     """
+    if not _mean_of_draws(others, weights) > 0:
+        return None
 
     def ratio(picked: np.ndarray) -> np.ndarray:
         below = _mean_of_draws(others[:, picked], weights)
@@ -43,8 +47,7 @@ def ratio_interval(errors: np.ndarray, others: np.ndarray, weights: np.ndarray |
         )
         return found
 
-    found = _resampled(ratio, len(errors))
-    return None if np.isnan(found.value) else found
+    return _resampled(ratio, len(errors))
 
 
 def departure_record(errors: np.ndarray) -> DepartureRecord:
@@ -86,5 +89,7 @@ def _resampled(statistic: Callable[[np.ndarray], np.ndarray], size: int) -> Inte
         return IntervalRecord(value=value, low=value, high=value)
     tail = (1 - CONFIDENCE) / 2
     wider = float(student_t.ppf(tail, size - 1) / norm.ppf(tail)) * math.sqrt(size / (size - 1))
-    low, high = (value * float(bound / value) ** wider for bound in np.quantile(values, [tail, 1 - tail]))
+    bounds = np.quantile(values, [tail, 1 - tail])
+    apart = [wider * (math.log(bound) - math.log(value)) if bound > 0 else -math.inf for bound in bounds.tolist()]
+    low, high = (value * math.exp(min(found, MOST_WIDENED)) for found in apart)
     return IntervalRecord(value=value, low=min(low, value), high=max(high, value))

@@ -196,7 +196,7 @@ def expected_errors(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     logs = np.log(limited(measured))
     spread = logs - logs.mean(axis=0) - logs.mean(axis=1, keepdims=True) + logs.mean()
     noise = float((spread**2).sum()) / ((count - 1) * (samples - 1) * samples) if samples > 1 else math.inf
-    apart = np.log(predicted / typical)
+    apart = np.log(predicted) - np.log(typical)
     apart -= apart.mean()
     doubt = max(float((apart**2).sum()) / (count - 1) - noise, LEAST_DOUBT**2)
     found: np.ndarray = typical * np.exp(apart * (noise / (noise + doubt) if math.isfinite(noise) else 1.0))

@@ -25,6 +25,9 @@ from engines.files import fsync_folder, sha256_bytes
 JOURNAL_VERSION = 2
 """2: downcasts have error vectors. A journal of an older version is replaced, a newer one is refused."""
 
+MOST_CALLS = 2**32
+"""Denoiser calls of one measurement."""
+
 log = logging.getLogger(__name__)
 
 
@@ -94,6 +97,8 @@ class Journal:
             with open(path, "r+b") as stream:
                 stream.truncate(sound_bytes)
                 os.fsync(stream.fileno())
+        for number, record in enumerate(records[1:], start=2):
+            _check_record(path, number, record)
         entries = {record["name"]: Entry(record["value"], record["calls"]) for record in records[1:]}
         return cls(key, path, entries)
 
@@ -202,12 +207,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """The record of a line, None where the line is not whole."""
     try:
         record = json.loads(line)
-    except ValueError:
+        digest = record.pop("sha256", None) if isinstance(record, dict) else None
+        return record if digest is not None and digest == sha256_bytes(canonical_json(record)) else None
+    except (ValueError, RecursionError):  # not JSON, with NaN in it, or nested without end
         return None
-    if not isinstance(record, dict):
-        return None
-    digest = record.pop("sha256", None)
-    return record if digest == sha256_bytes(canonical_json(record)) else None
 
 
 def _read(path: Path, data: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -228,6 +231,14 @@ def _read(path: Path, data: bytes) -> tuple[list[dict[str, Any]], int]:
         records.append(record)
         sound_bytes += len(line) + 1
     return records, sound_bytes
+
+
+def _check_record(path: Path, number: int, record: dict[str, Any]) -> None:
+    """Refuses a line that is whole, but no measurement."""
+    calls = record.get("calls")
+    sound = record.keys() == {"name", "value", "calls"} and isinstance(record["name"], str) and isinstance(calls, dict)
+    if not sound or not all(type(count) is int and 0 <= count <= MOST_CALLS for count in record["calls"].values()):
+        raise JournalError(f"journal {path} has no measurement at line {number}; delete it to start afresh")
 
 
 def _difference(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> str:

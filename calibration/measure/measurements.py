@@ -15,6 +15,9 @@ from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Entry, Journal, JournalError
 from calibration.measure.requests import Pool, Request
 
+MOST = 1e100
+"""Largest E that a journal may hold; latents in float32 err by less."""
+
 
 @dataclass(frozen=True, eq=False)
 class ErrorVector:
@@ -189,6 +192,11 @@ class Measurements:
             for precision, count in entry.calls.items():
                 total[precision] = total.get(precision, 0) + count
         value: dict[str, Any] = entry.value
+        if not _are_errors(value):
+            raise JournalError(
+                f"journal {self._journal.path or 'in memory'} has no errors of {request.name}, but "
+                f"{str(value)[:60]!r}; delete it to start afresh"
+            )
         return value
 
     def _ask(self, requests: Sequence[Request]) -> None:
@@ -211,3 +219,11 @@ class Measurements:
                 self._pending.discard(done.name)
                 self.recomputed.update(outcome.recomputed)
         return entry
+
+
+def _are_errors(value: Any) -> bool:
+    """Whether a journal's value is E and other errors by name, the direction aside."""
+    if not isinstance(value, dict):
+        return False
+    numbers = {name: number for name, number in value.items() if name != "direction"}
+    return all(type(number) in (int, float) for number in numbers.values()) and 0 <= numbers.get("error", -1) <= MOST

@@ -62,9 +62,11 @@ def from_text(text: str) -> np.ndarray:
     """`to_text` read back, float16 [K], read-only.
 
     Raises:
-        ValueError: the text is no sketch: no base64, no whole numbers, or some that are not finite.
+        ValueError: the text is no sketch: no base64, no whole numbers, none at all, or some that are not finite.
     """
     sketch = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float16, copy=False)
+    if not len(sketch):
+        raise ValueError("a sketch holds no numbers")
     if not np.isfinite(sketch).all():
         raise ValueError("a sketch holds numbers that are not finite")
     return sketch

@@ -176,7 +176,8 @@ class _Maker:
         best = self._best(rules)
         rounds = ((-(-self.count // 2), len(trials)), (self.count, min(3, len(trials))))
         return GuardRecord(
-            trials=tuple(trials), rounds=rounds, fragile=FRAGILE, best_rule=best,
+            trials=tuple(trials), rounds=rounds, best_rule=best,
+            fragile=tuple(sample for sample in FRAGILE if sample < self.count),
             calls={chosen[-1]: sum(trial.calls for trial in trials)},
         )  # fmt: skip
 
@@ -268,7 +269,7 @@ def _base(num_steps: int, precisions: Schedule) -> dict[str, Any]:
         "precisions": precisions,
         "latencies_ms": {name: LATENCIES_MS[name] for name in precisions},
         "uniform": dict.fromkeys(precisions, exact),
-        "uniform_departures": {},
+        "uniform_departures": dict.fromkeys(precisions, departures((0.0,) * SAMPLES)),
         "dropped": (),
         "calls": {"uniform": dict.fromkeys(precisions, num_steps * SAMPLES), "downcasts": {precisions[0]: 812}},
         "search_calls": 2345,

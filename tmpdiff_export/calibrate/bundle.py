@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration import CalibrationOptions, Sensitivity, calibrate, open_journal
 from calibration.measure.bundle_evaluator import BundleSamples, samples_per_call
+from calibration.measure.journal import JournalError
 from calibration.measure.latency import machine, step_latencies
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
@@ -155,16 +157,19 @@ def _calibrate(
     folder = runtime.bundle.folder / JOURNAL_FOLDER
     folder.mkdir(exist_ok=True)
     name = "-".join(found.evaluator.key()[:12] for found in sets.named().values())
-    journal = open_journal(folder / f"{name}.journal", *sets.evaluators)
     # A bundle moves between machines with its journal; latencies hold where they were measured.
     remembered = f"step latencies in ms, {machine(runtime, how.threads)}"
     remembered += f", batch {how.batch}" if how.batch > 1 else ""
-    latencies = journal.remember(
-        remembered,
-        lambda: _latencies(runtime, [prompts.calibration[0]] * how.batch, scale, report),
-        how.fresh_latencies,
-    )
     with ExitStack() as stack:
+        path = stack.enter_context(_locked(folder / f"{name}.journal"))
+        journal = open_journal(path, *sets.evaluators)
+        latencies = journal.remember(
+            remembered,
+            lambda: _latencies(runtime, [prompts.calibration[0]] * how.batch, scale, report),
+            how.fresh_latencies,
+        )
+        if not isinstance(latencies, dict) or not all(type(found) in (int, float) for found in latencies.values()):
+            raise JournalError(f"journal {path} has no {remembered}; delete it to start afresh")
         pool: Pool
         at_once = samples_per_call(runtime, scale)
         if how.workers > 1:
@@ -193,6 +198,25 @@ def _calibrate(
     found.save(runtime.bundle.sensitivity_path)
     result.schedule(bundle_id).save(runtime.bundle.schedule_path)
     return found
+
+
+@contextmanager
+def _locked(journal: Path) -> Iterator[Path]:
+    """A journal that no other process writes while the block runs; whoever is killed lets go of it.
+
+    Raises:
+        JournalError: one does.
+    """
+    import fcntl  # not on every system that reads calibrations
+
+    with open(journal, "ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JournalError(
+                f"journal {journal} is being written by another calibration of these prompts; wait until it is done"
+            ) from None
+        yield journal
 
 
 def _latencies(runtime: DenoiseRuntime, prompts: list[str], scale: float, report: Progress) -> dict[str, float]:

@@ -212,6 +212,7 @@ def test_journal_of_an_earlier_version_is_started_afresh_and_says_so(tmp_path, c
         ("no base64", r"Error: .*"),
         (to_text(np.array([np.inf] * 192, np.float16)), r"ValueError: a sketch holds numbers that are not finite"),
         (to_text(np.ones(12, np.float16)), r"ValueError: 12 numbers, expected 192"),
+        (to_text(np.ones(0, np.float16)), r"ValueError: a sketch holds no numbers"),
     ],
 )
 def test_error_vectors_that_a_journal_lacks_are_named(text, says):
@@ -219,11 +220,60 @@ def test_error_vectors_that_a_journal_lacks_are_named(text, says):
     samples = SampleSet(loop())
     found = Measurements("calibration", samples, journal, SampleBatches({"calibration": samples}))
     assert found.downcast(2, "int8", 0).direction.shape == (192,)
-    value = {"error": 0.1} | ({"direction": text} if text else {})
+    value = {"error": 0.1} | ({} if text is None else {"direction": text})
     journal.record({"calibration/downcast/3/int8/0": Entry(value)})
     words = rf"journal in memory has no usable error vector of calibration/downcast/3/int8/0 \(.*{says}\); delete it to"
     with pytest.raises(JournalError, match=words):
         found.downcast(3, "int8", 0)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, [], "text", {}, {"ssim": 0.5}, {"error": None}, {"error": "0.1"}, {"error": -0.1}, {"error": 1e300},
+     {"error": True}, {"error": 0.1, "ssim": "good"}],
+)  # fmt: skip
+def test_a_journal_with_something_else_in_place_of_errors_is_refused(value):
+    journal = Journal.in_memory("key")
+    samples = SampleSet(loop())
+    found = Measurements("calibration", samples, journal, SampleBatches({"calibration": samples}))
+    journal.record({"calibration/uniform/int8/0": Entry(value)})
+    with pytest.raises(
+        JournalError, match=r"journal in memory has no errors of calibration/uniform/int8/0, but .*; delete it"
+    ):
+        found.uniform_error("int8", 0)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"another": "kind"},
+        {"name": 5, "value": {}, "calls": {}},
+        {"name": "x", "value": {}},
+        {"name": "x", "value": {}, "calls": [1]},
+        {"name": "x", "value": {}, "calls": {"fp16": -1}},
+        {"name": "x", "value": {}, "calls": {"fp16": 1.5}},
+        {"name": "x", "value": {}, "calls": {"fp16": 10**400}},
+    ],
+)
+def test_a_whole_line_that_is_no_measurement_is_refused(tmp_path, record):
+    path = tmp_path / "journal"
+    open_journal(path, loop())
+    with open(path, "ab") as stream:
+        stream.write(canonical_json({**record, "sha256": sha256_bytes(canonical_json(record))}) + b"\n")
+    with pytest.raises(JournalError, match=r"has no measurement at line 2; delete it to start afresh"):
+        open_journal(path, loop())
+
+
+@pytest.mark.parametrize("line", [b'{"name": NaN, "sha256": "0"}', b"[" * 200_000, b"\xff\x00", b"[]", b"{}"])
+def test_lines_that_no_journal_writes_are_damage(tmp_path, line):
+    path = tmp_path / "journal"
+    whole = open_journal(path, loop()).path.read_bytes()
+    path.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(JournalError, match="damaged at line 2"):
+        open_journal(path, loop())
+    path.write_bytes(whole + line + b"\n")  # as the last line it may be torn
+    open_journal(path, loop())
+    assert path.read_bytes() == whole
 
 
 CHILD = """

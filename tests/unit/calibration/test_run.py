@@ -378,9 +378,33 @@ def test_schedule_and_document_survive_the_disk(tmp_path):
         Sensitivity.load(path)
 
 
+def test_an_error_budget_that_the_guard_goes_beyond_is_said(monkeypatch):
+    """The guard goes by what it measures: here by a schedule no slower, whose predicted error is higher."""
+    scale = 0.3 * np.exp(np.random.default_rng(1).normal(size=STEPS))
+    evaluator = loop(seed=1, correlation=0.5, scale=scale, num_samples=3)
+    exact = max(figure.value for figure in run(evaluator).sensitivity.uniform.values()) / 20
+    beyond = run(evaluator, budget=ErrorBudget(exact)).sensitivity
+    assert beyond.predicted_error > exact
+    words = f"predicted error at most {exact:g}"
+    measured = f"; the guard measured less with a schedule no slower, predicted {beyond.predicted_error:.3g}"
+    assert beyond.budget == words + measured
+    monkeypatch.setattr("calibration.choose.guard.expected_errors", lambda measured, predicted: predicted)
+    within = run(evaluator, budget=ErrorBudget(exact)).sensitivity
+    assert within.predicted_error <= exact
+    assert within.budget == words
+    assert beyond.predicted_latency <= within.predicted_latency
+
+
 def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="latencies_ms lacks int8, int4"):
         calibrate_loops(loop(), {"fp16": 1.0, "fp8": 1.0})
+    for latencies_ms, options, words in (
+        ({"fp16": 1.0, "fp8": 1.0, "int8": 1.0, "int4": 0.0}, {}, "step latency is 0.0 ms"),
+        (LATENCIES_MS, {"costs": AllocationCosts(1e300)}, "a loop may take"),
+    ):
+        evaluator = Counted(loop(), 0)
+        with pytest.raises(ValueError, match=words):
+            calibrate_loops(evaluator, latencies_ms, **options)  # before any call
     with pytest.raises(ValueError, match="method is 'guess'"):
         run(method="guess")
     with pytest.raises(ValueError, match="another number of steps or other precisions"):

@@ -172,3 +172,12 @@ def test_sign_test_is_that_of_scipy():
     for more, fewer in ((0, 0), (4, 0), (5, 1), (1, 5)):
         exact = stats.binomtest(more, more + fewer, alternative="greater").pvalue if more + fewer else 1.0
         assert sign_test(more, fewer) == pytest.approx(exact)
+
+
+def test_samples_decades_apart_have_finite_intervals():
+    found = ratio_interval(np.array([1e16, 1e20]), np.array([[1e-20, 1e20]]))
+    assert found is not None
+    assert 0 < found.low <= found.value <= found.high < 1e200
+    wide = typical_interval(np.array([1e90, 1e-30, 1e-30]))
+    assert 0 <= wide.low <= wide.value <= wide.high < 1e200
+    assert typical_interval(np.array([0.0, 0.0, 1e-3])).low == 0

@@ -281,6 +281,12 @@ def test_where_there_is_nothing_to_weigh_one_side_counts_alone():
     np.testing.assert_array_equal(expected_errors(measured, truth), typical_errors(measured), "one errs not at all")
 
 
+def test_errors_decades_apart_are_weighed_without_overflow():
+    measured = np.array([[1e-90] * 8, [1e90] * 8])
+    with np.errstate(all="raise"):
+        np.testing.assert_allclose(expected_errors(measured, np.array([1e-300, 1e90])), [1e-90, 1e90], rtol=1e-6)
+
+
 # fragile samples --------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from helpers.tiny_pipeline import PROMPTS, UNSEEN, tiny_options
 
 from calibration.document import Sensitivity
 from calibration.scores.transfer import carry, check_steps, step_axes
+from engines.documents import canonical_json
+from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export import cli
 
@@ -96,6 +99,34 @@ def test_a_source_that_cannot_be_used_is_refused(
             ["calibrate", str(bundles.short), *arguments(bundles), "--from", str(bundles.long), "--method", "sweep"]
         )
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_second_calibration_of_the_same_prompts_at_once_is_refused(
+    bundles: Bundles, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (journal,) = (bundles.short / "calibration").iterdir()
+    before = journal.read_bytes()
+    with open(journal, "ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        said = refusal(capsys, bundles.short, *arguments(bundles))
+    assert f"journal {journal} is being written by another calibration of these prompts; wait until it is done" in said
+    assert journal.read_bytes() == before
+    assert calibrated(capsys, bundles.short, *arguments(bundles))["method"] == "bisection"
+
+
+def test_latencies_that_a_journal_garbles_are_refused(bundles: Bundles, capsys: pytest.CaptureFixture[str]) -> None:
+    (journal,) = (bundles.short / "calibration").iterdir()
+    before = journal.read_bytes()
+    record = next(found for found in map(json.loads, before.splitlines()) if "latencies" in found.get("name", ""))
+    old = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    del record["sha256"]
+    record["value"] = {"fp16": "soon"}
+    line = canonical_json({**record, "sha256": sha256_bytes(canonical_json(record))})
+    try:
+        journal.write_bytes(before.replace(old, line))
+        assert "has no step latencies in ms, " in refusal(capsys, bundles.short, *arguments(bundles))
+    finally:
+        journal.write_bytes(before)
 
 
 def test_the_experiment_compares_fresh_and_carried_scores(bundles: Bundles, tmp_path: Path) -> None:

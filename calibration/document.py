@@ -21,6 +21,7 @@ from calibration.records import (
     IntervalRecord,
     ParetoPoint,
     Predictor,
+    QualityRecord,
     Record,
     ScoreRecord,
     TransferRecord,
@@ -61,7 +62,8 @@ class Sensitivity(Record):
         schedule: the chosen precision per step index.
         predicted_error: its predicted E.
         pareto: the front, fastest first; a selection of a large one.
-        guard: None where there was nothing to compare.
+        quality: the budget, where it is one in picture quality.
+        guard: None where there was nothing to compare, or `quality` was met by measurement instead.
         validation: empty without validation samples.
         settings: None where no bundle was calibrated.
         transfer: where scores were carried from, for method "transfer".
@@ -89,6 +91,7 @@ class Sensitivity(Record):
     fit: tuple[FitRecord, ...]
     fit_points: tuple[FitPoint, ...]
     budget: str
+    quality: QualityRecord | None = None
     schedule: tuple[str, ...]
     predicted_error: float = Field(ge=0)
     predicted_latency: float = Field(gt=0)
@@ -194,9 +197,9 @@ def _of_scores(found: Sensitivity) -> Iterator[str]:
 
 def _of_schedules(found: Sensitivity) -> Iterator[str]:
     kept = {found.precisions[0], *(record.precision for record in found.scores)}
-    trials = found.guard.trials if found.guard else ()
+    measured = found.guard.candidates if found.guard else ()
     of_kept = [found.schedule, *(point.precisions for point in found.pareto)]
-    of_kept += [*(point.precisions for point in found.fit_points), *(trial.precisions for trial in trials)]
+    of_kept += [*(point.precisions for point in found.fit_points), *(candidate.precisions for candidate in measured)]
     of_all = chain.from_iterable(row.schedules for row in found.validation)
     for allowed, schedules in ((kept, of_kept), (set(found.precisions), of_all)):
         for schedule in schedules:
@@ -205,7 +208,7 @@ def _of_schedules(found: Sensitivity) -> Iterator[str]:
                     f"a schedule has {len(schedule)} steps at {', '.join(sorted(set(schedule)))}; expected "
                     f"{found.num_steps} at {', '.join(sorted(allowed))}"
                 )
-    if trials and trials[0].precisions != found.schedule:
+    if measured and measured[0].precisions != found.schedule:
         yield "guard has another winner than the schedule"
     for row in found.validation:
         if not set(row.counts) <= set(found.precisions):
@@ -214,7 +217,7 @@ def _of_schedules(found: Sensitivity) -> Iterator[str]:
 
 def _of_samples(found: Sensitivity) -> Iterator[str]:
     if found.guard:
-        for samples in (found.guard.fragile, *(trial.samples for trial in found.guard.trials)):
+        for samples in (found.guard.fragile, *(trial.samples for trial in found.guard.candidates)):
             if max(samples, default=0) >= found.num_samples:
                 yield f"guard has a sample {max(samples)}, expected less than {found.num_samples}"
     names = [row.name for row in found.validation]

@@ -183,7 +183,7 @@ class ValidationRow(Record):
         return "worse" if self.against.low > 1 else "better"
 
 
-class TrialRecord(Record):
+class CandidateRecord(Record):
     """A candidate of the guard.
 
     Attributes:
@@ -215,7 +215,7 @@ class TrialRecord(Record):
     calls: Count
 
     @model_validator(mode="after")
-    def _of_the_same_samples(self) -> TrialRecord:
+    def _of_the_same_samples(self) -> CandidateRecord:
         if not self.leading <= len(self.samples) == len(self.errors) == len(set(self.samples)):
             raise ValueError(
                 f"{self.names[0]} has {len(self.errors)} errors of {len(self.samples)} samples, {self.leading} of them leading"
@@ -227,18 +227,25 @@ class GuardRecord(Record):
     """The comparison on calibration samples that chose the schedule, see `calibration.choose.guard`.
 
     Attributes:
-        trials: the winner first, then by how many samples they ran on and their typical error.
+        candidates: the winner first, then by how many samples they ran on and their typical error.
         rounds: how many leading samples each round had, and how many candidates.
         fragile: the samples that departures were looked for on, whichever round.
         best_rule: name of the rule that came out best among them, by what the winner is chosen by.
         calls: denoiser calls of all, per precision.
     """
 
-    trials: tuple[TrialRecord, ...] = Field(min_length=1)
+    candidates: tuple[CandidateRecord, ...] = Field(min_length=1)
     rounds: tuple[tuple[Count, Count], ...]
     fragile: tuple[Count, ...]
     best_rule: str | None
     calls: dict[str, Count]
+
+
+class QualityRecord(Record):
+    """The budget in picture quality that was asked for, in SSIM or in dB of PSNR."""
+
+    metric: Literal["ssim", "psnr"]
+    target: float = Field(gt=0)
 
 
 class CheckRecord(Record):

@@ -20,7 +20,7 @@ from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import typical_errors
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
-from calibration.records import GuardRecord, ParetoPoint, ValidationRow
+from calibration.records import GuardRecord, ParetoPoint, QualityRecord, ValidationRow
 from calibration.stages import DEFAULT_OPTIONS, CalibrationOptions, Progress, choose, score_steps
 from calibration.statistics import departure_record, typical_interval
 from calibration.validation import validation_rows
@@ -48,7 +48,8 @@ class CalibrationResult:
         return Schedule(
             bundle_id=bundle_id,
             precisions=found.schedule,
-            origin=f"{found.method}, {found.budget}",
+            origin=f"{found.method}, {found.budget}"
+            + (f": {found.guard.candidates[0].names[-1]}" if found.guard else ""),
             predicted_error=found.predicted_error,
             predicted_latency=found.predicted_latency,
         )
@@ -136,6 +137,9 @@ def calibrate(
             fit=scored.fits,
             fit_points=scored.fit_points,
             budget=wording,
+            quality=QualityRecord(metric=options.budget.metric, target=options.budget.target)
+            if isinstance(options.budget, QualityBudget)
+            else None,
             schedule=chosen.precisions,
             predicted_error=chosen.error,
             predicted_latency=chosen.latency,
@@ -151,7 +155,7 @@ def best_rule_of(guarded: GuardRecord | None) -> tuple[str, tuple[str, ...]] | N
     """Name and schedule of the rule that was best on the calibration samples."""
     if guarded is None or guarded.best_rule is None:
         return None
-    trial = next(trial for trial in guarded.trials if trial.rule == guarded.best_rule)
+    trial = next(trial for trial in guarded.candidates if trial.rule == guarded.best_rule)
     return guarded.best_rule, trial.precisions
 
 

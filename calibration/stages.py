@@ -136,7 +136,7 @@ def choose(
     if len(found) < 2:
         return chosen, wording, None
     record = guard(measurements, found, predictions, scored.fragile, partial(report, GUARD))
-    winner = predictions.allocation(record.trials[0].precisions)
+    winner = predictions.allocation(record.candidates[0].precisions)
     if not isinstance(budget, (HighSteps, LatencyBudget)) and winner.error > chosen.error:
         wording += f"; the guard measured less with a schedule no slower, predicted {winner.error:.3g}"
     return winner, wording, record

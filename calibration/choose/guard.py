@@ -20,7 +20,7 @@ from calibration.choose.candidates import Candidate
 from calibration.choose.predictions import Predictions
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import departed, limited, typical_errors
-from calibration.records import GuardRecord, TrialRecord
+from calibration.records import CandidateRecord, GuardRecord
 from calibration.statistics import share_record, sign_test, typical_interval
 
 STAGE = "guard"
@@ -135,7 +135,7 @@ def guard(
     rest = [trial for trial in trials if trial is not alive[0]]
     rest.sort(key=lambda trial: (-len(trial.leading), trial.typical))
     return GuardRecord(
-        trials=tuple(_record(trial, measurements, predictions) for trial in (alive[0], *rest)),
+        candidates=tuple(_record(trial, measurements, predictions) for trial in (alive[0], *rest)),
         rounds=tuple(took_part),
         fragile=tuple(fragile),
         best_rule=best_rule.candidate.rule if best_rule else None,
@@ -208,11 +208,11 @@ def departs_more(mine: set[int], other: set[int]) -> bool:
     return sign_test(len(mine - other), len(other - mine)) <= SIGNIFICANT
 
 
-def _record(trial: _Trial, measurements: Measurements, predictions: Predictions) -> TrialRecord:
+def _record(trial: _Trial, measurements: Measurements, predictions: Predictions) -> CandidateRecord:
     precisions = trial.candidate.precisions
     samples = list(dict.fromkeys((*trial.leading, *trial.errors)))
     point = predictions.allocation(precisions)
-    return TrialRecord(
+    return CandidateRecord(
         names=trial.candidate.names,
         rule=trial.candidate.rule,
         precisions=precisions,

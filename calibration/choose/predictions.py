@@ -59,7 +59,7 @@ def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[All
     if budget is None:
         fastest = min(latency_model.precisions, key=latency_model.latencies_ms.__getitem__)
         budget = ErrorBudget(DEFAULT_ERROR_FRACTION * gram.error((fastest,) * gram.num_steps))
-        wording = f"default budget: at most {DEFAULT_ERROR_FRACTION:g} of the error of uniform {fastest}"
+        wording = f"by default, predicted error at most {DEFAULT_ERROR_FRACTION:g} of uniform {fastest}'s"
     elif isinstance(budget, LatencyBudget):
         wording = f"latency at most {budget.ratio:g} of {reference}"
     elif isinstance(budget, ErrorBudget):

@@ -16,6 +16,7 @@ from calibration.choose.stored_prediction import StoredPrediction
 from calibration.document import Sensitivity
 from calibration.records import (
     CalibrationSettings,
+    CandidateRecord,
     CorrelationRecord,
     DepartureRecord,
     FitPoint,
@@ -25,7 +26,6 @@ from calibration.records import (
     IntervalRecord,
     ParetoPoint,
     ScoreRecord,
-    TrialRecord,
     ValidationRow,
 )
 from calibration.statistics import ratio_interval, typical_interval
@@ -165,7 +165,7 @@ class _Maker:
             own = self.errors(schedule)
             errors = tuple(own[sample] for sample in samples)
             trials.append(
-                TrialRecord(
+                CandidateRecord(
                     names=tuple(why), rule=next((name for name in why if name in rules), None), leading=leading,
                     precisions=schedule, latency=self.prediction.latency(schedule),
                     predicted_error=self.prediction.error(schedule), samples=samples, errors=errors,
@@ -176,7 +176,7 @@ class _Maker:
         best = self._best(rules)
         rounds = ((-(-self.count // 2), len(trials)), (self.count, min(3, len(trials))))
         return GuardRecord(
-            trials=tuple(trials), rounds=rounds, best_rule=best,
+            candidates=tuple(trials), rounds=rounds, best_rule=best,
             fragile=tuple(sample for sample in FRAGILE if sample < self.count),
             calls={chosen[-1]: sum(trial.calls for trial in trials)},
         )  # fmt: skip

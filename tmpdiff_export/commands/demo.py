@@ -135,7 +135,7 @@ def conclusions(found: Sensitivity) -> Iterator[str]:
         found: a calibration with validation rows.
     """
     from tmpdiff_export.commands.tables import verdict
-    from tmpdiff_export.display import schedule_strip
+    from tmpdiff_export.display import interval, schedule_strip
 
     yield f"schedule: {schedule_strip(found.schedule)}"
     rows = {row.name: row for row in found.validation}
@@ -146,7 +146,7 @@ def conclusions(found: Sensitivity) -> Iterator[str]:
     fastest = min((rows[f"uniform {name}"] for name in found.precisions), key=lambda row: row.latency)
     if fastest.typical.value > 0:
         yield (
-            f"it has {chosen.typical.value / fastest.typical.value:.2f} of the typical error of {fastest.name}, at "
+            f"it has {interval(fastest.against, '.2f')} of the typical error of {fastest.name}, at "
             f"{chosen.latency / fastest.latency:.2f} times its latency"
         )
     yield from verdict(found)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from calibration.document import Sensitivity
-from calibration.records import DepartureRecord, TransferRecord
+from calibration.records import DepartureRecord, QualityRecord, TransferRecord, ValidationRow
 from tmpdiff_export.display import departures, interval, number, print_table, schedule_strip
 
 NAME_WIDTH = 36
@@ -54,7 +54,13 @@ def verdict(found: Sensitivity) -> Iterator[str]:
         f"on {len(chosen.sample_errors)} validation prompts: typical error {interval(chosen.typical, '.2e')}, departures "
         f"{departures(chosen.departures)}"
     )
-    if best:
+    if not 0.5 <= (factor := chosen.typical.value / found.predicted_error if found.predicted_error > 0 else 1.0) <= 2:
+        yield f"that is {factor:.2g} times the predicted error: these prompts err {'more' if factor > 1 else 'less'}"
+    if found.quality:
+        yield _quality(found.quality, chosen)
+    if best and best.schedules == chosen.schedules:
+        yield f"the schedule is the {best.name.removeprefix('best rule: ')!r} of the rules, the best one on calibration prompts"
+    elif best:
         yield f"{best.name}: typical error {interval(best.typical, '.2e')}, departures {departures(best.departures)}"
         if best.against and best.standing:
             words = "not distinguishable from 1" if best.standing == "not distinguishable" else best.standing
@@ -66,7 +72,21 @@ def verdict(found: Sensitivity) -> Iterator[str]:
             f"calibration prompts than {found.num_samples} choose better (--samples)"
         )
     else:
-        yield "it loses to no row that is as fast or faster, beyond the 95 % interval"
+        yield (
+            "no schedule that is as fast has a lower typical error beyond its 95 % interval; more validation prompts tell "
+            "close ones apart"
+        )
+
+
+def _quality(asked: QualityRecord, chosen: ValidationRow) -> str:
+    """Whether unseen prompts have the picture quality that calibration prompts were found to have."""
+    name, unit = ("SSIM", "") if asked.metric == "ssim" else ("PSNR", " dB")
+    # no PSNR: every picture is identical
+    found = chosen.ssim if asked.metric == "ssim" else chosen.psnr_db or math.inf
+    if found is None:
+        return f"{name} was not measured on validation prompts"
+    word = "as asked" if found >= asked.target else f"BELOW the {asked.target:g}{unit} asked for"
+    return f"{name} on validation prompts: {found:.4g}{unit}, {word}; a picture budget is met by measuring pictures, without a guard"
 
 
 def print_validation(found: Sensitivity) -> None:
@@ -88,6 +108,8 @@ def print_validation(found: Sensitivity) -> None:
         [
             f"latency: mean step latency over that of {found.precisions[0]}; in brackets 95 % intervals",
             "schedule's / its: the schedule's typical error over the row's; neither worse nor better where the interval holds 1",
+            f"a rule such as 'first 7 (int8)' has its first 7 steps at {found.precisions[0]}, the others at int8; 'uniform, mixed' "
+            "shares pictures out among uniform precisions",
         ],
     )
 
@@ -169,11 +191,11 @@ def _print_fit(found: Sensitivity) -> None:
 
 
 def _print_guard(found: Sensitivity) -> None:
-    if found.guard is None or not found.guard.trials:
+    if found.guard is None or not found.guard.candidates:
         return
     guard = found.guard
     rows = []
-    for index, trial in enumerate(guard.trials):
+    for index, trial in enumerate(guard.candidates):
         marks = [
             *(["winner"] if index == 0 else []),
             *(["best rule"] if trial.rule and trial.rule == guard.best_rule else []),
@@ -184,6 +206,7 @@ def _print_guard(found: Sensitivity) -> None:
                 f"{trial.latency:.3f}",
                 str(trial.leading) + (f" + {more}" if (more := len(trial.samples) - trial.leading) else ""),
                 _short(interval(trial.typical, ".1e")),
+                _short(f"{trial.expected:.2e}"),
                 _count(trial.departures),
                 str(trial.calls),
                 "; ".join([*marks, *(f"also {name}" for name in trial.names[1:])]),
@@ -191,11 +214,13 @@ def _print_guard(found: Sensitivity) -> None:
         )
     print_table(
         "Guard: candidates on calibration prompts",
-        ["candidate", "latency", "prompts", "typical error", "departures", "calls", ""],
+        ["candidate", "latency", "prompts", "typical error", "expected", "departures", "calls", ""],
         rows,
         [
             f"denoiser calls for the guard: {sum(guard.calls.values())}",
-            "prompts: drawn at random, which typical errors are of, and fragile ones, that departures were looked for on as well",
+            "prompts: those that typical errors are of, and fragile ones, on which only departures are looked for",
+            "expected: typical error averaged with the predicted one, where few prompts leave it noisy; the least wins among "
+            "candidates that do not depart significantly more often",
         ],
     )
 

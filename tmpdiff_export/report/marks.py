@@ -67,7 +67,7 @@ def tried(found: Sensitivity) -> tuple[Mark, ...]:
     if found.guard is None:
         return ()
     marks = []
-    for index, trial in enumerate(found.guard.trials):
+    for index, trial in enumerate(found.guard.candidates):
         kind = (
             "chosen" if index == 0 else "best rule" if trial.rule and trial.rule == found.guard.best_rule else "other"
         )

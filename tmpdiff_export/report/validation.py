@@ -40,7 +40,7 @@ def validation(found: Sensitivity) -> str:
     return (
         f"{lead}{_verdict(found)}{figure}{table(head, rows, 'validation')}{_explained(found)}"
         '<p class="note">Typical error: mean of E in which no prompt counts for more than ten medians; in brackets the 95 % '
-        "interval over resampled prompts, which is too narrow with few of them. A dot is a departure, a run that ended "
+        "interval over resampled prompts, widened where they are few. A dot is a departure, a run that ended "
         "elsewhere: E above .05 and ten medians; in brackets the interval of their share. Schedule's / its: typical error of "
         "the schedule over that of the row, of the same prompts; below 1 the schedule is better. Latency is computed from "
         f"the measured step latencies. SSIM and PSNR compare the pictures with those of {reference}; a dash for PSNR: "

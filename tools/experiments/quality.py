@@ -110,7 +110,7 @@ def _candidates(record: GuardRecord, reference: str) -> list[dict[str, Any]]:
             "samples": len(trial.samples),
             "calls": trial.calls,
         }
-        for trial in record.trials
+        for trial in record.candidates
     ]
 
 

@@ -160,7 +160,7 @@ def test_latency_budget_finds_nearly_the_best_of_all_schedules(ratio):
         for names in [("fp16",) * a + ("int8",) * b + ("int4",) * c]
     )
     assert found.chosen.error <= 1.02 * best
-    for trial in found.guard.trials:
+    for trial in found.guard.candidates:
         assert trial.latency <= ratio
 
 
@@ -173,7 +173,7 @@ def test_error_budget_and_default_budget():
     default = run(budget=None).sensitivity
     assert default.predicted_error <= 0.25 * default.pareto[0].error
     assert default.pareto[0].precisions == ("int4",) * STEPS
-    assert default.budget == "default budget: at most 0.25 of the error of uniform int4"
+    assert default.budget == "by default, predicted error at most 0.25 of uniform int4's"
     assert 0.375 < default.predicted_latency < 1
 
 
@@ -350,7 +350,7 @@ def test_a_stored_calibration_predicts_as_the_calibration_did(budget, tmp_path):
         assert prediction.latency(point.precisions) == point.latency
     for point in found.fit_points:
         assert prediction.error(point.precisions) == point.predicted[found.predictor]
-    for trial in found.guard.trials:
+    for trial in found.guard.candidates:
         assert prediction.error(trial.precisions) == trial.predicted_error
         assert prediction.latency(trial.precisions) == trial.latency
     assert prediction.error(found.schedule) == found.predicted_error
@@ -366,7 +366,7 @@ def test_schedule_and_document_survive_the_disk(tmp_path):
     schedule = result.schedule("bundle")
     schedule.check(bundle_id="bundle", num_steps=STEPS, precisions=loop().precisions)
     assert schedule.precisions == result.sensitivity.schedule
-    assert schedule.origin == "bisection, 4 steps at fp16"
+    assert schedule.origin == f"bisection, 4 steps at fp16: {result.sensitivity.guard.candidates[0].names[-1]}"
     path.write_text(path.read_text().replace('"method": "bisection"', '"method": "sweep"'))
     with pytest.raises(TmpDiffError, match="altered"):
         Sensitivity.load(path)

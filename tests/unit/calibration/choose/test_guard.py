@@ -73,10 +73,10 @@ def test_the_winner_is_the_candidate_of_least_true_typical_error(num_samples):
     record = guarded(evaluator, found)
     truth = {one.precisions: run_errors(evaluator, one.precisions) for one in found}
     typical = {schedule: float(typical_errors(errors)) for schedule, errors in truth.items()}
-    winner = record.trials[0]
+    winner = record.candidates[0]
     assert winner.precisions == min(typical, key=typical.get)
     assert winner.leading == len(winner.samples) == num_samples
-    for trial in record.trials:
+    for trial in record.candidates:
         np.testing.assert_allclose(trial.errors, truth[trial.precisions][list(trial.samples)], rtol=1e-12)
         leading = np.array(trial.errors[: trial.leading])
         assert trial.typical.value == pytest.approx(float(typical_errors(leading)))
@@ -95,8 +95,8 @@ def test_a_candidate_that_departs_significantly_more_gives_way():
         assert (errors[early_high] < 0.05).all()
         assert typical_errors(errors[early_low]) < 0.5 * typical_errors(errors[early_high])
         record = guarded(evaluator, other_candidates(early_low, early_high))
-        assert record.trials[0].names == (expected,), fragile
-        trial = next(trial for trial in record.trials if trial.names == (early_low,))
+        assert record.candidates[0].names == (expected,), fragile
+        trial = next(trial for trial in record.candidates if trial.names == (early_low,))
         assert (trial.departures.count, trial.departures.samples) == (len(fragile), 40)
         assert trial.departures.low <= len(fragile) / 40 <= trial.departures.high
 
@@ -120,14 +120,14 @@ def test_departures_are_looked_for_on_fragile_samples_from_the_first_round():
         *(pattern for pattern in with_high_steps(2, 28) if not pattern.startswith("HH")),
     )
     record = guarded(evaluator, other_candidates(*patterns), fragile)
-    assert record.trials[0].names == ("HHLLLLLH",)
+    assert record.candidates[0].names == ("HHLLLLLH",)
     assert record.fragile == fragile
     assert record.rounds[0] == (20, len(patterns))
-    for trial in record.trials:
+    for trial in record.candidates:
         assert set(fragile) <= set(trial.samples)
         assert trial.departures.count == (0 if trial.names[0].startswith("HH") else len(fragile)), trial.names
         assert len(set(trial.samples)) == len(trial.samples)
-    survivors = [trial.names[0] for trial in record.trials if trial.leading == 80]
+    survivors = [trial.names[0] for trial in record.candidates if trial.leading == 80]
     assert set(survivors) >= {"HHLLLLLL", "HHLLLLLH"}, "although their typical errors are the worst"
 
 
@@ -135,8 +135,8 @@ def test_a_sample_that_departs_whatever_is_low_counts_against_nobody():
     fragile = (0, 5, 9, 22, 39)
     evaluator = fragile_loop(fragile, early=STEPS)
     record = guarded(evaluator, other_candidates("LLLLLLHH", "HHLLLLLL"))
-    assert record.trials[0].names == ("LLLLLLHH",)
-    assert [trial.departures.count for trial in record.trials] == [5, 5]
+    assert record.candidates[0].names == ("LLLLLLHH",)
+    assert [trial.departures.count for trial in record.candidates] == [5, 5]
 
 
 def test_significance_is_that_of_a_sign_test():
@@ -167,13 +167,13 @@ def test_rounds_halve_the_candidates_and_keep_the_best_rule():
     record = guarded(evaluator, [*others, *rules])
     assert [size for size, _ in record.rounds] == [20, 40, 80]
     assert [count for _, count in record.rounds] == [14, 8, 5], "the better half, and the best rule"
-    assert [trial.leading for trial in record.trials] == [80] * 5 + [40] * 3 + [20] * 6
-    last = [trial for trial in record.trials if trial.leading == 80]
+    assert [trial.leading for trial in record.candidates] == [80] * 5 + [40] * 3 + [20] * 6
+    last = [trial for trial in record.candidates if trial.leading == 80]
     assert [trial.rule for trial in last if trial.rule] == [record.best_rule]
     for leading in (80, 40, 20):
-        values = [trial.typical.value for trial in record.trials if trial.leading == leading]
+        values = [trial.typical.value for trial in record.candidates if trial.leading == leading]
         assert values == sorted(values)
-    orders = {trial.samples[:20] for trial in record.trials}
+    orders = {trial.samples[:20] for trial in record.candidates}
     assert len(orders) == 1, "the same samples, so that they can be compared in pairs"
     assert orders != {tuple(range(20))}, "drawn at random"
 
@@ -187,7 +187,7 @@ def test_rounds_double_their_samples(num_samples, sizes):
     both = [Candidate(("fp16", "int4"), ("b",), None), Candidate(("int4", "fp16"), ("a",), None)]
     record = guarded(evaluator, both)
     assert [size for size, _ in record.rounds] == sizes
-    assert record.trials[0].names == ("a",)
+    assert record.candidates[0].names == ("a",)
 
 
 def test_calls_and_runs_are_counted_exactly():
@@ -205,10 +205,10 @@ def test_calls_and_runs_are_counted_exactly():
         name: counted.calls[name] - before[name] for name in counted.precisions if counted.calls[name] > before[name]
     }
     assert record.calls == spent == measured.calls["calibration: guard"]
-    assert sum(trial.calls for trial in record.trials) == sum(spent.values())
-    uniform = next(trial for trial in record.trials if trial.names == ("LLLLLLLL",))
+    assert sum(trial.calls for trial in record.candidates) == sum(spent.values())
+    uniform = next(trial for trial in record.candidates if trial.names == ("LLLLLLLL",))
     assert uniform.calls == 0
-    assert len(seen) == sum(len(trial.samples) for trial in record.trials)
+    assert len(seen) == sum(len(trial.samples) for trial in record.candidates)
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
     totals = {total for _, total in seen}
     assert len(totals) == 1
@@ -326,7 +326,7 @@ def test_it_finds_the_best_where_the_downcast_sum_misleads(budget):
     high = 3 if isinstance(budget, HighSteps) else found.schedule.count("fp16")
     best = min(validation.true_error(letters(pattern)) for pattern in with_high_steps(high, 70))
     assert validation.true_error(found.schedule) == pytest.approx(best)
-    trials = {name: trial for trial in found.guard.trials for name in trial.names}
+    trials = {name: trial for trial in found.guard.candidates for name in trial.names}
     assert trials["gram"].precisions == found.schedule
     assert trials["downcast sum"].precisions[: STEPS // 2].count("fp16") == 0, "it sees the larger single errors only"
     assert trials["downcast sum"].typical.value > 1.5 * trials["gram"].typical.value
@@ -346,10 +346,10 @@ def test_a_calibration_holds_the_first_steps_where_samples_depart(budget):
     assert calm.schedule[:2] == ("int4", "int4"), "what all samples lose by them is the least"
     assert parting.schedule[0] == "fp16"
     assert parting.predicted_latency <= calm.predicted_latency
-    winner = parting.guard.trials[0]
+    winner = parting.guard.candidates[0]
     assert "gram, first 1 held" in winner.names
     assert winner.departures.count == 0
-    plain = next(trial for trial in parting.guard.trials if "gram" in trial.names)
+    plain = next(trial for trial in parting.guard.candidates if "gram" in trial.names)
     assert plain.departures.count == 5
     assert plain.typical.value < winner.typical.value
     assert parting.chosen.departures.count == 0

@@ -6,7 +6,7 @@ import pytest
 from helpers import made_up
 
 from calibration.document import Sensitivity
-from calibration.records import IntervalRecord
+from calibration.records import IntervalRecord, QualityRecord
 from tmpdiff_export.commands.tables import print_sensitivity, verdict
 from tmpdiff_export.display import schedule_strip
 
@@ -47,9 +47,10 @@ def test_everything_is_printed(found: Sensitivity, capsys: pytest.CaptureFixture
     guard = found.guard
     assert guard is not None
     trials = cells(printed, "Guard: candidates")
-    assert [row[0] for row in trials] == [trial.names[0] for trial in guard.trials]
-    for row, trial in zip(trials, guard.trials, strict=True):
-        assert row[4:6] == [f"{trial.departures.count} of {trial.departures.samples}", str(trial.calls)]
+    assert [row[0] for row in trials] == [trial.names[0] for trial in guard.candidates]
+    for row, trial in zip(trials, guard.candidates, strict=True):
+        assert float(row[4]) == pytest.approx(trial.expected, rel=6e-3)
+        assert row[5:7] == [f"{trial.departures.count} of {trial.departures.samples}", str(trial.calls)]
     assert trials[0][-1].startswith("winner")
     assert f"denoiser calls for the guard: {sum(guard.calls.values())}" in printed
     rows = cells(printed, "Validation prompts")
@@ -63,6 +64,35 @@ def test_everything_is_printed(found: Sensitivity, capsys: pytest.CaptureFixture
             )
     assert f"schedule: {schedule_strip(found.schedule)}" in printed
     assert f"predicted E {found.predicted_error:.3e} from 24 calibration prompts, by gram" in printed
+
+
+def test_a_picture_budget_that_unseen_prompts_miss_says_so(found: Sensitivity) -> None:
+    chosen = found.chosen
+    assert chosen is not None
+    assert chosen.ssim is not None
+    for target, word in ((chosen.ssim - 1e-4, "as asked"), (chosen.ssim + 1e-3, "BELOW the ")):
+        asked = found.model_copy(update={"quality": QualityRecord(metric="ssim", target=target), "guard": None})
+        assert [word in line for line in verdict(asked) if line.startswith("SSIM on validation prompts: ")] == [True]
+
+
+def test_predictions_that_unseen_prompts_do_not_bear_out_say_so(found: Sensitivity) -> None:
+    chosen = found.chosen
+    assert chosen is not None
+    low = found.model_copy(update={"predicted_error": chosen.typical.value / 3})
+    assert [line for line in verdict(low) if "times the predicted" in line] == [
+        "that is 3 times the predicted error: these prompts err more"
+    ]
+
+
+def test_a_schedule_that_is_the_best_rule_says_so(found: Sensitivity) -> None:
+    chosen, best = found.chosen, found.best_rule
+    assert chosen is not None
+    assert best is not None
+    same = tuple(
+        row.model_copy(update={"schedules": chosen.schedules}) if row is best else row for row in found.validation
+    )
+    lines = list(verdict(found.model_copy(update={"validation": same})))
+    assert any(line.startswith("the schedule is the ") for line in lines)
 
 
 @pytest.mark.parametrize("precisions", [("fp16", "int8"), ("fp16", "fp8", "int8", "int4", "nvfp4")])
@@ -98,7 +128,7 @@ def test_the_verdict_goes_by_the_interval(found: Sensitivity, low: float, high: 
         f"the schedule has {against.value:.2f} [{low:.2f}, {high:.2f}] of the best rule's typical error: {word}"
     )
     assert (f"LOSES on validation to: {best.name} " in lines[3]) == (word == "worse")
-    assert ("it loses to no row that is as fast or faster" in lines[3]) == (word != "worse")
+    assert ("no schedule that is as fast has a lower typical error" in lines[3]) == (word != "worse")
 
 
 def test_without_validation_that_is_said(found: Sensitivity, capsys: pytest.CaptureFixture[str]) -> None:

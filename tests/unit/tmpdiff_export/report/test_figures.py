@@ -14,7 +14,7 @@ from PIL import Image
 
 from calibration.choose.stored_prediction import StoredPrediction, stored_gram
 from calibration.document import Sensitivity
-from calibration.records import TrialRecord
+from calibration.records import CandidateRecord
 from tmpdiff_export.report.gram import ALIKE, OPPOSED, colours, correlations
 from tmpdiff_export.report.latency import rule_points, ruled_precision
 from tmpdiff_export.report.marks import shortened
@@ -118,9 +118,11 @@ def test_pareto_figure_has_the_schedule_and_every_baseline(text: str, found: Sen
 def test_rows_are_in_order_and_have_their_intervals(text: str, found: Sensitivity, name: str) -> None:
     assert found.guard is not None
     svg = figures(text)[name]
-    rows = found.guard.trials if name == "guard" else found.validation
+    rows = found.guard.candidates if name == "guard" else found.validation
     typical = {
-        shortened(row.names[0] if isinstance(row, TrialRecord) else row.name.removeprefix("best rule: ")): row.typical
+        shortened(
+            row.names[0] if isinstance(row, CandidateRecord) else row.name.removeprefix("best rule: ")
+        ): row.typical
         for row in rows
     }
     labels = [element.text for element in svg.iter("text") if element.text in typical]

@@ -94,13 +94,13 @@ def test_hostile_prompt_is_text(parsed: Parsed) -> None:
 def test_hostile_documents_are_text(manifest: Manifest, found: Sensitivity) -> None:
     row = found.validation[1].model_copy(update={"name": HOSTILE})
     assert found.guard is not None
-    first, second, *others = found.guard.trials
+    first, second, *others = found.guard.candidates
     trials = (first.model_copy(update={"names": (HOSTILE, HOSTILE)}), second, *others)
     hostile = found.model_copy(
         update={
             "budget": HOSTILE,
             "validation": (found.validation[0], row, *found.validation[2:]),
-            "guard": found.guard.model_copy(update={"trials": trials, "best_rule": HOSTILE}),
+            "guard": found.guard.model_copy(update={"candidates": trials, "best_rule": HOSTILE}),
             "calls": {HOSTILE: {"fp16": 1}},
         }
     )
@@ -152,10 +152,10 @@ def test_every_candidate_of_the_guard_is_shown(parsed: Parsed, manifest: Manifes
     record = found.guard
     assert record is not None
     rows = parsed.tables["guard"][1:]
-    assert len(rows) == len(record.trials) > 4
-    for cells, trial in zip(rows, record.trials, strict=True):
+    assert len(rows) == len(record.candidates) > 4
+    for cells, trial in zip(rows, record.candidates, strict=True):
         assert cells[0].startswith(trial.names[0])
-        assert ("winner" in cells[0]) == (trial is record.trials[0])
+        assert ("winner" in cells[0]) == (trial is record.candidates[0])
         assert ("best rule" in cells[0]) == (record.best_rule == trial.rule)
         assert all(name in cells[0] for name in trial.names)
         assert float(cells[2]) == pytest.approx(trial.latency, abs=6e-4)
@@ -164,12 +164,13 @@ def test_every_candidate_of_the_guard_is_shown(parsed: Parsed, manifest: Manifes
         value, low, high = (float(word) for word in re.findall(r"[\d.]+e-\d+", cells[5]))
         typical = trial.typical
         assert (value, low, high) == pytest.approx((typical.value, typical.low, typical.high), rel=6e-3)
-        assert cells[6].startswith(f"{trial.departures.count} of {trial.departures.samples}[")
-        assert int(cells[7].replace(",", "")) == trial.calls
+        assert float(cells[6]) == pytest.approx(trial.expected, rel=6e-3)
+        assert cells[7].startswith(f"{trial.departures.count} of {trial.departures.samples}[")
+        assert int(cells[8].replace(",", "")) == trial.calls
     drawn = [cell["title"].partition(": ")[2] for cell in parsed.named("i", "guard") if "title" in cell]
-    assert drawn == [name for trial in record.trials for name in trial.precisions]
+    assert drawn == [name for trial in record.candidates for name in trial.precisions]
     assert f"{sum(record.calls.values()):,} denoiser calls" in parsed.text["guard"]
-    assert f"the winner is {record.trials[0].names[0]}" in parsed.text["guard"]
+    assert f"the winner is {record.candidates[0].names[0]}" in parsed.text["guard"]
     none = Parsed(page(manifest, found.model_copy(update={"guard": None})))
     assert "No guard was held" in none.text["guard"]
 
@@ -177,7 +178,7 @@ def test_every_candidate_of_the_guard_is_shown(parsed: Parsed, manifest: Manifes
 def test_departures_are_dots(parsed: Parsed, found: Sensitivity) -> None:
     assert found.guard is not None
     counts = {
-        "guard": [trial.departures.count for trial in found.guard.trials],
+        "guard": [trial.departures.count for trial in found.guard.candidates],
         "validation": [row.departures.count for row in found.validation if row.departures],
     }
     for section, expected in counts.items():

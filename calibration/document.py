@@ -144,7 +144,9 @@ class Sensitivity(Record):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise TmpDiffError(f"sensitivity {path} is malformed: {one_line(error)}") from error
+            raise TmpDiffError(
+                f"sensitivity {path} is malformed: {one_line(error)}; calibrate the bundle anew"
+            ) from error
 
     def save(self, path: Path) -> None:
         """Writes the document atomically."""

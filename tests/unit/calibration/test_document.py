@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ def test_a_loss_is_beyond_the_interval_and_no_slower() -> None:
 
 
 # documents that contradict themselves -----------------------------------------------------------------------------
+
+
+@functools.cache
+def whole() -> str:
+    return made_up.calibration(8, ("fp16", "int8", "int4")).model_dump_json()
 
 
 def changed(data: dict[str, Any], at: str, value: object) -> None:
@@ -145,11 +151,12 @@ def changed(data: dict[str, Any], at: str, value: object) -> None:
 def test_a_document_that_contradicts_itself_is_refused_in_one_line(
     tmp_path: Path, at: str, value: object, words: str
 ) -> None:
-    data = made_up.calibration(8, ("fp16", "int8", "int4")).model_dump(mode="json")
+    data = json.loads(whole())
     changed(data, at, value)
     path = tmp_path / "sensitivity.json"
     write_document(path, data)
     with pytest.raises(TmpDiffError, match=words) as caught:
         Sensitivity.load(path)
     assert str(caught.value).startswith(f"sensitivity {path} is malformed: ")
+    assert str(caught.value).endswith("; calibrate the bundle anew")
     assert "\n" not in str(caught.value)

@@ -12,13 +12,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from calibration.records import IntervalRecord
 from engines.cli import guarded
 from engines.documents import read_json
 from engines.errors import TmpDiffError
 from engines.files import atomic_write_text
 from tmpdiff_export.display import print_table, progress_bar
 from tools.experiments.figures import save
+from tools.experiments.statistics import Interval
 from tools.experiments.study import Study, add_study_arguments, open_study
 
 DIGITS = 5
@@ -194,7 +194,7 @@ def verdict(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def wording(interval: IntervalRecord, form: str = ".3f") -> str:
+def wording(interval: Interval, form: str = ".3f") -> str:
     """An interval in words, "0.981 [0.972, 0.990]"."""
     return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 

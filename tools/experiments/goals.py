@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calibration.choose.guard import SIGNIFICANT as SIGNIFICANT
-from calibration.records import IntervalRecord
+from tools.experiments.statistics import Interval
 
 R2 = 0.98
 """Least R^2 of the Gram matrix on unseen prompts."""
@@ -24,7 +24,7 @@ CALLS = 0.6
 """Largest share of the calls that the calibrator took before."""
 
 
-def at_most(found: IntervalRecord, limit: float) -> str:
+def at_most(found: Interval, limit: float) -> str:
     """A verdict: "not distinguishable" where the figure is above, and its interval reaches the limit."""
     if found.value <= limit:
         return "met"

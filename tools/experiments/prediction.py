@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def _fit(measured: dict[str, Any], predictor: str) -> dict[str, Any]:
     typical = typical_errors(errors)
     interval = bootstrap_interval(lambda rows: r_squared(predicted, typical_errors(errors[:, rows])), errors.shape[1])
     return {
-        "r2": interval.model_dump(),
+        "r2": asdict(interval),
         "log_scatter": log_scatter(predicted, typical),
         "spearman": spearman(predicted, typical),
         "spearman_within": spearman_within(counts, predicted, typical),

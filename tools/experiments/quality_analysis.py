@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tools.experiments import goals
 from tools.experiments.command import Analysis, Goal, verdict, wording
 from tools.experiments.figures import label
 from tools.experiments.schedules import LOW, fixed_rules
-from tools.experiments.statistics import bootstrap_interval
+from tools.experiments.statistics import Interval, bootstrap_interval
 
 SCHEDULE, RANDOM, MIXED, UNIFORM = "schedule", "random", "uniform, mixed", "uniform"
 PICTURES = {"dissimilarity": "1 - SSIM", "lpips": "LPIPS"}
@@ -108,7 +109,7 @@ def _cell(measured: dict[str, Any], count: int) -> dict[str, Any]:
         "best_rule": best,
         "typical": {name: typical_interval(values, weights.get(name)).model_dump() for name, values in errors.items()},
         "ratios": ratios,
-        "verdict": goals.at_most(IntervalRecord(**ratio), goals.OVER_RULE) if ratio else "met",
+        "verdict": goals.at_most(Interval(**ratio), goals.OVER_RULE) if ratio else "met",
         "pictures": {key: {name: float(found[key].mean()) for name, found in distances.items()} for key in pictures},
         "picture_ratios": {
             key: {
@@ -149,7 +150,7 @@ def _equal() -> dict[str, float]:
 def _means_ratio(mine: np.ndarray, others: np.ndarray) -> dict[str, float] | None:
     if not others.mean() > 0:
         return None
-    return bootstrap_interval(lambda rows: float(mine[rows].mean() / others[rows].mean()), len(mine)).model_dump()
+    return asdict(bootstrap_interval(lambda rows: float(mine[rows].mean() / others[rows].mean()), len(mine)))
 
 
 def _goals(subject: str, cell: dict[str, Any]) -> list[Goal]:
@@ -157,7 +158,7 @@ def _goals(subject: str, cell: dict[str, Any]) -> list[Goal]:
     for name, source, limit in (("best rule", cell["best_rule"], goals.OVER_RULE), (MIXED, MIXED, goals.OVER_MIXED)):
         ratio = cell["ratios"][name]
         if ratio:
-            interval = IntervalRecord(**ratio)
+            interval = Interval(**ratio)
             target = f"typical error <= {limit} of {source}"
             found.append(Goal(subject, target, wording(interval), goals.at_most(interval, limit)))
     departures, calls = cell["departures"], cell["calls"]

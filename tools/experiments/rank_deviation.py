@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from calibration.records import IntervalRecord
 from calibration.scores.bisection import default_evaluations
 from calibration.scores.single_step import sweep_calls
 from tools.experiments import single_steps
@@ -24,6 +24,7 @@ from tools.experiments.figures import INK, RANDOM, colour, headline, label, pane
 from tools.experiments.replay import METHODS, Method
 from tools.experiments.schedules import counts_between
 from tools.experiments.statistics import (
+    Interval,
     bootstrap_interval,
     error_regret,
     error_regret_at,
@@ -52,7 +53,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
             "split_halves": _split_halves(measured),
         }
         found = found_by["bisection"]
-        deviation, regret = IntervalRecord(**found["deviation"]), IntervalRecord(**found["regret"])
+        deviation, regret = Interval(**found["deviation"]), Interval(**found["regret"])
         goals.append(
             Goal(
                 label(precision, setting["backend"]),
@@ -90,7 +91,7 @@ def _at_default(measured: dict[str, Any], method: Method) -> dict[str, Any]:
     """Figures with the calibrator's own number of evaluations; the curve is resampled over samples."""
     samples, num_steps = np.array(measured["downcast"]).shape
 
-    def figure_of(of: Any) -> IntervalRecord:
+    def figure_of(of: Any) -> Interval:
         def statistic(rows: np.ndarray) -> float:
             truth = curve(measured, "downcast", rows)
             return float(of(truth, method(truth, default_evaluations(num_steps)).scores))
@@ -102,10 +103,10 @@ def _at_default(measured: dict[str, Any], method: Method) -> dict[str, Any]:
     return {
         "evaluations": found.evaluations,
         "calls_share": found.calls / sweep_calls(num_steps, 1),
-        "deviation": figure_of(rank_deviation).model_dump(),
+        "deviation": asdict(figure_of(rank_deviation)),
         "deviation_at": rank_deviation_at(truth, found.scores).tolist(),
-        "regret": figure_of(error_regret).model_dump(),
-        "regret_in_range": figure_of(regret_in_range).model_dump(),
+        "regret": asdict(figure_of(error_regret)),
+        "regret_in_range": asdict(figure_of(regret_in_range)),
     }
 
 

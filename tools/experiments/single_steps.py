@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -79,14 +80,14 @@ def analyse(content: dict[str, Any]) -> Analysis:
                 "low": [band.low for band in bands],
                 "high": [band.high for band in bands],
                 "decades": float(np.log10(positive.max() / positive.min())) if len(positive) else None,
-                "sum_over_uniform": total.model_dump(),
+                "sum_over_uniform": asdict(total),
                 "highest_steps": np.argsort(-sums[direction], kind="stable")[:5].tolist(),
             }
         if "upcast" in sums:
             entry["rank_correlation"] = spearman(sums["downcast"], sums["upcast"])
-        entry["uniform"] = bootstrap_interval(
-            lambda rows, u=uniform: float(typical_errors(u[rows])), len(uniform)
-        ).model_dump()
+        entry["uniform"] = asdict(
+            bootstrap_interval(lambda rows, u=uniform: float(typical_errors(u[rows])), len(uniform))
+        )
         findings[precision] = entry
         for sample in np.flatnonzero(departed(uniform)):
             words = f"{precision}: sample {sample} departs, E = {uniform[sample]:.3f} with all steps at {precision}"

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import rankdata
 
-from calibration.records import IntervalRecord
 from calibration.statistics import CONFIDENCE, DRAWS
 
 
-def bootstrap_interval(statistic: Callable[..., float], *sizes: int, draws: int = DRAWS) -> IntervalRecord:
+@dataclass(frozen=True)
+class Interval:
+    """A statistic of all samples, of either sign, and the bounds of its confidence interval; NaN where it has none."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(statistic: Callable[..., float], *sizes: int, draws: int = DRAWS) -> Interval:
     """Percentile bootstrap (Efron, Annals of Statistics 7, 1979) over samples.
 
     What was measured on the same samples stays paired: the statistic gets indices, and picks with them from as many
@@ -33,9 +42,9 @@ def bootstrap_interval(statistic: Callable[..., float], *sizes: int, draws: int 
     value = float(statistic(*(np.arange(size) for size in sizes)))
     values = values[np.isfinite(values)]
     if not len(values):
-        return IntervalRecord(value=value, low=float("nan"), high=float("nan"))
+        return Interval(value, float("nan"), float("nan"))
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return IntervalRecord(value=value, low=float(low), high=float(high))
+    return Interval(value, float(low), float(high))
 
 
 def r_squared(predicted: np.ndarray, measured: np.ndarray) -> float:

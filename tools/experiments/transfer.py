@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def _schedules(study: Study, precision: str, rankings: dict[str, np.ndarray]) ->
 
 def _over(values: np.ndarray, fresh: np.ndarray) -> dict[str, float]:
     """Mean E over that of the fresh schedule, with a 95 % interval over samples."""
-    return bootstrap_interval(lambda pick: float(values[pick].mean() / fresh[pick].mean()), len(values)).model_dump()
+    return asdict(bootstrap_interval(lambda pick: float(values[pick].mean() / fresh[pick].mean()), len(values)))
 
 
 def _highest(scores: np.ndarray, count: int) -> str:

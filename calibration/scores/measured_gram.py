@@ -38,19 +38,20 @@ def measured_gram(
 ) -> MeasuredGram:
     """The Gram matrix of measured downcasts, without the floor of the reference's own rounding.
 
-    Costs one more run of the reference per sample, which shows that floor.
+    Costs one more run of the reference per sample, which shows that floor; nothing where there are no curves.
 
     Args:
         measurements: of the calibration samples.
         curves: of every low precision, in order.
         correlations: carried ones; None takes those of the vectors in `curves`.
     """
-    samples = range(measurements.num_samples)
-    measurements.expect_nudged()
-    nudged = vectors_of([[measurements.nudged(sample) for sample in samples]])
     vectors = {curve.precision: (curve.steps, curve.vectors) for curve in curves}
     found = correlations or correlate(vectors)
-    floor = rounding_floor(nudged, vectors, measurements.num_steps)
+    floor = np.zeros(measurements.num_steps)
+    if curves:
+        measurements.expect_nudged()
+        nudged = vectors_of([[measurements.nudged(sample) for sample in range(measurements.num_samples)]])
+        floor = rounding_floor(nudged, vectors, measurements.num_steps)
     scores = {curve.precision: curve.search.scores for curve in curves}
     return MeasuredGram(gram(scores, found, floor, measurements.reference), found, floor)
 

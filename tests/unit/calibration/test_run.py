@@ -283,6 +283,7 @@ def test_loop_where_no_low_precision_is_any_use():
     assert found.schedule == ("fp16",) * STEPS
     assert found.scores == found.fit_points == ()
     assert (found.gram, found.guard) == (None, None)
+    assert "calibration: rounding" not in found.calls, "nothing is left to take the floor of rounding off"
     assert [loser.precision for loser in found.dropped] == ["fp8", "int8", "int4"]
     assert found.predicted_error == found.chosen.error == 0
     assert found.chosen.against is None

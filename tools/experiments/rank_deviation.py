@@ -28,6 +28,7 @@ from tools.experiments.statistics import (
     bootstrap_interval,
     error_regret,
     error_regret_at,
+    log_scatter,
     rank_deviation,
     rank_deviation_at,
 )
@@ -103,6 +104,7 @@ def _at_default(measured: dict[str, Any], method: Method) -> dict[str, Any]:
     return {
         "evaluations": found.evaluations,
         "calls_share": found.calls / sweep_calls(num_steps, 1),
+        "log_scatter": log_scatter(found.scores, truth),
         "deviation": asdict(figure_of(rank_deviation)),
         "deviation_at": rank_deviation_at(truth, found.scores).tolist(),
         "regret": asdict(figure_of(error_regret)),

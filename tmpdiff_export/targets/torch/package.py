@@ -89,7 +89,7 @@ class PackageTask:
         shutil.copymode(package, weights)  # safetensors writes files that only their owner may read
         entry = EngineEntry(
             file=file_entry(self.folder, package),
-            weights=self.weights,
+            weights=(self.weights,),
             backend="torch",
             backend_version=VERSION,
             device=self.described,
@@ -112,7 +112,7 @@ class PackageTask:
         finally:
             host.close()
         if self.weights_of is not None:
-            entry = entry.model_copy(update={"weights": self.weights_of})
+            entry = entry.model_copy(update={"weights": (self.weights_of,)})
             weights.unlink()
         return entry.model_copy(update={"sqnr_db": round(measured, 2)})
 

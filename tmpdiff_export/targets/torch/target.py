@@ -133,8 +133,7 @@ def _shared_file(name: str, own: FileEntry, other: EngineEntry) -> FileEntry:
     Raises:
         BuildError: it holds something else.
     """
-    theirs = other.weights
-    assert theirs is not None  # every package has one
+    (theirs,) = other.weights
     if own.sha256 != theirs.sha256:
         raise BuildError(
             f"engine {name} needs other weights than {theirs.path} holds; build it without --share-weights, and "

@@ -141,6 +141,7 @@ def test_build_refuses_to_overwrite_before_its_slow_imports(tmp_path: Path, prom
     [
         ("build", signal.SIGINT, "nothing half-written is left"),
         ("build", signal.SIGTERM, "nothing half-written is left"),
+        ("build", signal.SIGHUP, "nothing half-written is left"),
         ("demo", signal.SIGINT, "the demo starts over when it is run again"),
     ],
 )

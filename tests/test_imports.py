@@ -83,6 +83,7 @@ ROOMS = {
         pipelines
         onnx_graphs
         quantization
+        weights
         display devices
     """,
     "tmpdiff_export.targets": """

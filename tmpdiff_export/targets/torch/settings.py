@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from engines.errors import BackendError
 from engines.precision import REFERENCE, Precision
 
+MAX_WORKERS = 256
+
 
 @dataclass(frozen=True)
 class PackageSettings:
@@ -21,7 +23,7 @@ class PackageSettings:
         workers: processes that compile packages side by side; with 1 it is done in this process.
 
     Raises:
-        BackendError: fewer than 1 worker.
+        BackendError: a number of workers out of range.
     """
 
     share_weights: Precision | None = None
@@ -29,8 +31,8 @@ class PackageSettings:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise BackendError(f"workers is {self.workers}, expected 1 or more")
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise BackendError(f"workers is {self.workers}, expected 1 to {MAX_WORKERS}")
 
     def require_unset(self, backend: str) -> None:
         """Refuses settings that another backend would ignore.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from tmpdiff_export.bundling.engine import (
 from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser, with_larger_batch
 from tmpdiff_export.bundling.manifest import write_manifest
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
-from tmpdiff_export.devices import Batch
+from tmpdiff_export.devices import Batch, on, placed
 from tmpdiff_export.pipelines.load import SourcePipeline, gather_batches, load_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.quantization.codes import AttentionRange
@@ -207,12 +207,15 @@ class _Build:
             float32_inputs=family.float32_inputs,
         )
         shared = self.options.share_weights
-        attention: Mapping[str, AttentionRange] = {}
+        attention: dict[str, AttentionRange] = {}
         if self.options.fp8_attention:
             # it registers an operator with torch, which other backends do not need
-            from tmpdiff_export.targets.torch.attention import attention_ranges
+            from tmpdiff_export.targets.torch.attention import require_ranges, watch_attention
 
-            attention = attention_ranges(module, range_batches, device)
+            with torch.inference_mode(), placed(module, device), watch_attention(module, attention):
+                for batch in range_batches:
+                    module(*on(batch, device))
+            require_ranges(module, attention)
 
         def done() -> int:
             return 1 + sum(precision.value in self.built for precision in self.options.precisions)

@@ -16,13 +16,13 @@ from engines.errors import BuildError
 from engines.manifest import EngineEntry
 from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.exported import ExportedModel
-from tmpdiff_export.devices import CPU, Batch
+from tmpdiff_export.devices import CPU, Batch, placed
 from tmpdiff_export.onnx_graphs.export import save_checked
 from tmpdiff_export.onnx_graphs.qdq import insert_qdq
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer, quantize_layer
 from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
-from tmpdiff_export.quantization.recipes import RECIPES, Variant
+from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.target import EngineJob, Start
 
 # Text encoder and VAE decoder run once per picture, in FP32 math from FP16 weights.
@@ -122,9 +122,10 @@ def start_denoiser(place: Workplace, model: ExportedModel, asked: DenoiserJob) -
     precision, weights_of = asked.precision, asked.weights_of
     recipe = RECIPES[precision]
     trials: list[_Trial] = []
+    quantized = _quantized(model.module, asked) if recipe.variants else {}
     for variant in recipe.variants or (None,):
         name = "none" if variant is None else variant.name
-        layers = {} if variant is None else _quantized(model.module, asked, variant)
+        layers = {} if variant is None else quantized[variant.name]
         graph = insert_qdq(model.graph, layers, recipe) if layers else model.graph
         trial = place.scratch / f"{precision.value}-{name}"
         job = EngineJob(
@@ -214,11 +215,23 @@ def _checked(graph: onnx.ModelProto, folder: Path, name: str) -> Path:
     return path
 
 
-def _quantized(module: torch.nn.Module, asked: DenoiserJob, variant: Variant) -> dict[str, QuantizedLayer]:
-    recipe = RECIPES[asked.precision]
+def _quantized(module: torch.nn.Module, asked: DenoiserJob) -> dict[str, dict[str, QuantizedLayer]]:
+    """The quantized layers by variant of the recipe."""
+    precision = asked.precision
+    recipe = RECIPES[precision]
     names = quantizable_layers(module, DENOISER, recipe)
-    ranges = calibrate_ranges(module, names, recipe, variant, asked.range_batches, asked.range_device)
-    return {name: quantize_layer(found, asked.precision, recipe.block_size) for name, found in ranges.items()}
+
+    def weight(name: str) -> torch.Tensor:
+        return module.get_submodule(name).weight.detach().flatten(1)
+
+    with placed(module, asked.range_device):
+        found = calibrate_ranges(module, {precision: names}, asked.range_batches, weight, asked.range_device)
+    return {
+        variant: {
+            name: quantize_layer(weight(name), item, precision, recipe.block_size) for name, item in ranges.items()
+        }
+        for variant, ranges in found[precision].items()
+    }
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -236,9 +236,8 @@ def made(target: Any, folder: Path, name: str) -> tuple[EngineEntry, Path]:
     layers = {}
     if precision is not Precision.FP16:
         for layer in ("q", "k", "v", "wide", "narrow"):
-            weight = module.get_submodule(layer).weight.detach().numpy()
-            amax = None if recipe.input is None else 6.0
-            layers[layer] = quantize_layer(LayerRange(weight, amax, None), precision, recipe.block_size)
+            found = LayerRange(None if recipe.weight_only else 6.0, None)
+            layers[layer] = quantize_layer(module.get_submodule(layer).weight, found, precision, recipe.block_size)
         graph = insert_qdq(graph, layers, recipe)
     onnx_file = folder / "onnx" / f"{name}.onnx"
     onnx_file.parent.mkdir(exist_ok=True)

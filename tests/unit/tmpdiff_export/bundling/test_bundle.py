@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,14 +179,13 @@ def test_a_build_that_misses_its_floor_fails_and_leaves_nothing(
 
     def too_small(*args):
         found = real(*args)
-        return {
-            name: type(item)(item.weight, item.input_amax / 50, item.pre_quant_scale) for name, item in found.items()
-        }
+        for ranges in (item for variants in found.values() for item in variants.values()):
+            for name, item in ranges.items():
+                ranges[name] = replace(item, input_amax=item.input_amax / 50)
+        return found
 
     recipe = RECIPES[Precision.INT8]
-    monkeypatch.setitem(
-        RECIPES, Precision.INT8, type(recipe)(**{**vars(recipe), "variants": (Variant("max", "max", batch_limit=2),)})
-    )
+    monkeypatch.setitem(RECIPES, Precision.INT8, type(recipe)(**{**vars(recipe), "variants": (Variant("max"),)}))
     monkeypatch.setattr(engine_build, "calibrate_ranges", too_small)
     out = tmp_path / "out"
     with pytest.raises(

@@ -215,8 +215,8 @@ def test_another_gpu_and_files_that_are_no_graphs_are_refused(host: Any, engines
 def made(target: Any, folder: Path, name: str) -> tuple[EngineEntry, Path]:
     """The engine of a precision as `target` makes it."""
     import torch
-
     from tmpdiff_export.bundling.exported import with_larger_batch
+
     from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
     from tmpdiff_export.onnx_graphs.qdq import insert_qdq
     from tmpdiff_export.quantization.codes import LayerRange, quantize_layer

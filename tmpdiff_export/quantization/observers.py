@@ -78,8 +78,9 @@ def observe(
             # note of an earlier observation.
             noted = getattr(data, "_tmpdiff_readers", None)
             if noted is None or noted[0] is not groups:
-                noted = data._tmpdiff_readers = (groups, [])
-                groups.append(noted[1])
+                readers: list[str] = []
+                noted = data._tmpdiff_readers = (groups, readers)
+                groups.append(readers)
             noted[1].append(name)
 
     handle = module.register_forward_pre_hook(begin)

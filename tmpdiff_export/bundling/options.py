@@ -62,8 +62,8 @@ class BuildOptions:
     workers: int = 1
     fp8_attention: tuple[Precision, ...] = ()
     range_device: str = "cpu"
-    keep_stages: bool = False
     restart: bool = False
+    keep_stages: bool = False
 
     @property
     def packages(self) -> PackageSettings:

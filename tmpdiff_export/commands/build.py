@@ -104,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
     require_buildable(options, args.out, backend)
 
     from tmpdiff_export.bundling.bundle import build
-    from tmpdiff_export.display import print_json, progress_bar
+    from tmpdiff_export.display import print_json, print_note, progress_bar
 
     with progress_bar() as report:
-        manifest = build(args.pipeline, args.out, options, report)
+        manifest = build(args.pipeline, args.out, options, report, print_note)
     if args.json:
         print_json({"bundle": str(args.out), **manifest.model_dump(mode="json")})
     else:

@@ -105,12 +105,16 @@ class _Build:
         # Quick to prepare, slow to compile: where workers compile, they have these while the denoiser is prepared.
         self._add(start_text_encoder(site))
         read = OnDevice(site.source.weights.read, options.range_device)
-        runs = gather(site, read)
+        module = site.source.family.wrap(site.source.pipe, site.source.height, site.source.width).eval()
+        runs = gather(site, module, read)
         self._add(start_vae_decoder(site, runs.checks[-1][0][:1]))  # of the last step kept, so close to a clean picture
-        model, checked = denoiser_model(site, runs, read)
-        ranges = find_all_ranges(site, runs, model.module, read)
+        model = denoiser_model(site, module, runs, read)
         engines = DenoiserEngines(
-            site, model, checked, ranges, lambda layer: read(f"{layer.removeprefix(f'{DENOISER}.')}.weight")
+            site,
+            model,
+            find_all_ranges(site, runs, module, read),
+            runs.attention,
+            lambda layer: read(f"{layer.removeprefix(f'{DENOISER}.')}.weight"),
         )
         read.free()
         shared = options.share_weights
@@ -140,7 +144,7 @@ class _Build:
                 RangeCalibrationEntry(
                     prompts_sha256=sha256_bytes(canonical_json(list(options.prompts))),
                     num_prompts=runs.num_prompts,
-                    num_batches=len(runs.ranges),
+                    num_batches=runs.num_batches,
                     seed=options.seed,
                 ),
                 site.denoiser_sha256,

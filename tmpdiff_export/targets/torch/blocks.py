@@ -1,0 +1,264 @@
+"""Compilation of a denoiser whose repeated blocks are compiled once, and called with their own weights.
+
+A denoiser is mostly one or two kinds of block, dozens of times each. Blocks of a kind are found by their exported graphs,
+compared without names. Every kind becomes a package, and so does what lies before, between and after the blocks; a
+list of calls says which package takes which weights and values (`engines.manifest.PackageCall`). A module without
+blocks that repeat becomes one package.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from engines.errors import BuildError, first_line
+from tmpdiff_export.targets.torch.segments import Block, Divided, cut
+
+LEAST_BLOCKS = 4  # of a kind: fewer are compiled with what surrounds them
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A block, as the module calls it: tensors among nested arguments `spec`, whose other leaves are `constants`."""
+
+    name: str
+    block: torch.nn.Module
+    spec: pytree.TreeSpec
+    constants: tuple[Any, ...]
+    inputs: tuple[torch.Tensor, ...]
+    output_spec: pytree.TreeSpec
+    outputs: tuple[torch.Tensor, ...]
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """(args, kwargs) with these tensors."""
+        following = iter(tensors)
+        return pytree.tree_unflatten(
+            [next(following) if item is _TENSOR else item for item in self.constants], self.spec
+        )
+
+
+_TENSOR = object()
+_SITES: list[_Site] = []  # what the operator below stands for while a module is divided
+
+
+@torch.library.custom_op("tmpdiff_export::block", mutates_args=())  # type: ignore[untyped-decorator]
+def _block(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
+    """Stands for a block in the graph of what surrounds it; never runs."""
+    raise NotImplementedError
+
+
+@_block.register_fake  # type: ignore[untyped-decorator]
+def _(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
+    return [_like(item, item.device) for item in _SITES[site].outputs]
+
+
+class Functional(torch.nn.Module):
+    """A module whose tensors are arguments; it is kept in a tuple, which hides it from torch.export."""
+
+    def __init__(self, module: torch.nn.Module, names: Sequence[str], site: _Site | None = None) -> None:
+        super().__init__()
+        self.held = (module, site)
+        self.names = tuple(names)
+
+    def forward(self, tensors: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> Any:
+        """Calls the module with `tensors` in place of its own; a block's results are flat and contiguous."""
+        module, site = self.held
+        state = dict(zip(self.names, tensors, strict=True))
+        args, kwargs = (inputs, {}) if site is None else site.arguments(inputs)
+        result = torch.func.functional_call(module, state, args, kwargs)
+        return result if site is None else tuple(item.contiguous() for item in pytree.tree_leaves(result))
+
+
+def divide(
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor], device: str
+) -> Divided:
+    """Divides a module into parts of which equal ones are there once.
+
+    Args:
+        module: in evaluation mode; called as `module(*inputs)`, returns tensors.
+        tensors: its parameters and buffers by name; the parts take them in the order of their sorted names. Only shapes
+            and dtypes are read.
+        inputs: examples, of which only shapes and dtypes are read.
+        device: that the packages are for.
+
+    Raises:
+        BuildError: torch cannot export it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        state = {name: _like(tensors[name], device) for name in sorted(tensors)}
+        examples = tuple(_like(item, device) for item in inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with mode:
+                sites = _record(module, state, examples)
+            repeated = _repeated(sites, state)
+            positions = {name: number for number, name in enumerate(state)}
+            blocks = [
+                Block(kind, tuple(positions[f"{site.name}.{name}"] for name in names), len(site.outputs))
+                for kind, (members, names, _) in enumerate(repeated)
+                for site in members
+            ]
+            with _marked([site for members, _, _ in repeated for site in members]):
+                outer = _export(Functional(module, list(state)), tuple(state.values()), examples)
+            kinds = [program for _, _, program in repeated]
+            divided = cut(outer, len(state), torch.ops.tmpdiff_export.block.default, blocks, kinds)
+    except Exception as error:  # whatever an exporter of somebody else's model may raise
+        raise BuildError(
+            f"torch cannot divide {type(module).__name__} into blocks: {type(error).__name__}: {first_line(error)}; "
+            "compile it whole"
+        ) from error
+    return divided
+
+
+def compile_parts(divided: Divided, package: Path) -> tuple[Path, ...]:
+    """Compiles the parts; the first becomes `package`, others `<stem>.1.pt2` and so on beside it.
+
+    Raises:
+        BuildError: torch cannot compile one.
+        torch.OutOfMemoryError: as named.
+    """
+    paths = tuple(
+        package if number == 0 else package.with_name(f"{package.stem}.{number}{package.suffix}")
+        for number in range(len(divided.parts))
+    )
+    for part, path in zip(divided.parts, paths, strict=True):
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch._inductor.aoti_compile_and_package(part, package_path=str(path))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler of somebody else's model may raise
+            raise BuildError(
+                f"torch cannot compile {path.stem}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+    return paths
+
+
+def _export(module: torch.nn.Module, *arguments: Any) -> ExportedProgram:
+    return torch.export.export(module, arguments, strict=False)
+
+
+def _candidates(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """Outermost modules that lie in a list with enough others of their class."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if not isinstance(child, torch.nn.ModuleList):
+            yield from _candidates(child, f"{path}.")
+            continue
+        classes = Counter(type(item) for item in child)
+        for number, item in child.named_children():
+            if classes[type(item)] >= LEAST_BLOCKS:
+                yield f"{path}.{number}", item
+            else:
+                yield from _candidates(item, f"{path}.{number}.")
+
+
+def _record(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]
+) -> list[_Site]:
+    """How the module calls its candidates; without those that are called more than once, or not with tensors."""
+    found: dict[str, list[_Site]] = {}
+
+    def noting(name: str, block: torch.nn.Module) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            outputs, output_spec = pytree.tree_flatten(result)
+            constants = tuple(_TENSOR if isinstance(item, torch.Tensor) else item for item in leaves)
+            taken = tuple(_like(item, item.device) for item in leaves if isinstance(item, torch.Tensor))
+            if all(isinstance(item, torch.Tensor) for item in outputs):
+                site = _Site(
+                    name,
+                    block,
+                    spec,
+                    constants,
+                    taken,
+                    output_spec,
+                    tuple(_like(item, item.device) for item in outputs),
+                )
+                found.setdefault(name, []).append(site)
+
+        return hook
+
+    handles = [
+        block.register_forward_hook(noting(name, block), with_kwargs=True) for name, block in _candidates(module)
+    ]
+    try:
+        torch.func.functional_call(module, dict(state), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [sites[0] for sites in found.values() if len(sites) == 1]
+
+
+def _like(item: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return torch.empty(item.shape, dtype=item.dtype, device=device)
+
+
+def _repeated(
+    sites: Sequence[_Site], state: Mapping[str, torch.Tensor]
+) -> list[tuple[list[_Site], tuple[str, ...], ExportedProgram]]:
+    """The kinds of block that there are enough of: their sites, the names of a block's tensors, its program."""
+    kinds: dict[str, tuple[list[_Site], tuple[str, ...], ExportedProgram]] = {}
+    for site in sites:
+        names = tuple(sorted(name for name, _ in (*site.block.named_parameters(), *site.block.named_buffers())))
+        if any(f"{site.name}.{name}" not in state for name in names):
+            continue  # it shares a tensor with another module
+        own = tuple(state[f"{site.name}.{name}"] for name in names)
+        program = _export(Functional(site.block, names, site), own, site.inputs)
+        if not program.constants and not program.graph_signature.user_inputs_to_mutate:
+            form = "\n".join([*names, _form(program.graph)])
+            kinds.setdefault(form, ([], names, program))[0].append(site)
+    return [kind for kind in kinds.values() if len(kind[0]) >= LEAST_BLOCKS]
+
+
+def _form(graph: Graph) -> str:
+    """A graph as text, the same for graphs that differ in names only."""
+    numbers: dict[Node, int] = {}
+    lines = []
+    for node in graph.nodes:
+        numbers[node] = len(numbers)
+        target = "" if node.op in ("placeholder", "output") else str(node.target)
+        arguments = pytree.tree_map_only(Node, lambda item: f"%{numbers[item]}", (node.args, node.kwargs))
+        values = [
+            (tuple(item.shape), item.stride(), item.dtype, item.device) if isinstance(item, torch.Tensor) else item
+            for item in pytree.tree_leaves(node.meta.get("val"))
+        ]
+        lines.append(f"{node.op} {target} {arguments} {values}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _marked(sites: Sequence[_Site]) -> Iterator[None]:
+    """Within it the blocks of `sites` do nothing but leave the operator's name, and their number, in a graph."""
+
+    def marker(number: int, site: _Site) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            leaves = pytree.tree_leaves((args, kwargs))
+            tensors = [item.contiguous() for item in leaves if isinstance(item, torch.Tensor)]
+            return pytree.tree_unflatten(list(_block(tensors, number)), site.output_spec)
+
+        return forward
+
+    _SITES[:] = sites
+    for number, site in enumerate(sites):
+        site.block.forward = marker(number, site)
+    try:
+        yield
+    finally:
+        _SITES.clear()
+        for site in sites:
+            del site.block.forward

@@ -85,6 +85,7 @@ ROOMS = {
         quantization
         weights
         display devices
+        memory
     """,
     "tmpdiff_export.targets": """
         choose

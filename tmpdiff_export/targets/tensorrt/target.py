@@ -17,7 +17,6 @@ from engines.backends.tensorrt.plan_store import PlanFacts, PlanRequest, PlanSto
 from engines.backends.tensorrt.preflight import (
     BuildEstimate,
     EngineMemory,
-    host_available_bytes,
     require_build_memory,
     require_precision,
     require_runtime_memory,
@@ -29,6 +28,7 @@ from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, PlanEntry, TensorSpec
 from engines.precision import REFERENCE, Precision
+from tmpdiff_export.memory import host_available_bytes
 from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 from tmpdiff_export.targets.tensorrt.settings import BATCH, PlanSettings
 

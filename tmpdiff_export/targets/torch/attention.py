@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from engines.backends.torch.attention import attention_fp8
 from engines.errors import BuildError
-from tmpdiff_export.devices import CPU, Batch, on, placed
 from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
 
@@ -52,36 +51,15 @@ def result_of(codes: torch.Tensor, limits: AttentionRange, dtype: torch.dtype) -
     return (codes.float() * limits.scales[2]).to(dtype)
 
 
-def attention_ranges(module: torch.nn.Module, batches: Sequence[Batch], device: str = CPU) -> dict[str, AttentionRange]:
-    """Range calibration of attention: amax of query, key and value over `batches`.
-
-    Args:
-        module: float32 export wrapper; called as `module(*batch)`.
-        batches: denoiser inputs from real pipeline runs.
-        device: where it runs, "cpu" or "cuda".
-
-    Returns:
-        By name of the attention layer, for those whose attention can be in FP8: head size 64 or 128, no mask, as many
-        keys as queries and at least `LEAST_TOKENS`.
-
-    Raises:
-        BuildError: there is none.
-    """
-    found: dict[str, AttentionRange] = {}
-    with torch.inference_mode(), placed(module, device), watch_attention(module, found):
-        for batch in batches:
-            module(*on(batch, device))
-    if not found:
-        raise BuildError(
-            f"{type(module).__name__}: no attention layer can be in FP8; that takes head size "
-            f"{' or '.join(map(str, HEAD_SIZES))}, no mask, and as many keys as queries, {LEAST_TOKENS} at least"
-        )
-    return found
-
-
 @contextmanager
 def watch_attention(module: torch.nn.Module, found: dict[str, AttentionRange]) -> Iterator[None]:
-    """Widens the ranges in `found` by what the attention layers of `module` take while the block runs."""
+    """Range calibration of attention: widens `found` by what attention takes while the module runs in the block.
+
+    Args:
+        module: float32 export wrapper; called in the block, on any device.
+        found: amax of query, key and value by name of the attention layer, for those whose attention can be in FP8:
+            head size 64 or 128, no mask, as many keys as queries and at least `LEAST_TOKENS`.
+    """
     layers = {name: layer for name, layer in module.named_modules() if callable(getattr(layer, "processor", None))}
     originals = {name: layer.processor for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -91,6 +69,19 @@ def watch_attention(module: torch.nn.Module, found: dict[str, AttentionRange]) -
     finally:
         for name, layer in layers.items():
             layer.processor = originals[name]
+
+
+def require_ranges(module: torch.nn.Module, found: Mapping[str, AttentionRange]) -> None:
+    """Refuses FP8 attention for a module in which `watch_attention` has found no layer for it.
+
+    Raises:
+        BuildError: saying what it takes.
+    """
+    if not found:
+        raise BuildError(
+            f"{type(module).__name__}: no attention layer can be in FP8; that takes head size "
+            f"{' or '.join(map(str, HEAD_SIZES))}, no mask, and as many keys as queries, {LEAST_TOKENS} at least"
+        )
 
 
 def use_fp8_attention(module: torch.nn.Module, ranges: Mapping[str, AttentionRange]) -> None:

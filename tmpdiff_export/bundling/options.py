@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from engines.bundle import MANIFEST_NAME
 from engines.errors import BuildError, TmpDiffError
@@ -41,6 +42,7 @@ class BuildOptions:
         workers: for torch packages; see `PackageSettings`. The script that asks for more than one has to start its work
             under `if __name__ == "__main__"`: workers import it.
         fp8_attention: for torch packages; see `PackageSettings`.
+        compile: for torch packages; see `PackageSettings`.
         range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are
             checked against, whatever the backend.
     """
@@ -60,6 +62,7 @@ class BuildOptions:
     share_weights: Precision | None = None
     workers: int = 1
     fp8_attention: tuple[Precision, ...] = ()
+    compile: Literal["whole", "blocks"] = "whole"
     range_device: str = CPU
 
     @property
@@ -69,7 +72,7 @@ class BuildOptions:
         Raises:
             BackendError: fewer than 1 worker.
         """
-        return PackageSettings(self.share_weights, self.fp8_attention, self.workers)
+        return PackageSettings(self.share_weights, self.fp8_attention, self.workers, self.compile)
 
 
 def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from engines.errors import BuildError, first_line
+from tmpdiff_export.targets.torch.compile import Call, EngineModule, arguments_of
 from tmpdiff_export.targets.torch.segments import Block, Divided, cut
 
 LEAST_BLOCKS = 4  # of a kind: fewer are compiled with what surrounds them
@@ -63,89 +63,78 @@ def _(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
     return [_like(item, item.device) for item in _SITES[site].outputs]
 
 
-class Functional(torch.nn.Module):
-    """A module whose tensors are arguments; it is kept in a tuple, which hides it from torch.export."""
+class _BlockCall(torch.nn.Module):
+    """A block whose tensors are arguments, as `compile.Call`; what it returns is flat and contiguous."""
 
-    def __init__(self, module: torch.nn.Module, names: Sequence[str], site: _Site | None = None) -> None:
+    def __init__(self, module: EngineModule, site: _Site, names: Sequence[str]) -> None:
         super().__init__()
         self.held = (module, site)
         self.names = tuple(names)
 
-    def forward(self, tensors: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> Any:
-        """Calls the module with `tensors` in place of its own; a block's results are flat and contiguous."""
+    def forward(self, tensors: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Calls the block with `tensors` in place of its parameters and buffers."""
         module, site = self.held
         state = dict(zip(self.names, tensors, strict=True))
-        args, kwargs = (inputs, {}) if site is None else site.arguments(inputs)
-        result = torch.func.functional_call(module, state, args, kwargs)
-        return result if site is None else tuple(item.contiguous() for item in pytree.tree_leaves(result))
+        args, kwargs = site.arguments(inputs)
+        with module.computing(site.block):
+            result = torch.func.functional_call(site.block, state, args, kwargs)
+        return tuple(item.contiguous() for item in pytree.tree_leaves(result))
 
 
-def divide(
-    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor], device: str
-) -> Divided:
-    """Divides a module into parts of which equal ones are there once.
+def compile_blocks(module: EngineModule, device: str, inputs: Sequence[torch.Tensor], package: Path) -> Divided:
+    """Compiles a module as `compile_package` does, but with blocks that repeat compiled once.
 
     Args:
-        module: in evaluation mode; called as `module(*inputs)`, returns tensors.
-        tensors: its parameters and buffers by name; the parts take them in the order of their sorted names. Only shapes
-            and dtypes are read.
-        inputs: examples, of which only shapes and dtypes are read.
-        device: that the packages are for.
+        module: in evaluation mode.
+        device: "cuda" or "cpu".
+        inputs: examples; the packages take these shapes and dtypes only.
+        package: the first package to write; others are `part_paths`.
 
     Raises:
-        BuildError: torch cannot export it.
+        BuildError: torch cannot export or compile the module.
+        torch.OutOfMemoryError: as named.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        state = {name: _like(tensors[name], device) for name in sorted(tensors)}
-        examples = tuple(_like(item, device) for item in inputs)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with mode:
-                sites = _record(module, state, examples)
-            repeated = _repeated(sites, state)
-            positions = {name: number for number, name in enumerate(state)}
-            blocks = [
-                Block(kind, tuple(positions[f"{site.name}.{name}"] for name in names), len(site.outputs))
-                for kind, (members, names, _) in enumerate(repeated)
-                for site in members
-            ]
-            with _marked([site for members, _, _ in repeated for site in members]):
-                outer = _export(Functional(module, list(state)), tuple(state.values()), examples)
-            kinds = [program for _, _, program in repeated]
-            divided = cut(outer, len(state), torch.ops.tmpdiff_export.block.default, blocks, kinds)
-    except Exception as error:  # whatever an exporter of somebody else's model may raise
+            divided = divide(module, device, inputs)
+            for part, path in zip(divided.parts, part_paths(package, len(divided.parts)), strict=True):
+                torch._inductor.aoti_compile_and_package(part, package_path=str(path))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler of somebody else's model may raise
         raise BuildError(
-            f"torch cannot divide {type(module).__name__} into blocks: {type(error).__name__}: {first_line(error)}; "
-            "compile it whole"
+            f"torch cannot compile {package.stem} in blocks: {type(error).__name__}: {first_line(error)}; build with "
+            "--compile whole"
         ) from error
     return divided
 
 
-def compile_parts(divided: Divided, package: Path) -> tuple[Path, ...]:
-    """Compiles the parts; the first becomes `package`, others `<stem>.1.pt2` and so on beside it.
+def part_paths(package: Path, parts: int) -> tuple[Path, ...]:
+    """The packages of an engine: `<name>.pt2`, `<name>.1.pt2` and so on."""
+    others = (package.with_name(f"{package.stem}.{number}{package.suffix}") for number in range(1, parts))
+    return (package, *others)
 
-    Raises:
-        BuildError: torch cannot compile one.
-        torch.OutOfMemoryError: as named.
-    """
-    paths = tuple(
-        package if number == 0 else package.with_name(f"{package.stem}.{number}{package.suffix}")
-        for number in range(len(divided.parts))
-    )
-    for part, path in zip(divided.parts, paths, strict=True):
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                torch._inductor.aoti_compile_and_package(part, package_path=str(path))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler of somebody else's model may raise
-            raise BuildError(
-                f"torch cannot compile {path.stem}: {type(error).__name__}: {first_line(error)}"
-            ) from error
-    return paths
+
+def divide(module: EngineModule, device: str, inputs: Sequence[torch.Tensor]) -> Divided:
+    """Divides a module into parts of which equal ones are there once; see `compile_blocks`."""
+    call = Call(module)
+    tensors, examples = arguments_of(module, device, inputs)
+    state = dict(zip(call.names, tensors, strict=True))
+    with examples[0].fake_mode:  # type: ignore[attr-defined]
+        sites = _record(module, state, examples)
+    repeated = _repeated(module, sites, state)
+    positions = {name: number for number, name in enumerate(state)}
+    blocks = [
+        Block(kind, tuple(positions[f"{site.name}.{name}"] for name in names), len(site.outputs))
+        for kind, (members, names, _) in enumerate(repeated)
+        for site in members
+    ]
+    with _marked([site for members, _, _ in repeated for site in members]):
+        outer = _export(call, tensors, examples)
+    outer.graph.eliminate_dead_code()
+    kinds = [program for _, _, program in repeated]
+    return cut(outer, len(state), torch.ops.tmpdiff_export.block.default, blocks, kinds)
 
 
 def _export(module: torch.nn.Module, *arguments: Any) -> ExportedProgram:
@@ -209,7 +198,7 @@ def _like(item: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def _repeated(
-    sites: Sequence[_Site], state: Mapping[str, torch.Tensor]
+    module: EngineModule, sites: Sequence[_Site], state: Mapping[str, torch.Tensor]
 ) -> list[tuple[list[_Site], tuple[str, ...], ExportedProgram]]:
     """The kinds of block that there are enough of: their sites, the names of a block's tensors, its program."""
     kinds: dict[str, tuple[list[_Site], tuple[str, ...], ExportedProgram]] = {}
@@ -218,7 +207,7 @@ def _repeated(
         if any(f"{site.name}.{name}" not in state for name in names):
             continue  # it shares a tensor with another module
         own = tuple(state[f"{site.name}.{name}"] for name in names)
-        program = _export(Functional(site.block, names, site), own, site.inputs)
+        program = _export(_BlockCall(module, site, names), own, site.inputs)
         if not program.constants and not program.graph_signature.user_inputs_to_mutate:
             form = "\n".join([*names, _form(program.graph)])
             kinds.setdefault(form, ([], names, program))[0].append(site)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,13 @@ class EngineModule(torch.nn.Module):
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return {name: state[name].detach() for name in sorted(state)}
 
+    def computing(self, part: torch.nn.Module) -> AbstractContextManager[None]:
+        """Within it `part`, of the module, may be called."""
+        return _widened(part) if self.dtype is torch.float32 else contextlib.nullcontext()
+
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Any shapes -> the module's outputs, floating ones in float32."""
-        with _widened(self.module) if self.dtype is torch.float32 else contextlib.nullcontext():
+        with self.computing(self.module):
             outputs = self.module(
                 *(
                     item if kept or not item.is_floating_point() else item.to(self.dtype)
@@ -96,7 +100,7 @@ def without_capturing_hooks(module: torch.nn.Module) -> None:
                 del part._forward_hooks[key]
 
 
-class _Call(torch.nn.Module):
+class Call(torch.nn.Module):
     """A module whose tensors are arguments; it is kept in a tuple, which hides it from torch.export."""
 
     def __init__(self, module: EngineModule) -> None:
@@ -108,6 +112,18 @@ class _Call(torch.nn.Module):
         """Calls the module with `tensors` in place of its parameters and buffers."""
         state = dict(zip(self.names, tensors, strict=True))
         return torch.func.functional_call(self.held[0], state, inputs)
+
+
+def arguments_of(
+    module: EngineModule, device: str, inputs: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """What `Call` takes, as tensors of one `FakeTensorMode`: torch traces with them, and they take no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors, examples = (
+            tuple(torch.empty(item.shape, dtype=item.dtype, device=device) for item in items)
+            for items in (module.tensors.values(), inputs)
+        )
+    return tensors, examples
 
 
 def compile_package(
@@ -128,15 +144,11 @@ def compile_package(
         BuildError: torch cannot export or compile the module.
         torch.OutOfMemoryError: as named.
     """
-    with FakeTensorMode():
-        arguments = tuple(
-            tuple(torch.empty(item.shape, dtype=item.dtype, device=device) for item in items)
-            for items in (module.tensors.values(), inputs)
-        )
+    arguments = arguments_of(module, device, inputs)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_Call(module), arguments, strict=False)
+            program = torch.export.export(Call(module), arguments, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     except torch.OutOfMemoryError:
         raise

@@ -338,15 +338,16 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     module = denoiser()
     layers, attention = {}, {}
     if name == WITH_ATTENTION:
-        from tmpdiff_export.targets.torch.attention import attention_ranges
+        from tmpdiff_export.targets.torch.attention import require_ranges, watch_attention
 
-        inputs = [torch.from_numpy(item) for item in loop_inputs(BATCH).values()]
-        attention, name = attention_ranges(module, [tuple(inputs)]), "fp8"
+        with torch.no_grad(), watch_attention(module, attention):
+            module(*(torch.from_numpy(item) for item in loop_inputs(BATCH).values()))
+        require_ranges(module, attention)
+        name = "fp8"
     if name != "fp16":
         for layer in ("q", "k", "v", "wide", "narrow"):
-            weight = module.get_submodule(layer).weight.detach().numpy()
-            amax = None if name == "int4" else 6.0
-            layers[layer] = quantize_layer(LayerRange(weight, amax, None), Precision(name), BLOCK_SIZES.get(name))
+            weight, found = module.get_submodule(layer).weight, LayerRange(None if name == "int4" else 6.0, None)
+            layers[layer] = quantize_layer(weight, found, Precision(name), BLOCK_SIZES.get(name))
     lowered, _ = lower_for_torch(module, layers, torch.float16, attention=attention)
     whole = EngineModule(lowered, torch.float16, [False, True, False]).eval()
     inputs = [torch.from_numpy(loop_inputs(BATCH)[key]).to("cuda") for key in (LATENTS, TIMESTEP, TEXT)]
@@ -385,5 +386,7 @@ def quantized(rng: np.random.Generator, depth: int, width: int, precision: Preci
 
     weight = rng.standard_normal((width, depth), dtype=np.float32)
     weight_only = precision is Precision.INT4
-    found = LayerRange(weight, None if weight_only else 5.0, None)
-    return quantize_layer(found, precision, BLOCK_SIZES.get(precision.value)), weight
+    import torch
+
+    found = LayerRange(None if weight_only else 5.0, None)
+    return quantize_layer(torch.from_numpy(weight), found, precision, BLOCK_SIZES.get(precision.value)), weight

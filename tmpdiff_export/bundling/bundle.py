@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
@@ -29,13 +27,20 @@ from tmpdiff_export.bundling.observed import Runs, denoiser_model, find_all_rang
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
 from tmpdiff_export.bundling.site import Progress, Site
 from tmpdiff_export.bundling.stages import link, open_stages
+from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.load import open_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.targets.choose import open_start, open_target, resolve_backend
 from tmpdiff_export.weights.streamed import OnDevice
 
 
-def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
+def build(
+    pipeline: Path | str,
+    out: Path | str,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Manifest:
     """Builds a bundle from a diffusers pipeline folder.
 
     Nothing is left at `out` unless everything succeeded; `options.onnx_dir` is filled just before that.
@@ -45,6 +50,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         out: bundle folder to make.
         options: see `BuildOptions`.
         progress: called with a stage name, units done and units in all.
+        say: called with a line for the user: what is gone on from, and what stays for the next run.
 
     Returns:
         The manifest that was written.
@@ -74,7 +80,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
     target.require_memory(source.weights.parameters)
     table = sampler_table(source.pipe.scheduler, options.num_steps, **source.sampler_options(options.num_steps))
     note(stage, 1, 1)
-    with open_stages(out, say, restart=options.restart, keep=options.keep_stages) as stages:
+    with open_stages(out, say or (lambda line: None), restart=options.restart, keep=options.keep_stages) as stages:
         try:
             with open_start(target, options.workers) as start:
                 site = Site(source, table, target, options, stages, start, note)
@@ -103,7 +109,9 @@ class _Build:
         self._add(start_vae_decoder(site, runs.checks[-1][0][:1]))  # of the last step kept, so close to a clean picture
         model, checked = denoiser_model(site, runs, read)
         ranges = find_all_ranges(site, runs, model.module, read)
-        engines = DenoiserEngines(site, model, checked, ranges, lambda layer: read(denoiser_weight(layer)))
+        engines = DenoiserEngines(
+            site, model, checked, ranges, lambda layer: read(f"{layer.removeprefix(f'{DENOISER}.')}.weight")
+        )
         read.free()
         shared = options.share_weights
         for precision in options.precisions:

@@ -138,7 +138,7 @@ def _start(
     @functools.cache
     def weights() -> dict[str, torch.Tensor]:
         with source.filled():
-                whole = wrap()
+            whole = wrap()
             return {**taken_weights(whole), **dict(whole.named_buffers())}
 
     def read(tensor: str) -> torch.Tensor:

@@ -207,11 +207,14 @@ def _written(
 def _read(kept: Kept) -> Ranges:
     scales = {name: place.read() for name, place in places(kept.folder / _SCALES).items()}
     layers: dict[Precision, dict[str, dict[str, LayerRange]]] = {}
-    for label, numbers in kept.result["layers"].items():
-        precision, _, variant = label.partition("/")
-        layers.setdefault(Precision(precision), {})[variant] = {
-            name: LayerRange(amax, scales.get(f"{label}/{name}"), shared) for name, (amax, shared) in numbers.items()
-        }
+    for precision, recipe in RECIPES.items():
+        for variant in recipe.variants:
+            label = f"{precision.value}/{variant.name}"
+            if label in kept.result["layers"]:
+                layers.setdefault(precision, {})[variant.name] = {
+                    name: LayerRange(amax, scales.get(f"{label}/{name}"), shared)
+                    for name, (amax, shared) in kept.result["layers"][label].items()
+                }
     return Ranges(layers, {name: AttentionRange(*item) for name, item in kept.result["attention"].items()})
 
 

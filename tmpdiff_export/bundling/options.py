@@ -45,6 +45,8 @@ class BuildOptions:
         compile: for torch packages; see `PackageSettings`.
         range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are
             checked against, whatever the backend.
+        restart: begin without the stages of an earlier build to the same place.
+        keep_stages: keep the stages after success as well.
     """
 
     precisions: tuple[Precision, ...]
@@ -64,6 +66,8 @@ class BuildOptions:
     fp8_attention: tuple[Precision, ...] = ()
     compile: Literal["whole", "blocks"] = "whole"
     range_device: str = CPU
+    restart: bool = False
+    keep_stages: bool = False
 
     @property
     def packages(self) -> PackageSettings:

@@ -283,16 +283,25 @@ def place(kept: Kept, folder: Path, part: str = "") -> None:
         if part and not name.startswith(f"{part}/"):
             continue
         target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        link(kept.folder / name, target)
         parents |= {parent for parent in target.parents if parent.is_relative_to(folder)}
-        try:
-            os.link(kept.folder / name, target)
-        except OSError as error:
-            if error.errno not in _NO_LINK:
-                raise
-            _copy(kept.folder / name, target)
     for parent in parents:
         fsync_folder(parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Puts a file of a stage into another folder, which is made; copies it only where there are no hard links.
+
+    Raises:
+        FileExistsError: there is such a file already.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        _copy(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:

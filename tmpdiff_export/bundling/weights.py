@@ -14,7 +14,6 @@ from engines.files import sha256_bytes
 from engines.precision import Precision
 from tmpdiff_export.bundling.engine import StoredFile
 from tmpdiff_export.bundling.site import Site
-from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.target import Form, PreparedEngine, SourceModel, layer_on_meta

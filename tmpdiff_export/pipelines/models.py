@@ -53,6 +53,8 @@ def hollow_model(folder: Path, name: str, entry: list[str]) -> torch.nn.Module:
         else:
             model = kind(kind.config_class.from_pretrained(folder / name, local_files_only=True))
     hollow(model)
+    if entry[0] == "transformers":
+        model.tie_weights()  # which were untied when they were put on "meta"
     return model.eval()
 
 

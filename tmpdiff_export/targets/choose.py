@@ -114,16 +114,15 @@ def open_start(target: Target, workers: int) -> Iterator[Start]:
         BuildError: a worker died.
     """
     if workers == 1:
-        yield at_once(target)
+        yield at_once
         return
     from engines.backends.cuda.gpu import visible_gpus
     from tmpdiff_export.targets.torch.target import TorchTarget
     from tmpdiff_export.targets.torch.workers import open_build_workers
 
     assert isinstance(target, TorchTarget)  # no other has workers
-    prepare = target.prepare
     with open_build_workers(workers, None if target.device == "cpu" else visible_gpus()) as pool:
-        yield lambda job, folder: pool.submit(job.name, prepare(job, folder))
+        yield pool.submit
 
 
 def _tensorrt_can_build() -> bool:

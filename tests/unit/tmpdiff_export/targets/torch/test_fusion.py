@@ -12,8 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch.nn import functional as F
 
 from engines.precision import Precision
-from tmpdiff_export.quantization.codes import quantize_layer
-from tmpdiff_export.quantization.ranges import LayerRange
+from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.targets.torch.flux import CodesSingleBlock, RotaryProcessor, use_rotary_kernel
 from tmpdiff_export.targets.torch.fusion import fuse, replace_tanh_gelu
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu, gelu_codes
@@ -129,8 +128,8 @@ def quantized(module: torch.nn.Module, precision: Precision, smoothing: bool) ->
     for name in chosen:
         layer = module.get_submodule(name)
         factors = random.uniform(0.5, 2.0, layer.in_features).astype(np.float32) if smoothing else None
-        weight = layer.weight.detach().numpy() / (1 if factors is None else factors)
-        codes = quantize_layer(LayerRange(weight, 4.0, factors), precision, None)
+        found = LayerRange(4.0, None if factors is None else torch.from_numpy(factors))
+        codes = quantize_layer(layer.weight, found, precision, None)
         parent, _, child = name.rpartition(".")
         setattr(changed.get_submodule(parent), child, linear_from(codes, layer.bias.detach(), torch.float16))
     return changed

@@ -93,8 +93,8 @@ def use_fp8_attention(module: torch.nn.Module, ranges: Mapping[str, AttentionRan
     for name, scales in attention_tensors(ranges).items():
         layer = module.get_submodule(name.removesuffix(f".{SCALES}"))
         layer.register_buffer(SCALES, scales.to(next(layer.parameters()).device))
-        layer.float32_buffers = (SCALES,)  # type: ignore[assignment]
-        layer.processor = Fp8Processor(layer.processor)  # type: ignore[arg-type]
+        layer.float32_buffers = (SCALES,)
+        layer.processor = Fp8Processor(layer.processor)
 
 
 def attention_tensors(ranges: Mapping[str, AttentionRange]) -> dict[str, torch.Tensor]:

@@ -40,6 +40,21 @@ class _Site:
     output_spec: pytree.TreeSpec
     outputs: tuple[torch.Tensor, ...]
 
+    @classmethod
+    def of(cls, name: str, block: torch.nn.Module, args: Any, kwargs: Any, result: Any) -> _Site:
+        """From a call, with shapes, dtypes and devices of its tensors, which are made contiguous."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        outputs, output_spec = pytree.tree_flatten(result)
+        return cls(
+            name=name,
+            block=block,
+            spec=spec,
+            constants=tuple(_TENSOR if isinstance(item, torch.Tensor) else item for item in leaves),
+            inputs=tuple(_like(item) for item in leaves if isinstance(item, torch.Tensor)),
+            output_spec=output_spec,
+            outputs=tuple(_like(item) for item in outputs),
+        )
+
     def arguments(self, tensors: Sequence[torch.Tensor]) -> Any:
         """(args, kwargs) with these tensors."""
         following = iter(tensors)
@@ -60,25 +75,39 @@ def _block(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
 
 @_block.register_fake  # type: ignore[untyped-decorator]
 def _(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
-    return [_like(item, item.device) for item in _SITES[site].outputs]
+    return [_like(item) for item in _SITES[site].outputs]
 
 
 class _BlockCall(torch.nn.Module):
     """A block whose tensors are arguments, as `compile.Call`; what it returns is flat and contiguous."""
 
-    def __init__(self, module: EngineModule, site: _Site, names: Sequence[str]) -> None:
+    def __init__(self, site: _Site, names: Sequence[str]) -> None:
         super().__init__()
-        self.held = (module, site)
+        self.held = (site,)
         self.names = tuple(names)
 
     def forward(self, tensors: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Calls the block with `tensors` in place of its parameters and buffers."""
-        module, site = self.held
-        state = dict(zip(self.names, tensors, strict=True))
+        (site,) = self.held
         args, kwargs = site.arguments(inputs)
-        with module.computing(site.block):
-            result = torch.func.functional_call(site.block, state, args, kwargs)
+        state = dict(zip(self.names, tensors, strict=True))
+        result = torch.func.functional_call(site.block, state, args, kwargs)
         return tuple(item.contiguous() for item in pytree.tree_leaves(result))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Blocks whose graphs are equal.
+
+    Attributes:
+        names: of a block's tensors, sorted.
+        program: of one of them.
+        sites: all of them.
+    """
+
+    names: tuple[str, ...]
+    program: ExportedProgram
+    sites: list[_Site]
 
 
 def compile_blocks(module: EngineModule, device: str, inputs: Sequence[torch.Tensor], package: Path) -> Divided:
@@ -121,20 +150,17 @@ def divide(module: EngineModule, device: str, inputs: Sequence[torch.Tensor]) ->
     call = Call(module)
     tensors, examples = arguments_of(module, device, inputs)
     state = dict(zip(call.names, tensors, strict=True))
-    with examples[0].fake_mode:  # type: ignore[attr-defined]
-        sites = _record(module, state, examples)
-    repeated = _repeated(module, sites, state)
+    kinds = _kinds(module, state, examples)
     positions = {name: number for number, name in enumerate(state)}
     blocks = [
-        Block(kind, tuple(positions[f"{site.name}.{name}"] for name in names), len(site.outputs))
-        for kind, (members, names, _) in enumerate(repeated)
-        for site in members
+        Block(number, tuple(positions[f"{site.name}.{name}"] for name in kind.names), len(site.outputs))
+        for number, kind in enumerate(kinds)
+        for site in kind.sites
     ]
-    with _marked([site for members, _, _ in repeated for site in members]):
+    with _marked([site for kind in kinds for site in kind.sites]):
         outer = _export(call, tensors, examples)
     outer.graph.eliminate_dead_code()
-    kinds = [program for _, _, program in repeated]
-    return cut(outer, len(state), torch.ops.tmpdiff_export.block.default, blocks, kinds)
+    return cut(outer, len(state), torch.ops.tmpdiff_export.block.default, blocks, [kind.program for kind in kinds])
 
 
 def _export(module: torch.nn.Module, *arguments: Any) -> ExportedProgram:
@@ -156,62 +182,60 @@ def _candidates(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str
                 yield from _candidates(item, f"{path}.{number}.")
 
 
-def _record(
-    module: torch.nn.Module, state: Mapping[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]
-) -> list[_Site]:
-    """How the module calls its candidates; without those that are called more than once, or not with tensors."""
-    found: dict[str, list[_Site]] = {}
+def _kinds(module: torch.nn.Module, state: Mapping[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> list[_Kind]:
+    """The kinds of block that there are enough of.
 
-    def noting(name: str, block: torch.nn.Module) -> Callable[..., None]:
-        def hook(_: torch.nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            outputs, output_spec = pytree.tree_flatten(result)
-            constants = tuple(_TENSOR if isinstance(item, torch.Tensor) else item for item in leaves)
-            taken = tuple(_like(item, item.device) for item in leaves if isinstance(item, torch.Tensor))
-            if all(isinstance(item, torch.Tensor) for item in outputs):
-                site = _Site(
-                    name,
-                    block,
-                    spec,
-                    constants,
-                    taken,
-                    output_spec,
-                    tuple(_like(item, item.device) for item in outputs),
-                )
-                found.setdefault(name, []).append(site)
+    Blocks are exported from within a call of the module, because wrappers put functions of diffusers right for as long
+    as they run. Not blocks that are called more than once, share tensors with others, hold constants or change inputs.
+    """
+    calls: Counter[str] = Counter()
+    kinds: dict[str, _Kind] = {}
 
-        return hook
+    def exporting(name: str, block: torch.nn.Module) -> Callable[..., Any]:
+        inner = block.forward
 
-    handles = [
-        block.register_forward_hook(noting(name, block), with_kwargs=True) for name, block in _candidates(module)
-    ]
-    try:
-        torch.func.functional_call(module, dict(state), inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [sites[0] for sites in found.values() if len(sites) == 1]
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            result = inner(*args, **kwargs)
+            calls[name] += 1
+            if calls[name] == 1 and all(isinstance(item, torch.Tensor) for item in pytree.tree_leaves(result)):
+                block.forward = inner
+                add(_Site.of(name, block, args, kwargs, result))
+                block.forward = forward
+            return result
 
+        return forward
 
-def _like(item: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return torch.empty(item.shape, dtype=item.dtype, device=device)
-
-
-def _repeated(
-    module: EngineModule, sites: Sequence[_Site], state: Mapping[str, torch.Tensor]
-) -> list[tuple[list[_Site], tuple[str, ...], ExportedProgram]]:
-    """The kinds of block that there are enough of: their sites, the names of a block's tensors, its program."""
-    kinds: dict[str, tuple[list[_Site], tuple[str, ...], ExportedProgram]] = {}
-    for site in sites:
+    def add(site: _Site) -> None:
         names = tuple(sorted(name for name, _ in (*site.block.named_parameters(), *site.block.named_buffers())))
         if any(f"{site.name}.{name}" not in state for name in names):
-            continue  # it shares a tensor with another module
+            return
         own = tuple(state[f"{site.name}.{name}"] for name in names)
-        program = _export(_BlockCall(module, site, names), own, site.inputs)
+        program = _export(_BlockCall(site, names), own, site.inputs)
         if not program.constants and not program.graph_signature.user_inputs_to_mutate:
             form = "\n".join([*names, _form(program.graph)])
-            kinds.setdefault(form, ([], names, program))[0].append(site)
-    return [kind for kind in kinds.values() if len(kind[0]) >= LEAST_BLOCKS]
+            kinds.setdefault(form, _Kind(names, program, [])).sites.append(site)
+
+    candidates = dict(_candidates(module))
+    with _replaced({block: exporting(name, block) for name, block in candidates.items()}), inputs[0].fake_mode:
+        torch.func.functional_call(module, dict(state), inputs)
+    for kind in kinds.values():
+        kind.sites[:] = [site for site in kind.sites if calls[site.name] == 1]
+    return [kind for kind in kinds.values() if len(kind.sites) >= LEAST_BLOCKS]
+
+
+def _like(item: torch.Tensor) -> torch.Tensor:
+    return torch.empty(item.shape, dtype=item.dtype, device=item.device)
+
+
+@contextmanager
+def _replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    for block, forward in forwards.items():
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in forwards:
+            del block.forward
 
 
 def _form(graph: Graph) -> str:
@@ -243,11 +267,8 @@ def _marked(sites: Sequence[_Site]) -> Iterator[None]:
         return forward
 
     _SITES[:] = sites
-    for number, site in enumerate(sites):
-        site.block.forward = marker(number, site)
     try:
-        yield
+        with _replaced({site.block: marker(number, site) for number, site in enumerate(sites)}):
+            yield
     finally:
         _SITES.clear()
-        for site in sites:
-            del site.block.forward

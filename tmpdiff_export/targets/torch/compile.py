@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,9 @@ class EngineModule(torch.nn.Module):
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return {name: state[name].detach() for name in sorted(state)}
 
-    def computing(self, part: torch.nn.Module) -> AbstractContextManager[None]:
-        """Within it `part`, of the module, may be called."""
-        return _widened(part) if self.dtype is torch.float32 else contextlib.nullcontext()
-
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Any shapes -> the module's outputs, floating ones in float32."""
-        with self.computing(self.module):
+        with _widened(self.module) if self.dtype is torch.float32 else contextlib.nullcontext():
             outputs = self.module(
                 *(
                     item if kept or not item.is_floating_point() else item.to(self.dtype)
@@ -65,15 +61,15 @@ def _widened(module: torch.nn.Module) -> Iterator[None]:
     """Each part's floating parameters are float32 while it is called."""
 
     def enter(part: torch.nn.Module, _: Any) -> None:
-        narrow[part] = dict(part._parameters)
-        for name, item in narrow[part].items():
+        narrow.setdefault(part, []).append(dict(part._parameters))  # a call may be traced within a call
+        for name, item in narrow[part][-1].items():
             if item is not None and item.is_floating_point():
                 part._parameters[name] = item.float()
 
     def leave(part: torch.nn.Module, *_: Any) -> None:
-        part._parameters.update(narrow.pop(part))
+        part._parameters.update(narrow[part].pop())
 
-    narrow: dict[torch.nn.Module, dict[str, Any]] = {}
+    narrow: dict[torch.nn.Module, list[dict[str, Any]]] = {}
     handles = [
         handle
         for part in module.modules()

@@ -41,9 +41,7 @@ class TorchTarget:
 
     backend = "torch"
 
-    def __init__(
-        self, device: str, pictures: int, precisions: Sequence[Precision], packages: PackageSettings
-    ) -> None:
+    def __init__(self, device: str, pictures: int, precisions: Sequence[Precision], packages: PackageSettings) -> None:
         """Checks what can be checked before work begins.
 
         Args:

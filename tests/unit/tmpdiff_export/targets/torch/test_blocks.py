@@ -119,7 +119,9 @@ def test_the_parts_compute_what_the_whole_does(precision: Precision | None, tmp_
     with torch.no_grad():
         (expected,) = module(*flux_inputs())
     noise = (found - expected).square().sum() / expected.square().sum()
-    assert noise < (1e-10 if precision is None else 1e-4)  # a compiler rounds elsewhere: some codes are their neighbours
+    assert noise < (
+        1e-10 if precision is None else 1e-4
+    )  # a compiler rounds elsewhere: some codes are their neighbours
 
 
 @needs_compiler

@@ -18,6 +18,7 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
+DEVICES = ("cpu", "cuda")
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
@@ -27,21 +28,26 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
 
     from engines.precision import Precision
     from tmpdiff_export.demo import pipeline_folder
-    from tmpdiff_export.devices import placed
     from tmpdiff_export.pipelines.families.family import DENOISER
-    from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
+    from tmpdiff_export.pipelines.load import computing, gather_batches, open_pipeline
     from tmpdiff_export.quantization.codes import quantize_layer
     from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
     from tmpdiff_export.quantization.recipes import RECIPES
     from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
     from tmpdiff_export.targets.torch.attention import watch_attention
+    from tmpdiff_export.weights.streamed import OnDevice, streamed
     from tools.acceptance.random_pipeline import save_random_pipeline
 
     save_random_pipeline(
         tmp_path / "pipeline", pipeline_folder() / "tokenizer", heads=4, head_size=64, layers=2, latent_side=32
     )
-    source = load_pipeline(tmp_path / "pipeline")
-    here, there = (gather_batches(source, ["a red circle"], 3, 0, lambda: None, device) for device in ("cpu", "cuda"))
+    source = open_pipeline(tmp_path / "pipeline")
+
+    def gathered(device: str) -> list:
+        with source.filled(), computing(source, OnDevice(source.weights.read, device), device):
+            return gather_batches(source, ["a red circle"], 3, 0, lambda: None)
+
+    here, there = (gathered(device) for device in DEVICES)
     assert len(here) == len(there) == 3
     for one, two in zip(here, there, strict=True):
         for cpu, gpu in zip(one, two, strict=True):
@@ -49,10 +55,13 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
             torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-3)
     module = source.family.wrap(source.pipe, source.height, source.width).eval()
 
-    def weight(name: str) -> torch.Tensor:
-        return module.get_submodule(name).weight.detach().flatten(1)
+    def read(name: str) -> torch.Tensor:
+        return source.weights.read(name.removeprefix(f"{DENOISER}."))
 
-    expected, found = (torch_outputs(module, here, device) for device in ("cpu", "cuda"))
+    def weight(name: str) -> torch.Tensor:
+        return read(f"{name}.weight").flatten(1)
+
+    expected, found = (torch_outputs(module, read, here, device) for device in DEVICES)
     assert sqnr_db(np.concatenate(expected), np.concatenate(found)) > 80.0
     chosen = {
         precision: quantizable_layers(module, DENOISER, RECIPES[precision])
@@ -60,8 +69,8 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
     }
     attention: list[dict] = [{}, {}]
     ranges = []
-    for device, limits in zip(("cpu", "cuda"), attention, strict=True):
-        with placed(module, device), watch_attention(module, limits):
+    for device, limits in zip(DEVICES, attention, strict=True):
+        with streamed(module, read, device), watch_attention(module, limits):
             ranges.append(calibrate_ranges(module, chosen, here, weight, device))
     assert attention[0]
     assert attention[0].keys() == attention[1].keys()
@@ -77,13 +86,13 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
                     torch.testing.assert_close(two[name].pre_quant_scale, one[name].pre_quant_scale, rtol=1e-2, atol=0)
                 layer, same = (
                     quantize_layer(weight(name).to(device), one[name], precision, RECIPES[precision].block_size)
-                    for device in ("cpu", "cuda")
+                    for device in DEVICES
                 )
                 for part in ("codes", "weight_scale", "block_scale", "input_scale", "pre_quant_scale"):
                     expected, found = getattr(layer, part), getattr(same, part)
                     assert (expected is None) == (found is None)
                     if expected is not None:
-                        assert found.device.type == "cuda"
+                        assert found.device.type == DEVICES[1]
                         assert torch.equal(found.cpu().float(), expected.float()), f"{name}: {part}"
     assert {item.device.type for item in module.parameters()} == {"cpu"}
     assert not any(item.is_inference() for item in module.parameters()), "an export takes no inference tensors"

@@ -74,12 +74,14 @@ def observe(
     def note(name: str, data: torch.Tensor) -> None:
         watchers[name].note(data.detach(), averaged=call in averaged)
         if call == 0:
-            # Noted on the tensor itself, which then lives no longer than it would anyhow.
-            group = getattr(data, "_tmpdiff_readers", None)
-            if group is None:
-                group = data._tmpdiff_readers = []
-                groups.append(group)
-            group.append(name)
+            # Noted on the tensor itself, which then lives no longer than it would anyhow; one of the data may have the
+            # note of an earlier observation.
+            noted = getattr(data, "_tmpdiff_readers", None)
+            if noted is None or noted[0] is not groups:
+                readers: list[str] = []
+                noted = data._tmpdiff_readers = (groups, readers)
+                groups.append(readers)
+            noted[1].append(name)
 
     handle = module.register_forward_pre_hook(begin)
     try:

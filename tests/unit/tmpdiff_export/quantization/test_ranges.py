@@ -166,6 +166,16 @@ def test_layers_reading_one_tensor_are_found(module: Block, batches: list[tuple[
     assert observed.inputs["conv"].channel_amax is None
 
 
+def test_readers_of_the_data_itself_are_found_again_and_again() -> None:
+    """As of a text that cross-attention reads in every block."""
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("k", "v")})
+    data = torch.ones(2, 4)
+    holder = torch.nn.Module()
+    holder.layers, holder.forward = module, lambda item: module["k"](item) + module["v"](item)
+    for _ in range(2):
+        assert observe(holder, ["layers.k", "layers.v"], lambda: holder(data)).groups == (("layers.k", "layers.v"),)
+
+
 def test_channels_that_are_zero_are_scaled_by_finite_numbers() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(4, 3)).requires_grad_(False)
     layer[0].weight[:, 2:] = 0.0

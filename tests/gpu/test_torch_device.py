@@ -102,12 +102,12 @@ def test_the_rotary_kernel_computes_what_torch_does(
     weights = [torch.rand(size, generator=generator).add(0.5).to(model) for _ in range(2)]
     angle = torch.rand(text + image, size // 2, generator=generator).mul(6.0).repeat_interleave(2, dim=1)
     first, second = zip(parts, weights, strict=True)
-    factor = 1.0 if kind is model else 200.0
-    expected = norm_rotary(first, second, (angle.cos(), angle.sin()), 1e-6, torch.float32, factor)
+    scale = None if kind is model else torch.tensor(0.005)
+    expected = norm_rotary(first, second, (angle.cos(), angle.sin()), 1e-6, torch.float32, scale)
     torch._dynamo.reset()  # it compiles one function so many times only
     call = torch.compile(norm_rotary, fullgraph=True, dynamic=False) if compiled else norm_rotary
     on_gpu = [tuple(item.cuda() for item in items) for items in (first, second, (angle.cos(), angle.sin()))]
-    found = call(*on_gpu, 1e-6, kind, factor)
+    found = call(*on_gpu, 1e-6, kind, None if scale is None else scale.cuda())
     assert found.dtype == kind
     limit = torch.finfo(kind).max
     half_step = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float8_e4m3fn: 2.0**-4}[kind] * 1.01
@@ -153,16 +153,17 @@ def test_fp8_attention_is_that_of_the_reference(batch: int, tokens: int, heads: 
     import torch
     from torch.nn import functional as F
 
+    from engines.backends.torch.attention import scales_tensor
     from tmpdiff_export.quantization.codes import AttentionRange
     from tmpdiff_export.targets.torch.attention import attend_fp8
 
     generator = torch.Generator("cuda").manual_seed(tokens)
     shape = (batch, heads, tokens, size)
     parts = [torch.randn(shape, generator=generator, device="cuda") * factor for factor in (1.0, 2.0, 0.3)]
-    limits = AttentionRange(*(float(item.abs().max()) for item in parts))
-    found = attend_fp8(*(item.half() for item in parts), limits).float()
+    scales = scales_tensor(*AttentionRange(*(float(item.abs().max()) for item in parts)).scales)
+    found = attend_fp8(*(item.half() for item in parts), scales.cuda()).float()
     expected = F.scaled_dot_product_attention(*parts)
-    first = attend_fp8(*(item[:1, :2].cpu() for item in parts), limits)  # on a CPU
+    first = attend_fp8(*(item[:1, :2].cpu() for item in parts), scales)  # on a CPU
 
     def sqnr_db(one: Any, other: Any) -> float:
         return float(-10 * torch.log10((one - other).square().sum() / other.square().sum()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from engines.errors import BuildError
 from engines.precision import Precision
@@ -40,6 +41,7 @@ class BuildOptions:
         workers: for torch packages; see `PackageSettings`. The script that asks for more than one has to start its work
             under `if __name__ == "__main__"`: workers import it.
         fp8_attention: for torch packages; see `PackageSettings`.
+        compile: for torch packages; see `PackageSettings`.
         range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are
             checked against, whatever the backend.
         keep_stages: keep finished stages beside the bundle after success too, for a build with other options.
@@ -61,6 +63,7 @@ class BuildOptions:
     share_weights: Precision | None = None
     workers: int = 1
     fp8_attention: tuple[Precision, ...] = ()
+    compile: Literal["whole", "blocks"] = "whole"
     range_device: str = "cpu"
     restart: bool = False
     keep_stages: bool = False
@@ -72,7 +75,7 @@ class BuildOptions:
         Raises:
             BackendError: a number of workers out of range.
         """
-        return PackageSettings(self.share_weights, self.fp8_attention, self.workers)
+        return PackageSettings(self.share_weights, self.fp8_attention, self.workers, self.compile)
 
 
 def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:

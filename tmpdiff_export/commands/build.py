@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         share_weights=args.share_weights,
         workers=args.workers,
         fp8_attention=args.fp8_attention,
+        compile=args.compile,
         range_device=args.range_device,
         keep_stages=args.keep_stages,
         restart=args.restart,

@@ -89,7 +89,7 @@ def open_target(
     if backend == "torch":
         from tmpdiff_export.targets.torch.target import TorchTarget
 
-        return TorchTarget(device or "cuda", plans.batch.opt, precisions, fp8_attention=bool(packages.fp8_attention))
+        return TorchTarget(device or "cuda", plans.batch.opt, precisions, packages)
     if backend == "tensorrt":
         from tmpdiff_export.targets.tensorrt.target import TensorRtTarget
 

@@ -61,15 +61,15 @@ def _widened(module: torch.nn.Module) -> Iterator[None]:
     """Each part's floating parameters are float32 while it is called."""
 
     def enter(part: torch.nn.Module, _: Any) -> None:
-        narrow[part] = dict(part._parameters)
-        for name, item in narrow[part].items():
+        narrow.setdefault(part, []).append(dict(part._parameters))  # a call may be traced within a call
+        for name, item in narrow[part][-1].items():
             if item is not None and item.is_floating_point():
                 part._parameters[name] = item.float()
 
     def leave(part: torch.nn.Module, *_: Any) -> None:
-        part._parameters.update(narrow.pop(part))
+        part._parameters.update(narrow[part].pop())
 
-    narrow: dict[torch.nn.Module, dict[str, Any]] = {}
+    narrow: dict[torch.nn.Module, list[dict[str, Any]]] = {}
     handles = [
         handle
         for part in module.modules()
@@ -96,7 +96,7 @@ def without_capturing_hooks(module: torch.nn.Module) -> None:
                 del part._forward_hooks[key]
 
 
-class _Call(torch.nn.Module):
+class Call(torch.nn.Module):
     """A module whose tensors are arguments; it is kept in a tuple, which hides it from torch.export."""
 
     def __init__(self, module: EngineModule) -> None:
@@ -108,6 +108,18 @@ class _Call(torch.nn.Module):
         """Calls the module with `tensors` in place of its parameters and buffers."""
         state = dict(zip(self.names, tensors, strict=True))
         return torch.func.functional_call(self.held[0], state, inputs)
+
+
+def arguments_of(
+    module: EngineModule, device: str, inputs: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """What `Call` takes, as tensors of one `FakeTensorMode`: torch traces with them, and they take no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors, examples = (
+            tuple(torch.empty(item.shape, dtype=item.dtype, device=device) for item in items)
+            for items in (module.tensors.values(), inputs)
+        )
+    return tensors, examples
 
 
 def compile_package(
@@ -128,15 +140,11 @@ def compile_package(
         BuildError: torch cannot export or compile the module.
         torch.OutOfMemoryError: as named.
     """
-    with FakeTensorMode():
-        arguments = tuple(
-            tuple(torch.empty(item.shape, dtype=item.dtype, device=device) for item in items)
-            for items in (module.tensors.values(), inputs)
-        )
+    arguments = arguments_of(module, device, inputs)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_Call(module), arguments, strict=False)
+            program = torch.export.export(Call(module), arguments, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     except torch.OutOfMemoryError:
         raise

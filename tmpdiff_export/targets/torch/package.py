@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,9 @@ from engines.errors import BuildError
 from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.target import file_entry
+from tmpdiff_export.targets.torch.blocks import compile_blocks, part_paths
 from tmpdiff_export.targets.torch.compile import EngineModule, compile_package
+from tmpdiff_export.weights.files import write_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,8 @@ class PackageTask:
         outputs: names of the module's outputs.
         check: inputs and references for its SQNR.
         lowering: see `EngineEntry`.
-        operators: see `PackageEntry`.
+        attention: scales of its FP8 attention, by the names of their buffers; they go into a weight file of its own.
+        blocks: whether blocks that repeat are compiled once.
         recipe: see `EngineEntry`.
         floor_db: the least SQNR the build accepts.
     """
@@ -50,7 +53,8 @@ class PackageTask:
     outputs: tuple[str, ...]
     check: AccuracyCheck
     lowering: Mapping[str, int]
-    operators: tuple[Literal["attention_fp8"], ...]
+    attention: Mapping[str, torch.Tensor]
+    blocks: bool
     recipe: str
     floor_db: float
 
@@ -76,10 +80,11 @@ class PackageTask:
         package = self.folder / "engines" / f"{self.name}.pt2"
         check = self.check
         examples = [_rows(item, self.batch) for item in check.batches[0]]
-        outputs = compile_package(self.module, self.device, examples, package)
+        weights = (*self.weights, *self._store_scales())
+        outputs, parts = self._compile(examples, package)
         entry = EngineEntry(
             file=file_entry(self.folder, package),
-            weights=self.weights,
+            weights=weights,
             backend="torch",
             backend_version=VERSION,
             device=self.described,
@@ -93,8 +98,9 @@ class PackageTask:
             package=PackageEntry(
                 batch=self.batch,
                 dtype=self.dtype,
-                weights_bytes=sum(file.bytes for file in self.weights),
-                operators=self.operators,
+                weights_bytes=sum(file.bytes for file in weights),
+                operators=("attention_fp8",) if self.attention else (),
+                **parts,
             ),
         )
         host = open_host("torch", self.described)
@@ -105,6 +111,24 @@ class PackageTask:
         finally:
             host.close()
         return entry.model_copy(update={"sqnr_db": round(measured, 2)})
+
+    def _compile(
+        self, examples: Sequence[torch.Tensor], package: Path
+    ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
+        """The outputs, without content, and what `PackageEntry` says of blocks."""
+        if not self.blocks:
+            return compile_package(self.module, self.device, examples, package), {}
+        made = compile_blocks(self.module, self.device, examples, package)
+        _, *others = part_paths(package, len(made.parts))
+        blocks = tuple(file_entry(self.folder, path) for path in others)
+        return made.outputs, {"blocks": blocks, "calls": made.calls, "results": made.results}
+
+    def _store_scales(self) -> tuple[FileEntry, ...]:
+        if not self.attention:
+            return ()
+        path = self.folder / "engines" / f"{self.name}.attention.safetensors"
+        write_tensors(path, self.attention)
+        return (file_entry(self.folder, path),)
 
     def _require_gpu(self) -> None:
         from engines.backends.torch.host import usable_gpu  # which needs cuda-bindings

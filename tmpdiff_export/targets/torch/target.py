@@ -18,10 +18,12 @@ from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.quantization.codes import QuantizedLayer
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE, narrow_type
 from tmpdiff_export.targets.target import EngineJob, SourceModel, layer_on_meta, require_weights_fit
+from tmpdiff_export.targets.torch.attention import attention_tensors
 from tmpdiff_export.targets.torch.compile import EngineModule, without_capturing_hooks
 from tmpdiff_export.targets.torch.layers import FP8_COMPUTE_CAPABILITY
 from tmpdiff_export.targets.torch.lowering import lower_for_torch, torch_tensors
 from tmpdiff_export.targets.torch.package import PackageTask
+from tmpdiff_export.targets.torch.settings import PackageSettings
 from tmpdiff_export.weights.streamed import on_meta
 
 # Denoisers that are published in BF16, and whose activations overflow FP16, or come near to it.
@@ -39,21 +41,19 @@ class TorchTarget:
 
     backend = "torch"
 
-    def __init__(
-        self, device: str, pictures: int, precisions: Sequence[Precision], *, fp8_attention: bool = False
-    ) -> None:
+    def __init__(self, device: str, pictures: int, precisions: Sequence[Precision], packages: PackageSettings) -> None:
         """Checks what can be checked before work begins.
 
         Args:
             device: "cuda" or "cpu".
             pictures: how many at once the packages are compiled for.
             precisions: the denoiser engines that will be made.
-            fp8_attention: whether any of them has its attention in FP8.
+            packages: how they are made.
 
         Raises:
             BackendError: no such device, or a precision that it cannot have.
         """
-        self.device, self._pictures = device, pictures
+        self.device, self._pictures, self._blocks = device, pictures, packages.compile == "blocks"
         if device == "cpu":
             self._described = "cpu"
             return
@@ -70,7 +70,7 @@ class TorchTarget:
                 f"precision {with_fp8[0]} needs compute capability 8.9, {gpu.name} has "
                 f"{'.'.join(map(str, gpu.compute_capability))}; leave it out of --precisions"
             )
-        if fp8_attention:
+        if packages.fp8_attention:
             require_cudnn()
             if gpu.compute_capability < LEAST_COMPUTE_CAPABILITY:
                 raise BackendError(
@@ -83,7 +83,13 @@ class TorchTarget:
     @property
     def key(self) -> dict[str, Any]:
         """See `Target.key`."""
-        return {"backend": self.backend, "version": VERSION, "device": self._described, "pictures": self._pictures}
+        return {
+            "backend": self.backend,
+            "version": VERSION,
+            "device": self._described,
+            "pictures": self._pictures,
+            "blocks": self._blocks,
+        }
 
     @property
     def form(self) -> TorchForm:
@@ -114,6 +120,7 @@ class TorchTarget:
             dtype = torch.float32
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(narrow_type(parameter.shape, model.dtype))
+        scales = attention_tensors(job.attention)
         kept = [not model.half or item.keep_dtype for item in model.inputs]
         engine = EngineModule(module, dtype, kept).eval()
         low_floor = dtype is torch.bfloat16 and job.recipe == NO_RECIPE  # also below the floor of shared weights
@@ -129,11 +136,13 @@ class TorchTarget:
             outputs=tuple(model.outputs),
             check=model.check,
             lowering=counts,
-            operators=("attention_fp8",) if job.attention else (),
+            attention=scales,
+            blocks=self._blocks,
             recipe=job.recipe,
             floor_db=min(job.floor_db, _BFLOAT16_FLOOR_DB) if low_floor else job.floor_db,
         )
-        return PreparedPackage(task, {name: item for name, item in engine.tensors.items() if name not in codes})
+        own = codes | set(scales)
+        return PreparedPackage(task, {name: item for name, item in engine.tensors.items() if name not in own})
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from helpers.needs_compiler import needs_compiler
 from torch.nn import functional as F
 
-from engines.backends.torch.attention import attention_fp8
+from engines.backends.torch.attention import attention_fp8, scales_tensor
 from engines.errors import BackendError, BuildError
 from engines.manifest import Manifest, manifest_identity
 from engines.precision import Precision
@@ -50,10 +50,11 @@ def test_the_operator_computes_attention_to_the_precision_of_its_codes() -> None
     parts = inputs(2, 3, 320, 64)
     limits = AttentionRange(*(float(item.abs().max()) for item in parts))
     expected = F.scaled_dot_product_attention(*parts)
-    found = attend_fp8(*parts, limits)
+    scales = scales_tensor(*limits.scales)
+    found = attend_fp8(*parts, scales)
     assert found.dtype == torch.float32
     assert 20.0 < sqnr_db(found, expected) < 30.0  # that of FP8 codes, and not none
-    assert sqnr_db(attend_fp8(*(item.half() for item in parts), limits).float(), found) > 30.0
+    assert sqnr_db(attend_fp8(*(item.half() for item in parts), scales).float(), found) > 30.0
 
 
 def test_a_query_that_looks_at_one_key_gets_its_value() -> None:
@@ -62,7 +63,7 @@ def test_a_query_that_looks_at_one_key_gets_its_value() -> None:
     value = torch.randn(1, 256, 1, 64, generator=torch.Generator().manual_seed(2))
     scales = AttentionRange(40.0, 40.0, float(value.abs().max())).scales
     codes = [static_codes(item, scale, FP8) for item, scale in zip((query, key, value), scales, strict=True)]
-    found = attention_fp8(*codes, *scales)
+    found = attention_fp8(*codes, scales_tensor(*scales))
     assert found.dtype == FP8
     assert torch.equal(found, codes[2][:, 17:18].expand_as(found))  # bit for bit: one scale for values and results
 

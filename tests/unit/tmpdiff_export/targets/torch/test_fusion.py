@@ -76,7 +76,7 @@ def test_codes_of_queries_are_scaled_and_saturate() -> None:
     text, image = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 5, 3, 8, generator=generator)
     weight, rotary = torch.linspace(0.5, 1.5, 8), (torch.ones(7, 8), torch.zeros(7, 8))  # no rotation
     expected = torch.cat([F.rms_norm(text, (8,), weight, 1e-6), F.rms_norm(image, (8,), 2 * weight, 1e-6)], dim=1)
-    found = norm_rotary((text, weight), (image, 2 * weight), rotary, 1e-6, torch.float8_e4m3fn, 200.0)
+    found = norm_rotary((text, weight), (image, 2 * weight), rotary, 1e-6, torch.float8_e4m3fn, torch.tensor(0.005))
     assert expected.abs().max() * 200 > 448
     torch.testing.assert_close(found.float(), (expected * 200).clamp(-448, 448), rtol=2**-4, atol=1e-2)
 

@@ -24,7 +24,7 @@ a small blue ring on the left
 a white square at the top
 """
 PROGRESS = re.compile(
-    r"\d+ s: .+, \d+ of \d+"
+    r"\d+ s: .+, \d+ of \d+, \d+ s in it(, peak memory .+ GB)?"
 )  # a line now and then from a command that takes longer, as on a busy machine
 
 

@@ -9,8 +9,9 @@ from engines.backends.cuda.gpu import Gpu, current_gpu
 from engines.backends.cuda.host import CudaHost, is_denoiser
 from engines.backends.torch.device_weights import DeviceWeights
 from engines.backends.torch.library import torch
+from engines.backends.torch.package import package_of
 from engines.backends.torch.plan import TorchPlan, require_runnable
-from engines.backends.torch.runner import Runner, load_runner
+from engines.backends.torch.runner import Runner, load_package
 from engines.backends.torch.weights import weights_of
 from engines.errors import BackendError
 from engines.manifest import EngineEntry
@@ -58,7 +59,7 @@ def _loader(weights: DeviceWeights, resident_engines: int | None) -> Callable[[s
     def load(name: str, entry: EngineEntry, path: Path) -> TorchPlan:
         torch.cuda.set_device(device)  # the calling thread may be another one
         if name not in runners:
-            runners[name] = load_runner(name, path, device)
+            runners[name] = load_package(name, package_of(name, entry), path, device)
         returning = resident_engines is not None and is_denoiser(entry)
         owned = weights.take(name, weights_of(name, path, entry), returning=returning)
         return TorchPlan(name, entry, runners[name], owned, graphs)

@@ -18,12 +18,13 @@ def package_of(name: str, entry: EngineEntry) -> PackageEntry:
     """
     if entry.package is None or not entry.weights:
         raise BackendError(f"engine {name}: the manifest does not describe its torch package; build the bundle again")
-    for file in entry.weights:
-        if PurePosixPath(file.path).parent != PurePosixPath(entry.file.path).parent:
-            raise BackendError(
-                f"engine {name}: its weights {file.path} lie in another folder than {entry.file.path}, expected the same; "
-                "build the bundle again"
-            )
+    for file in entry.files():
+        if PurePosixPath(file.path).parent == PurePosixPath(entry.file.path).parent:
+            continue
+        raise BackendError(
+            f"engine {name}: its file {file.path} lies in another folder than {entry.file.path}, expected the same; "
+            "build the bundle again"
+        )
     if _minor(entry.backend_version) != _minor(VERSION):
         raise BackendError(
             f"engine {name} was compiled by torch {entry.backend_version}, installed is {VERSION}; install torch "

@@ -1,0 +1,113 @@
+"""The weights of a pipeline's component, as its folder stores them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engines.errors import BuildError
+from engines.files import sha256_bytes, sha256_file
+from tmpdiff_export.weights.files import Place, places
+
+_STEMS = ("diffusion_pytorch_model", "model")
+_INDEX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """The tensors of a component's folder; nothing of them is in memory.
+
+    Attributes:
+        folder: the component's folder.
+        places: where each tensor lies, by name.
+        files: its weight files and its configuration, sorted.
+    """
+
+    folder: Path
+    places: Mapping[str, Place]
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> SourceWeights:
+        """Reads the headers of a component's weight files.
+
+        Args:
+            folder: as `save_pretrained` writes it, with one safetensors file or several and their index.
+
+        Raises:
+            BuildError: it holds no safetensors files, or one of them is missing or damaged.
+        """
+        try:
+            files = _weight_files(folder)
+            found = {name: place for path in files for name, place in places(path).items()}
+            configuration = sorted(path for path in folder.iterdir() if path.suffix == ".json")
+        except OSError as error:
+            raise BuildError(f"weights in {folder} cannot be read: {error.strerror or error}") from error
+        return cls(folder, found, tuple(sorted((*configuration, *files))))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers there are."""
+        return sum(place.size_bytes // place.dtype.itemsize for place in self.places.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type that most of the numbers have; float32 where there is none."""
+        counts: Counter[torch.dtype] = Counter()
+        for place in self.places.values():
+            if place.dtype.is_floating_point:
+                counts[place.dtype] += place.size_bytes // place.dtype.itemsize
+        return counts.most_common(1)[0][0] if counts else torch.float32
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its stored dtype, on the CPU, in memory of its own."""
+        return self.places[name].read()
+
+    def require_names(self, names: Sequence[str], what: str) -> None:
+        """Refuses weights that are not those of a module.
+
+        Args:
+            names: of the module's parameters.
+            what: the module, for the message.
+
+        Raises:
+            BuildError: naming one that is missing.
+        """
+        missing = [name for name in names if name not in self.places]
+        if missing:
+            raise BuildError(
+                f"weights in {self.folder} lack {len(missing)} of the {len(names)} parameters of {what}, first "
+                f"{missing[0]}; load the pipeline with the installed diffusers and save it anew"
+            )
+
+    def sha256(self) -> str:
+        """Hash over names and content of the files."""
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            digests = list(pool.map(sha256_file, self.files))
+        lines = (f"{path.name} {digest}\n" for path, digest in zip(self.files, digests, strict=True))
+        return sha256_bytes("".join(lines).encode())
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    for stem in _STEMS:
+        index, single = folder / f"{stem}{_INDEX}", folder / f"{stem}.safetensors"
+        if index.exists():
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+                if any(Path(name).name != name for name in names):
+                    raise ValueError("it names files of other folders")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BuildError(f"{index} does not say where the weights are: {error}") from error
+            return tuple(folder / name for name in sorted(names))
+        if single.exists():
+            return (single,)
+    raise BuildError(
+        f"folder {folder} holds none of {', '.join(f'{stem}.safetensors' for stem in _STEMS)}; save the pipeline with "
+        "save_pretrained(safe_serialization=True): other files of weights are not read, because loading them runs code"
+    )

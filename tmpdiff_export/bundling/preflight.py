@@ -57,13 +57,11 @@ class Needs:
         backend: resolved.
         device: what the engines are for, "cpu" or "cuda".
         fp8_attention: whether any engine has its attention in FP8.
-        classes: (library, class) of the pipeline's components, as its `model_index.json` has them.
     """
 
     backend: str
     device: str
     fp8_attention: bool = False
-    classes: tuple[tuple[str, str], ...] = ()
 
 
 def require_modules(needs: Needs) -> None:
@@ -79,8 +77,6 @@ def require_modules(needs: Needs) -> None:
         names.append("cudnn")
     for name in names:
         _import(name)
-    for library, name in needs.classes:
-        _require_class(library, name)
     if needs.backend == "torch":
         _require_compilers(needs.device)
 
@@ -105,20 +101,6 @@ def _import(name: str) -> None:
         raise BuildError(
             f"building needs the module {name}, which cannot be imported ({type(error).__name__}: {first_line(error)})"
         ) from error
-
-
-def _require_class(library: str, name: str) -> None:
-    """Loads the class of a component, which its library does late; one that it does not know is left to the loader."""
-    if library not in ("diffusers", "transformers"):
-        return
-    try:
-        found = getattr(importlib.import_module(library), name, None)
-    except (ImportError, RuntimeError) as error:  # a module that its module misses
-        raise BuildError(f"the pipeline's {name} of {library} cannot be imported ({first_line(error)})") from error
-    # What stands for a class whose requirements are not installed.
-    if type(found).__name__ == "DummyObject":
-        lacking = ", ".join(getattr(found, "_backends", ()))
-        raise BuildError(f"the pipeline's {name} of {library} needs the modules {lacking}; {_EXPORT}")
 
 
 def _require_compilers(device: str) -> None:

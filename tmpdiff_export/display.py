@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from engines.cli import printable
 from tmpdiff_export.memory import PeakMemory
 
 if TYPE_CHECKING:
@@ -132,6 +133,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
     for note in notes:
         console.print(note, highlight=False)
+
+
+def print_note(text: str) -> None:
+    """One line on stderr, escaped: what a reader of stdout should not find there."""
+    if sys.stderr is not None:
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def print_json(data: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
@@ -22,15 +23,18 @@ from tmpdiff_export.bundling.components import (
 )
 from tmpdiff_export.bundling.denoiser import DenoiserEngines
 from tmpdiff_export.bundling.engine import BuiltEngine, StartedEngine
+from tmpdiff_export.bundling.estimates import BuildSize, activation_bytes, find_available, require_fit
 from tmpdiff_export.bundling.manifest import write_manifest
 from tmpdiff_export.bundling.observed import Runs, denoiser_model, find_all_ranges, gather
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
+from tmpdiff_export.bundling.preflight import Needs, device_of, require_modules
 from tmpdiff_export.bundling.site import Progress, Site
 from tmpdiff_export.bundling.stages import link, open_stages
 from tmpdiff_export.pipelines.families.family import DENOISER
-from tmpdiff_export.pipelines.load import open_pipeline
+from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.targets.choose import open_start, open_target, resolve_backend
+from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import OnDevice
 
 
@@ -73,6 +77,7 @@ def build(
         report(what, done, total)
 
     target = open_target(backend, options.device, options.packages, options.plans, options.precisions, note)
+    require_modules(Needs(backend, device_of(backend, options.device), bool(options.fp8_attention)))
     note(stage, 0, 1)
     source = open_pipeline(
         Path(pipeline), height=options.height, width=options.width, guidance_scale=options.guidance_scale
@@ -80,15 +85,40 @@ def build(
     target.require_memory(source.weights.parameters)
     table = sampler_table(source.pipe.scheduler, options.num_steps, **source.sampler_options(options.num_steps))
     note(stage, 1, 1)
-    with open_stages(out, say or (lambda line: None), restart=options.restart, keep=options.keep_stages) as stages:
+    tell = say or (lambda line: None)
+    with open_stages(out, tell, restart=options.restart, keep=options.keep_stages) as stages:
+        available = find_available(out, options.onnx_dir, stages.used_bytes)
+        tell(require_fit(build_size(source, options, backend), available).described(available))
         try:
             with open_start(target, options.workers) as start:
-                site = Site(source, table, target, options, stages, start, note)
-                return _Build(site).run(out)
+                return _Build(Site(source, table, target, options, stages, start, note)).run(out)
         except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
             raise BuildError(
                 f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first_line(error)}"
             ) from error
+
+
+def build_size(source: SourcePipeline, options: BuildOptions, backend: str) -> BuildSize:
+    """What a build's memory and disk depend on."""
+    others = [SourceWeights.open(source.folder / name) for name in source.other_models]
+    layers = [place for weights in (source.weights, *others) for place in weights.places.values()]
+    largest = max(math.prod(place.shape) for place in layers)
+    _, rows, columns = source.latents_shape
+    patch = int(getattr(source.denoiser.config, "patch_size", 1) or 1) * source.family.packing
+    tokens = rows * columns // patch**2 + sum(text.max_tokens for text in source.texts)
+    samples = 2 * (2 if source.doubled else 1)  # one call of the check has twice the batch
+    return BuildSize(
+        backend=backend,
+        device=device_of(backend, options.device),
+        range_device=options.range_device,
+        precisions=options.precisions,
+        parameters=source.weights.parameters,
+        component_parameters=sum(weights.parameters for weights in others),
+        largest_layer=largest,
+        activation_bytes=activation_bytes(tokens, samples, largest, source.height, source.width),
+        workers=options.workers,
+        keeps_onnx=options.onnx_dir is not None,
+    )
 
 
 class _Build:
@@ -105,12 +135,16 @@ class _Build:
         # Quick to prepare, slow to compile: where workers compile, they have these while the denoiser is prepared.
         self._add(start_text_encoder(site))
         read = OnDevice(site.source.weights.read, options.range_device)
-        runs = gather(site, read)
+        module = site.source.family.wrap(site.source.pipe, site.source.height, site.source.width).eval()
+        runs = gather(site, module, read)
         self._add(start_vae_decoder(site, runs.checks[-1][0][:1]))  # of the last step kept, so close to a clean picture
-        model, checked = denoiser_model(site, runs, read)
-        ranges = find_all_ranges(site, runs, model.module, read)
+        model = denoiser_model(site, module, runs, read)
         engines = DenoiserEngines(
-            site, model, checked, ranges, lambda layer: read(f"{layer.removeprefix(f'{DENOISER}.')}.weight")
+            site,
+            model,
+            find_all_ranges(site, runs, module, read),
+            runs.attention,
+            lambda layer: read(f"{layer.removeprefix(f'{DENOISER}.')}.weight"),
         )
         read.free()
         shared = options.share_weights
@@ -140,7 +174,7 @@ class _Build:
                 RangeCalibrationEntry(
                     prompts_sha256=sha256_bytes(canonical_json(list(options.prompts))),
                     num_prompts=runs.num_prompts,
-                    num_batches=len(runs.ranges),
+                    num_batches=runs.num_batches,
                     seed=options.seed,
                 ),
                 site.denoiser_sha256,

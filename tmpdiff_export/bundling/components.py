@@ -159,6 +159,7 @@ def _start(
         inputs=inputs,
         outputs=outputs,
         check=AccuracyCheck.load(kept.folder / _CHECK, names, output),
+        checked=kept.digest,
         batch_per_picture=1 if name == VAE_DECODER else 2,
         dtype=largest.dtype,
         half=False,

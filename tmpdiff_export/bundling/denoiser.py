@@ -32,21 +32,27 @@ class DenoiserEngines:
     """The engines of one denoiser; its weight files are written when this is made."""
 
     def __init__(
-        self, site: Site, model: SourceModel, checked: str, ranges: Ranges, weight: Callable[[str], torch.Tensor]
+        self,
+        site: Site,
+        model: SourceModel,
+        ranges: Ranges,
+        attention: Mapping[str, AttentionRange],
+        weight: Callable[[str], torch.Tensor],
     ) -> None:
         """Prepares every engine and stores its weights.
 
         Args:
             site: the build.
             model: the denoiser.
-            checked: digest of its check.
             ranges: of all precisions but the reference.
+            attention: of the layers whose attention can be in FP8.
             weight: of a layer by the layer's name, on any device.
 
         Raises:
             BuildError: the denoiser cannot be exported, or a weight does not fit.
         """
-        self._site, self._model, self._checked, self._ranges = site, model, checked, ranges
+        self._site, self._model = site, model
+        self._ranges, self._attended = ranges, attention
         form, shared = site.target.form, site.options.share_weights
         self._variants: dict[Precision, list[_Variant]] = {}
         for precision in site.options.precisions:
@@ -59,7 +65,7 @@ class DenoiserEngines:
                     found,
                     store_codes(site, form, model, precision, variant, found, weight),
                 )
-                for variant, found in ranges.layers[precision].items()
+                for variant, found in ranges[precision].items()
             ]
         if shared is None:
             self._variants[REFERENCE] = [_Variant(NO_RECIPE, self._prepare(REFERENCE, None, NO_RECIPE), {}, None)]
@@ -99,7 +105,7 @@ class DenoiserEngines:
                     item.prepared,
                     [*plain, *([] if item.codes is None else [item.codes])],
                     {
-                        "check": self._checked,
+                        "check": self._model.checked,
                         "guided": self._model.batch_per_picture,
                         "ranges": ranges_digest(item.ranges),
                         "sixteen_bit": precision is REFERENCE,
@@ -119,7 +125,7 @@ class DenoiserEngines:
                 model=self._model,
                 recipe=NO_RECIPE if precision is REFERENCE else variant,
                 precision=coded or REFERENCE,
-                ranges={} if coded is None else self._ranges.layers[coded][variant],
+                ranges={} if coded is None else self._ranges[coded][variant],
                 floor_db=floor,
                 sixteen_bit=precision is REFERENCE,
                 attention=self._attention(precision),
@@ -127,4 +133,4 @@ class DenoiserEngines:
         )
 
     def _attention(self, precision: Precision) -> Mapping[str, AttentionRange]:
-        return self._ranges.attention if precision in self._site.options.fp8_attention else {}
+        return self._attended if precision in self._site.options.fp8_attention else {}

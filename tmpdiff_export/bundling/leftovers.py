@@ -51,7 +51,7 @@ def _lock(folder: Path) -> int | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not (os.path.lexists(path) and os.path.samestat(os.fstat(handle), os.lstat(path))):
+        if not os.fstat(handle).st_nlink:  # removed by its owner, the last thing that it does
             os.close(handle)
             return None
         os.ftruncate(handle, 0)

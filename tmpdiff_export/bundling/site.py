@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import engines
-import tmpdiff_export
 from engines.files import sha256_bytes, sha256_file
 from engines.sampler import SamplerTable
 from engines.version import VERSION
@@ -85,11 +84,7 @@ def versions() -> dict[str, str]:
 @functools.cache
 def code_digest() -> str:
     """Hash of this project's own modules: stages of other code are not gone on from."""
-    files: Mapping[str, Path] = {
-        f"{package.__name__}/{path.relative_to(root).as_posix()}": path
-        for package in (engines, tmpdiff_export)
-        for root in [Path(package.__path__[0])]
-        for path in root.rglob("*.py")
-    }
+    roots = Path(engines.__path__[0]), Path(__file__).parents[1]
+    files = {f"{root.name}/{path.relative_to(root).as_posix()}": path for root in roots for path in root.rglob("*.py")}
     lines = "".join(f"{name} {sha256_file(path)}\n" for name, path in sorted(files.items()))
     return sha256_bytes(f"{VERSION}\n{lines}".encode())

@@ -41,6 +41,37 @@ class Observed:
     inputs: Mapping[str, LayerInput]
     groups: tuple[tuple[str, ...], ...]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All but the groups, for a file."""
+        found = {}
+        for name, item in self.inputs.items():
+            found[f"{name}/amax"] = torch.tensor(item.amax, dtype=torch.float64)
+            found |= {
+                f"{name}/{kind}": values
+                for kind, values in (("channel_amax", item.channel_amax), ("channel_mean", item.channel_mean))
+                if values is not None
+            }
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], groups: Sequence[Sequence[str]]) -> Observed:
+        """What `tensors` gave, with its groups."""
+        names = [name.removesuffix("/amax") for name in tensors if name.endswith("/amax")]
+        inputs = {
+            name: LayerInput(
+                float(tensors[f"{name}/amax"]), tensors.get(f"{name}/channel_amax"), tensors.get(f"{name}/channel_mean")
+            )
+            for name in names
+        }
+        return cls(inputs, tuple(tuple(group) for group in groups))
+
+    def renamed(self, prefix: str) -> Observed:
+        """The same with `prefix` before every name."""
+        return Observed(
+            {f"{prefix}{name}": item for name, item in self.inputs.items()},
+            tuple(tuple(f"{prefix}{name}" for name in group) for group in self.groups),
+        )
+
     def groups_of(self, names: Collection[str]) -> list[list[str]]:
         """The groups that two or more of these layers make."""
         groups = ([name for name in group if name in names] for group in self.groups)

@@ -10,10 +10,9 @@ import torch
 
 from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export.devices import CPU, Batch, on
 from tmpdiff_export.quantization.awq import search_scales
 from tmpdiff_export.quantization.codes import LayerRange, largest
-from tmpdiff_export.quantization.observers import Observed, observe
+from tmpdiff_export.quantization.observers import Observed
 from tmpdiff_export.quantization.recipes import RECIPES, Awq, Recipe, SmoothQuant, stays_high_precision
 
 _LEAST_SCALE, _LARGEST_SCALE = 1e-4, 1e4
@@ -22,6 +21,11 @@ Weight = Callable[[str], torch.Tensor]
 """The weight of a layer by the layer's name, [N, K] or that of a convolution, floating, on any device."""
 
 Item = TypeVar("Item")
+
+
+def observable_layers(module: torch.nn.Module, prefix: str) -> list[str]:
+    """Names of the layers that any recipe quantizes, sorted."""
+    return sorted({name for recipe in RECIPES.values() for name in _layers(module, prefix, recipe)})
 
 
 def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
@@ -37,18 +41,22 @@ def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> 
     Raises:
         BuildError: no layer is left, so that the "quantized" engine would be an FP16 one.
     """
-    names = [
-        name
-        for name, layer in module.named_modules()
-        if (_fits_linear(layer, recipe) or _fits_convolution(layer, recipe))
-        and stays_high_precision(name.removeprefix(f"{prefix}."), recipe) is None
-    ]
+    names = _layers(module, prefix, recipe)
     if not names:
         raise BuildError(
             f"{type(module).__name__}: no layer can be quantized"
             + (f" (none has an input width that is a multiple of {recipe.block_size})" if recipe.block_size else "")
         )
     return names
+
+
+def _layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
+    return [
+        name
+        for name, layer in module.named_modules()
+        if (_fits_linear(layer, recipe) or _fits_convolution(layer, recipe))
+        and stays_high_precision(name.removeprefix(f"{prefix}."), recipe) is None
+    ]
 
 
 def _fits_linear(layer: torch.nn.Module, recipe: Recipe) -> bool:
@@ -70,41 +78,25 @@ def _fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
 def calibrate_ranges(
     module: torch.nn.Module,
     layers: Mapping[Precision, Sequence[str]],
-    batches: Sequence[Batch],
+    observed: Observed,
+    search: Callable[[], None],
     weight: Weight,
-    device: str = CPU,
 ) -> dict[Precision, dict[str, dict[str, LayerRange]]]:
     """Finds the ranges of all variants of several recipes.
 
-    The module runs over all batches once, and over a few of them a second time where a variant searches its scales.
-
     Args:
-        module: float32 export wrapper; called as `module(*batch)`.
+        module: float32 export wrapper, which computes (`weights.streamed`) where a variant searches its scales.
         layers: of every precision the layers to quantize, from `quantizable_layers`.
-        batches: denoiser inputs from real pipeline runs, over all timesteps.
+        observed: what these layers have read in real runs.
+        search: calls `module` for the batches that count for `LayerInput.channel_mean`; called where a variant searches.
         weight: read outside of the module's calls.
-        device: where the module is.
 
     Returns:
         By precision, name of the variant and name of the layer.
 
     Raises:
-        BuildError: a layer was not called, or has read numbers that are not finite.
+        BuildError: a search was given numbers that are not finite.
     """
-    names = list(dict.fromkeys(name for chosen in layers.values() for name in chosen))
-    searches = [
-        variant.smoothing
-        for precision in layers
-        for variant in RECIPES[precision].variants
-        if isinstance(variant.smoothing, Awq)
-    ]
-    searched = spread(range(len(batches)), min(search.batch_limit for search in searches)) if searches else []
-
-    def run(indices: Sequence[int]) -> None:
-        for index in indices:
-            module(*on(batches[index], device))
-
-    observed = observe(module, names, lambda: run(range(len(batches))), searched)
     found: dict[Precision, dict[str, dict[str, LayerRange]]] = {}
     for precision, chosen in layers.items():
         recipe = RECIPES[precision]
@@ -112,9 +104,7 @@ def calibrate_ranges(
         for variant in recipe.variants:
             if isinstance(variant.smoothing, Awq):
                 assert recipe.block_size is not None  # scales are searched for blocks
-                scales = search_scales(
-                    module, observed, lambda: run(searched), chosen, variant.smoothing, recipe.block_size
-                )
+                scales = search_scales(module, observed, search, chosen, variant.smoothing, recipe.block_size)
             elif isinstance(variant.smoothing, SmoothQuant):
                 scales = smoothing_scales(observed, chosen, variant.smoothing, weight)
             else:

@@ -39,6 +39,7 @@ class SourceModel:
         inputs: what it takes, with examples.
         outputs: what it returns, with their symbolic axes.
         check: inputs and references for the SQNR of its engines.
+        checked: a digest of them.
         batch_per_picture: samples of an engine call for one picture; 2 where guidance doubles the batch.
         dtype: what most of its numbers are stored in.
         half: whether its engines compute in a 16-bit type. Text encoder and VAE decoder do not: of them, only weights are
@@ -50,6 +51,7 @@ class SourceModel:
     inputs: Sequence[ExportInput]
     outputs: Mapping[str, Mapping[int, str]]
     check: AccuracyCheck
+    checked: str
     batch_per_picture: int
     dtype: torch.dtype
     half: bool

@@ -102,3 +102,13 @@ def test_intervals_and_departures_in_one_line() -> None:
     assert display.interval(IntervalRecord(value=0.0, low=0.0, high=0.0), ".2e") == "0"
     assert display.interval(None, ".2e") == display.departures(None) == "-"
     assert display.departures(DepartureRecord(count=2, samples=160, low=0.0015, high=0.0444)) == "2 of 160 [0.1, 4.4 %]"
+
+
+def test_a_note_is_one_escaped_line_beside_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display.print_note("stage a\x1b[2J is\ndamaged")
+    assert capsys.readouterr() == ("", "stage a\\x1b[2J is damaged\n")
+    monkeypatch.setattr(sys, "stderr", None)
+    display.print_note("nobody reads")
+    assert capsys.readouterr().out == ""

@@ -10,6 +10,8 @@ from typing import Literal
 from engines.errors import BackendError
 from engines.precision import REFERENCE, Precision
 
+MAX_WORKERS = 256
+
 
 @dataclass(frozen=True)
 class PackageSettings:
@@ -23,7 +25,7 @@ class PackageSettings:
         compile: "whole" or "blocks": whether blocks that repeat are compiled once, which is faster to build.
 
     Raises:
-        BackendError: fewer than 1 worker.
+        BackendError: a number of workers out of range.
     """
 
     share_weights: Precision | None = None
@@ -32,8 +34,8 @@ class PackageSettings:
     compile: Literal["whole", "blocks"] = "whole"
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise BackendError(f"workers is {self.workers}, expected 1 or more")
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise BackendError(f"workers is {self.workers}, expected 1 to {MAX_WORKERS}")
 
     def require_unset(self, backend: str) -> None:
         """Refuses settings that another backend would ignore.

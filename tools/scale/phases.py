@@ -12,6 +12,7 @@ from typing import Any
 
 from engines.errors import TmpDiffError
 from engines.manifest import Manifest
+from engines.text import read_prompts
 from tmpdiff_export.pipelines.families.table import FAMILIES
 from tools.scale.models import PIPELINES, ScalePipeline
 from tools.scale.watch import Attempt, watched
@@ -130,8 +131,9 @@ def words_of(phase: str, setting: Setting) -> list[str]:
     bundle = str(setting.bundle)
     if phase == "build":
         prompts = setting.folder / "prompts.txt"
-        lines = [line for line in PROMPTS.read_text().splitlines() if line and line[0] not in "#["]
-        prompts.write_text("\n".join(["[calibration]", *lines[: setting.prompts], ""]))
+        known = read_prompts(PROMPTS)
+        lines = ["[calibration]", *known.calibration[: setting.prompts], "[validation]", known.validation[0], ""]
+        prompts.write_text("\n".join(lines))
         words = [*product, "build", str(setting.source), "--out", bundle, "--prompts", str(prompts), "--json"]
         words += ["--backend", setting.backend, "--precisions", setting.precisions, "--steps", str(setting.steps)]
         words += ["--range-device", setting.device]

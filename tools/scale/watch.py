@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ SECONDS = 0.1
 """Between two looks at the memory."""
 NOTE_SECONDS = 5.0
 _KINDS = ("RssAnon", "RssFile", "RssShmem")
+_MOST = "VmHWM"
 _LINE = re.compile(r"^(\d+) s: (.*), \d+ of \d+, (\d+) s in it")
 
 
@@ -29,7 +31,8 @@ class Peaks:
         total: anonymous, file and shared memory together, resident.
         anonymous: of it, what no file stands behind.
         file: of it, what a file stands behind.
-        one_process: `ru_maxrss`, of the process that took most; exact.
+        one_process: of the process that took most, by the kernel's own count (VmHWM), which misses no moment. Not
+            `ru_maxrss`: that of a child is at least what this process had when it made it.
         device: device memory of all processes on the GPU, above what was taken before; None without a GPU.
     """
 
@@ -43,7 +46,9 @@ class Peaks:
         """Looks at the process `root` and its descendants."""
         sums = dict.fromkeys(_KINDS, 0)
         for process in tree(root, proc):
-            for kind, size in resident(process, proc).items():
+            found = resident(process, proc)
+            self.one_process = max(self.one_process, found.pop(_MOST, 0))
+            for kind, size in found.items():
                 sums[kind] += size
         self.total = max(self.total, sum(sums.values()))
         self.anonymous = max(self.anonymous, sums["RssAnon"])
@@ -67,10 +72,10 @@ def tree(root: int, proc: Path = Path("/proc")) -> list[int]:
 
 
 def resident(process: int, proc: Path = Path("/proc")) -> dict[str, int]:
-    """Resident bytes of a process by kind; none of one that has ended."""
+    """Resident bytes of a process by kind, and the most it had; none of one that has ended."""
     with contextlib.suppress(OSError):
         lines = (line.split() for line in (proc / str(process) / "status").read_text().splitlines())
-        return {words[0][:-1]: int(words[1]) << 10 for words in lines if words and words[0][:-1] in _KINDS}
+        return {words[0][:-1]: int(words[1]) << 10 for words in lines if words and words[0][:-1] in (*_KINDS, _MOST)}
     return {}
 
 
@@ -137,11 +142,10 @@ def watched(
         reader.start()
     with device_memory() if gpu else contextlib.nullcontext() as device:
         while True:
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            ended, status = os.waitpid(process.pid, os.WNOHANG)
             attempt.seconds = time.perf_counter() - begun
             if ended:
                 process.returncode = attempt.status = os.waitstatus_to_exitcode(status)
-                attempt.peaks.one_process = usage.ru_maxrss << 10
                 break
             attempt.peaks.look(process.pid)
             if seconds_limit is not None and attempt.seconds > seconds_limit:
@@ -171,7 +175,7 @@ def stages_of(lines: Iterable[str], seconds: float) -> dict[str, float]:
         if match and (not begins or begins[-1][1] != match[2]):
             begins.append((float(match[1]) - float(match[3]), match[2]))
     found: dict[str, float] = {}
-    for (begin, stage), (end, _) in zip(begins, [*begins[1:], (seconds, "")], strict=True):
+    for (begin, stage), (end, _) in itertools.pairwise([*begins, (seconds, "")]):
         found[stage] = found.get(stage, 0.0) + max(end - begin, 0.0)
     return found
 

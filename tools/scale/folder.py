@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from tools.demo.networks import make_clip_tokenizer
 from tools.scale.models import CLIP_TOKENS, Component, ScalePipeline, t5_tokens
 
 _FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+# The last layer of a block's branches. With a gain of 1 each of some hundred branches would weigh as much as all that came
+# before, and errors add up over the depth as they do in no trained denoiser: FP8 would be at 21.7 dB, INT4 at 13.
+_BRANCH_END = re.compile(r"\.\d+\.(.*\.)?(to_out\.0|to_add_out|net\.2|proj_out|conv2|conv_point)\.weight$")
+BRANCH_GAIN = 0.25
 Report = Callable[[str, int, int], None]
 
 
@@ -99,7 +104,8 @@ def write_component(
     partial.unlink(missing_ok=True)
     with WeightFile(partial, tensors) as file:
         for done, (name, item) in enumerate(tensors.items()):
-            file.write(name, random_tensor(*owners[name], item, generator))
+            tensor = random_tensor(*owners[name], item, generator)
+            file.write(name, tensor.mul_(BRANCH_GAIN) if _BRANCH_END.search(name) else tensor)
             report(done + 1, len(tensors))
     partial.rename(path)
     return path.stat().st_size

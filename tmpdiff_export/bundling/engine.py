@@ -17,7 +17,7 @@ from engines.manifest import EngineEntry
 from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.exported import ExportedModel
 from tmpdiff_export.devices import CPU, Batch
-from tmpdiff_export.onnx_graphs.export import save_checked
+from tmpdiff_export.onnx_graphs.external import save_checked
 from tmpdiff_export.onnx_graphs.qdq import insert_qdq
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer, quantize_layer

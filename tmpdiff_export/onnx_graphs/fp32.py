@@ -31,13 +31,18 @@ def to_fp32(graph: onnx.GraphProto, counts: Counter[str]) -> None:
             item.name = f"{name}_fp16"
             counts["fp16-weights"] += 1
             casts.append(helper.make_node("Cast", [item.name], [name], name=f"{name}/fp32", to=TensorProto.FLOAT))
+    retype(graph)
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def retype(graph: onnx.GraphProto) -> None:
+    """Nodes, inputs and outputs that are FP16 to FP32, in place."""
     _retype_nodes(graph)
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def _retype_nodes(graph: onnx.GraphProto) -> None:

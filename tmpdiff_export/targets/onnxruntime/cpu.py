@@ -7,7 +7,7 @@ from pathlib import Path
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine, version
 from engines.files import sha256_file
 from engines.manifest import EngineEntry
-from tmpdiff_export.onnx_graphs.export import save_graph
+from tmpdiff_export.onnx_graphs.external import save_graph
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
 from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 

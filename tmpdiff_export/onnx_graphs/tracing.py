@@ -1,0 +1,171 @@
+"""What tracing a module for its graph needs: no weights, no large products, and a few operators written otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
+
+_ATEN = torch.ops.aten
+# What takes the time of a forward pass.
+_PRODUCTS = frozenset(
+    {
+        _ATEN.linear.default,
+        _ATEN.matmul.default,
+        _ATEN.mm.default,
+        _ATEN.addmm.default,
+        _ATEN.bmm.default,
+        _ATEN.baddbmm.default,
+        _ATEN.convolution.default,
+        _ATEN._convolution.default,
+        _ATEN.scaled_dot_product_attention.default,
+    }
+)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextlib.contextmanager
+def traced_tensors(module: torch.nn.Module, *, half: bool) -> Iterator[None]:
+    """Puts placeholders for the parameters of a module, which has its own again afterwards.
+
+    A placeholder is one element for a whole shape. No two are equal: the exporter would make one tensor of them. With
+    `half` parameters and buffers are in FP16, but for those that have to stay float32.
+    """
+    parameters = list(module.parameters())
+    changed = {id(item): item for item in (*(sixteen_bit_tensors(module) if half else ()), *parameters)}
+    own = {key: item.data for key, item in changed.items()}
+    halved = {id(item) for item in sixteen_bit_tensors(module)} if half else set()
+    placeholders = {id(item): position + 1 for position, item in enumerate(parameters)}
+    try:
+        for key, item in changed.items():
+            dtype = torch.float16 if key in halved else item.dtype
+            if key in placeholders:
+                pattern = torch.full((1,) * item.dim(), placeholders[key], dtype=_INTEGERS[dtype.itemsize])
+                item.data = pattern.view(dtype).expand(item.shape)
+            else:
+                item.data = item.data.to(dtype)
+        yield
+    finally:
+        for key, item in changed.items():
+            item.data = own[key]
+
+
+@contextlib.contextmanager
+def without_products(module: torch.nn.Module) -> Iterator[None]:
+    """Lets `module` be traced without computing its products: where it is called, they are zeros of the right shape."""
+    own = module.forward
+    with ThreadPoolExecutor(1) as thread:
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _ShapesOfProducts(thread):
+                return own(*args, **kwargs)
+
+        module.forward = forward
+        try:
+            yield
+        finally:
+            del module.forward
+
+
+class _ShapesOfProducts(TorchDispatchMode):
+    """Computes only the shapes of products. In another thread: what is done in the tracing one is recorded."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        super().__init__()
+        self._thread = thread
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS:
+            return func(*args, **kwargs)
+        return self._thread.submit(_zeros, func, args, kwargs).result()
+
+
+def _zeros(func: Any, args: Any, kwargs: Any) -> Any:
+    with torch.inference_mode():
+        args, kwargs = tree_map(lambda item: item.to("meta") if isinstance(item, torch.Tensor) else item, (args, kwargs))
+        return tree_map(
+            lambda item: torch.zeros(1, dtype=item.dtype).expand(item.shape) if isinstance(item, torch.Tensor) else item,
+            func(*args, **kwargs),
+        )
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """Has a few functions of torch record what the exporter can write, in all threads."""
+    with (
+        _patched(torch.Tensor, "squeeze", _squeeze(torch.Tensor.squeeze)),
+        _patched(torch.nn.RMSNorm, "forward", _rms_norm),
+        _patched(functional, "conv2d", _conv2d(functional.conv2d)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, function: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _squeeze(original: Any) -> Any:
+    """`squeeze(dim)` of a dimension other than 1 as the no-op it is.
+
+    With symbolic axes the TorchScript exporter cannot know the size and writes an If whose Squeeze
+    branch fails shape inference; the traced size decides here instead.
+    """
+
+    def squeeze(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+        if len(dims) == 1 and isinstance(dims[0], int) and int(tensor.shape[dims[0]]) != 1:
+            return tensor
+        result: torch.Tensor = original(tensor, *dims)
+        return result
+
+    return squeeze
+
+
+def _rms_norm(norm: torch.nn.RMSNorm, data: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.RMSNorm` as plain operations: at this opset the exporter has none for it.
+
+    In FP32, as torch computes it for FP16 tensors.
+    """
+    axes = list(range(-len(norm.normalized_shape), 0))
+    wide = data.float()
+    eps = torch.finfo(data.dtype).eps if norm.eps is None else norm.eps
+    result = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps)
+    return (result if norm.weight is None else result * norm.weight.float()).to(data.dtype)
+
+
+def _conv2d(original: Any) -> Any:
+    """Convolutions as the operator that the tracer records as one: `without_products` would hide its parts from it."""
+
+    def pair(value: Any) -> tuple[int, ...]:
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    def conv2d(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> torch.Tensor:
+        if isinstance(padding, str) or torch._C._get_tracing_state() is None:
+            result: torch.Tensor = original(input, weight, bias, stride, padding, dilation, groups)
+            return result
+        sizes = pair(stride), pair(padding), pair(dilation)
+        return torch._convolution(input, weight, bias, *sizes, False, (0, 0), groups, False, False, True, True)
+
+    return conv2d

@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from engines.errors import BuildError, first_line
 from tmpdiff_export.onnx_graphs.external import data_less, is_external
-from tmpdiff_export.onnx_graphs.tracing import plain_operators, traced_tensors, without_products
+from tmpdiff_export.onnx_graphs.tracing import plain_operators, traced_tensors, without_arithmetic
 
 EXPORT_OPSET = 20
 
@@ -41,8 +41,7 @@ def export_graph(
     """Exports `module` and returns its graph without weights.
 
     Its parameters and buffers are data-less initializers (`external.data_less`), called as in the module, and
-    `<name>^T` where the transposed weight is used. Their values do not count, so that they may be placeholders; nor are
-    products computed. What the module computes from constants alone is in the graph.
+    `<name>^T` where the transposed weight is used. Their values do not count, so that they may be placeholders. What the module computes from constants alone is in the graph.
 
     Uses torch's TorchScript exporter without constant folding, because that keeps the name of every
     parameter, by which scales are attached later.
@@ -68,7 +67,7 @@ def export_graph(
     try:
         with (
             traced_tensors(module, half=half),
-            without_products(module),
+            without_arithmetic(module),
             plain_operators(),
             torch.inference_mode(),
             warnings.catch_warnings(),
@@ -79,6 +78,7 @@ def export_graph(
                 examples,
                 written,
                 export_params=False,
+                keep_initializers_as_inputs=True,  # else weights that are equal would become one
                 input_names=names,
                 output_names=list(outputs),
                 opset_version=EXPORT_OPSET,

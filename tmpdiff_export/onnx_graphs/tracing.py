@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
 
+_INFERENCE = "_jit_pass_onnx_graph_shape_type_inference"
 _ATEN = torch.ops.aten
-# What takes the time of a forward pass.
-_PRODUCTS = frozenset(
+# What takes the time of a forward pass, and what copies large tensors although it is said to make views of them.
+_COSTLY = frozenset(
     {
         _ATEN.linear.default,
         _ATEN.matmul.default,
@@ -27,31 +28,27 @@ _PRODUCTS = frozenset(
         _ATEN.convolution.default,
         _ATEN._convolution.default,
         _ATEN.scaled_dot_product_attention.default,
+        _ATEN.contiguous.default,
+        _ATEN.to.dtype,
+        _ATEN.to.dtype_layout,
     }
 )
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
+# Tensors of fewer values are computed on: a module may look at what its inputs are.
+_LARGE = 1 << 16
 @contextlib.contextmanager
 def traced_tensors(module: torch.nn.Module, *, half: bool) -> Iterator[None]:
-    """Puts placeholders for the parameters of a module, which has its own again afterwards.
+    """Puts zeros of one element for all of a shape in the place of parameters; the module has its own again afterwards.
 
-    A placeholder is one element for a whole shape. No two are equal: the exporter would make one tensor of them. With
-    `half` parameters and buffers are in FP16, but for those that have to stay float32.
+    With `half` parameters and buffers are in FP16, but for those that have to stay float32.
     """
-    parameters = list(module.parameters())
-    changed = {id(item): item for item in (*(sixteen_bit_tensors(module) if half else ()), *parameters)}
+    parameters = {id(item): item for item in module.parameters()}
+    sixteen_bit = {id(item): item for item in (sixteen_bit_tensors(module) if half else ())}
+    changed = parameters | sixteen_bit
     own = {key: item.data for key, item in changed.items()}
-    halved = {id(item) for item in sixteen_bit_tensors(module)} if half else set()
-    placeholders = {id(item): position + 1 for position, item in enumerate(parameters)}
     try:
         for key, item in changed.items():
-            dtype = torch.float16 if key in halved else item.dtype
-            if key in placeholders:
-                pattern = torch.full((1,) * item.dim(), placeholders[key], dtype=_INTEGERS[dtype.itemsize])
-                item.data = pattern.view(dtype).expand(item.shape)
-            else:
-                item.data = item.data.to(dtype)
+            dtype = torch.float16 if key in sixteen_bit else item.dtype
+            item.data = _zeros(item.shape, dtype) if key in parameters else item.data.to(dtype)
         yield
     finally:
         for key, item in changed.items():
@@ -59,13 +56,13 @@ def traced_tensors(module: torch.nn.Module, *, half: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_products(module: torch.nn.Module) -> Iterator[None]:
-    """Lets `module` be traced without computing its products: where it is called, they are zeros of the right shape."""
+def without_arithmetic(module: torch.nn.Module) -> Iterator[None]:
+    """Lets `module` be traced without computing on large tensors or with weights: results are zeros of the right shape."""
     own = module.forward
     with ThreadPoolExecutor(1) as thread:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _ShapesOfProducts(thread):
+            with _ShapesOnly(thread):
                 return own(*args, **kwargs)
 
         module.forward = forward
@@ -75,8 +72,8 @@ def without_products(module: torch.nn.Module) -> Iterator[None]:
             del module.forward
 
 
-class _ShapesOfProducts(TorchDispatchMode):
-    """Computes only the shapes of products. In another thread: what is done in the tracing one is recorded."""
+class _ShapesOnly(TorchDispatchMode):
+    """Computes shapes in the place of values. In another thread: what is done in the tracing one is recorded."""
 
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         super().__init__()
@@ -84,18 +81,37 @@ class _ShapesOfProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS:
-            return func(*args, **kwargs)
-        return self._thread.submit(_zeros, func, args, kwargs).result()
+        large = any(isinstance(item, torch.Tensor) and item.numel() >= _LARGE for item in tree_leaves((args, kwargs)))
+        if large and func._schema.is_mutable:
+            return args[0]
+        if func in _COSTLY or (large and _makes_tensors(func)):
+            return self._thread.submit(_zero_result, func, args, kwargs).result()
+        return func(*args, **kwargs)
 
 
-def _zeros(func: Any, args: Any, kwargs: Any) -> Any:
+def _makes_tensors(func: Any) -> bool:
+    """Whether what an operator returns are new tensors, neither views nor numbers."""
+    returns = func._schema.returns
+    return all(isinstance(item.type, torch.TensorType) and item.alias_info is None for item in returns)
+
+
+def _zero_result(func: Any, args: Any, kwargs: Any) -> Any:
+    def shape_of(item: Any) -> Any:
+        if isinstance(item, torch.device):
+            return torch.device("meta")
+        return item.to("meta") if isinstance(item, torch.Tensor) else item
+
+    def zeros_for(item: Any) -> Any:
+        return _zeros(item.shape, item.dtype) if isinstance(item, torch.Tensor) else item
+
     with torch.inference_mode():
-        args, kwargs = tree_map(lambda item: item.to("meta") if isinstance(item, torch.Tensor) else item, (args, kwargs))
-        return tree_map(
-            lambda item: torch.zeros(1, dtype=item.dtype).expand(item.shape) if isinstance(item, torch.Tensor) else item,
-            func(*args, **kwargs),
-        )
+        args, kwargs = tree_map(shape_of, (args, kwargs))
+        return tree_map(zeros_for, func(*args, **kwargs))
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """In the memory of one element."""
+    return torch.zeros((1,) * len(shape), dtype=dtype).expand(shape)
 
 
 @contextlib.contextmanager
@@ -105,6 +121,8 @@ def plain_operators() -> Iterator[None]:
         _patched(torch.Tensor, "squeeze", _squeeze(torch.Tensor.squeeze)),
         _patched(torch.nn.RMSNorm, "forward", _rms_norm),
         _patched(functional, "conv2d", _conv2d(functional.conv2d)),
+        # It copies and transposes the weights that it is given, one and all.
+        _patched(torch._C, _INFERENCE, _without_weights(getattr(torch._C, _INFERENCE))),
     ):
         yield
 
@@ -135,6 +153,10 @@ def _squeeze(original: Any) -> Any:
     return squeeze
 
 
+def _without_weights(original: Any) -> Any:
+    return lambda graph, weights, opset: original(graph, {}, opset)
+
+
 def _rms_norm(norm: torch.nn.RMSNorm, data: torch.Tensor) -> torch.Tensor:
     """`torch.nn.RMSNorm` as plain operations: at this opset the exporter has none for it.
 
@@ -148,7 +170,7 @@ def _rms_norm(norm: torch.nn.RMSNorm, data: torch.Tensor) -> torch.Tensor:
 
 
 def _conv2d(original: Any) -> Any:
-    """Convolutions as the operator that the tracer records as one: `without_products` would hide its parts from it."""
+    """Convolutions as the operator that the tracer records as one: `without_arithmetic` would hide its parts from it."""
 
     def pair(value: Any) -> tuple[int, ...]:
         return (value, value) if isinstance(value, int) else tuple(value)

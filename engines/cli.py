@@ -169,9 +169,9 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(_one_line(f"wrote {', '.join(map(str, outputs))}"))
+    print(printable(f"wrote {', '.join(map(str, outputs))}"))
     print(
-        _one_line(
+        printable(
             "schedule: "
             + " + ".join(f"{count} {name} at {step_ms[name]:.1f} ms a step" for name, count in steps.items())
             + f" (origin: {schedule.origin}); "
@@ -197,7 +197,7 @@ def verify(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"bundle": str(args.bundle), "bundle_id": bundle.manifest.bundle_id, "files": checked})
     else:
-        print(_one_line(f"bundle {args.bundle} is whole: {checked} files checked, id {bundle.manifest.bundle_id[:12]}"))
+        print(printable(f"bundle {args.bundle} is whole: {checked} files checked, id {bundle.manifest.bundle_id[:12]}"))
     return 0
 
 
@@ -212,7 +212,10 @@ def guarded(program: str, command: Callable[[], int]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container that stops us, as Ctrl-C
+            # A container that stops us, and a terminal that closes, as Ctrl-C; nohup has the latter ignored.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, signal.default_int_handler)
         status = command()
         sys.stdout.flush()
         return status
@@ -236,7 +239,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
     except OSError as error:
         message = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
         _drop_stdout()
-    print(f"{program}: error: {_one_line(message)}", file=sys.stderr)
+    print(f"{program}: error: {printable(message)}", file=sys.stderr)
     return 1
 
 
@@ -272,7 +275,7 @@ def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=1, allow_nan=False))
 
 
-def _one_line(text: str) -> str:
+def printable(text: str) -> str:
     """`text` with white space runs as one blank and every other unprintable character escaped."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(text.split())

@@ -76,6 +76,23 @@ class PlanEntry(_Document):
     warnings: tuple[str, ...] = ()
 
 
+class PackageCall(_Document):
+    """A call of one of the packages that an engine is made of.
+
+    Attributes:
+        package: 0 for the engine file, i for `PackageEntry.blocks[i - 1]`.
+        weights: the tensors it takes, as [begin, end) among all of the engine's in the order of their names.
+        inputs: the values that it takes behind them. Values are numbered from 0: the engine's inputs, then what each
+            call returns.
+        outputs: how many values it returns.
+    """
+
+    package: int = Field(ge=0)
+    weights: tuple[tuple[int, int], ...]
+    inputs: tuple[int, ...]
+    outputs: int = Field(ge=1)
+
+
 class PackageEntry(_Document):
     """What is particular to an AOTInductor package of the torch backend.
 
@@ -84,12 +101,18 @@ class PackageEntry(_Document):
         dtype: what is computed in where nothing is quantized.
         weights_bytes: memory of its weights on the device.
         operators: what it calls back into the process that runs it; see `engines.backends.torch.library`.
+        blocks: further packages, if repeated blocks were compiled once.
+        calls: of the engine file and of `blocks`, one after the other; empty if the engine file is all there is.
+        results: the values that are the engine's outputs; empty if `calls` is.
     """
 
     batch: int = Field(ge=1)
     dtype: Literal["float16", "bfloat16", "float32"]
     weights_bytes: int = Field(ge=0)
     operators: tuple[Literal["attention_fp8"], ...] = ()
+    blocks: tuple[FileEntry, ...] = ()
+    calls: tuple[PackageCall, ...] = ()
+    results: tuple[int, ...] = ()
 
 
 class EngineEntry(_Document):
@@ -127,9 +150,31 @@ class EngineEntry(_Document):
     plan: PlanEntry | None = None
     package: PackageEntry | None = None
 
+    @model_validator(mode="after")
+    def _calls_fit(self) -> EngineEntry:
+        if self.package is None:
+            return self
+        package, known = self.package, len(self.inputs)
+        if package.blocks and not package.calls:
+            raise ValueError(f"{self.file.path} has {len(package.blocks)} further packages and no calls of them")
+        for number, call in enumerate(package.calls):
+            if call.package > len(package.blocks):
+                raise ValueError(f"call {number} is of package {call.package}, there are {len(package.blocks) + 1}")
+            if any(not 0 <= value < known for value in call.inputs):
+                raise ValueError(f"call {number} takes values {call.inputs}, {known} are known by then")
+            if any(not 0 <= begin < end for begin, end in call.weights):
+                raise ValueError(f"call {number} takes weights {call.weights}, expected [begin, end) of some")
+            known += call.outputs
+        if package.calls and len(package.results) != len(self.outputs):
+            raise ValueError(f"calls give {len(package.results)} results, expected {len(self.outputs)}")
+        if any(not 0 <= value < known for value in package.results):
+            raise ValueError(f"results are values {package.results}, {known} are known")
+        return self
+
     def files(self) -> tuple[FileEntry, ...]:
-        """The engine file and, if it has one, its weight file."""
-        return (self.file,) if self.weights is None else (self.file, self.weights)
+        """The engine file, further packages that it is made of and, if it has one, its weight file."""
+        blocks = () if self.package is None else self.package.blocks
+        return (self.file, *blocks, *(() if self.weights is None else (self.weights,)))
 
     @property
     def bytes(self) -> int:

@@ -29,6 +29,15 @@ REFERENCE = Precision.FP16
 # What is built unless other precisions are named; NVFP4 runs on one generation of GPUs only.
 DEFAULT_PRECISIONS = (Precision.FP16, Precision.FP8, Precision.INT8, Precision.INT4)
 
+BITS_PER_WEIGHT = {
+    Precision.FP16: 16.0,
+    Precision.FP8: 8.0,
+    Precision.INT8: 8.0,
+    Precision.INT4: 4.0 + 16 / 128,
+    Precision.NVFP4: 4.0 + 8 / 16,
+}
+"""Of the stored weights of a quantized layer, with scales."""
+
 
 def parse_precisions(text: str) -> tuple[Precision, ...]:
     """The precisions named in a comma-separated list, each once, the reference always among them.

@@ -41,7 +41,7 @@ FORBIDDEN = {
         "dask",
         "distributed",
     },
-    "tmpdiff_export": {"tools"},
+    "tmpdiff_export": {"tools", "modelopt"},  # the judge of our range calibration, in tests
 }
 ROOMS = {
     "engines": """
@@ -85,6 +85,7 @@ ROOMS = {
         quantization
         weights
         display devices
+        memory
     """,
     "tmpdiff_export.targets": """
         choose

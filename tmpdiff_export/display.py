@@ -5,38 +5,54 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
+from rich.text import Text
+
+from engines.cli import printable
+from tmpdiff_export.memory import PeakMemory
 
 if TYPE_CHECKING:
     from calibration.records import DepartureRecord, IntervalRecord
 
 PIPED_WIDTH = 140
 LINE_SECONDS = 30.0
-"""Without a terminal: at most one line of progress in this time, so that short commands print none."""
+"""Without a terminal: time between lines of progress, so that short commands print none."""
 Report = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Report]:
-    """A progress display on stderr that takes (stage, done, total).
+    """A progress display on stderr that takes (stage, done, total), and shows the peak memory.
 
-    A bar per stage on a terminal; elsewhere a plain line every `LINE_SECONDS`, as for the log of a build host.
+    A bar per stage on a terminal; elsewhere a plain line every `LINE_SECONDS`, as for the log of a build host. Both go
+    on inside long calls.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _progress_lines()
+        with _heartbeat() as report:
+            yield report
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        _MemoryColumn(),
     )
     with Progress(*columns, console=console) as progress:
         current: tuple[str, Any] | None = None
@@ -52,17 +68,58 @@ def progress_bar() -> Iterator[Report]:
         yield report
 
 
-def _progress_lines() -> Report:
-    begun = last = time.monotonic()
+class _MemoryColumn(ProgressColumn):
+    """The peak memory, beside the stage that runs."""
+
+    max_refresh = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = PeakMemory()
+
+    def render(self, task: Task) -> Text:
+        """Empty for a stage that has ended."""
+        return Text("" if task.stop_time is not None else _peak(self._memory))
+
+
+@contextlib.contextmanager
+def _heartbeat() -> Iterator[Report]:
+    """Lines from a thread of its own for the length of a block; without a stderr, none."""
+    now = time.monotonic()
+    begun, current = now, ("", 0, 0, now)  # stage, done, total, since when it runs
+    memory, ended = PeakMemory(), threading.Event()
 
     def report(stage: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= LINE_SECONDS:
-            last = now
-            print(f"{now - begun:.0f} s: {stage}, {done} of {total}", file=sys.stderr, flush=True)
+        nonlocal current
+        current = (stage, done, total, current[3] if current[0] == stage else time.monotonic())
 
-    return report
+    def beat() -> None:
+        while sys.stderr is not None and not ended.wait(LINE_SECONDS):  # `print` would take stdout in its place
+            stage, done, total, since = current
+            if not stage:
+                continue
+            now = time.monotonic()
+            peak = _peak(memory)
+            line = f"{now - begun:.0f} s: {stage}, {done} of {total}, {now - since:.0f} s in it" + (
+                peak and f", {peak}"
+            )
+            try:
+                print(line, file=sys.stderr, flush=True)
+            except (OSError, ValueError):  # nobody reads any more, or it was closed
+                return
+
+    thread = threading.Thread(target=beat, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _peak(memory: PeakMemory) -> str:
+    count = memory.bytes()
+    return "" if count is None else f"peak memory {count / 1e9:.1f} GB"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
@@ -76,6 +133,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
     for note in notes:
         console.print(note, highlight=False)
+
+
+def print_note(text: str) -> None:
+    """One line on stderr, escaped: what a reader of stdout should not find there."""
+    if sys.stderr is not None:
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def print_json(data: Any) -> None:

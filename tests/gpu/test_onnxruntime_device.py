@@ -215,8 +215,8 @@ def test_another_gpu_and_files_that_are_no_graphs_are_refused(host: Any, engines
 def made(target: Any, folder: Path, name: str) -> tuple[EngineEntry, Path]:
     """The engine of a precision as `target` makes it."""
     import torch
-
     from tmpdiff_export.bundling.exported import with_larger_batch
+
     from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
     from tmpdiff_export.onnx_graphs.qdq import insert_qdq
     from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
@@ -236,9 +236,8 @@ def made(target: Any, folder: Path, name: str) -> tuple[EngineEntry, Path]:
     layers = {}
     if precision is not Precision.FP16:
         for layer in ("q", "k", "v", "wide", "narrow"):
-            weight = module.get_submodule(layer).weight.detach().numpy()
-            amax = None if recipe.input is None else 6.0
-            layers[layer] = quantize_layer(LayerRange(weight, amax, None), precision, recipe.block_size)
+            found = LayerRange(None if recipe.weight_only else 6.0, None)
+            layers[layer] = quantize_layer(module.get_submodule(layer).weight, found, precision, recipe.block_size)
         graph = insert_qdq(graph, layers, recipe)
     onnx_file = folder / "onnx" / f"{name}.onnx"
     onnx_file.parent.mkdir(exist_ok=True)

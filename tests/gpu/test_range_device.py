@@ -10,7 +10,7 @@ import pytest
 
 def missing() -> str | None:
     """Why no such test can run here, or None."""
-    for name in ("torch", "diffusers", "modelopt"):
+    for name in ("torch", "diffusers"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
     import torch
@@ -18,6 +18,7 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
+DEVICES = ("cpu", "cuda")
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
@@ -28,37 +29,70 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
     from engines.precision import Precision
     from tmpdiff_export.demo import pipeline_folder
     from tmpdiff_export.pipelines.families.family import DENOISER
-    from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
+    from tmpdiff_export.pipelines.load import computing, gather_batches, open_pipeline
+    from tmpdiff_export.quantization.codes import quantize_layer
     from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
     from tmpdiff_export.quantization.recipes import RECIPES
     from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
-    from tmpdiff_export.targets.torch.attention import attention_ranges
+    from tmpdiff_export.targets.torch.attention import watch_attention
+    from tmpdiff_export.weights.streamed import OnDevice, streamed
     from tools.acceptance.random_pipeline import save_random_pipeline
 
     save_random_pipeline(
         tmp_path / "pipeline", pipeline_folder() / "tokenizer", heads=4, head_size=64, layers=2, latent_side=32
     )
-    source = load_pipeline(tmp_path / "pipeline")
-    here, there = (gather_batches(source, ["a red circle"], 3, 0, lambda: None, device) for device in ("cpu", "cuda"))
+    source = open_pipeline(tmp_path / "pipeline")
+
+    def gathered(device: str) -> list:
+        with source.filled(), computing(source, OnDevice(source.weights.read, device), device):
+            return gather_batches(source, ["a red circle"], 3, 0, lambda: None)
+
+    here, there = (gathered(device) for device in DEVICES)
     assert len(here) == len(there) == 3
     for one, two in zip(here, there, strict=True):
         for cpu, gpu in zip(one, two, strict=True):
             assert gpu.device.type == "cpu"
             torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-3)
     module = source.family.wrap(source.pipe, source.height, source.width).eval()
-    expected, found = (torch_outputs(module, here, device) for device in ("cpu", "cuda"))
+
+    def read(name: str) -> torch.Tensor:
+        return source.weights.read(name.removeprefix(f"{DENOISER}."))
+
+    def weight(name: str) -> torch.Tensor:
+        return read(f"{name}.weight").flatten(1)
+
+    expected, found = (torch_outputs(module, read, here, device) for device in DEVICES)
     assert sqnr_db(np.concatenate(expected), np.concatenate(found)) > 80.0
-    attention = [attention_ranges(module, here, device) for device in ("cpu", "cuda")]
+    chosen = {
+        precision: quantizable_layers(module, DENOISER, RECIPES[precision])
+        for precision in (Precision.FP8, Precision.INT8, Precision.INT4, Precision.NVFP4)
+    }
+    attention: list[dict] = [{}, {}]
+    ranges = []
+    for device, limits in zip(DEVICES, attention, strict=True):
+        with streamed(module, read, device), watch_attention(module, limits):
+            ranges.append(calibrate_ranges(module, chosen, here, weight, device))
+    assert attention[0]
     assert attention[0].keys() == attention[1].keys()
     for name, limits in attention[0].items():
         assert attention[1][name].scales == pytest.approx(limits.scales, rel=1e-3)
-    for precision in (Precision.FP8, Precision.INT8, Precision.INT4):
-        recipe = RECIPES[precision]
-        names = quantizable_layers(module, DENOISER, recipe)
-        for variant in recipe.variants:
-            one, two = (calibrate_ranges(module, names, recipe, variant, here, device) for device in ("cpu", "cuda"))
+    for precision, names in chosen.items():
+        for variant in RECIPES[precision].variants:
+            one, two = (found[precision][variant.name] for found in ranges)
             for name in names:
-                np.testing.assert_allclose(two[name].weight, one[name].weight, rtol=1e-2, atol=1e-4)
                 assert (two[name].input_amax or 0.0) == pytest.approx(one[name].input_amax or 0.0, rel=1e-2)
+                if one[name].pre_quant_scale is not None:
+                    assert two[name].pre_quant_scale.device.type == "cpu"
+                    torch.testing.assert_close(two[name].pre_quant_scale, one[name].pre_quant_scale, rtol=1e-2, atol=0)
+                layer, same = (
+                    quantize_layer(weight(name).to(device), one[name], precision, RECIPES[precision].block_size)
+                    for device in DEVICES
+                )
+                for part in ("codes", "weight_scale", "block_scale", "input_scale", "pre_quant_scale"):
+                    expected, found = getattr(layer, part), getattr(same, part)
+                    assert (expected is None) == (found is None)
+                    if expected is not None:
+                        assert found.device.type == DEVICES[1]
+                        assert torch.equal(found.cpu().float(), expected.float()), f"{name}: {part}"
     assert {item.device.type for item in module.parameters()} == {"cpu"}
     assert not any(item.is_inference() for item in module.parameters()), "an export takes no inference tensors"

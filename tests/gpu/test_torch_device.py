@@ -102,12 +102,12 @@ def test_the_rotary_kernel_computes_what_torch_does(
     weights = [torch.rand(size, generator=generator).add(0.5).to(model) for _ in range(2)]
     angle = torch.rand(text + image, size // 2, generator=generator).mul(6.0).repeat_interleave(2, dim=1)
     first, second = zip(parts, weights, strict=True)
-    factor = 1.0 if kind is model else 200.0
-    expected = norm_rotary(first, second, (angle.cos(), angle.sin()), 1e-6, torch.float32, factor)
+    scale = None if kind is model else torch.tensor(0.005)
+    expected = norm_rotary(first, second, (angle.cos(), angle.sin()), 1e-6, torch.float32, scale)
     torch._dynamo.reset()  # it compiles one function so many times only
     call = torch.compile(norm_rotary, fullgraph=True, dynamic=False) if compiled else norm_rotary
     on_gpu = [tuple(item.cuda() for item in items) for items in (first, second, (angle.cos(), angle.sin()))]
-    found = call(*on_gpu, 1e-6, kind, factor)
+    found = call(*on_gpu, 1e-6, kind, None if scale is None else scale.cuda())
     assert found.dtype == kind
     limit = torch.finfo(kind).max
     half_step = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float8_e4m3fn: 2.0**-4}[kind] * 1.01
@@ -153,16 +153,17 @@ def test_fp8_attention_is_that_of_the_reference(batch: int, tokens: int, heads: 
     import torch
     from torch.nn import functional as F
 
+    from engines.backends.torch.attention import scales_tensor
     from tmpdiff_export.quantization.codes import AttentionRange
     from tmpdiff_export.targets.torch.attention import attend_fp8
 
     generator = torch.Generator("cuda").manual_seed(tokens)
     shape = (batch, heads, tokens, size)
     parts = [torch.randn(shape, generator=generator, device="cuda") * factor for factor in (1.0, 2.0, 0.3)]
-    limits = AttentionRange(*(float(item.abs().max()) for item in parts))
-    found = attend_fp8(*(item.half() for item in parts), limits).float()
+    scales = scales_tensor(*AttentionRange(*(float(item.abs().max()) for item in parts)).scales)
+    found = attend_fp8(*(item.half() for item in parts), scales.cuda()).float()
     expected = F.scaled_dot_product_attention(*parts)
-    first = attend_fp8(*(item[:1, :2].cpu() for item in parts), limits)  # on a CPU
+    first = attend_fp8(*(item[:1, :2].cpu() for item in parts), scales)  # on a CPU
 
     def sqnr_db(one: Any, other: Any) -> float:
         return float(-10 * torch.log10((one - other).square().sum() / other.square().sum()))
@@ -337,15 +338,16 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     module = denoiser()
     layers, attention = {}, {}
     if name == WITH_ATTENTION:
-        from tmpdiff_export.targets.torch.attention import attention_ranges
+        from tmpdiff_export.targets.torch.attention import require_ranges, watch_attention
 
-        inputs = [torch.from_numpy(item) for item in loop_inputs(BATCH).values()]
-        attention, name = attention_ranges(module, [tuple(inputs)]), "fp8"
+        with torch.no_grad(), watch_attention(module, attention):
+            module(*(torch.from_numpy(item) for item in loop_inputs(BATCH).values()))
+        require_ranges(module, attention)
+        name = "fp8"
     if name != "fp16":
         for layer in ("q", "k", "v", "wide", "narrow"):
-            weight = module.get_submodule(layer).weight.detach().numpy()
-            amax = None if name == "int4" else 6.0
-            layers[layer] = quantize_layer(LayerRange(weight, amax, None), Precision(name), BLOCK_SIZES.get(name))
+            weight, found = module.get_submodule(layer).weight, LayerRange(None if name == "int4" else 6.0, None)
+            layers[layer] = quantize_layer(weight, found, Precision(name), BLOCK_SIZES.get(name))
     lowered, _ = lower_for_torch(module, layers, torch.float16, attention=attention)
     whole = EngineModule(lowered, torch.float16, [False, True, False]).eval()
     inputs = [torch.from_numpy(loop_inputs(BATCH)[key]).to("cuda") for key in (LATENTS, TIMESTEP, TEXT)]
@@ -384,5 +386,7 @@ def quantized(rng: np.random.Generator, depth: int, width: int, precision: Preci
 
     weight = rng.standard_normal((width, depth), dtype=np.float32)
     weight_only = precision is Precision.INT4
-    found = LayerRange(weight, None if weight_only else 5.0, None)
-    return quantize_layer(found, precision, BLOCK_SIZES.get(precision.value)), weight
+    import torch
+
+    found = LayerRange(None if weight_only else 5.0, None)
+    return quantize_layer(torch.from_numpy(weight), found, precision, BLOCK_SIZES.get(precision.value)), weight

@@ -24,7 +24,7 @@ a small blue ring on the left
 a white square at the top
 """
 PROGRESS = re.compile(
-    r"\d+ s: .+, \d+ of \d+"
+    r"\d+ s: .+, \d+ of \d+, \d+ s in it(, peak memory .+ GB)?"
 )  # a line now and then from a command that takes longer, as on a busy machine
 
 
@@ -32,7 +32,7 @@ def called(module: str, *args: object) -> subprocess.CompletedProcess[str]:
     """`python -m module` in this process: of a process of its own, most time goes into imports."""
     words = [module, *map(str, args)]
     out, err = io.StringIO(), io.StringIO()
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     status: object = 0
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(sys, "argv", words)
@@ -43,7 +43,8 @@ def called(module: str, *args: object) -> subprocess.CompletedProcess[str]:
         except SystemExit as left:
             status = left.code or 0
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     assert isinstance(status, int), status
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 

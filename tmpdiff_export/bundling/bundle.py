@@ -2,57 +2,49 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 import onnx
-import torch
 
 from engines.documents import canonical_json
 from engines.errors import BuildError, first_line
 from engines.files import sha256_bytes, staged_folder
-from engines.manifest import MODEL_OUTPUT, Manifest, RangeCalibrationEntry
-from engines.precision import REFERENCE, Precision
-from engines.sampler import SamplerTable
+from engines.manifest import Manifest, RangeCalibrationEntry
+from engines.precision import REFERENCE
 from tmpdiff_export.bundling.components import (
     TEXT_ENCODER,
     VAE_DECODER,
-    export_text_encoder,
-    export_vae_decoder,
+    start_text_encoder,
+    start_vae_decoder,
     write_tokenizers,
 )
-from tmpdiff_export.bundling.engine import (
-    BuiltEngine,
-    DenoiserJob,
-    StartedEngine,
-    Workplace,
-    start_component,
-    start_denoiser,
-)
-from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser, with_larger_batch
+from tmpdiff_export.bundling.denoiser import DenoiserEngines
+from tmpdiff_export.bundling.engine import BuiltEngine, StartedEngine
+from tmpdiff_export.bundling.estimates import BuildSize, activation_bytes, find_available, require_fit
 from tmpdiff_export.bundling.manifest import write_manifest
+from tmpdiff_export.bundling.observed import Runs, denoiser_model, find_all_ranges, gather
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
-from tmpdiff_export.devices import Batch
-from tmpdiff_export.pipelines.load import SourcePipeline, gather_batches, load_pipeline
+from tmpdiff_export.bundling.preflight import Needs, device_of, require_modules
+from tmpdiff_export.bundling.site import Progress, Site
+from tmpdiff_export.bundling.stages import link, open_stages
+from tmpdiff_export.pipelines.families.family import DENOISER
+from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
-from tmpdiff_export.quantization.codes import AttentionRange
-from tmpdiff_export.quantization.ranges import spread
-from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes
 from tmpdiff_export.targets.choose import open_start, open_target, resolve_backend
-
-Progress = Callable[[str, int, int], None]
-
-# Prompts whose runs give the ranges, and one more whose run only checks the engines.
-RANGE_PROMPTS = 3
-RANGE_BATCHES = 24
-CHECK_BATCHES = 6
+from tmpdiff_export.weights.source import SourceWeights
+from tmpdiff_export.weights.streamed import OnDevice
 
 
-def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress: Progress | None = None) -> Manifest:
+def build(
+    pipeline: Path | str,
+    out: Path | str,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Manifest:
     """Builds a bundle from a diffusers pipeline folder.
 
     Nothing is left at `out` unless everything succeeded; `options.onnx_dir` is filled just before that.
@@ -62,6 +54,7 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         out: bundle folder to make.
         options: see `BuildOptions`.
         progress: called with a stage name, units done and units in all.
+        say: called with a line for the user: what is gone on from, and what stays for the next run.
 
     Returns:
         The manifest that was written.
@@ -84,92 +77,115 @@ def build(pipeline: Path | str, out: Path | str, options: BuildOptions, progress
         report(what, done, total)
 
     target = open_target(backend, options.device, options.packages, options.plans, options.precisions, note)
+    require_modules(Needs(backend, device_of(backend, options.device), bool(options.fp8_attention)))
     note(stage, 0, 1)
-    with staged_folder(out, replace=options.force) as bundle:
-        source = load_pipeline(
-            Path(pipeline), height=options.height, width=options.width, guidance_scale=options.guidance_scale
-        )
-        target.require_memory(sum(item.numel() for item in source.denoiser.parameters()))
-        note(stage, 1, 1)
-        table = sampler_table(source.pipe.scheduler, options.num_steps, **source.sampler_options(options.num_steps))
-        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=bundle) as scratch:
-            try:
-                with open_start(target, options.workers) as start:
-                    place = Workplace(start, bundle, Path(scratch))
-                    manifest = _Build(source, table, options, place, note).run()
-            except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
-                raise BuildError(
-                    f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first_line(error)}"
-                ) from error
-            if options.onnx_dir is not None:
-                _keep_onnx(Path(scratch) / "onnx", options.onnx_dir)
-    return manifest
+    source = open_pipeline(
+        Path(pipeline), height=options.height, width=options.width, guidance_scale=options.guidance_scale
+    )
+    target.require_memory(source.weights.parameters)
+    table = sampler_table(source.pipe.scheduler, options.num_steps, **source.sampler_options(options.num_steps))
+    note(stage, 1, 1)
+    tell = say or (lambda line: None)
+    with open_stages(out, tell, restart=options.restart, keep=options.keep_stages) as stages:
+        available = find_available(out, options.onnx_dir, stages.used_bytes)
+        tell(require_fit(build_size(source, options, backend), available).described(available))
+        try:
+            with open_start(target, options.workers) as start:
+                return _Build(Site(source, table, target, options, stages, start, note)).run(out)
+        except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
+            raise BuildError(
+                f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+
+def build_size(source: SourcePipeline, options: BuildOptions, backend: str) -> BuildSize:
+    """What a build's memory and disk depend on."""
+    others = [SourceWeights.open(source.folder / name) for name in source.other_models]
+    layers = [place for weights in (source.weights, *others) for place in weights.places.values()]
+    largest = max(math.prod(place.shape) for place in layers)
+    _, rows, columns = source.latents_shape
+    patch = int(getattr(source.denoiser.config, "patch_size", 1) or 1) * source.family.packing
+    tokens = rows * columns // patch**2 + sum(text.max_tokens for text in source.texts)
+    samples = 2 * (2 if source.doubled else 1)  # one call of the check has twice the batch
+    return BuildSize(
+        backend=backend,
+        device=device_of(backend, options.device),
+        range_device=options.range_device,
+        precisions=options.precisions,
+        parameters=source.weights.parameters,
+        component_parameters=sum(weights.parameters for weights in others),
+        largest_layer=largest,
+        activation_bytes=activation_bytes(tokens, samples, largest, source.height, source.width),
+        workers=options.workers,
+        keeps_onnx=options.onnx_dir is not None,
+    )
 
 
 class _Build:
-    """One build in progress; every method adds files to the staged bundle."""
+    """One build in progress."""
 
-    def __init__(
-        self, source: SourcePipeline, table: SamplerTable, options: BuildOptions, place: Workplace, report: Progress
-    ) -> None:
-        self.source = source
-        self.table = table
-        self.options = options
-        self.place = place
-        self.report = report
+    def __init__(self, site: Site) -> None:
+        self.site = site
         self.started: dict[str, StartedEngine] = {}
         self.built: dict[str, BuiltEngine] = {}
 
-    def run(self) -> Manifest:
-        range_batches, check_batches = self._gather()
-        options = self.options
-        # Quick to prepare, slow to compile: where workers compile, they have these while denoisers are quantized.
-        texts = write_tokenizers(self.source, self.place.bundle)
-        self._text_encoder()
-        self._vae(check_batches)
-        start_denoisers = self._export_denoiser(range_batches, check_batches)
-        start_denoisers(item for item in options.precisions if not (options.share_weights and item is REFERENCE))
-        if options.share_weights:
-            self._wait_for(options.share_weights.value)  # which of its variants is kept
-            start_denoisers([REFERENCE])
+    def run(self, out: Path) -> Manifest:
+        """Makes every engine, or finds it among the stages, and puts the bundle together."""
+        site, options = self.site, self.site.options
+        # Quick to prepare, slow to compile: where workers compile, they have these while the denoiser is prepared.
+        self._add(start_text_encoder(site))
+        read = OnDevice(site.source.weights.read, options.range_device)
+        module = site.source.family.wrap(site.source.pipe, site.source.height, site.source.width).eval()
+        runs = gather(site, module, read)
+        self._add(start_vae_decoder(site, runs.checks[-1][0][:1]))  # of the last step kept, so close to a clean picture
+        model = denoiser_model(site, module, runs, read)
+        engines = DenoiserEngines(
+            site,
+            model,
+            find_all_ranges(site, runs, module, read),
+            runs.attention,
+            lambda layer: read(f"{layer.removeprefix(f'{DENOISER}.')}.weight"),
+        )
+        read.free()
+        shared = options.share_weights
+        for precision in options.precisions:
+            if shared is None or precision is not REFERENCE:
+                self._report(precision.value)
+                self._add(engines.start(precision))
+        if shared is not None:
+            self._wait_for(shared.value)  # which of its variants is kept
+            self._add(engines.start(REFERENCE, self.built[shared.value].entry.recipe))
         self._wait_for(*self.started)
+        return self._put_together(out, runs)
+
+    def _put_together(self, out: Path, runs: Runs) -> Manifest:
+        site, options = self.site, self.site.options
         names = (TEXT_ENCODER, VAE_DECODER, *(item.value for item in options.precisions))
-        return write_manifest(
-            self.place.bundle,
-            self.source,
-            self.table,
-            texts,
-            {name: self.built[name].entry for name in names},
-            RangeCalibrationEntry(
-                prompts_sha256=sha256_bytes(canonical_json(list(options.prompts))),
-                num_prompts=len(self._range_prompts()),
-                num_batches=len(range_batches),
-                seed=options.seed,
-            ),
-        )
+        files = {path: source for name in names for path, source in self.built[name].files.items()}
+        with staged_folder(out, replace=options.force) as bundle:
+            for path, source in files.items():
+                link(source, bundle / path)
+            return write_manifest(
+                bundle,
+                site.source,
+                site.table,
+                write_tokenizers(site.source, bundle),
+                {name: self.built[name].entry for name in names},
+                RangeCalibrationEntry(
+                    prompts_sha256=sha256_bytes(canonical_json(list(options.prompts))),
+                    num_prompts=runs.num_prompts,
+                    num_batches=runs.num_batches,
+                    seed=options.seed,
+                ),
+                site.denoiser_sha256,
+            )
 
-    def _range_prompts(self) -> tuple[str, ...]:
-        return self.options.prompts[: min(RANGE_PROMPTS, len(self.options.prompts) - 1)]
+    def _report(self, what: str) -> None:
+        self.site.report(f"build engines: {what}", len(self.built), len(self.site.options.precisions) + 2)
 
-    def _gather(self) -> tuple[list[Batch], list[Batch]]:
-        """Denoiser inputs of real runs: some for the ranges, those of the last prompt for the check."""
-        prompts = (*self._range_prompts(), self.options.prompts[-1])
-        steps = self.table.num_steps
-        seen = 0
-
-        def on_step() -> None:
-            nonlocal seen
-            seen += 1
-            self.report("run pipeline", seen, steps * len(prompts))
-
-        batches = gather_batches(
-            self.source, prompts, self.options.num_steps, self.options.seed, on_step, self.options.range_device
-        )
-        return spread(batches[:-steps], RANGE_BATCHES), spread(batches[-steps:], CHECK_BATCHES)
-
-    def _add(self, name: str, engine: StartedEngine) -> None:
+    def _add(self, engine: StartedEngine) -> None:
         """Takes note of an engine, and finishes those that are made."""
-        self.started[name] = engine
+        self.started[engine.name] = engine
         self._finish_ready()
 
     def _finish_ready(self) -> None:
@@ -180,99 +196,13 @@ class _Build:
 
     def _wait_for(self, *names: str) -> None:
         """Waits until these engines are finished; the first failure of any engine is raised."""
-        total = len(self.options.precisions) + 2
         self._finish_ready()
         while any(name in self.started for name in names):
-            self.report("finish engines", len(self.built), total)
-            pending = [entry for engine in self.started.values() for entry in engine.entries if not entry.done()]
+            self._report(", ".join(self.started))
+            pending = [made for engine in self.started.values() for made in engine.pending]
             if pending:
                 wait(pending, return_when=FIRST_COMPLETED)
             self._finish_ready()
-
-    def _export_denoiser(
-        self, range_batches: Sequence[Batch], check_batches: Sequence[Batch]
-    ) -> Callable[[Iterable[Precision]], None]:
-        """Exports the denoiser; what is returned starts its engines."""
-        family, source = self.source.family, self.source
-        module = family.wrap(source.pipe, source.height, source.width).eval()
-        total = len(self.options.precisions) + 1
-        self.report("build denoisers", 0, total)
-        device = self.options.range_device
-        model = ExportedModel(
-            module,
-            export_denoiser(module, family, range_batches[0], self.place.scratch),
-            self._denoiser_check(module, check_batches),
-            batch_per_picture=2 if source.doubled else 1,
-            half=True,
-            float32_inputs=family.float32_inputs,
-        )
-        shared = self.options.share_weights
-        attention: Mapping[str, AttentionRange] = {}
-        if self.options.fp8_attention:
-            # it registers an operator with torch, which other backends do not need
-            from tmpdiff_export.targets.torch.attention import attention_ranges
-
-            attention = attention_ranges(module, range_batches, device)
-
-        def done() -> int:
-            return 1 + sum(precision.value in self.built for precision in self.options.precisions)
-
-        def start(precisions: Iterable[Precision]) -> None:
-            for precision in precisions:
-                self.report(f"build denoisers: {precision.value}", done(), total)
-                job = DenoiserJob(
-                    precision,
-                    range_batches,
-                    device,
-                    weights_of=self.built[shared.value] if shared and precision is REFERENCE else None,
-                    keep_layers=precision is shared,
-                    attention=attention if precision in self.options.fp8_attention else {},
-                )
-                self._add(precision.value, start_denoiser(self.place, model, job))
-            self.report("build denoisers", done(), total)
-
-        return start
-
-    def _denoiser_check(self, module: torch.nn.Module, batches: Sequence[Batch]) -> AccuracyCheck:
-        """Samples count for as much as the steps that they are from move the latents."""
-        sizes = spread(step_sizes(self.table).tolist(), CHECK_BATCHES)
-        weights = [(torch.full((len(batch[0]),), size),) for batch, size in zip(batches, sizes, strict=True)]
-        return AccuracyCheck.of(
-            module,
-            list(self.source.family.inputs),
-            MODEL_OUTPUT,
-            with_larger_batch(batches),
-            self.options.range_device,
-            [rows.numpy() for (rows,) in with_larger_batch(weights)],
-        )
-
-    def _text_encoder(self) -> None:
-        self.report("build text encoder", 0, 1)
-        model = export_text_encoder(self.source, self.options.prompts, self.place.scratch)
-        self._add(TEXT_ENCODER, start_component(self.place, model, TEXT_ENCODER))
-        self.report("build text encoder", int(TEXT_ENCODER in self.built), 1)
-
-    def _vae(self, check_batches: Sequence[Batch]) -> None:
-        self.report("build VAE decoder", 0, 1)
-        latents = check_batches[-1][0][:1]  # of the last step kept, so close to a clean picture
-        model = export_vae_decoder(self.source, latents, self.place.scratch)
-        self._add(VAE_DECODER, start_component(self.place, model, VAE_DECODER))
-        self.report("build VAE decoder", int(VAE_DECODER in self.built), 1)
-
-
-def _keep_onnx(folder: Path, target: Path) -> None:
-    """Moves the ONNX files into `target`, each under a temporary name first."""
-    target.mkdir(parents=True, exist_ok=True)
-    kept = sorted(folder.iterdir())
-    staged = [(path, target / f".{path.name}.partial") for path in kept]
-    try:
-        for path, partial in staged:
-            shutil.copyfile(path, partial)
-        for path, partial in staged:
-            os.replace(partial, target / path.name)
-    finally:
-        for _, partial in staged:
-            partial.unlink(missing_ok=True)
 
 
 _MODEL_ERRORS = (RuntimeError, AttributeError, LookupError, TypeError, ValueError, onnx.checker.ValidationError)

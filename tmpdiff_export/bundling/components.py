@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from engines.documents import canonical_json
 from engines.errors import BuildError
-from engines.files import atomic_write_text
+from engines.files import atomic_write_text, sha256_bytes
 from engines.manifest import LATENTS, TextEntry
+from engines.precision import REFERENCE
 from engines.text import text_inputs
-from tmpdiff_export.bundling.exported import ExportedModel, export_folded, with_larger_batch
+from tmpdiff_export.bundling.engine import COMPONENT_FLOOR_DB, EngineName, StartedEngine, start_trial
+from tmpdiff_export.bundling.site import Site
+from tmpdiff_export.bundling.weights import shared_tensors, store_plain, tensors_digest
+from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
 from tmpdiff_export.pipelines.families.components import VaeDecoder
 from tmpdiff_export.pipelines.load import SourcePipeline
-from tmpdiff_export.targets.accuracy import AccuracyCheck
-from tmpdiff_export.targets.target import file_entry
+from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
+from tmpdiff_export.targets.accuracy import AccuracyCheck, torch_outputs
+from tmpdiff_export.targets.target import EngineJob, SourceModel, file_entry
+from tmpdiff_export.weights.source import SourceWeights
+from tmpdiff_export.weights.streamed import taken_weights
 
 TEXT_ENCODER = "text_encoder"
 VAE_DECODER = "vae_decoder"
 
+_VAE = "vae"
 _IMAGE = "image"
+_CHECK = "check.safetensors"
 _CHECK_PROMPTS = 3
 
 
@@ -59,20 +70,14 @@ def write_tokenizers(source: SourcePipeline, bundle: Path) -> list[TextEntry]:
     return texts
 
 
-def export_text_encoder(source: SourcePipeline, prompts: Sequence[str], scratch: Path) -> ExportedModel:
-    """All text encoders as one model, checked on the tokens that the pipeline's own tokenizers give.
-
-    Args:
-        source: the pipeline.
-        prompts: the first of them are for the check, and an empty one.
-        scratch: folder for the exporter's files.
+def start_text_encoder(site: Site) -> StartedEngine:
+    """Starts all text encoders as one engine, checked on the tokens that the pipeline's own tokenizers give.
 
     Raises:
-        BuildError: the exporter does not support a text encoder.
+        BuildError: a text encoder cannot be exported.
     """
-    family = source.family
-    module = family.wrap_text(source.pipe, source.height, source.width).eval()
-    written = [*prompts[:_CHECK_PROMPTS], ""]
+    source, family = site.source, site.source.family
+    written = [*site.options.prompts[:_CHECK_PROMPTS], ""]
     read = [prompt.lower().strip() if family.lowercase else prompt for prompt in written]
     arrays: dict[str, torch.Tensor] = {}
     for position, text in enumerate(source.texts):
@@ -83,27 +88,86 @@ def export_text_encoder(source: SourcePipeline, prompts: Sequence[str], scratch:
         arrays[ids] = tokens.input_ids
         if text.part.masked:
             arrays[mask] = tokens.attention_mask
-    batch = tuple(arrays.values())
-    single = tuple(tensor[:1] for tensor in batch)
     inputs = [ExportInput(name, tensor, {0: "batch"}) for name, tensor in arrays.items()]
-    graph = export_folded(module, inputs, family.text_outputs, scratch, half=False)
-    check = AccuracyCheck.of(module, tuple(arrays), next(iter(family.text_outputs)), [batch, single])
-    return ExportedModel(module, graph, check, batch_per_picture=2, half=False)
+    batch = tuple(arrays.values())
+    return _start(
+        site,
+        TEXT_ENCODER,
+        lambda: family.wrap_text(source.pipe, source.height, source.width),
+        inputs,
+        family.text_outputs,
+        [batch, tuple(tensor[:1] for tensor in batch)],
+    )
 
 
-def export_vae_decoder(source: SourcePipeline, latents: torch.Tensor, scratch: Path) -> ExportedModel:
-    """The VAE decoder, from latents [B, C, h, w] to pictures.
+def start_vae_decoder(site: Site, latents: torch.Tensor) -> StartedEngine:
+    """Starts the VAE decoder, from latents [B, C, h, w] to pictures.
 
     Args:
-        source: the pipeline.
+        site: the build.
         latents: one sample close to a clean picture, float32 [1, C, h, w], for the check.
-        scratch: folder for the exporter's files.
 
     Raises:
-        BuildError: the exporter does not support the decoder.
+        BuildError: the decoder cannot be exported.
     """
-    module = VaeDecoder(source.pipe.vae).eval()
-    inputs = [ExportInput(LATENTS, latents, {0: "batch"})]
-    graph = export_folded(module, inputs, {_IMAGE: {0: "batch"}}, scratch, half=False)
-    check = AccuracyCheck.of(module, [LATENTS], _IMAGE, with_larger_batch([(latents,)]))
-    return ExportedModel(module, graph, check, batch_per_picture=1, half=False)
+    return _start(
+        site,
+        VAE_DECODER,
+        lambda: VaeDecoder(site.source.pipe.vae),
+        [ExportInput(LATENTS, latents, {0: "batch"})],
+        {_IMAGE: {0: "batch"}},
+        [(latents,), (torch.cat([latents, latents]),)],
+    )
+
+
+def _start(
+    site: Site,
+    name: str,
+    wrap: Callable[[], torch.nn.Module],
+    inputs: list[ExportInput],
+    outputs: Mapping[str, Mapping[int, str]],
+    batches: list[Batch],
+) -> StartedEngine:
+    source = site.source
+    parts = [part for part in source.other_models if (part == _VAE) == (name == VAE_DECODER)]
+    digest = [site.models_sha256[part] for part in parts]
+    largest = max((SourceWeights.open(source.folder / part) for part in parts), key=lambda item: item.parameters)
+    module = wrap().eval()
+    site.report(f"build {name.replace('_', ' ')}", 0, 1)
+
+    @functools.cache
+    def weights() -> dict[str, torch.Tensor]:
+        with source.filled():
+            whole = wrap()
+            return {**taken_weights(whole), **dict(whole.named_buffers())}
+
+    def read(tensor: str) -> torch.Tensor:
+        return weights()[tensor]
+
+    names, output = [item.name for item in inputs], next(iter(outputs))
+
+    def references(folder: Path) -> None:
+        found = torch_outputs(module, read, batches, site.options.range_device)
+        AccuracyCheck(tuple(names), output, tuple(batches), tuple(found)).save(folder / _CHECK)
+
+    size = [source.height, source.width, source.guidance_scale]
+    key = site.key(source=digest, size=size, inputs=tensors_digest(batches), device=site.options.range_device)
+    kept = site.stages.keep(f"check-{name}", key, references)
+    model = SourceModel(
+        module=module,
+        read=read,
+        inputs=inputs,
+        outputs=outputs,
+        check=AccuracyCheck.load(kept.folder / _CHECK, names, output),
+        checked=kept.digest,
+        batch_per_picture=1 if name == VAE_DECODER else 2,
+        dtype=largest.dtype,
+        half=False,
+    )
+    job = EngineJob(name, model, NO_RECIPE, REFERENCE, {}, COMPONENT_FLOOR_DB)
+    prepared = site.target.prepare(job)
+    stored = [
+        store_plain(site, site.target.form, model, readers, tensors, sha256_bytes(canonical_json(digest)))
+        for readers, tensors in shared_tensors({name: prepared}).items()
+    ]
+    return StartedEngine(name, [start_trial(site, EngineName(name), prepared, stored, {"check": kept.digest})])

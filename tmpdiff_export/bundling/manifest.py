@@ -31,6 +31,7 @@ def write_manifest(
     texts: Sequence[TextEntry],
     entries: Mapping[str, EngineEntry],
     range_calibration: RangeCalibrationEntry,
+    denoiser_sha256: str,
 ) -> Manifest:
     """Writes `sampler.json` and `manifest.json`.
 
@@ -55,7 +56,7 @@ def write_manifest(
         model=ModelEntry(
             pipeline_class=type(source.pipe).__name__,
             denoiser_class=source.denoiser_class,
-            denoiser_sha256=source.weights_sha256,
+            denoiser_sha256=denoiser_sha256,
             parameters=sum(item.numel() for item in source.denoiser.parameters()),
         ),
         sampling=SamplingEntry(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from engines.bundle import MANIFEST_NAME
-from engines.errors import BuildError, TmpDiffError
+from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export.devices import CPU, require_device
+from tmpdiff_export.bundling.preflight import require_folders
 from tmpdiff_export.targets.choose import require_own_settings
+from tmpdiff_export.targets.settings import MAX_BATCH
 from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 from tmpdiff_export.targets.torch.settings import PackageSettings
 
@@ -41,8 +41,11 @@ class BuildOptions:
         workers: for torch packages; see `PackageSettings`. The script that asks for more than one has to start its work
             under `if __name__ == "__main__"`: workers import it.
         fp8_attention: for torch packages; see `PackageSettings`.
+        compile: for torch packages; see `PackageSettings`.
         range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are
             checked against, whatever the backend.
+        keep_stages: keep finished stages beside the bundle after success too, for a build with other options.
+        restart: begin without the finished stages of an earlier build.
     """
 
     precisions: tuple[Precision, ...]
@@ -60,20 +63,23 @@ class BuildOptions:
     share_weights: Precision | None = None
     workers: int = 1
     fp8_attention: tuple[Precision, ...] = ()
-    range_device: str = CPU
+    compile: Literal["whole", "blocks"] = "whole"
+    range_device: str = "cpu"
+    restart: bool = False
+    keep_stages: bool = False
 
     @property
     def packages(self) -> PackageSettings:
         """The settings of torch packages.
 
         Raises:
-            BackendError: fewer than 1 worker.
+            BackendError: a number of workers out of range.
         """
-        return PackageSettings(self.share_weights, self.fp8_attention, self.workers)
+        return PackageSettings(self.share_weights, self.fp8_attention, self.workers, self.compile)
 
 
 def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
-    """Refuses before the work what could not be built, or not be written after it.
+    """Refuses before the work what could not be built, or not be written after it; without importing torch, where it can.
 
     Args:
         options: of the build.
@@ -81,9 +87,9 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
         backend: its name, resolved.
 
     Raises:
-        BuildError: too few prompts, or a number of steps out of range.
+        BuildError: too few prompts, or a number of steps or pictures out of range.
         BackendError: settings of another backend, or of an engine that is not built; or there is no such device.
-        TmpDiffError: a folder stands where none should be replaced.
+        TmpDiffError: a folder stands where none should be replaced, or cannot be written.
     """
     if len(options.prompts) < 2:
         raise BuildError(
@@ -91,23 +97,13 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
         )
     if not 1 <= options.num_steps <= MAX_STEPS:
         raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
+    if options.plans.batch.max > MAX_BATCH:
+        raise BuildError(f"--batch is {options.plans.batch}, expected {MAX_BATCH} pictures at most")
     packages = options.packages
     require_own_settings(backend, options.device, packages, options.plans)
     packages.require_built(options.precisions)
-    require_device(options.range_device)
-    _check_folders(out, options)
+    require_folders(out, options.onnx_dir, force=options.force)
+    if options.range_device != "cpu":
+        from tmpdiff_export.devices import require_device  # which imports torch
 
-
-def _check_folders(out: Path, options: BuildOptions) -> None:
-    """Refuses before the work what could not be written, or should not be replaced, after it."""
-    if options.force and out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).exists():
-        raise TmpDiffError(
-            f"output folder {out} is no bundle (it holds no {MANIFEST_NAME}); --force replaces bundles only"
-        )
-    kept = options.onnx_dir
-    if kept is None:
-        return
-    if kept.exists() and not kept.is_dir():
-        raise TmpDiffError(f"--onnx-dir {kept} is a file; name a folder")
-    if Path(os.path.abspath(kept)).is_relative_to(os.path.abspath(out)):
-        raise TmpDiffError(f"--onnx-dir {kept} is inside the bundle {out}; name a folder beside it")
+        require_device(options.range_device)

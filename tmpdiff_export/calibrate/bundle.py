@@ -23,6 +23,7 @@ from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.text import PromptFile
 from tmpdiff_export.calibrate.workers import open_workers, require_workers
+from tmpdiff_export.targets.settings import MAX_BATCH
 
 JOURNAL_FOLDER = "calibration"
 
@@ -41,7 +42,7 @@ class RunOptions:
         fresh_latencies: measure step latencies even where the journal has some of this machine and batch.
 
     Raises:
-        TmpDiffError: a negative seed, or a batch below 1.
+        TmpDiffError: a negative seed, or a batch out of range.
     """
 
     seed: int = 0
@@ -54,8 +55,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise TmpDiffError(f"seed is {self.seed}, expected 0 or more")
-        if self.batch < 1:
-            raise TmpDiffError(f"batch is {self.batch}, expected 1 or more")
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise TmpDiffError(f"batch is {self.batch}, expected 1 to {MAX_BATCH}")
 
 
 ONE_PROCESS = RunOptions()

@@ -186,13 +186,15 @@ def _torch_step(
     import numpy as np
     import torch
 
-    from tmpdiff_export.pipelines.load import load_pipeline
+    from tmpdiff_export.pipelines.load import open_pipeline
 
     sampling = runtime.manifest.sampling
-    source = load_pipeline(pipeline, height=sampling.height, width=sampling.width)
-    if source.weights_sha256 != runtime.manifest.model.denoiser_sha256:
+    source = open_pipeline(pipeline, height=sampling.height, width=sampling.width)
+    if source.weights.sha256() != runtime.manifest.model.denoiser_sha256:
         raise TmpDiffError(f"the bundle was not built from pipeline {pipeline}; pass the pipeline it was built from")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    component = source.family.component
+    setattr(source.pipe, component, source.load(component, torch.float32))
     module = source.family.wrap(source.pipe, source.height, source.width).eval()
     batch = conditioning.batch(sampling.guidance_scale)
     latents = runtime.table.model_input(runtime.table.initial(runtime.noise(range(conditioning.size))))

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pipeline", type=Path, metavar="PIPELINE_DIR", help="diffusers pipeline folder (save_pretrained)"
     )
     group = parser.add_argument_group("any backend")
-    group.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="bundle folder to make")
+    group.add_argument("--out", type=_folder, required=True, metavar="BUNDLE", help="bundle folder to make")
     group.add_argument(
         "--precisions", default=everything, help=f"comma-separated, of {', '.join(Precision)} (default {everything})"
     )
@@ -48,11 +48,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--height", type=int, metavar="PIXELS", help="default: the pipeline's own")
     group.add_argument("--width", type=int, metavar="PIXELS", help="default: the pipeline's own")
-    group.add_argument("--onnx-dir", type=Path, metavar="DIR", help="keep the exported <precision>.onnx files there")
+    group.add_argument("--onnx-dir", type=_folder, metavar="DIR", help="keep the exported <precision>.onnx files there")
     group.add_argument("--force", action="store_true", help="replace an existing bundle")
+    group.add_argument(
+        "--keep-stages",
+        action="store_true",
+        help="keep the finished stages of the build beside the bundle (.BUNDLE.stages), for another build with other options; "
+        "without, they stay only until the build succeeds",
+    )
+    group.add_argument(
+        "--restart", action="store_true", help="begin anew, without finished stages of a build that was cut short"
+    )
     group.add_argument("--json", action="store_true", help="print the result as JSON")
     for settings in (shared_settings, torch_settings, tensorrt_settings):
         settings.add_arguments(parser)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no folder")
+    return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
     require_replaceable(args.out, replace=args.force)
     prompts = read_prompts(args.prompts).calibration
 
-    from tmpdiff_export.bundling.bundle import build
-    from tmpdiff_export.bundling.options import BuildOptions
-    from tmpdiff_export.display import print_json, progress_bar
+    from tmpdiff_export.bundling.options import BuildOptions, require_buildable
     from tmpdiff_export.targets.choose import resolve_backend
 
     precisions = parse_precisions(args.precisions)
@@ -84,10 +97,18 @@ def run(args: argparse.Namespace) -> int:
         share_weights=args.share_weights,
         workers=args.workers,
         fp8_attention=args.fp8_attention,
+        compile=args.compile,
         range_device=args.range_device,
+        keep_stages=args.keep_stages,
+        restart=args.restart,
     )
+    require_buildable(options, args.out, backend)
+
+    from tmpdiff_export.bundling.bundle import build
+    from tmpdiff_export.display import print_json, print_note, progress_bar
+
     with progress_bar() as report:
-        manifest = build(args.pipeline, args.out, options, report)
+        manifest = build(args.pipeline, args.out, options, report, print_note)
     if args.json:
         print_json({"bundle": str(args.out), **manifest.model_dump(mode="json")})
     else:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tmpdiff_export.quantization import nvfp4
 from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.quantization.packing import pack
 
 TRT_DOMAIN = "trt"
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
@@ -86,9 +88,9 @@ def activation_fragment(stem: str, data: str, input_scale: np.ndarray, float_typ
     )
 
 
-def codes_tensor(name: str, codes: np.ndarray) -> onnx.TensorProto:
+def codes_tensor(name: str, codes: torch.Tensor) -> onnx.TensorProto:
     """E2M1 codes as an ONNX tensor, two to a byte (low nibble first)."""
-    return helper.make_tensor(name, TensorProto.FLOAT4E2M1, codes.shape, nvfp4.packed(codes), raw=True)
+    return helper.make_tensor(name, TensorProto.FLOAT4E2M1, codes.shape, pack(codes).numpy().tobytes(), raw=True)
 
 
 def _dequantize(

@@ -1,12 +1,13 @@
-"""Loading a diffusers pipeline folder, and running it to see what its denoiser is handed."""
+"""A diffusers pipeline folder, opened without its weights, and run to see what its denoiser is handed."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 
 from engines.errors import BuildError, first_line
-from engines.files import sha256_bytes, sha256_file
 from engines.manifest import GUIDANCE
-from tmpdiff_export.devices import CPU, Batch, placed
+from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
+from tmpdiff_export.pipelines.models import hollow_model, is_model, loaded_model
+from tmpdiff_export.weights.source import SourceWeights
+from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,18 @@ class SourcePipeline:
     """A loaded pipeline and what the export needs to know of it.
 
     Attributes:
-        pipe: the diffusers pipeline, float32 on the CPU, in evaluation mode.
+        folder: its folder.
+        pipe: the diffusers pipeline; its models are hollow (`weights.streamed`), float32, on the CPU, in evaluation mode.
         denoiser_class: class name of its denoiser.
         family: how that class is exported.
         height: picture height in pixels.
         width: picture width in pixels.
         guidance_scale: of classifier-free guidance or of the denoiser's guidance embedding, 1 where it has neither.
         texts: what its text encoders read, in order.
-        weights_sha256: hash over the denoiser's weight files.
+        weights: the denoiser's.
     """
 
+    folder: Path
     pipe: Any
     denoiser_class: str
     family: Family
@@ -58,7 +63,7 @@ class SourcePipeline:
     width: int
     guidance_scale: float
     texts: tuple[SourceText, ...]
-    weights_sha256: str
+    weights: SourceWeights
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -78,6 +83,36 @@ class SourcePipeline:
         """Whether classifier-free guidance doubles the batch of every denoiser call."""
         return self.guidance_scale > 1.0 and GUIDANCE not in self.family.inputs
 
+    @property
+    def other_models(self) -> tuple[str, ...]:
+        """Names of its models but for the denoiser: text encoders and VAE."""
+        models = {name for name, item in self.pipe.components.items() if isinstance(item, torch.nn.Module)}
+        return tuple(sorted(models - {self.family.component}))
+
+    def load(self, name: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+        """One of its models with its weights, on the CPU, in evaluation mode.
+
+        Args:
+            name: the pipeline's attribute.
+            dtype: None for that of its files.
+
+        Raises:
+            BuildError: it cannot be loaded.
+        """
+        return loaded_model(self.pipe, self.folder, name, dtype)
+
+    @contextlib.contextmanager
+    def filled(self) -> Iterator[None]:
+        """The text encoders and the VAE are loaded models for the length of a block, in the dtype of their files."""
+        hollow_ones = {name: getattr(self.pipe, name) for name in self.other_models}
+        try:
+            for name in hollow_ones:
+                setattr(self.pipe, name, self.load(name))
+            yield
+        finally:
+            for name, model in hollow_ones.items():
+                setattr(self.pipe, name, model)
+
     def sampler_options(self, num_steps: int) -> dict[str, Any]:
         """`mu` and `sigmas` of its scheduler, for `sampler_table`."""
         return self.family.sampler_options(self.pipe, num_steps, self.latents_shape)
@@ -96,10 +131,10 @@ class SourcePipeline:
         return options
 
 
-def load_pipeline(
+def open_pipeline(
     folder: Path, *, height: int | None = None, width: int | None = None, guidance_scale: float | None = None
 ) -> SourcePipeline:
-    """Loads a pipeline folder as written by `save_pretrained`, from the disk only.
+    """Opens a pipeline folder as written by `save_pretrained`, from the disk only; of weights, only headers are read.
 
     Args:
         folder: the folder with `model_index.json`.
@@ -122,14 +157,17 @@ def load_pipeline(
         raise BuildError(f"{index} is not readable: {error}") from error
     if not isinstance(data, dict) or "_class_name" not in data:
         raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
-    require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are loaded
+    require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are hashed
     may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}
-    pipe = _load(folder, [name for name in may_lack if data.get(name) == [None, None]])
+    pipe = _opened(folder, data, [name for name in may_lack if data.get(name) == [None, None]])
     name, family = family_of(pipe)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval().requires_grad_(False)
-    config = getattr(pipe, family.component).config
+    weights = SourceWeights.open(folder / family.component)
+    denoiser = getattr(pipe, family.component)
+    weights.require_names([name for name, _ in denoiser.named_parameters()], name)
+    for label, buffer in denoiser.named_buffers():
+        if label in weights.places:
+            buffer.copy_(weights.read(label))
+    config = denoiser.config
     size = int(getattr(pipe, "default_sample_size", None) or config.sample_size) * int(pipe.vae_scale_factor)
     height = size if height is None else height
     width = size if width is None else width
@@ -138,6 +176,7 @@ def load_pipeline(
         if value <= 0 or value % factor:
             raise BuildError(f"{label} {value} does not fit this pipeline; give a positive multiple of {factor}")
     return SourcePipeline(
+        folder=folder,
         pipe=pipe,
         denoiser_class=name,
         family=family,
@@ -145,7 +184,7 @@ def load_pipeline(
         width=width,
         guidance_scale=_guidance_scale(pipe, family, guidance_scale),
         texts=_texts(pipe, family),
-        weights_sha256=_weights_hash(folder / family.component),
+        weights=weights,
     )
 
 
@@ -175,23 +214,38 @@ def _texts(pipe: Any, family: Family) -> tuple[SourceText, ...]:
     return tuple(texts)
 
 
+@contextlib.contextmanager
+def computing(source: SourcePipeline, read: Read, device: str) -> Iterator[None]:
+    """The whole pipeline computes in float32 on a device for the length of a block.
+
+    Args:
+        source: the pipeline, whose other models are loaded (`SourcePipeline.filled`).
+        read: the denoiser's weights.
+        device: "cpu" or "cuda".
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(streamed(source.denoiser, read, device))
+        for name in source.other_models:
+            model = getattr(source.pipe, name)
+            stack.enter_context(streamed(model, taken_weights(model).__getitem__, device))
+        yield
+
+
 def gather_batches(
     source: SourcePipeline,
     prompts: Sequence[str],
     num_steps: int,
     seed: int,
     on_step: Callable[[], None],
-    device: str = CPU,
 ) -> list[Batch]:
     """Runs the real pipeline and keeps every input its denoiser is handed.
 
     Args:
-        source: the pipeline.
+        source: the pipeline, `computing`; noise is drawn on the CPU.
         prompts: one run each; run i starts from seed + i.
         num_steps: `num_inference_steps` of every run.
         seed: seed of the first run.
         on_step: called after each denoiser call.
-        device: where it runs, "cpu" or "cuda"; noise is drawn on the CPU.
 
     Returns:
         Inputs, on the CPU, in the order of `Family.inputs`, for every prompt and then every loop iteration.
@@ -205,7 +259,7 @@ def gather_batches(
 
     handle = source.denoiser.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with torch.inference_mode(), placed(source.pipe, device):
+        with torch.inference_mode():
             for index, prompt in enumerate(prompts):
                 source.pipe(
                     prompt,
@@ -225,8 +279,8 @@ def _denoiser_class(index: dict[str, Any]) -> str | None:
     return next((str(entry[1]) for entry in entries if isinstance(entry, list) and entry[1:] and entry[1]), None)
 
 
-def _load(folder: Path, absent: Sequence[str]) -> Any:
-    """The pipeline in a folder; diffusers wants to be told of components that it lacks, other than optional ones."""
+def _opened(folder: Path, index: dict[str, Any], absent: Sequence[str]) -> Any:
+    """The pipeline in a folder, its models hollow; diffusers wants to be told of components that it lacks."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -239,15 +293,11 @@ def _load(folder: Path, absent: Sequence[str]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipe = DiffusionPipeline.from_pretrained(
-                folder, local_files_only=True, torch_dtype=torch.float32, **dict.fromkeys(absent)
-            )
+            models = {name: hollow_model(folder, name, entry) for name, entry in index.items() if is_model(entry)}
+            pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **models, **dict.fromkeys(absent))
+    except BuildError:
+        raise
     except Exception as error:  # diffusers and transformers raise many classes for a broken folder
         raise BuildError(f"pipeline {folder} cannot be loaded: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _weights_hash(folder: Path) -> str:
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    return sha256_bytes("".join(f"{path.name} {sha256_file(path)}\n" for path in files).encode())

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
-import numpy as np
+import torch
 
 from engines.precision import Precision
 from tmpdiff_export.quantization import nvfp4
@@ -20,22 +19,21 @@ LEAST_ATTENTION_SCALE = 1e-6
 CODE_MAX = {Precision.FP8: 448.0, Precision.INT8: 127.0, Precision.INT4: 7.0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerRange:
     """What range calibration found for one layer.
 
     Attributes:
-        weight: [N, K] float32 (of a convolution K = C kh kw), already divided by `pre_quant_scale` where there is one.
         input_amax: largest magnitude of the (scaled) input, None for weight-only precisions.
-        pre_quant_scale: [K] float32 that multiplies the input (SmoothQuant, AWQ), or None. Layers
-            that read the same activation share it, so that one QuantizeLinear serves them all.
-        shared_weight_amax: largest magnitude over the weights of all layers that read the same activation, None
-            for a layer that is alone with its own.
+        pre_quant_scale: [K] float32 on the CPU that multiplies the input (SmoothQuant, AWQ), while the weight is
+            divided by it; or None. Layers that read the same activation share it, so that one QuantizeLinear serves
+            them all.
+        shared_weight_amax: NVFP4's: largest magnitude over the (divided) weights of all layers that read the same
+            activation, None for a layer that is alone with its own.
     """
 
-    weight: np.ndarray
     input_amax: float | None
-    pre_quant_scale: np.ndarray | None
+    pre_quant_scale: torch.Tensor | None
     shared_weight_amax: float | None = None
 
 
@@ -60,97 +58,111 @@ class AttentionRange:
         return query, key, value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedLayer:
     """Codes and scales of one linear layer; `codes * scale` approximates the weight.
 
+    All tensors are on one device, which may be "meta".
+
     Attributes:
         precision: FP8, INT8, INT4 or NVFP4.
-        codes: [K, N] (ready for MatMul); int8 for INT8 and INT4 (-7..7), float8_e4m3fn for FP8. NVFP4:
-            float4_e2m1fn [N, K], the order in which tensor cores read it.
-        weight_scale: float16; FP8 [], INT8 [N], INT4 [K / block_size, N]. NVFP4: the tensor scale, float32 [].
+        codes: [N, K]; int8 for INT8 and INT4 (-7..7), float8_e4m3fn for FP8. NVFP4: E2M1 bits 0..15, uint8, one a byte.
+        weight_scale: float16; FP8 [], INT8 [N], INT4 [N, K / block_size]. NVFP4: the tensor scale, float32 [].
         input_scale: float16 [] or None (weight-only). NVFP4: the tensor scale, float32 [].
         pre_quant_scale: [K] float16 or None.
         block_scale: NVFP4's, float8_e4m3fn [N, K / 16]; None for the others.
     """
 
     precision: Precision
-    codes: np.ndarray
-    weight_scale: np.ndarray
-    input_scale: np.ndarray | None
-    pre_quant_scale: np.ndarray | None
-    block_scale: np.ndarray | None = None
+    codes: torch.Tensor
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    pre_quant_scale: torch.Tensor | None
+    block_scale: torch.Tensor | None = None
 
-    def dequantized(self) -> np.ndarray:
-        """The weight the codes stand for, [K, N] float32."""
+    def dequantized(self) -> torch.Tensor:
+        """The (divided) weight that the codes stand for, float32 [N, K]."""
         if self.block_scale is not None:
-            return nvfp4.dequantize_blocks(self.codes, self.block_scale, self.weight_scale).T
-        scale = self.weight_scale.astype(np.float32)
-        if self.precision is Precision.INT4:
-            scale = np.repeat(scale, self.codes.shape[0] // scale.shape[0], axis=0)
-        return self.codes.astype(np.float32) * scale
+            return nvfp4.dequantize(self.codes, self.block_scale, self.weight_scale)
+        # A scale a tensor, a row, or a block of a row.
+        scale = self.weight_scale.float().reshape(*self.weight_scale.shape, *[1] * (3 - self.weight_scale.ndim))
+        blocks = self.weight_scale.shape[1] if self.weight_scale.ndim == 2 else 1
+        return (self.codes.float().unflatten(1, (blocks, -1)) * scale).flatten(1)
 
 
-def fp16_scale(amax: np.ndarray | float, precision: Precision) -> np.ndarray:
-    """amax / largest code as float16, floored where FP16 would turn subnormal."""
-    scale = np.asarray(amax, np.float32) / CODE_MAX[precision]
-    return np.maximum(scale, SMALLEST_FP16_SCALE).astype(np.float16)
+def fp16_scale(amax: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """amax / largest code as float16, floored where FP16 would turn subnormal; any shape, on the device of `amax`."""
+    wide = amax.float()
+    # A tensor as divisor: a CUDA kernel would multiply by the reciprocal of a number, which rounds differently.
+    return (wide / torch.full_like(wide, CODE_MAX[precision])).clamp_min(SMALLEST_FP16_SCALE).half()
 
 
-def quantize_layer(found: LayerRange, precision: Precision, block_size: int | None) -> QuantizedLayer:
+def input_scale(found: LayerRange, precision: Precision) -> torch.Tensor | None:
+    """A layer's `QuantizedLayer.input_scale`, on the CPU."""
+    if found.input_amax is None:
+        return None
+    if precision is Precision.NVFP4:
+        return nvfp4.tensor_scale(found.input_amax)
+    return fp16_scale(torch.tensor(found.input_amax), precision)
+
+
+def quantize_layer(
+    weight: torch.Tensor, found: LayerRange, precision: Precision, block_size: int | None
+) -> QuantizedLayer:
     """Quantizes a weight symmetrically with the scale form of `precision`.
 
     Scales are rounded to the format that stores them before the codes are computed, so that codes are
-    nearest to the scale that is stored.
+    nearest to the scale that is stored. Next to `weight`, it takes the memory of one float32 copy and the codes.
+
+    Args:
+        weight: [N, K] (of a convolution K = C kh kw), floating, on any device; not changed. On "meta" only the shapes
+            and dtypes of the layer come out.
+        found: its ranges; the weight is divided by their `pre_quant_scale`.
+        precision: FP8, INT8, INT4 or NVFP4.
+        block_size: weights per scale along K, of INT4.
+
+    Returns:
+        The layer, on the device of `weight`.
 
     Raises:
         ValueError: K is not a multiple of the block size (INT4, NVFP4).
     """
+    device = weight.device
+    scaled = weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if found.pre_quant_scale is not None:
+        scaled.div_(found.pre_quant_scale.to(device))
+    block_scale = None
     if precision is Precision.NVFP4:
-        return _quantize_nvfp4(found)
-    weight = np.ascontiguousarray(found.weight.T, dtype=np.float32)
-    magnitude = np.abs(weight)
-    if precision is Precision.FP8:
-        scale = fp16_scale(magnitude.max(), precision)
-        limit = CODE_MAX[precision]
-        codes = np.clip(weight / np.float32(scale), -limit, limit).astype(ml_dtypes.float8_e4m3fn)
+        # Layers that read one activation share the tensor scale, because TensorRT then makes one product of them (a
+        # block's q, k and v). It costs next to nothing, since block scales follow each weight: 21.9 dB became 21.8 on
+        # the embedded pipeline, with 31 products in place of 45.
+        amax = largest(scaled) if found.shared_weight_amax is None else found.shared_weight_amax
+        scale = nvfp4.tensor_scale(amax).to(device)
+        codes, block_scale = nvfp4.quantize_blocks(scaled, scale)
+    elif precision is Precision.FP8:
+        scale = fp16_scale(largest(scaled), precision)
+        codes = scaled.div_(scale.float()).clamp_(-CODE_MAX[precision], CODE_MAX[precision]).to(torch.float8_e4m3fn)
     elif precision is Precision.INT8:
-        scale = fp16_scale(magnitude.max(axis=0), precision)
-        codes = np.clip(np.rint(weight / scale.astype(np.float32)), -127, 127).astype(np.int8)
+        scale = fp16_scale(largest(scaled, 1), precision)
+        codes = scaled.div_(scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     else:
-        depth, width = weight.shape
+        depth = weight.shape[1]
         if block_size is None or depth % block_size:
             raise ValueError(f"INT4 needs K ({depth}) to be a multiple of the block size ({block_size})")
-        blocks = weight.reshape(depth // block_size, block_size, width)
-        scale = fp16_scale(np.abs(blocks).max(axis=1), precision)
-        codes = (
-            np.clip(np.rint(blocks / scale.astype(np.float32)[:, None]), -7, 7).astype(np.int8).reshape(depth, width)
-        )
+        blocks = scaled.unflatten(1, (-1, block_size))
+        scale = fp16_scale(largest(blocks, 2), precision)
+        codes = blocks.div_(scale.float()[..., None]).round_().clamp_(-7, 7).to(torch.int8).flatten(1)
+    taken = input_scale(found, precision)
     return QuantizedLayer(
         precision=precision,
         codes=codes,
         weight_scale=scale,
-        input_scale=None if found.input_amax is None else fp16_scale(found.input_amax, precision),
-        pre_quant_scale=_as_float16(found.pre_quant_scale),
-    )
-
-
-def _quantize_nvfp4(found: LayerRange) -> QuantizedLayer:
-    # Layers that read one activation share the tensor scale, because TensorRT then makes one product of them (a
-    # block's q, k and v). It costs next to nothing, since block scales follow each weight: 21.9 dB became 21.8 on
-    # the embedded pipeline, with 31 products in place of 45.
-    amax = found.shared_weight_amax
-    scale = nvfp4.tensor_scale(float(np.abs(found.weight).max()) if amax is None else amax)
-    codes, block_scale = nvfp4.quantize_blocks(found.weight, scale)
-    return QuantizedLayer(
-        precision=Precision.NVFP4,
-        codes=codes,
-        weight_scale=scale,
-        input_scale=None if found.input_amax is None else nvfp4.tensor_scale(found.input_amax),
-        pre_quant_scale=_as_float16(found.pre_quant_scale),
+        input_scale=None if taken is None else taken.to(device),
+        pre_quant_scale=None if found.pre_quant_scale is None else found.pre_quant_scale.half().to(device),
         block_scale=block_scale,
     )
 
 
-def _as_float16(scale: np.ndarray | None) -> np.ndarray | None:
-    return None if scale is None else scale.astype(np.float16)
+def largest(data: torch.Tensor, dim: int | tuple[int, ...] = ()) -> torch.Tensor:
+    """The largest magnitude along some dimensions, or of all, without a tensor of all magnitudes."""
+    return torch.maximum(data.amax(dim), -data.amin(dim))

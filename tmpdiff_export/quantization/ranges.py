@@ -1,23 +1,31 @@
-"""Range calibration with modelopt: from a torch denoiser and real inputs to per-layer ranges."""
+"""Range calibration: from a running torch denoiser and real inputs to per-layer ranges."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from engines.errors import BuildError
-from tmpdiff_export.devices import CPU, Batch, on, placed
-from tmpdiff_export.quantization.codes import LayerRange
-from tmpdiff_export.quantization.recipes import Recipe, Variant, stays_high_precision
+from engines.precision import Precision
+from tmpdiff_export.quantization.awq import search_scales
+from tmpdiff_export.quantization.codes import LayerRange, largest
+from tmpdiff_export.quantization.observers import Observed
+from tmpdiff_export.quantization.recipes import RECIPES, Awq, Recipe, SmoothQuant, stays_high_precision
+
+_LEAST_SCALE, _LARGEST_SCALE = 1e-4, 1e4
+
+Weight = Callable[[str], torch.Tensor]
+"""The weight of a layer by the layer's name, [N, K] or that of a convolution, floating, on any device."""
 
 Item = TypeVar("Item")
+
+
+def observable_layers(module: torch.nn.Module, prefix: str) -> list[str]:
+    """Names of the layers that any recipe quantizes, sorted."""
+    return sorted({name for recipe in RECIPES.values() for name in _layers(module, prefix, recipe)})
 
 
 def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
@@ -33,18 +41,22 @@ def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> 
     Raises:
         BuildError: no layer is left, so that the "quantized" engine would be an FP16 one.
     """
-    names = [
-        name
-        for name, layer in module.named_modules()
-        if (_fits_linear(layer, recipe) or _fits_convolution(layer, recipe))
-        and stays_high_precision(name.removeprefix(f"{prefix}."), recipe) is None
-    ]
+    names = _layers(module, prefix, recipe)
     if not names:
         raise BuildError(
             f"{type(module).__name__}: no layer can be quantized"
             + (f" (none has an input width that is a multiple of {recipe.block_size})" if recipe.block_size else "")
         )
     return names
+
+
+def _layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
+    return [
+        name
+        for name, layer in module.named_modules()
+        if (_fits_linear(layer, recipe) or _fits_convolution(layer, recipe))
+        and stays_high_precision(name.removeprefix(f"{prefix}."), recipe) is None
+    ]
 
 
 def _fits_linear(layer: torch.nn.Module, recipe: Recipe) -> bool:
@@ -65,115 +77,112 @@ def _fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
 
 def calibrate_ranges(
     module: torch.nn.Module,
-    names: Sequence[str],
-    recipe: Recipe,
-    variant: Variant,
-    batches: Sequence[Batch],
-    device: str = CPU,
-) -> dict[str, LayerRange]:
-    """Runs modelopt's range calibration on a copy of `module`.
+    layers: Mapping[Precision, Sequence[str]],
+    observed: Observed,
+    search: Callable[[], None],
+    weight: Weight,
+) -> dict[Precision, dict[str, dict[str, LayerRange]]]:
+    """Finds the ranges of all variants of several recipes.
 
     Args:
-        module: float32 export wrapper; called as `module(*batch)`.
-        names: layers to quantize, as in `module.named_modules()`.
-        recipe: number formats of weights and inputs.
-        variant: the algorithm.
-        batches: denoiser inputs from real pipeline runs, over all timesteps.
-        device: where it runs, "cpu" or "cuda".
+        module: float32 export wrapper, which computes (`weights.streamed`) where a variant searches its scales.
+        layers: of every precision the layers to quantize, from `quantizable_layers`.
+        observed: what these layers have read in real runs.
+        search: calls `module` for the batches that count for `LayerInput.channel_mean`; called where a variant searches.
+        weight: read outside of the module's calls.
 
     Returns:
-        A range per layer name. Layers that read the same activation share `pre_quant_scale` (the
-        geometric mean of theirs) and `input_amax`, so that one QuantizeLinear serves them all, and know
-        the largest magnitude of all their weights.
+        By precision, name of the variant and name of the layer.
+
+    Raises:
+        BuildError: a search was given numbers that are not finite.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import modelopt.torch.quantization as mtq
-
-    quantizers: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for name in names:
-        quantizers.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": recipe.weight})
-        if recipe.input is not None:
-            quantizers.append({"quantizer_name": f"{name}.input_quantizer", "cfg": recipe.input})
-    config = {"quant_cfg": quantizers, "algorithm": variant.algorithm}
-    used = spread(batches, variant.batch_limit)
-
-    def forward_loop(model: torch.nn.Module) -> None:
-        for batch in used:
-            model(*on(batch, device))
-
-    changed = copy.deepcopy(module)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), placed(changed, device):
-        warnings.simplefilter("ignore")  # it warns of every layer that the recipe leaves out
-        quantized = mtq.quantize(changed, config, forward_loop)
-    found: dict[str, LayerRange] = {}
-    channel_amax: dict[str, np.ndarray] = {}
-    for name in names:
-        layer = quantized.get_submodule(name)
-        if not layer.weight_quantizer.is_enabled:
-            raise BuildError(f"modelopt left layer {name} unquantized; this is a bug in the recipe {recipe.precision}")
-        amax = _array(layer.input_quantizer.amax) if recipe.input is not None else None
-        scale = _array(getattr(layer.input_quantizer, "pre_quant_scale", None))
-        smoothing = _array(getattr(layer.input_quantizer, "_amax_for_smoothing", None))
-        if smoothing is not None:
-            channel_amax[name] = smoothing.reshape(-1)
-        found[name] = LayerRange(
-            weight=_array(layer.weight.flatten(1)),
-            input_amax=None if amax is None else float(amax.max()),
-            pre_quant_scale=None if scale is None else scale.reshape(-1),
-        )
-    with placed(module, device):
-        groups = layers_sharing_inputs(module, names, on(used[0], device))
-    for group in groups:
-        _share(found, group, channel_amax)
+    found: dict[Precision, dict[str, dict[str, LayerRange]]] = {}
+    for precision, chosen in layers.items():
+        recipe = RECIPES[precision]
+        found[precision] = {}
+        for variant in recipe.variants:
+            if isinstance(variant.smoothing, Awq):
+                assert recipe.block_size is not None  # scales are searched for blocks
+                scales = search_scales(module, observed, search, chosen, variant.smoothing, recipe.block_size)
+            elif isinstance(variant.smoothing, SmoothQuant):
+                scales = smoothing_scales(observed, chosen, variant.smoothing, weight)
+            else:
+                scales = {}
+            found[precision][variant.name] = find_ranges(observed, chosen, recipe, scales, weight)
     return found
 
 
-def layers_sharing_inputs(module: torch.nn.Module, names: Sequence[str], batch: Batch) -> list[list[str]]:
-    """Groups of two or more layers that read the very same tensor (a block's q, k and v)."""
-    groups: list[list[str]] = []
-
-    def hook(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            # Noted on the tensor itself, which then lives no longer than it would anyhow.
-            group = getattr(args[0], "_tmpdiff_readers", None)
-            if group is None:
-                group = args[0]._tmpdiff_readers = []
-                groups.append(group)
-            group.append(name)
-
-        return note
-
-    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        with torch.inference_mode():
-            module(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [group for group in groups if len(group) > 1]
+def smoothing_scales(
+    observed: Observed, names: Sequence[str], smoothing: SmoothQuant, weight: Weight
+) -> dict[str, torch.Tensor]:
+    """SmoothQuant's `pre_quant_scale` by layer, float32 [K] on the CPU, of every linear layer alone."""
+    scales = {}
+    for name in names:
+        inputs = observed.inputs[name].channel_amax
+        if inputs is None:
+            continue
+        scale = _channel_amax(weight(name)).pow(1 - smoothing.alpha) / inputs.pow(smoothing.alpha)
+        # Not a number: a channel that is zero in the input and in the weight.
+        scales[name] = scale.nan_to_num(nan=1.0).clamp(_LEAST_SCALE, _LARGEST_SCALE)
+    return scales
 
 
-def _share(found: dict[str, LayerRange], group: Sequence[str], channel_amax: dict[str, np.ndarray]) -> None:
-    ranges = [found[name] for name in group]
-    shared = ranges[0].pre_quant_scale
-    scales = [item.pre_quant_scale for item in ranges if item.pre_quant_scale is not None]
-    if len(scales) not in (0, len(ranges)):
-        raise BuildError(f"layers {', '.join(group)} read one activation, but only some of them were smoothed")
-    if shared is not None:
-        shared = np.exp(np.mean([np.log(scale) for scale in scales], axis=0)).astype(np.float32)
-    amaxes = [item.input_amax for item in ranges if item.input_amax is not None]
-    if amaxes and shared is not None:
-        amaxes = [float((channel_amax[name] * shared).max()) for name in group]
-    weights = [
-        item.weight * (item.pre_quant_scale / shared)
-        if shared is not None and item.pre_quant_scale is not None
-        else item.weight
-        for item in ranges
-    ]
-    weight_amax = max(float(np.abs(weight).max()) for weight in weights)
-    for name, weight in zip(group, weights, strict=True):
-        found[name] = LayerRange(weight, max(amaxes) if amaxes else None, shared, weight_amax)
+def find_ranges(
+    observed: Observed, names: Sequence[str], recipe: Recipe, scales: Mapping[str, torch.Tensor], weight: Weight
+) -> dict[str, LayerRange]:
+    """The ranges of some layers for one way of scaling.
+
+    Args:
+        observed: what the layers have read.
+        names: the layers that `recipe` quantizes.
+        recipe: tells which ranges it takes.
+        scales: `pre_quant_scale` of layers alone; empty where nothing is scaled.
+        weight: read for NVFP4 only.
+
+    Returns:
+        A range per layer name. Layers that read the same activation share `pre_quant_scale` (the geometric mean of
+        theirs) and `input_amax`, so that one QuantizeLinear serves them all, and with NVFP4 they know the largest
+        magnitude of all their weights.
+    """
+    used = dict(scales)
+    groups = observed.groups_of(names)
+    for group in groups:
+        given = [scales[name] for name in group if name in scales]
+        if len(given) not in (0, len(group)):
+            raise BuildError(f"layers {', '.join(group)} read one activation, but only some of them were smoothed")
+        if given:
+            shared = torch.stack(given).double().log().mean(0).exp().float()
+            used.update(dict.fromkeys(group, shared))
+    amaxes = {name: _input_amax(observed, name, used.get(name)) for name in names}
+    weight_amaxes: dict[str, float] = {}
+    for group in groups:
+        amaxes.update(dict.fromkeys(group, max(amaxes[name] for name in group)))
+        if recipe.precision is Precision.NVFP4:
+            largest_weight = max(_weight_amax(weight(name), used.get(name)) for name in group)
+            weight_amaxes.update(dict.fromkeys(group, largest_weight))
+    return {
+        name: LayerRange(None if recipe.weight_only else amaxes[name], used.get(name), weight_amaxes.get(name))
+        for name in names
+    }
+
+
+def _input_amax(observed: Observed, name: str, scale: torch.Tensor | None) -> float:
+    found = observed.inputs[name]
+    if scale is None:
+        return found.amax
+    assert found.channel_amax is not None  # convolutions are not scaled
+    return float((found.channel_amax * scale).max())
+
+
+def _weight_amax(weight: torch.Tensor, scale: torch.Tensor | None) -> float:
+    amax = _channel_amax(weight)
+    return float((amax if scale is None else amax / scale).max())
+
+
+def _channel_amax(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> float32 [K] on the CPU."""
+    return largest(weight.detach(), 0).float().cpu()
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -181,7 +190,3 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
     if limit is None or limit >= len(items):
         return list(items)
     return [items[round(index)] for index in np.linspace(0, len(items) - 1, limit)]
-
-
-def _array(tensor: torch.Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().float().cpu().numpy()

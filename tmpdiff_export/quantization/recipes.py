@@ -1,13 +1,32 @@
-"""Quantization recipes as data: what modelopt calibrates, and what stays in high precision and why."""
+"""Quantization recipes as data: how scales are chosen, and what stays in high precision and why."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
 
 from engines.precision import Precision
 from tmpdiff_export.quantization import nvfp4
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """Scales that divide the range between input and weight: `weight^(1 - alpha) / input^alpha` of every channel."""
+
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Scales `input^alpha / weight^(1 - alpha)` with the alpha of the least error of a layer's output.
+
+    Attributes:
+        alpha_step: from 0 to 1 in such steps.
+        batch_limit: at most this many range calibration batches, because the search is slow.
+    """
+
+    alpha_step: float
+    batch_limit: int
 
 
 @dataclass(frozen=True)
@@ -16,13 +35,11 @@ class Variant:
 
     Attributes:
         name: how the manifest and the tables call it.
-        algorithm: modelopt's `algorithm` entry.
-        batch_limit: at most this many range calibration batches (searches such as AWQ are slow).
+        smoothing: what scales channels of inputs and weights, None where ranges are taken as they are.
     """
 
     name: str
-    algorithm: str | dict[str, Any]
-    batch_limit: int | None = None
+    smoothing: SmoothQuant | Awq | None = None
 
 
 @dataclass(frozen=True)
@@ -32,24 +49,22 @@ class Recipe:
     Attributes:
         precision: the precision it makes.
         opset: ONNX opset its graph needs (4-bit integers exist from opset 21 on, 4-bit floats from 23 on).
-        weight: modelopt's configuration of a linear layer's weight quantizer, empty for the reference.
-        input: the same for its input quantizer, None for weight-only precisions.
         variants: the alternatives tried at build time, empty for the reference.
         high_precision: patterns over module names that are not quantized, and why.
         sqnr_floor_db: a build whose engine is below this against FP32 torch fails.
         block_size: weights per scale along K, None where scales are per tensor or per channel.
         convolutions: whether plain 2-D convolutions are quantized too, not only linear layers.
+        weight_only: whether inputs stay as they are.
     """
 
     precision: Precision
     opset: int
-    weight: dict[str, Any]
-    input: dict[str, Any] | None
     variants: tuple[Variant, ...]
     high_precision: tuple[tuple[str, str], ...]
     sqnr_floor_db: float
     block_size: int | None = None
     convolutions: bool = False
+    weight_only: bool = False
 
 
 # Patterns over module names inside the denoiser, and why. Measured on a 16 M PixArt, keeping the modulation and the
@@ -77,8 +92,6 @@ RECIPES: dict[Precision, Recipe] = {
     Precision.FP16: Recipe(
         Precision.FP16,
         opset=20,
-        weight={},
-        input=None,
         variants=(),
         high_precision=(("*", "the reference"),),
         sqnr_floor_db=50.0,
@@ -86,20 +99,16 @@ RECIPES: dict[Precision, Recipe] = {
     Precision.FP8: Recipe(
         Precision.FP8,
         opset=20,
-        weight={"num_bits": (4, 3), "axis": None},
-        input={"num_bits": (4, 3), "axis": None},
-        variants=(Variant("max", "max"),),
+        variants=(Variant("max"),),
         high_precision=_ACTIVATION_OUTLIERS,
         sqnr_floor_db=22.0,
     ),
     Precision.INT8: Recipe(
         Precision.INT8,
         opset=20,
-        weight={"num_bits": 8, "axis": 0},
-        input={"num_bits": 8, "axis": None},
         variants=(
-            Variant("max", "max"),
-            Variant("smoothquant-0.5", {"method": "smoothquant", "alpha": 0.5}),
+            Variant("max"),
+            Variant("smoothquant-0.5", SmoothQuant(alpha=0.5)),
         ),
         high_precision=_ACTIVATION_OUTLIERS,
         sqnr_floor_db=22.0,
@@ -110,26 +119,22 @@ RECIPES: dict[Precision, Recipe] = {
     Precision.INT4: Recipe(
         Precision.INT4,
         opset=21,
-        weight={"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}},
-        input=None,
         variants=(
-            Variant("round-to-nearest", "max"),
-            Variant("awq", {"method": "awq_lite", "alpha_step": 0.25}, batch_limit=6),
+            Variant("round-to-nearest"),
+            Variant("awq", Awq(alpha_step=0.25, batch_limit=6)),
         ),
         # Weight-only is chosen for its size, and 16-bit activations bear modulation and embedders: .7 dB on the
         # embedded pipeline (27.0 to 26.3) for a file smaller by 23 %.
         high_precision=_OUTPUT,
         sqnr_floor_db=14.0,
         block_size=128,
+        weight_only=True,
     ),
     Precision.NVFP4: Recipe(
         Precision.NVFP4,
         opset=23,
-        # For the ranges only: modelopt's own NVFP4 quantizer runs on CUDA tensors alone, and codes come from `codes`.
-        weight={"num_bits": 8, "axis": 0},
-        input={"num_bits": 8, "axis": None},
         # No SmoothQuant: +.5 dB with one set of prompts on the embedded pipeline, -1.1 dB with another.
-        variants=(Variant("max", "max"),),
+        variants=(Variant("max"),),
         # There, quantizing modulation and embedders too costs .9 and 1.2 dB for a file smaller by 22 %.
         high_precision=_ACTIVATION_OUTLIERS,
         sqnr_floor_db=12.0,  # 21.9 and 22.4 dB there, for two sets of prompts

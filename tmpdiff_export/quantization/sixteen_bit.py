@@ -6,6 +6,24 @@ from collections.abc import Iterator
 
 import torch
 
+NO_RECIPE = "none"
+"""Of an engine in which nothing is quantized."""
+
+# Below this many values a weight of a float32 model is not worth a 16-bit form.
+SMALL_TENSOR_VALUES = 4096
+
+
+def narrow_type(shape: torch.Size, source: torch.dtype) -> torch.dtype:
+    """What a weight of a model that computes in float32 is stored in.
+
+    Args:
+        shape: of the weight.
+        source: what most of the model's numbers come in; of 16-bit ones nothing is lost.
+    """
+    if len(shape) <= 1 or shape.numel() < SMALL_TENSOR_VALUES:
+        return torch.float32
+    return source if source.itemsize == 2 else torch.float16
+
 
 def sixteen_bit_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """The floating parameters and buffers of a module, but for the buffers that have to stay float32.

@@ -11,16 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from engines.engine import Engine
 from engines.sampler import SamplerTable
-from tmpdiff_export.devices import CPU, Batch, on, placed
+from tmpdiff_export.devices import CPU, Batch, on
+from tmpdiff_export.weights.files import places, write_tensors
+from tmpdiff_export.weights.streamed import Read, streamed
 
 # What identical outputs count as, so that every figure is a finite number.
 PERFECT_DB = 200.0
+# Names of what a check has beside its inputs, in its file; no input of an engine is called so.
+_REFERENCE, _WEIGHTS = "~reference", "~weights"
 
 
 def sqnr_db(reference: np.ndarray, measured: np.ndarray) -> float:
@@ -47,10 +52,10 @@ def step_sizes(table: SamplerTable) -> np.ndarray:
     return np.abs(table.own_coefficients()) * table.input_scale
 
 
-def torch_outputs(module: torch.nn.Module, batches: Sequence[Batch], device: str = CPU) -> list[np.ndarray]:
-    """First output of `module`, which is on the CPU and runs on `device`, on every batch, float32."""
+def torch_outputs(module: torch.nn.Module, read: Read, batches: Sequence[Batch], device: str = CPU) -> list[np.ndarray]:
+    """First output of a hollow module, whose weights are `read` and which runs on `device`, on every batch, float32."""
     outputs = []
-    with torch.inference_mode(), placed(module, device):
+    with torch.inference_mode(), streamed(module, read, device):
         for batch in batches:
             result = module(*on(batch, device))
             outputs.append((result[0] if isinstance(result, tuple) else result).float().cpu().numpy())
@@ -75,19 +80,33 @@ class AccuracyCheck:
     references: tuple[np.ndarray, ...]
     weights: tuple[np.ndarray, ...] | None = None
 
+    def save(self, path: Path) -> None:
+        """Writes everything to a safetensors file."""
+        tensors = {}
+        for index, (batch, reference) in enumerate(zip(self.batches, self.references, strict=True)):
+            tensors.update({f"{index}.{name}": item for name, item in zip(self.names, batch, strict=True)})
+            tensors[f"{index}.{_REFERENCE}"] = torch.from_numpy(reference)
+            if self.weights is not None:
+                tensors[f"{index}.{_WEIGHTS}"] = torch.from_numpy(self.weights[index])
+        write_tensors(path, tensors)
+
     @classmethod
-    def of(
-        cls,
-        module: torch.nn.Module,
-        names: Sequence[str],
-        output: str,
-        batches: Sequence[Batch],
-        device: str = CPU,
-        weights: Sequence[np.ndarray] | None = None,
-    ) -> AccuracyCheck:
-        """Runs `module` on `batches` for the references, on `device`."""
-        references = tuple(torch_outputs(module, batches, device))
-        return cls(tuple(names), output, tuple(batches), references, None if weights is None else tuple(weights))
+    def load(cls, path: Path, names: Sequence[str], output: str) -> AccuracyCheck:
+        """What `save` wrote of a check with these names.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        tensors = {name: place.read() for name, place in places(path).items()}
+        count = len({name.partition(".")[0] for name in tensors})
+        weights = [tensors.get(f"{index}.{_WEIGHTS}") for index in range(count)]
+        return cls(
+            tuple(names),
+            output,
+            tuple(tuple(tensors[f"{index}.{name}"] for name in names) for index in range(count)),
+            tuple(tensors[f"{index}.{_REFERENCE}"].numpy() for index in range(count)),
+            tuple(item.numpy() for item in weights if item is not None) or None,
+        )
 
     def sqnr_db(self, engine: Engine, batch_size: int | None = None) -> float:
         """SQNR of the engine over all batches together, in dB.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-
-import torch
+from typing import TYPE_CHECKING
 
 from engines.backends.table import BACKENDS, require_backend
 from engines.errors import BackendError
 from engines.precision import Precision
-from tmpdiff_export.targets.target import Start, Target, at_once
 from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 from tmpdiff_export.targets.torch.settings import PackageSettings
+
+if TYPE_CHECKING:  # they import torch: what is refused here is refused without
+    from tmpdiff_export.targets.target import Start, Target
 
 AUTO = "auto"
 BACKEND_CHOICES = (AUTO, *BACKENDS)
@@ -28,7 +29,11 @@ def resolve_backend(backend: str) -> str:
         BackendError: unknown, not built by this release, or not installed.
     """
     if backend == AUTO:
-        return "tensorrt" if _tensorrt_can_build() else "torch" if torch.cuda.is_available() else "onnxruntime"
+        if _tensorrt_can_build():
+            return "tensorrt"
+        import torch
+
+        return "torch" if torch.cuda.is_available() else "onnxruntime"
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}, expected one of {', '.join(BACKEND_CHOICES)}")
     require_backend(backend)
@@ -84,7 +89,7 @@ def open_target(
     if backend == "torch":
         from tmpdiff_export.targets.torch.target import TorchTarget
 
-        return TorchTarget(device or "cuda", plans.batch.opt, precisions, fp8_attention=bool(packages.fp8_attention))
+        return TorchTarget(device or "cuda", plans.batch.opt, precisions, packages)
     if backend == "tensorrt":
         from tmpdiff_export.targets.tensorrt.target import TensorRtTarget
 
@@ -114,16 +119,17 @@ def open_start(target: Target, workers: int) -> Iterator[Start]:
         BuildError: a worker died.
     """
     if workers == 1:
-        yield at_once(target)
+        from tmpdiff_export.targets.target import at_once
+
+        yield at_once
         return
     from engines.backends.cuda.gpu import visible_gpus
     from tmpdiff_export.targets.torch.target import TorchTarget
     from tmpdiff_export.targets.torch.workers import open_build_workers
 
     assert isinstance(target, TorchTarget)  # no other has workers
-    prepare = target.prepare
     with open_build_workers(workers, None if target.device == "cpu" else visible_gpus()) as pool:
-        yield lambda job, folder: pool.submit(job.name, prepare(job, folder))
+        yield pool.submit
 
 
 def _tensorrt_can_build() -> bool:

@@ -8,6 +8,7 @@ from engines.backends.tensorrt.profiles import ShapeRange
 from engines.errors import BuildError
 
 DEFAULT_BATCH = ShapeRange(1, 1, 4)
+MAX_BATCH = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

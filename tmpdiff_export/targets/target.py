@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import onnx
 import torch
@@ -15,8 +15,11 @@ from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, FileEntry, TensorSpec
 from engines.precision import Precision
-from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer
+from tmpdiff_export.onnx_graphs.export import ExportInput
+from tmpdiff_export.quantization.codes import AttentionRange, LayerRange, QuantizedLayer, quantize_layer
+from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.accuracy import AccuracyCheck
+from tmpdiff_export.weights.streamed import Read
 
 _DTYPES: dict[int, Literal["float32", "float16", "int64"]] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -26,41 +29,79 @@ _DTYPES: dict[int, Literal["float32", "float16", "int64"]] = {
 
 
 @dataclass(frozen=True, eq=False)
+class SourceModel:
+    """A model of the pipeline, and how its engines are judged.
+
+    Attributes:
+        module: its export wrapper, hollow (`weights.streamed`), float32 on the CPU; not changed. With `DENOISER` an
+            attribute of it where it is the denoiser's.
+        read: its parameters and buffers by name, in the dtype that they are stored in.
+        inputs: what it takes, with examples.
+        outputs: what it returns, with their symbolic axes.
+        check: inputs and references for the SQNR of its engines.
+        checked: a digest of them.
+        batch_per_picture: samples of an engine call for one picture; 2 where guidance doubles the batch.
+        dtype: what most of its numbers are stored in.
+        half: whether its engines compute in a 16-bit type. Text encoder and VAE decoder do not: of them, only weights are
+            stored in 16 bits.
+    """
+
+    module: torch.nn.Module
+    read: Read
+    inputs: Sequence[ExportInput]
+    outputs: Mapping[str, Mapping[int, str]]
+    check: AccuracyCheck
+    checked: str
+    batch_per_picture: int
+    dtype: torch.dtype
+    half: bool
+
+
+@dataclass(frozen=True, eq=False)
 class EngineJob:
     """One engine to make.
 
     Attributes:
         name: "fp16", "int8", ..., "text_encoder" or "vae_decoder"; stem of its files.
-        graph: its ONNX graph with weights in memory; not changed.
-        onnx_file: the same graph on disk, checked.
+        model: what it is made of.
         recipe: quantization variant, "none" where nothing is quantized.
-        quantized: precision of its quantized layers, None where nothing is quantized.
-        check: inputs and references for its SQNR.
+        precision: of its quantized layers; the reference's where nothing is quantized.
+        ranges: its quantized layers by name.
         floor_db: the least SQNR the build accepts.
-        batch_per_picture: samples of an engine call for one picture; 2 where guidance doubles the batch.
-        module: the float32 export wrapper that the graph was made from; not changed.
-        layers: its quantized layers by name.
-        half: whether the engine computes in a 16-bit type; text encoder and VAE decoder do not.
-        float32_inputs: inputs that are not rounded to that type.
-        weights_of: the engine whose weights file the reference reads, in which `layers` are; None where every engine
-            has its own. Only the torch backend can do this.
+        sixteen_bit: all products are in 16 bit: an engine of higher precision from the stored weights of a lower one. Only
+            the torch backend can do this.
         attention: by name, the attention layers that compute in FP8; only the torch backend can do this.
     """
 
     name: str
-    graph: onnx.ModelProto
-    onnx_file: Path
+    model: SourceModel
     recipe: str
-    quantized: Precision | None
-    check: AccuracyCheck
+    precision: Precision
+    ranges: Mapping[str, LayerRange]
     floor_db: float
-    batch_per_picture: int
-    module: torch.nn.Module
-    layers: Mapping[str, QuantizedLayer]
-    half: bool
-    float32_inputs: frozenset[str] = frozenset()
-    weights_of: EngineEntry | None = None
+    sixteen_bit: bool = False
     attention: Mapping[str, AttentionRange] = field(default_factory=dict)
+
+
+class PreparedEngine(Protocol):
+    """An engine that is known as far as its weights need not be read for."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What its weight files have to hold, by name, but for the codes of its quantized layers; on the device "meta"."""
+        ...
+
+    def task(self, folder: Path, weights: Sequence[FileEntry]) -> Callable[[], EngineEntry]:
+        """What writes the engine to `engines/` in a folder, loads it as the runtime would, and measures its SQNR.
+
+        Args:
+            folder: a bundle folder, or one that stands for it, in which the weight files are already.
+            weights: those that the engine reads, relative to the folder.
+
+        Returns:
+            To be called once, in any process. It raises BackendError where the backend refuses the engine.
+        """
+        ...
 
 
 class Target(Protocol):
@@ -69,6 +110,16 @@ class Target(Protocol):
     @property
     def backend(self) -> str:
         """Its key in `engines.backends.table.BACKENDS`."""
+        ...
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Of JSON data, what of it shapes an engine: versions, device, options."""
+        ...
+
+    @property
+    def form(self) -> Form:
+        """How it stores weights."""
         ...
 
     def require_memory(self, parameters: int) -> None:
@@ -82,32 +133,60 @@ class Target(Protocol):
         """
         ...
 
-    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
-        """Writes the engine under `folder`, loads it as the runtime would, and measures its SQNR.
-
-        Args:
-            job: what to make.
-            folder: a bundle folder, or one that stands for it; files go to `engines/` in it.
+    def prepare(self, job: EngineJob) -> PreparedEngine:
+        """Begins an engine.
 
         Raises:
-            BackendError: the backend refuses the graph.
+            BuildError: the model cannot be exported.
         """
         ...
 
 
-Start = Callable[[EngineJob, Path], "Future[EngineEntry]"]
-"""Begins what `Target.make` does; the entry is there at once, or comes from another process."""
+class Form(Protocol):
+    """How a kind of engines stores weights."""
+
+    @property
+    def name(self) -> str:
+        """Of the form, for keys."""
+        ...
+
+    def plain(self, model: SourceModel, name: str, wanted: torch.Tensor) -> torch.Tensor:
+        """A tensor that is not quantized, under one of `PreparedEngine.tensors`, of the shape and dtype of `wanted`."""
+        ...
+
+    def codes(self, model: SourceModel, name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
+        """What is stored of a quantized layer, by name.
+
+        Args:
+            model: what the layer is of.
+            name: of the layer.
+            layer: codes and scales; on the device "meta", what is returned is, too.
+        """
+        ...
 
 
-def at_once(target: Target) -> Start:
-    """Makes engines in this process, each before its start returns."""
+Start = Callable[[str, Callable[[], EngineEntry]], "Future[EngineEntry]"]
+"""Begins a task of `PreparedEngine`, given the engine's name; the entry is there at once, or comes from another process."""
 
-    def start(job: EngineJob, folder: Path) -> Future[EngineEntry]:
-        made: Future[EngineEntry] = Future()
-        made.set_result(target.make(job, folder))
-        return made
 
-    return start
+def at_once(_: str, task: Callable[[], EngineEntry]) -> Future[EngineEntry]:
+    """Makes an engine in this process, before it returns."""
+    made: Future[EngineEntry] = Future()
+    made.set_result(task())
+    return made
+
+
+def layer_on_meta(module: torch.nn.Module, name: str, precision: Precision, found: LayerRange) -> QuantizedLayer:
+    """A quantized layer without content: what it will be made of, and in which shapes.
+
+    Args:
+        module: what the layer is of.
+        name: of the layer.
+        precision: of its codes.
+        found: its range.
+    """
+    weight = torch.empty(module.get_submodule(name).weight.shape, device="meta").flatten(1)
+    return quantize_layer(weight, found, precision, RECIPES[precision].block_size)
 
 
 def require_weights_fit(parameters: int, gpu_bytes: int) -> None:

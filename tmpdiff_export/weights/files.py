@@ -188,6 +188,17 @@ class WeightFile:
             view, offset = view[count:], offset + count
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes tensors that are in memory to a safetensors file.
+
+    Raises:
+        OSError: it cannot be made, or the disk is full.
+    """
+    with WeightFile(path, tensors) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+
+
 def _place(path: Path, item: dict[str, Any], begin: int, size: int) -> Place:
     dtype = _DTYPES.get(item["dtype"])
     if dtype is None:

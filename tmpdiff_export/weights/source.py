@@ -49,7 +49,7 @@ class SourceWeights:
             configuration = sorted(path for path in folder.iterdir() if path.suffix == ".json")
         except OSError as error:
             raise BuildError(f"weights in {folder} cannot be read: {error.strerror or error}") from error
-        return cls(folder, found, (*configuration, *files))
+        return cls(folder, found, tuple(sorted((*configuration, *files))))
 
     @property
     def parameters(self) -> int:

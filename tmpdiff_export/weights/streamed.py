@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ def hollow(module: torch.nn.Module) -> None:
 
 def taken_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of a loaded module by name; it is hollow afterwards, its floating buffers are float32."""
-    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters(remove_duplicate=False)}
     hollow(module)
     for part in module.modules():
         for name, buffer in part._buffers.items():
@@ -43,9 +44,37 @@ def taken_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def resident(names: Iterator[str] | list[str], read: Read, device: str) -> dict[str, torch.Tensor]:
-    """Parameters in the memory of a device, in the dtype that they are stored in."""
-    return {name: read(name).to(device) for name in names}
+def on_meta(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module whose parameters and buffers are on the device "meta"."""
+    empty: dict[int, object] = {id(item): item.to("meta") for item in module.buffers()}
+    for parameter in module.parameters():
+        empty[id(parameter)] = torch.nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False
+        )
+    return copy.deepcopy(module, empty)
+
+
+class OnDevice:
+    """Parameters that stay in the memory of a device once they are read, in the dtype that they are stored in."""
+
+    def __init__(self, read: Read, device: str) -> None:
+        """On "cpu" nothing stays: each is read anew."""
+        self._read, self._device = read, device
+        self._held: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """See `Read`."""
+        if self._device == CPU:
+            return self._read(name)
+        if name not in self._held:
+            self._held[name] = self._read(name).to(self._device)
+        return self._held[name]
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        self._held.clear()
+        if self._device != CPU:
+            torch.cuda.empty_cache()
 
 
 @contextmanager

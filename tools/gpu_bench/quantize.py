@@ -10,18 +10,9 @@ import torch
 
 from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export.quantization.codes import CODE_MAX, SMALLEST_FP16_SCALE
+from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.quantization.recipes import RECIPES, stays_high_precision
-from tmpdiff_export.targets.torch.activations import FP8
-from tmpdiff_export.targets.torch.layers import (
-    FP8_ALIGNMENT,
-    Fp8Linear,
-    Int4Linear,
-    Int8Linear,
-    QuantizedLinear,
-    Scales,
-    pack_int4,
-)
+from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, QuantizedLinear, linear_from
 
 
 @dataclass(frozen=True)
@@ -68,38 +59,6 @@ def choose_layers(module: torch.nn.Module, precision: Precision) -> Chosen:
     return Chosen(tuple(names), kept)
 
 
-def fp16_scale(amax: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """`tmpdiff_export.quantization.codes.fp16_scale`: float32 of any shape -> float32 values that float16 holds."""
-    # A tensor as divisor: a CUDA kernel would multiply by the reciprocal of a number, which rounds differently.
-    scale = amax / torch.full_like(amax, CODE_MAX[precision])
-    return scale.clamp_min(SMALLEST_FP16_SCALE).half().float()
-
-
-def weight_codes(weight: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tmpdiff_export.quantization.codes.quantize_layer` of a weight, on its device.
-
-    Args:
-        weight: [N, K], any floating type.
-        precision: FP8, INT8 or INT4.
-
-    Returns:
-        codes [N, K] (float8_e4m3fn, or int8, -7..7 for INT4) and float32 scales: FP8 [], INT8 [N], INT4 [N, K / block].
-    """
-    weight = weight.detach().float()
-    if precision is Precision.FP8:
-        scale = fp16_scale(weight.abs().amax(), precision)
-        limit = CODE_MAX[precision]
-        return (weight / scale).clamp(-limit, limit).to(FP8), scale
-    if precision is Precision.INT8:
-        scale = fp16_scale(weight.abs().amax(dim=1), precision)
-        return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-    if precision is Precision.INT4:
-        blocks = weight.unflatten(1, (-1, RECIPES[precision].block_size))
-        scale = fp16_scale(blocks.abs().amax(dim=2), precision)
-        return (blocks / scale[..., None]).round().clamp(-7, 7).to(torch.int8).flatten(1), scale
-    raise ValueError(f"precision is {precision.value!r}, expected fp8, int8 or int4")
-
-
 def quantized_linear(
     layer: torch.nn.Linear, precision: Precision, input_amax: torch.Tensor | None, dtype: torch.dtype
 ) -> QuantizedLinear:
@@ -111,14 +70,12 @@ def quantized_linear(
         input_amax: float32 [], largest magnitude of the input; not used by INT4.
         dtype: of activations.
     """
-    codes, scale = weight_codes(layer.weight, precision)
-    bias = None if layer.bias is None else layer.bias.detach()
-    if precision is Precision.INT4:
-        return Int4Linear(pack_int4(codes), Scales(scale.to(dtype)), bias, dtype)
-    if input_amax is None:
+    recipe = RECIPES[precision]
+    if input_amax is None and not recipe.weight_only:
         raise ValueError(f"input_amax is None, expected the input's largest magnitude: {precision.value} needs a scale")
-    kind = Fp8Linear if precision is Precision.FP8 else Int8Linear
-    return kind(codes, Scales(scale, fp16_scale(input_amax, precision)), bias, dtype)
+    found = LayerRange(None if recipe.weight_only or input_amax is None else float(input_amax), None)
+    quantized = quantize_layer(layer.weight, found, precision, recipe.block_size)
+    return linear_from(quantized, None if layer.bias is None else layer.bias.detach(), dtype)
 
 
 def sharing_copy(module: torch.nn.Module) -> torch.nn.Module:

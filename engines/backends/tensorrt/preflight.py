@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.options import PlanOptions
@@ -211,31 +210,6 @@ def require_runtime_memory(
         f"{_size(estimate.weights_bytes)}, scratch {_size(estimate.scratch_bytes)}, inputs and outputs {_size(io_bytes)}) "
         f"and {gpu.name} has {_size(gpu.free_bytes)} free; {way}"
     )
-
-
-def host_available_bytes(root: Path = Path("/")) -> int | None:
-    """Host memory this process may still take: the system's, or its control group's if that is less.
-
-    Args:
-        root: where `proc` and `sys` are found.
-
-    Returns:
-        Bytes, or None where Linux's files are not there.
-    """
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
-    group = root / "sys/fs/cgroup"
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    if limit == "max":
-        return available
-    left = max(int(limit) - int(used), 0)
-    return left if available is None else min(available, left)
 
 
 def _described(gpu: Gpu) -> str:

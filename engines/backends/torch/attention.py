@@ -1,4 +1,4 @@
-"""The operator `tmpdiff::attention_fp8`: attention over FP8 codes, through cuDNN's graph interface on a GPU.
+"""The operator `tmpdiff::attention_fp8_scaled`: attention over FP8 codes, through cuDNN's graph interface on a GPU.
 
 Importing this module registers it. A package that holds it calls back into this process for every attention, so that
 the process needs Python and, for a GPU, cuDNN's frontend.
@@ -17,42 +17,34 @@ _WEIGHT_FACTOR = 256.0
 LEAST_COMPUTE_CAPABILITY = (9, 0)  # that cuDNN has FP8 attention for
 
 
-@torch.library.custom_op("tmpdiff::attention_fp8", mutates_args=())  # type: ignore[untyped-decorator]
-def attention_fp8(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_scale: float,
-    key_scale: float,
-    value_scale: float,
-) -> torch.Tensor:
+@torch.library.custom_op("tmpdiff::attention_fp8_scaled", mutates_args=())  # type: ignore[untyped-decorator]
+def attention_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """softmax(Q K^T / sqrt(D)) V without a mask, all in FP8 E4M3.
 
     Args:
         query: codes, float8_e4m3fn [B, S, H, D], contiguous; what they stand for is code times scale.
         key: as `query`.
         value: as `query`.
-        query_scale: of `query`.
-        key_scale: of `key`.
-        value_scale: of `value`.
+        scales: from `scales_tensor`, on the device of the codes.
 
     On a CPU the same roundings in FP32 products, all weights of a query at once, where a GPU takes blocks of keys.
 
     Returns:
-        Codes of the result, float8_e4m3fn [B, S, H, D]. Their scale is `value_scale`: no result is larger than the
-        largest value.
+        Codes of the result, float8_e4m3fn [B, S, H, D]. Their scale is the values': no result is larger than the largest
+        value.
 
     Raises:
         BackendError: cuDNN's frontend is not installed.
     """
     if not query.is_cuda:
-        return _reference(query, key, value, query_scale * key_scale)
+        return _reference(query, key, value, scales[0, 0] * scales[1, 0])
     output = torch.empty_like(query)
     device = query.device
+    query_scale, key_scale, value_scale, inverse = (scales[row, :1].view([1] * 4) for row in range(4))
+    weight, inverse_weight = (_scalar(factor, device.index) for factor in (_WEIGHT_FACTOR, 1.0 / _WEIGHT_FACTOR))
     # In the order of the graph's tensors; a result is scaled as the values are.
-    factors = (query_scale, key_scale, value_scale, 1.0 / _WEIGHT_FACTOR, _WEIGHT_FACTOR, 1.0 / value_scale)
-    run = _plan(tuple(query.shape), device.index)
-    run(query, key, value, output, [_scalar(factor, device.index) for factor in factors])
+    factors = [query_scale, key_scale, value_scale, inverse_weight, weight, inverse]
+    _plan(tuple(query.shape), device.index)(query, key, value, output, factors)
     return output
 
 
@@ -61,7 +53,38 @@ def _(query: torch.Tensor, *_others: object) -> torch.Tensor:
     return torch.empty_like(query)
 
 
-def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logit_scale: float) -> torch.Tensor:
+def scales_tensor(query: float, key: float, value: float) -> torch.Tensor:
+    """The scales of an attention layer as the operator takes them.
+
+    Returns:
+        float32 [4, 4] on the CPU: in rows, because cuDNN wants 16 bytes of alignment, the scales of query, key and value,
+        and one over the values'.
+    """
+    return torch.tensor([query, key, value, 1.0 / value])[:, None].repeat(1, 4)
+
+
+@torch.library.custom_op("tmpdiff::attention_fp8", mutates_args=())  # type: ignore[untyped-decorator]
+def _with_numbers(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_scale: float,
+    key_scale: float,
+    value_scale: float,
+) -> torch.Tensor:
+    """`attention_fp8` as packages of bundles before manifest version 5 call it."""
+    device = None if query.device.type == "cpu" else query.device.index
+    result: torch.Tensor = attention_fp8(query, key, value, _kept_scales(query_scale, key_scale, value_scale, device))
+    return result
+
+
+@functools.cache
+def _kept_scales(query: float, key: float, value: float, device: int | None) -> torch.Tensor:
+    """Made at a first call, so before a CUDA graph is captured, and kept."""
+    return scales_tensor(query, key, value).to("cpu" if device is None else torch.device("cuda", device))
+
+
+def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
     queries, keys, values = (item.transpose(1, 2).float() for item in (query, key, value))
     logits = queries @ keys.transpose(2, 3) * (logit_scale * query.shape[3] ** -0.5)
     weights = (logits - logits.amax(dim=3, keepdim=True)).exp()

@@ -8,7 +8,7 @@ import numpy as np
 
 from engines.backends.torch.library import torch
 from engines.backends.torch.package import package_of
-from engines.backends.torch.runner import load_runner, run_in_pieces
+from engines.backends.torch.runner import load_package, run_in_pieces
 from engines.backends.torch.weights import Weights, weights_path
 from engines.engine import Arrays
 from engines.errors import BackendError
@@ -31,10 +31,11 @@ class TorchCpuEngine:
             BackendError: torch refuses the package, or it is of another version.
         """
         self._name, self._entry = name, entry
-        self._batch = package_of(name, entry).batch
+        package = package_of(name, entry)
+        self._batch = package.batch
         if threads is not None:
             torch.set_num_threads(threads)
-        self._runner = load_runner(name, path, None)
+        self._runner = load_package(name, package, path, None)
         weights = Weights(weights_path(path, entry))
         self._weights = weights.fill(torch.empty(weights.size_bytes, dtype=torch.uint8))
 

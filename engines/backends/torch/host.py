@@ -9,8 +9,9 @@ from weakref import WeakValueDictionary
 from engines.backends.cuda.gpu import Gpu, current_gpu
 from engines.backends.cuda.host import CudaHost
 from engines.backends.torch.library import torch
+from engines.backends.torch.package import package_of
 from engines.backends.torch.plan import OwnedWeights, TorchPlan, require_runnable
-from engines.backends.torch.runner import Runner, load_runner
+from engines.backends.torch.runner import Runner, load_package
 from engines.backends.torch.weights import Weights, weights_path
 from engines.errors import BackendError
 from engines.manifest import EngineEntry
@@ -74,7 +75,7 @@ def _loader(resident_engines: int | None) -> Callable[[str, EngineEntry, Path], 
     def load(name: str, entry: EngineEntry, path: Path) -> TorchPlan:
         torch.cuda.set_device(device)  # the calling thread may be another one
         if name not in runners:
-            runners[name] = load_runner(name, path, device)
+            runners[name] = load_package(name, package_of(name, entry), path, device)
         file = weights_path(path, entry)
         held = resident.get(file)
         if held is not None and held.tensors:

@@ -18,9 +18,11 @@ def package_of(name: str, entry: EngineEntry) -> PackageEntry:
     """
     if entry.package is None or entry.weights is None:
         raise BackendError(f"engine {name}: the manifest does not describe its torch package; build the bundle again")
-    if PurePosixPath(entry.weights.path).parent != PurePosixPath(entry.file.path).parent:
+    for file in entry.files():
+        if PurePosixPath(file.path).parent == PurePosixPath(entry.file.path).parent:
+            continue
         raise BackendError(
-            f"engine {name}: its weights {entry.weights.path} lie in another folder than {entry.file.path}, expected the same; "
+            f"engine {name}: its file {file.path} lies in another folder than {entry.file.path}, expected the same; "
             "build the bundle again"
         )
     if _minor(entry.backend_version) != _minor(VERSION):

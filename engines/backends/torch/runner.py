@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from engines.backends.torch.library import torch
 from engines.errors import BackendError, first_line
+from engines.manifest import PackageEntry
 
 Runner = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], list[torch.Tensor]]
 """A loaded package: (weights in the order of their names, inputs) -> outputs."""
@@ -15,17 +16,48 @@ Runner = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], list[tor
 _ALIGNMENT = 16
 
 
-def load_runner(name: str, path: Path, device: int | None) -> Runner:
-    """Loads a package.
+def load_package(name: str, package: PackageEntry, path: Path, device: int | None) -> Runner:
+    """Loads the package of an engine, or the packages that it is made of.
 
     Args:
         name: for messages.
-        path: the package, whose hash has been checked: it holds machine code, which runs.
+        package: from the manifest.
+        path: the engine file, further packages beside it; their hashes have been checked: they hold machine code, which
+            runs.
         device: CUDA device index, None for the CPU.
 
     Raises:
-        BackendError: torch refuses it.
+        BackendError: torch refuses one.
     """
+    files = [path, *(path.with_name(PurePosixPath(file.path).name) for file in package.blocks)]
+    runners = [load_runner(name, file, device) for file in files]
+    return _of_calls(runners, package) if package.calls else runners[0]
+
+
+def _of_calls(runners: Sequence[Runner], package: PackageEntry) -> Runner:
+    """Calls of packages, one after the other, as one package. A value is given back after the last call that takes it."""
+    last = {value: number for number, call in enumerate(package.calls) for value in call.inputs}
+    kept = set(package.results)
+    done = [
+        [value for value in set(call.inputs) if last[value] == number and value not in kept]
+        for number, call in enumerate(package.calls)
+    ]
+
+    def run(weights: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        values: list[torch.Tensor | None] = list(inputs)
+        for call, unneeded in zip(package.calls, done, strict=True):
+            own = tuple(item for begin, end in call.weights for item in weights[begin:end])
+            taken = tuple(_aligned(item) for value in call.inputs if (item := values[value]) is not None)
+            values += runners[call.package](own, taken)
+            for value in unneeded:
+                values[value] = None
+        return [item for value in package.results if (item := values[value]) is not None]
+
+    return run
+
+
+def load_runner(name: str, path: Path, device: int | None) -> Runner:
+    """Loads one package; see `load_package`."""
     try:
         # The loader of the C++ interface itself. `aoti_load_package`, which wraps it, imports the compiler for that
         # (seconds), and reads the tree of inputs anew at every call. Single-threaded: it then makes no events of its
@@ -59,5 +91,9 @@ def _filled(rows: torch.Tensor, batch: int) -> torch.Tensor:
     missing = batch - len(rows)
     if missing:
         return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-    # A package wants what an allocation of its own would give it, and says so at every call.
-    return rows if rows.data_ptr() % _ALIGNMENT == 0 else rows.clone()
+    return _aligned(rows)
+
+
+def _aligned(item: torch.Tensor) -> torch.Tensor:
+    """A package wants what an allocation of its own would give it, and says so at every call."""
+    return item if item.data_ptr() % _ALIGNMENT == 0 else item.clone()

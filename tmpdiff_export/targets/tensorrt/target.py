@@ -17,7 +17,6 @@ from engines.backends.tensorrt.plan_store import PlanFacts, PlanRequest, PlanSto
 from engines.backends.tensorrt.preflight import (
     BuildEstimate,
     EngineMemory,
-    host_available_bytes,
     require_build_memory,
     require_precision,
     require_runtime_memory,
@@ -28,20 +27,12 @@ from engines.backends.tensorrt.timing_cache import timing_cache_path
 from engines.errors import BuildError
 from engines.files import sha256_file
 from engines.manifest import EngineEntry, PlanEntry, TensorSpec
-from engines.precision import REFERENCE, Precision
+from engines.precision import BITS_PER_WEIGHT, REFERENCE, Precision
+from tmpdiff_export.memory import host_available_bytes
 from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 from tmpdiff_export.targets.tensorrt.settings import BATCH, PlanSettings
 
 Progress = Callable[[str, int, int], None]
-
-# With scales; every weight counts as quantized, which is the least a plan can take.
-_BITS_PER_WEIGHT = {
-    Precision.FP16: 16.0,
-    Precision.FP8: 8.0,
-    Precision.INT8: 8.0,
-    Precision.INT4: 4.0 + 16 / 128,
-    Precision.NVFP4: 4.0 + 8 / 16,
-}
 
 
 class TensorRtTarget:
@@ -76,7 +67,8 @@ class TensorRtTarget:
 
     def require_memory(self, parameters: int) -> None:
         """Estimates what building and running needs; see `Target.require_memory`."""
-        weights = {precision.value: int(parameters * _BITS_PER_WEIGHT[precision] / 8) for precision in self._precisions}
+        # Every weight counts as quantized, which is the least a plan can take.
+        weights = {precision.value: int(parameters * BITS_PER_WEIGHT[precision] / 8) for precision in self._precisions}
         workspace = self._settings.options.workspace_bytes or 0
         require_build_memory(
             {name: BuildEstimate(count, workspace) for name, count in weights.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from engines.backends.torch.attention import attention_fp8
+from engines.backends.torch.attention import attention_fp8, scales_tensor
 from engines.errors import BuildError
-from tmpdiff_export.devices import CPU, Batch, on, placed
 from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
 
+SCALES = "fp8_scales"  # buffer of a layer whose attention is in FP8
 LEAST_TOKENS = 256  # shorter attention is no cost
 HEAD_SIZES = (64, 128)  # that cuDNN's FP8 attention was run with
 _TORCHS = F.scaled_dot_product_attention
@@ -26,62 +26,41 @@ class Fp8Processor:
 
     Attributes:
         inner: the processor.
-        limits: of the layer.
     """
 
-    def __init__(self, inner: Callable[..., Any], limits: AttentionRange) -> None:
-        self.inner, self.limits = inner, limits
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
 
     def __call__(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """As the processor it wraps."""
-        with _Replaced(lambda query, key, value: attend_fp8(query, key, value, self.limits)):
+        scales = layer.get_buffer(SCALES)
+        with _Replaced(lambda query, key, value: attend_fp8(query, key, value, scales)):
             return self.inner(layer, *args, **kwargs)
 
 
-def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, limits: AttentionRange) -> torch.Tensor:
+def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Attention [B, H, S, D] in a 16-bit type or float32 -> the same; with 1 / sqrt(D), without a mask."""
     codes = (
-        static_codes(item.transpose(1, 2), scale, FP8).contiguous()
-        for item, scale in zip((query, key, value), limits.scales, strict=True)
+        static_codes(item.transpose(1, 2), scales[row, 0], FP8).contiguous()
+        for row, item in enumerate((query, key, value))
     )
-    return result_of(attention_fp8(*codes, *limits.scales), limits, query.dtype).transpose(1, 2)
+    return result_of(attention_fp8(*codes, scales), scales, query.dtype).transpose(1, 2)
 
 
-def result_of(codes: torch.Tensor, limits: AttentionRange, dtype: torch.dtype) -> torch.Tensor:
+def result_of(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What the operator's result stands for, any shape."""
-    return (codes.float() * limits.scales[2]).to(dtype)
-
-
-def attention_ranges(module: torch.nn.Module, batches: Sequence[Batch], device: str = CPU) -> dict[str, AttentionRange]:
-    """Range calibration of attention: amax of query, key and value over `batches`.
-
-    Args:
-        module: float32 export wrapper; called as `module(*batch)`.
-        batches: denoiser inputs from real pipeline runs.
-        device: where it runs, "cpu" or "cuda".
-
-    Returns:
-        By name of the attention layer, for those whose attention can be in FP8: head size 64 or 128, no mask, as many
-        keys as queries and at least `LEAST_TOKENS`.
-
-    Raises:
-        BuildError: there is none.
-    """
-    found: dict[str, AttentionRange] = {}
-    with torch.inference_mode(), placed(module, device), watch_attention(module, found):
-        for batch in batches:
-            module(*on(batch, device))
-    if not found:
-        raise BuildError(
-            f"{type(module).__name__}: no attention layer can be in FP8; that takes head size "
-            f"{' or '.join(map(str, HEAD_SIZES))}, no mask, and as many keys as queries, {LEAST_TOKENS} at least"
-        )
-    return found
+    return (codes.float() * scales[2, 0]).to(dtype)
 
 
 @contextmanager
 def watch_attention(module: torch.nn.Module, found: dict[str, AttentionRange]) -> Iterator[None]:
-    """Widens the ranges in `found` by what the attention layers of `module` take while the block runs."""
+    """Range calibration of attention: widens `found` by what attention takes while the module runs in the block.
+
+    Args:
+        module: float32 export wrapper; called in the block, on any device.
+        found: amax of query, key and value by name of the attention layer, for those whose attention can be in FP8:
+            head size 64 or 128, no mask, as many keys as queries and at least `LEAST_TOKENS`.
+    """
     layers = {name: layer for name, layer in module.named_modules() if callable(getattr(layer, "processor", None))}
     originals = {name: layer.processor for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -93,11 +72,34 @@ def watch_attention(module: torch.nn.Module, found: dict[str, AttentionRange]) -
             layer.processor = originals[name]
 
 
+def require_ranges(module: torch.nn.Module, found: Mapping[str, AttentionRange]) -> None:
+    """Refuses FP8 attention for a module in which `watch_attention` has found no layer for it.
+
+    Raises:
+        BuildError: saying what it takes.
+    """
+    if not found:
+        raise BuildError(
+            f"{type(module).__name__}: no attention layer can be in FP8; that takes head size "
+            f"{' or '.join(map(str, HEAD_SIZES))}, no mask, and as many keys as queries, {LEAST_TOKENS} at least"
+        )
+
+
 def use_fp8_attention(module: torch.nn.Module, ranges: Mapping[str, AttentionRange]) -> None:
-    """Attention layers of `ranges` compute in FP8 from now on; in place."""
-    for name, limits in ranges.items():
-        layer = module.get_submodule(name)
-        layer.processor = Fp8Processor(layer.processor, limits)
+    """Attention layers of `ranges` compute in FP8 from now on; in place.
+
+    Their scales are buffers, as other weights are: so layers that compute the same are the same program.
+    """
+    for name, scales in attention_tensors(ranges).items():
+        layer = module.get_submodule(name.removesuffix(f".{SCALES}"))
+        layer.register_buffer(SCALES, scales.to(next(layer.parameters()).device))
+        layer.float32_buffers = (SCALES,)
+        layer.processor = Fp8Processor(layer.processor)
+
+
+def attention_tensors(ranges: Mapping[str, AttentionRange]) -> dict[str, torch.Tensor]:
+    """The buffers that `use_fp8_attention` gives a module, by name, on the CPU; see `scales_tensor`."""
+    return {f"{name}.{SCALES}": scales_tensor(*limits.scales) for name, limits in ranges.items()}
 
 
 class _Watched:

@@ -1,91 +1,89 @@
-"""Ahead-of-time compilation of a torch module: an AOTInductor package, and its weights in a safetensors file.
+"""Ahead-of-time compilation of a torch module: an AOTInductor package whose weights are inputs.
 
-The weights are inputs of the package. So they are stored once and without pickle, lie where the runtime puts them, and
-may be exchanged; embedded, they made compilation of large models very slow.
+So weights lie in files of their own, once for several engines and without pickle, and on the device where the runtime
+puts them; embedded, they made compilation of large models very slow. Nothing is computed here and no weights are read:
+the module is on the device "meta", and torch traces it with tensors that have shapes only.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engines.errors import BuildError, first_line
 
 
 class EngineModule(torch.nn.Module):
-    """A wrapper as an engine: floating inputs and outputs are float32, inside all is 16-bit of one type, or float32."""
+    """A wrapper as an engine: floating inputs and outputs are float32, inside all is 16-bit of one type, or float32.
+
+    Attributes:
+        module: what computes; on the device "meta".
+        dtype: of its floating inputs. With float32, floating weights may be stored in 16 bits: they are widened layer by
+            layer.
+        kept: for every input whether it stays as it is.
+    """
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype, kept: Sequence[bool]) -> None:
-        """
-        Args:
-            module: what computes.
-            dtype: of its floating inputs.
-            kept: for every input whether it stays as it is.
-        """
+        """See the class."""
         super().__init__()
         self.module = module
         self.dtype = dtype
         self.kept = tuple(kept)
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the package takes as weights, sorted by the names that they have in the weight files."""
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return {name: state[name].detach() for name in sorted(state)}
+
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Any shapes -> the module's outputs, floating ones in float32."""
-        outputs = self.module(
-            *(
-                item if kept or not item.is_floating_point() else item.to(self.dtype)
-                for item, kept in zip(inputs, self.kept, strict=True)
+        with _widened(self.module) if self.dtype is torch.float32 else contextlib.nullcontext():
+            outputs = self.module(
+                *(
+                    item if kept or not item.is_floating_point() else item.to(self.dtype)
+                    for item, kept in zip(inputs, self.kept, strict=True)
+                )
             )
-        )
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(item.float() if item.is_floating_point() else item for item in outputs)
 
 
-class _Call(torch.nn.Module):
-    """A module whose tensors are arguments; it is kept in a tuple, which hides it from torch.export."""
+@contextmanager
+def _widened(module: torch.nn.Module) -> Iterator[None]:
+    """Each part's floating parameters are float32 while it is called."""
 
-    def __init__(self, module: torch.nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.held = (module,)
-        self.names = tuple(names)
+    def enter(part: torch.nn.Module, _: Any) -> None:
+        narrow.setdefault(part, []).append(dict(part._parameters))  # a call may be traced within a call
+        for name, item in narrow[part][-1].items():
+            if item is not None and item.is_floating_point():
+                part._parameters[name] = item.float()
 
-    def forward(self, tensors: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Calls the module with `tensors` in place of its parameters and buffers."""
-        state = dict(zip(self.names, tensors, strict=True))
-        return torch.func.functional_call(self.held[0], state, inputs)
+    def leave(part: torch.nn.Module, *_: Any) -> None:
+        part._parameters.update(narrow[part].pop())
 
-
-def store_weights(module: EngineModule, weights: Path) -> EngineModule:
-    """Writes the parameters and buffers of a module to a file.
-
-    Args:
-        module: on the CPU; not changed.
-        weights: the safetensors file to write, tensors by name.
-
-    Returns:
-        A copy of the module without them, whose parameters and buffers are on the device "meta": small, whatever the
-        size of the model.
-    """
-    state = {name: item.detach() for name, item in (*module.named_parameters(), *module.named_buffers())}
-    stored: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    for name in sorted(state):
-        item = state[name].contiguous()
-        storage = item.untyped_storage().data_ptr()
-        stored[name] = item.clone() if storage in storages else item  # safetensors refuses memory that two share
-        storages.add(storage)
-    save_file(stored, weights)
-    empty: dict[int, object] = {id(item): item.to("meta") for item in module.buffers()}
-    for parameter in module.parameters():
-        empty[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    return _without_capturing_hooks(copy.deepcopy(module, empty))
+    narrow: dict[torch.nn.Module, list[dict[str, Any]]] = {}
+    handles = [
+        handle
+        for part in module.modules()
+        if part._parameters
+        for handle in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _without_capturing_hooks(module: EngineModule) -> EngineModule:
+def without_capturing_hooks(module: torch.nn.Module) -> None:
     """Takes away the hooks that transformers puts into its models at their first call, and will put back.
 
     They are local functions, which cannot travel to another process.
@@ -96,41 +94,61 @@ def _without_capturing_hooks(module: EngineModule) -> EngineModule:
         for key, hook in list(part._forward_hooks.items()):
             if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
                 del part._forward_hooks[key]
-    return module
+
+
+class Call(torch.nn.Module):
+    """A module whose tensors are arguments; it is kept in a tuple, which hides it from torch.export."""
+
+    def __init__(self, module: EngineModule) -> None:
+        super().__init__()
+        self.held = (module,)
+        self.names = tuple(f"module.{name}" for name in module.tensors)
+
+    def forward(self, tensors: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Calls the module with `tensors` in place of its parameters and buffers."""
+        state = dict(zip(self.names, tensors, strict=True))
+        return torch.func.functional_call(self.held[0], state, inputs)
+
+
+def arguments_of(
+    module: EngineModule, device: str, inputs: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """What `Call` takes, as tensors of one `FakeTensorMode`: torch traces with them, and they take no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors, examples = (
+            tuple(torch.empty(item.shape, dtype=item.dtype, device=device) for item in items)
+            for items in (module.tensors.values(), inputs)
+        )
+    return tensors, examples
 
 
 def compile_package(
-    module: EngineModule, weights: Path, device: str, inputs: Sequence[torch.Tensor], package: Path
-) -> tuple[tuple[int, ...], ...]:
-    """Compiles a module, with its weights as inputs of the package.
+    module: EngineModule, device: str, inputs: Sequence[torch.Tensor], package: Path
+) -> tuple[torch.Tensor, ...]:
+    """Compiles a module, with its weights as inputs of the package, in the order of `EngineModule.tensors`.
 
     Args:
-        module: from `store_weights`, in evaluation mode.
-        weights: its weights file; the package takes the tensors in the order of their sorted names.
+        module: in evaluation mode.
         device: "cuda" or "cpu".
-        inputs: examples on that device; the package takes these shapes and dtypes only.
+        inputs: examples; the package takes these shapes and dtypes only.
         package: the AOTInductor package to write.
 
     Returns:
-        The shapes of the outputs.
+        Tensors that have the shapes and dtypes of the outputs, and no content.
 
     Raises:
         BuildError: torch cannot export or compile the module.
         torch.OutOfMemoryError: as named.
     """
-    with safe_open(weights, framework="pt") as file:
-        names = sorted(file.keys())
-        # Copies, aligned as allocations are; on a CPU these would be views of the file.
-        tensors = tuple(file.get_tensor(name).to(device, copy=True) for name in names)
-    call, arguments = _Call(module, names), (tensors, tuple(inputs))
+    arguments = arguments_of(module, device, inputs)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(call, arguments, strict=False)
-            shapes = tuple(tuple(item.shape) for item in call(*arguments))
+            program = torch.export.export(Call(module), arguments, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler of somebody else's model may raise
         raise BuildError(f"torch cannot compile {package.stem}: {type(error).__name__}: {first_line(error)}") from error
-    return shapes
+    (output,) = program.graph.find_nodes(op="output")
+    return tuple(node.meta["val"] for node in output.args[0])

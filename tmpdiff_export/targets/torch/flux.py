@@ -13,9 +13,8 @@ from diffusers.models.transformers.transformer_flux import (
 from torch.nn import functional as F
 
 from engines.backends.torch.attention import attention_fp8
-from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
-from tmpdiff_export.targets.torch.attention import Fp8Processor, result_of
+from tmpdiff_export.targets.torch.attention import SCALES, Fp8Processor, result_of
 from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
 from tmpdiff_export.targets.torch.layers import makes_codes
 
@@ -23,9 +22,9 @@ from tmpdiff_export.targets.torch.layers import makes_codes
 class RotaryProcessor:
     """diffusers' attention processor for FLUX.1, with `norm_rotary`; without IP adapters and attention masks."""
 
-    def __init__(self, limits: AttentionRange | None = None) -> None:
-        """limits: of a layer with attention in FP8, whose queries and keys leave their kernel as codes; or None."""
-        self.limits = limits
+    def __init__(self, *, fp8: bool = False) -> None:
+        """fp8: for a layer with attention in FP8, whose queries and keys leave their kernel as codes."""
+        self.fp8 = fp8
 
     def __call__(
         self,
@@ -52,28 +51,29 @@ class RotaryProcessor:
             value = torch.cat([text_value, value], dim=1)
             text_norms = attn.norm_added_q, attn.norm_added_k
             text_tokens = encoder_hidden_states.shape[1]
-        dtype = hidden_states.dtype if self.limits is None else FP8
-        scales = (1.0, 1.0) if self.limits is None else self.limits.scales[:2]
+        scales = attn.get_buffer(SCALES) if self.fp8 else None
+        dtype = hidden_states.dtype if scales is None else FP8
         query, key = (
-            norm_rotary((text, text_norm.weight), (image, norm.weight), image_rotary_emb, norm.eps, dtype, 1.0 / scale)
+            norm_rotary((text, text_norm.weight), (image, norm.weight), image_rotary_emb, norm.eps, dtype, scale)
             for text, text_norm, image, norm, scale in (
-                (text_query, text_norms[0], query, attn.norm_q, scales[0]),
-                (text_key, text_norms[1], key, attn.norm_k, scales[1]),
+                (text_query, text_norms[0], query, attn.norm_q, None if scales is None else scales[0, 0]),
+                (text_key, text_norms[1], key, attn.norm_k, None if scales is None else scales[1, 0]),
             )
         )
-        result = self._attend(query, key, value).flatten(2)
+        result = _attend(query, key, value, scales).flatten(2)
         if encoder_hidden_states is None:
             return result
         text, image = result[:, :text_tokens], result[:, text_tokens:]
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query, key (codes where attention is in FP8), value -> result, all [B, S, heads, D]."""
-        if self.limits is None:
-            parts = (item.transpose(1, 2) for item in (query, key, value))
-            return F.scaled_dot_product_attention(*parts).transpose(1, 2)
-        codes = static_codes(value, self.limits.scales[2], FP8)
-        return result_of(attention_fp8(query, key, codes, *self.limits.scales), self.limits, value.dtype)
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """query, key (codes where attention is in FP8), value -> result, all [B, S, heads, D]."""
+    if scales is None:
+        parts = (item.transpose(1, 2) for item in (query, key, value))
+        return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+    codes = static_codes(value, scales[2, 0], FP8)
+    return result_of(attention_fp8(query, key, codes, scales), scales, value.dtype)
 
 
 def use_rotary_kernel(module: torch.nn.Module) -> int:
@@ -87,7 +87,7 @@ def use_rotary_kernel(module: torch.nn.Module) -> int:
     count = 0
     for layer in module.modules():
         if isinstance(layer, FluxAttention) and _fits(layer):
-            layer.processor = RotaryProcessor(getattr(layer.processor, "limits", None))
+            layer.processor = RotaryProcessor(fp8=hasattr(layer, SCALES))
             count += 1
     return count
 

@@ -6,15 +6,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from engines.precision import Precision
 from tmpdiff_export.quantization import nvfp4
 from tmpdiff_export.quantization.codes import QuantizedLayer
-from tmpdiff_export.targets.torch import nvfp4 as torch_nvfp4
-from tmpdiff_export.targets.torch.activations import FP8, static_codes
+from tmpdiff_export.quantization.packing import pack, unpack
+from tmpdiff_export.targets.torch.activations import static_codes
 from tmpdiff_export.targets.torch.kernels.gelu_codes import gelu_codes
 from tmpdiff_export.targets.torch.kernels.int8 import int8_linear
 
@@ -164,16 +163,14 @@ class Int8Linear(StaticLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """Weight-only INT4 in blocks along K: codes uint8 [N, K / 2] (even k in the low half), weight_scale [N, K / block].
+    """Weight-only INT4 in blocks along K: codes uint8 [N, K / 2] of 0..15, 8 more than they are, weight_scale [N, K / block].
 
     The weight is unpacked before every product: that saves memory, not time.
     """
 
     def weight(self) -> torch.Tensor:
         """See `QuantizedLinear.weight`."""
-        columns, half = self.codes.shape
-        pairs = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).reshape(columns, 2 * half)
-        blocks = (pairs.to(self.dtype) - 8.0).unflatten(1, (self.weight_scale.shape[1], -1))
+        blocks = (unpack(self.codes).to(self.dtype) - 8.0).unflatten(1, (self.weight_scale.shape[1], -1))
         return (blocks * self.weight_scale.to(self.dtype).unsqueeze(-1)).flatten(1)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
@@ -189,46 +186,33 @@ class Nvfp4Linear(QuantizedLinear):
 
     def weight(self) -> torch.Tensor:
         """See `QuantizedLinear.weight`."""
-        return torch_nvfp4.dequantize(self.codes, self.block_scale, self.weight_scale).to(self.dtype)
+        return nvfp4.dequantize(unpack(self.codes), self.block_scale, self.weight_scale).to(self.dtype)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        seen = torch_nvfp4.fake_quantize(rows, self.input_scale).to(self.dtype)
+        seen = nvfp4.fake_quantize(rows, self.input_scale).to(self.dtype)
         return F.linear(seen, self.weight(), self.bias)
 
 
-def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """int8 [N, K] of -8..7 -> uint8 [N, K / 2], as `Int4Linear` reads it."""
-    biased = (codes + 8).to(torch.uint8)
-    return biased[:, 0::2] | (biased[:, 1::2] << 4)
-
-
 def linear_from(layer: QuantizedLayer, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
-    """The torch form of a quantized linear layer, on the CPU.
+    """The torch form of a quantized linear layer, on the layer's device; on "meta" it has shapes and dtypes only.
 
     Args:
         layer: codes and scales.
-        bias: [N] or None.
+        bias: [N] on the same device, or None.
         dtype: float16 or bfloat16, of activations.
 
     Raises:
         ValueError: the precision has no codes.
     """
-    input_scale = None if layer.input_scale is None else torch.tensor(float(layer.input_scale))
-    smoothing = None if layer.pre_quant_scale is None else torch.from_numpy(layer.pre_quant_scale)
-    scales = Scales(torch.from_numpy(np.asarray(layer.weight_scale, np.float32)), input_scale, smoothing)
+    input_scale = None if layer.input_scale is None else layer.input_scale.float()
+    scales = Scales(layer.weight_scale.float(), input_scale, layer.pre_quant_scale, layer.block_scale)
     if layer.precision is Precision.NVFP4:
-        assert layer.block_scale is not None  # as the precision has it
-        assert input_scale is not None
-        packed = np.frombuffer(nvfp4.packed(layer.codes), np.uint8).reshape(len(layer.codes), -1)
-        blocks = torch.from_numpy(layer.block_scale.view(np.uint8)).view(FP8)
-        return Nvfp4Linear(torch.from_numpy(packed.copy()), replace(scales, block=blocks), bias, dtype)
-    codes = np.ascontiguousarray(layer.codes.T)
+        return Nvfp4Linear(pack(layer.codes), scales, bias, dtype)
     if layer.precision is Precision.FP8:
-        fp8 = torch.from_numpy(codes.view(np.uint8)).view(FP8)
-        return Fp8Linear(fp8, scales, bias, dtype)
+        return Fp8Linear(layer.codes, scales, bias, dtype)
     if layer.precision is Precision.INT8:
-        return Int8Linear(torch.from_numpy(codes), scales, bias, dtype)
+        return Int8Linear(layer.codes, scales, bias, dtype)
     if layer.precision is Precision.INT4:
-        blocks = scales.weight.T.contiguous().to(dtype)
-        return Int4Linear(pack_int4(torch.from_numpy(codes)), replace(scales, weight=blocks), bias, dtype)
+        blocks = replace(scales, weight=scales.weight.to(dtype))
+        return Int4Linear(pack((layer.codes + 8).to(torch.uint8)), blocks, bias, dtype)
     raise ValueError(f"precision {layer.precision.value} has no codes; choose from fp8, int8, int4, nvfp4")

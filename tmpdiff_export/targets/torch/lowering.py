@@ -26,8 +26,8 @@ def lower_for_torch(
     """A copy of an export wrapper in which `layers` run from their codes.
 
     Args:
-        module: float32 export wrapper, on the CPU; not changed.
-        layers: by name as in `module.named_modules()`; empty for the reference.
+        module: float32 export wrapper, on the CPU or on "meta"; not changed.
+        layers: by name as in `module.named_modules()`, on the device of the module; empty for the reference.
         dtype: float16 or bfloat16, of everything else.
         sixteen_bit: the layers keep their codes, but all products are in `dtype`.
         attention: by name, the attention layers that compute in FP8.
@@ -42,7 +42,7 @@ def lower_for_torch(
     for name, layer in layers.items():
         original = lowered.get_submodule(name)
         assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d)  # `quantizable_layers` names no others
-        if isinstance(original, torch.nn.Linear) and _has_product(layer):
+        if _has_product(original, layer):
             parent, _, child = name.rpartition(".")
             linear = linear_from(layer, original.bias, dtype)
             linear.sixteen_bit = sixteen_bit
@@ -52,10 +52,7 @@ def lower_for_torch(
                 " in a 16-bit product" if sixteen_bit or emulated else ""
             )
         else:
-            weight = torch.from_numpy(layer.dequantized().T.copy())
-            if layer.pre_quant_scale is not None:
-                weight = weight * torch.from_numpy(layer.pre_quant_scale).float()
-            original.weight.data = weight.reshape(original.weight.shape)
+            original.weight.data = _stood_for(original, layer)
             kind = f"{layer.precision.value} weight in a 16-bit {type(original).__name__}"
         counts[kind] = counts.get(kind, 0) + 1
     if attention:
@@ -65,8 +62,37 @@ def lower_for_torch(
     return _in_type(lowered, dtype), counts
 
 
-def _has_product(layer: QuantizedLayer) -> bool:
-    return layer.precision is not Precision.FP8 or all(size % FP8_ALIGNMENT == 0 for size in layer.codes.shape)
+def torch_tensors(
+    name: str, layer: QuantizedLayer, original: torch.nn.Linear | torch.nn.Conv2d, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What a lowered module has of a quantized layer that is the precision's own, by the module's names.
+
+    Args:
+        name: of the layer.
+        layer: its codes and scales, on any device, "meta" too.
+        original: the layer of the export wrapper; only its kind and the shape of its weight matter.
+        dtype: float16 or bfloat16, of the module.
+
+    Returns:
+        Tensors on the device of `layer`: `<name>.codes` and scales as `QuantizedLinear` has them, or `<name>.weight` of
+        a layer that torch has no product for. The bias is not among them.
+    """
+    if not _has_product(original, layer):
+        return {f"{name}.weight": _stood_for(original, layer).to(dtype)}
+    return {f"{name}.{key}": item for key, item in linear_from(layer, None, dtype).named_buffers()}
+
+
+def _has_product(original: torch.nn.Module, layer: QuantizedLayer) -> bool:
+    aligned = layer.precision is not Precision.FP8 or all(size % FP8_ALIGNMENT == 0 for size in layer.codes.shape)
+    return isinstance(original, torch.nn.Linear) and aligned
+
+
+def _stood_for(original: torch.nn.Linear | torch.nn.Conv2d, layer: QuantizedLayer) -> torch.Tensor:
+    """The weight, float32 in its own shape, that the codes stand for."""
+    weight = layer.dequantized()
+    if layer.pre_quant_scale is not None:
+        weight = weight * layer.pre_quant_scale.float()
+    return weight.reshape(original.weight.shape)
 
 
 def _in_type(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

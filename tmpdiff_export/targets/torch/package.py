@@ -1,14 +1,12 @@
-"""One engine of the torch backend, from its stored weights on: compile, load as the runtime would, measure its SQNR."""
+"""One engine of the torch backend: compile, load with its weights as the runtime would, measure its SQNR."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from engines.backends.choose import open_host
@@ -17,29 +15,29 @@ from engines.errors import BuildError
 from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.target import file_entry
+from tmpdiff_export.targets.torch.blocks import compile_blocks, part_paths
 from tmpdiff_export.targets.torch.compile import EngineModule, compile_package
+from tmpdiff_export.weights.files import write_tensors
 
 
 @dataclass(frozen=True, eq=False)
 class PackageTask:
-    """What is left to do for an engine, as plain data: a process that has nothing else can do it.
+    """What is left to do for an engine whose weights are stored, as plain data: any process can do it.
 
     Attributes:
         name: of the engine; stem of its files.
         folder: a bundle folder, or one that stands for it.
-        module: from `store_weights`.
-        weights: its weights file in the folder.
-        weights_of: the equal weights file of another engine that the entry names instead; the own one is then removed.
+        module: what is compiled.
+        weights: its weight files in the folder, which hold the module's tensors.
         device: "cuda" or "cpu".
         described: how the manifest calls the device.
         batch: rows that the package is compiled for.
         dtype: of its floating inputs inside.
-        inputs: specs of the graph's inputs.
-        outputs: specs of the graph's outputs.
+        outputs: names of the module's outputs.
         check: inputs and references for its SQNR.
         lowering: see `EngineEntry`.
-        operators: see `PackageEntry`.
-        onnx_sha256: see `EngineEntry`.
+        attention: scales of its FP8 attention, by the names of their buffers; they go into a weight file of its own.
+        blocks: whether blocks that repeat are compiled once.
         recipe: see `EngineEntry`.
         floor_db: the least SQNR the build accepts.
     """
@@ -47,18 +45,16 @@ class PackageTask:
     name: str
     folder: Path
     module: EngineModule
-    weights: FileEntry
-    weights_of: FileEntry | None
+    weights: tuple[FileEntry, ...]
     device: str
     described: str
     batch: int
     dtype: Literal["float16", "bfloat16", "float32"]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
     check: AccuracyCheck
     lowering: Mapping[str, int]
-    operators: tuple[Literal["attention_fp8"], ...]
-    onnx_sha256: str
+    attention: Mapping[str, torch.Tensor]
+    blocks: bool
     recipe: str
     floor_db: float
 
@@ -82,26 +78,29 @@ class PackageTask:
         if self.device != "cpu":
             self._require_gpu()
         package = self.folder / "engines" / f"{self.name}.pt2"
-        weights = self.folder / self.weights.path
         check = self.check
-        examples = [_rows(item, self.batch).to(self.device) for item in check.batches[0]]
-        shapes = compile_package(self.module, weights, self.device, examples, package)
-        shutil.copymode(package, weights)  # safetensors writes files that only their owner may read
+        examples = [_rows(item, self.batch) for item in check.batches[0]]
+        weights = (*self.weights, *self._store_scales())
+        outputs, parts = self._compile(examples, package)
         entry = EngineEntry(
             file=file_entry(self.folder, package),
-            weights=self.weights,
+            weights=weights,
             backend="torch",
             backend_version=VERSION,
             device=self.described,
             lowering=dict(self.lowering),
-            onnx_sha256=self.onnx_sha256,
+            onnx_sha256=None,
             recipe=self.recipe,
             sqnr_db=0.0,
             sqnr_floor_db=self.floor_db,
-            inputs=tuple(_spec(spec, tuple(item.shape)) for spec, item in zip(self.inputs, examples, strict=True)),
-            outputs=tuple(_spec(spec, shape) for spec, shape in zip(self.outputs, shapes, strict=True)),
+            inputs=tuple(_spec(name, item) for name, item in zip(check.names, examples, strict=True)),
+            outputs=tuple(_spec(name, item) for name, item in zip(self.outputs, outputs, strict=True)),
             package=PackageEntry(
-                batch=self.batch, dtype=self.dtype, weights_bytes=self.weights.bytes, operators=self.operators
+                batch=self.batch,
+                dtype=self.dtype,
+                weights_bytes=sum(file.bytes for file in weights),
+                operators=("attention_fp8",) if self.attention else (),
+                **parts,
             ),
         )
         host = open_host("torch", self.described)
@@ -111,10 +110,25 @@ class PackageTask:
             measured = check.sqnr_db(engine)
         finally:
             host.close()
-        if self.weights_of is not None:
-            entry = entry.model_copy(update={"weights": self.weights_of})
-            weights.unlink()
         return entry.model_copy(update={"sqnr_db": round(measured, 2)})
+
+    def _compile(
+        self, examples: Sequence[torch.Tensor], package: Path
+    ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
+        """The outputs, without content, and what `PackageEntry` says of blocks."""
+        if not self.blocks:
+            return compile_package(self.module, self.device, examples, package), {}
+        made = compile_blocks(self.module, self.device, examples, package)
+        _, *others = part_paths(package, len(made.parts))
+        blocks = tuple(file_entry(self.folder, path) for path in others)
+        return made.outputs, {"blocks": blocks, "calls": made.calls, "results": made.results}
+
+    def _store_scales(self) -> tuple[FileEntry, ...]:
+        if not self.attention:
+            return ()
+        path = self.folder / "engines" / f"{self.name}.attention.safetensors"
+        write_tensors(path, self.attention)
+        return (file_entry(self.folder, path),)
 
     def _require_gpu(self) -> None:
         from engines.backends.torch.host import usable_gpu  # which needs cuda-bindings
@@ -132,7 +146,7 @@ def _rows(example: torch.Tensor, batch: int) -> torch.Tensor:
     return example.repeat(-(-batch // len(example)), *[1] * (example.ndim - 1))[:batch].contiguous()
 
 
-def _spec(spec: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
+def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
     """A package's input or output: floating ones are float32, and only the number of rows is free."""
-    dtype = "float32" if np.dtype(spec.dtype).kind == "f" else spec.dtype
-    return TensorSpec(name=spec.name, dtype=dtype, shape=("batch", *shape[1:]))
+    dtype: Literal["float32", "int64"] = "float32" if tensor.is_floating_point() else "int64"
+    return TensorSpec(name=name, dtype=dtype, shape=("batch", *tensor.shape[1:]))

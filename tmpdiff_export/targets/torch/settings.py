@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from engines.errors import BackendError
 from engines.precision import REFERENCE, Precision
+
+MAX_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -19,18 +22,20 @@ class PackageSettings:
             one copy; None for weights of its own.
         fp8_attention: the quantized precisions whose attention is in FP8 as well.
         workers: processes that compile packages side by side; with 1 it is done in this process.
+        compile: "whole" or "blocks": whether blocks that repeat are compiled once, which is faster to build.
 
     Raises:
-        BackendError: fewer than 1 worker.
+        BackendError: a number of workers out of range.
     """
 
     share_weights: Precision | None = None
     fp8_attention: tuple[Precision, ...] = ()
     workers: int = 1
+    compile: Literal["whole", "blocks"] = "whole"
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise BackendError(f"workers is {self.workers}, expected 1 or more")
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise BackendError(f"workers is {self.workers}, expected 1 to {MAX_WORKERS}")
 
     def require_unset(self, backend: str) -> None:
         """Refuses settings that another backend would ignore.
@@ -45,6 +50,7 @@ class PackageSettings:
             (self.share_weights is not None, "--share-weights", "hold their own"),
             (self.workers > 1, "--workers", "are built in one process"),
             (bool(self.fp8_attention), "--fp8-attention", "have 16-bit attention"),
+            (self.compile != "whole", "--compile", "are made whole"),
         ):
             if given:
                 raise BackendError(f"{option} is for packages of the torch backend; engines of {backend!r} {instead}")
@@ -98,6 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that compile packages and measure them side by side, worker i on GPU i modulo the number of visible "
         "GPUs, or on a CPU with its share of the threads (default 1: all in this process)",
+    )
+    group.add_argument(
+        "--compile",
+        choices=("whole", "blocks"),
+        default="whole",
+        help="blocks: compile a denoiser's repeated blocks once and call them with their own weights, which builds faster; "
+        "whole: everything in one package, whose steps may be a little faster (default whole)",
     )
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from engines.backends.torch.attention import LEAST_COMPUTE_CAPABILITY
-from engines.backends.torch.library import require_cudnn
-from engines.errors import BackendError, BuildError
-from engines.files import sha256_file
-from engines.manifest import EngineEntry, FileEntry
+from engines.backends.torch.library import VERSION, require_cudnn
+from engines.errors import BackendError
+from engines.manifest import FileEntry
 from engines.precision import Precision
 from tmpdiff_export.pipelines.families.family import DENOISER
-from tmpdiff_export.targets.target import EngineJob, file_entry, require_weights_fit, tensor_specs
-from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
+from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE, narrow_type
+from tmpdiff_export.targets.target import EngineJob, SourceModel, layer_on_meta, require_weights_fit
+from tmpdiff_export.targets.torch.attention import attention_tensors
+from tmpdiff_export.targets.torch.compile import EngineModule, without_capturing_hooks
 from tmpdiff_export.targets.torch.layers import FP8_COMPUTE_CAPABILITY
-from tmpdiff_export.targets.torch.lowering import lower_for_torch
+from tmpdiff_export.targets.torch.lowering import lower_for_torch, torch_tensors
 from tmpdiff_export.targets.torch.package import PackageTask
+from tmpdiff_export.targets.torch.settings import PackageSettings
+from tmpdiff_export.weights.streamed import on_meta
 
 # Denoisers that are published in BF16, and whose activations overflow FP16, or come near to it.
 _BFLOAT16 = frozenset({"FluxTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel"})
@@ -28,7 +33,7 @@ _BFLOAT16_FLOOR_DB = 30.0
 
 
 class TorchTarget:
-    """`tmpdiff_export.targets.target.Target`: `engines/<name>.pt2` and its weights, `engines/<name>.safetensors`.
+    """`tmpdiff_export.targets.target.Target`: `engines/<name>.pt2`, which takes its weights as inputs.
 
     Attributes:
         device: what the packages are compiled for, "cuda" or "cpu".
@@ -36,21 +41,19 @@ class TorchTarget:
 
     backend = "torch"
 
-    def __init__(
-        self, device: str, pictures: int, precisions: Sequence[Precision], *, fp8_attention: bool = False
-    ) -> None:
+    def __init__(self, device: str, pictures: int, precisions: Sequence[Precision], packages: PackageSettings) -> None:
         """Checks what can be checked before work begins.
 
         Args:
             device: "cuda" or "cpu".
             pictures: how many at once the packages are compiled for.
             precisions: the denoiser engines that will be made.
-            fp8_attention: whether any of them has its attention in FP8.
+            packages: how they are made.
 
         Raises:
             BackendError: no such device, or a precision that it cannot have.
         """
-        self.device, self._pictures = device, pictures
+        self.device, self._pictures, self._blocks = device, pictures, packages.compile == "blocks"
         if device == "cpu":
             self._described = "cpu"
             return
@@ -67,7 +70,7 @@ class TorchTarget:
                 f"precision {with_fp8[0]} needs compute capability 8.9, {gpu.name} has "
                 f"{'.'.join(map(str, gpu.compute_capability))}; leave it out of --precisions"
             )
-        if fp8_attention:
+        if packages.fp8_attention:
             require_cudnn()
             if gpu.compute_capability < LEAST_COMPUTE_CAPABILITY:
                 raise BackendError(
@@ -77,70 +80,95 @@ class TorchTarget:
         self._described = gpu.described
         self._memory_bytes = gpu.total_bytes
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """See `Target.key`."""
+        return {
+            "backend": self.backend,
+            "version": VERSION,
+            "device": self._described,
+            "pictures": self._pictures,
+            "blocks": self._blocks,
+        }
+
+    @property
+    def form(self) -> TorchForm:
+        """See `Target.form`."""
+        return TorchForm()
+
     def require_memory(self, parameters: int) -> None:
         """Refuses a denoiser whose 16-bit weights alone would not fit; see `Target.require_memory`."""
         if self.device != "cpu":
             require_weights_fit(parameters, self._memory_bytes)
 
-    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
-        """Compiles the module, loads the package as the runtime would and measures its SQNR; see `Target.make`."""
-        return self.prepare(job, folder)()
-
-    def prepare(self, job: EngineJob, folder: Path) -> PackageTask:
-        """Lowers the module and writes its weights; what is returned does the rest of `make`, in any process.
-
-        Raises:
-            BuildError: the weights are to be another engine's, and are not equal to them.
-        """
-        (folder / "engines").mkdir(parents=True, exist_ok=True)
-        weights = folder / "engines" / f"{job.name}.safetensors"
-        dtype = _type_of(job)
-        if job.half:
-            shared = job.weights_of is not None
-            lowered, counts = lower_for_torch(
-                job.module, job.layers, dtype, sixteen_bit=shared, attention=job.attention
+    def prepare(self, job: EngineJob) -> PreparedPackage:
+        """Lowers a copy of the module on the device "meta"; see `Target.prepare`."""
+        model = job.model
+        module, counts, codes = on_meta(model.module), dict[str, int](), set[str]()
+        without_capturing_hooks(module)
+        if model.half:
+            dtype = _type_of(model)
+            layers = {
+                name: layer_on_meta(model.module, name, job.precision, found) for name, found in job.ranges.items()
+            }
+            module, counts = lower_for_torch(
+                module, layers, dtype, sixteen_bit=job.sixteen_bit, attention=job.attention
             )
+            for name, layer in layers.items():
+                codes.update(torch_tensors(name, layer, model.module.get_submodule(name), dtype))
         else:
-            lowered, counts = job.module, {}
-        kept = [not job.half or name in job.float32_inputs for name in job.check.names]
-        module = store_weights(EngineModule(lowered, dtype, kept).eval(), weights)
-        stored = file_entry(folder, weights)
-        reference_floor = min(job.floor_db, _BFLOAT16_FLOOR_DB)  # also below the floor of shared weights
-        return PackageTask(
+            dtype = torch.float32
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(narrow_type(parameter.shape, model.dtype))
+        scales = attention_tensors(job.attention)
+        kept = [not model.half or item.keep_dtype for item in model.inputs]
+        engine = EngineModule(module, dtype, kept).eval()
+        low_floor = dtype is torch.bfloat16 and job.recipe == NO_RECIPE  # also below the floor of shared weights
+        task = PackageTask(
             name=job.name,
-            folder=folder,
-            module=module,
-            weights=stored,
-            weights_of=None if job.weights_of is None else _shared_file(job.name, stored, job.weights_of),
+            folder=Path(),
+            module=engine,
+            weights=(),
             device=self.device,
             described=self._described,
-            batch=self._pictures * job.batch_per_picture,
+            batch=self._pictures * model.batch_per_picture,
             dtype=_NAMES[dtype],
-            inputs=tensor_specs(job.graph.graph.input),
-            outputs=tensor_specs(job.graph.graph.output),
-            check=job.check,
+            outputs=tuple(model.outputs),
+            check=model.check,
             lowering=counts,
-            operators=("attention_fp8",) if job.attention else (),
-            onnx_sha256=sha256_file(job.onnx_file),
+            attention=scales,
+            blocks=self._blocks,
             recipe=job.recipe,
-            floor_db=reference_floor if dtype is torch.bfloat16 and job.quantized is None else job.floor_db,
+            floor_db=min(job.floor_db, _BFLOAT16_FLOOR_DB) if low_floor else job.floor_db,
         )
+        own = codes | set(scales)
+        return PreparedPackage(task, {name: item for name, item in engine.tensors.items() if name not in own})
 
 
-def _shared_file(name: str, own: FileEntry, other: EngineEntry) -> FileEntry:
-    """The weights file of another engine in place of an equal one.
+@dataclass(frozen=True, eq=False)
+class PreparedPackage:
+    """See `tmpdiff_export.targets.target.PreparedEngine`."""
 
-    Raises:
-        BuildError: it holds something else.
-    """
-    theirs = other.weights
-    assert theirs is not None  # every package has one
-    if own.sha256 != theirs.sha256:
-        raise BuildError(
-            f"engine {name} needs other weights than {theirs.path} holds; build it without --share-weights, and "
-            "report this as a bug"
-        )
-    return theirs
+    package: PackageTask
+    tensors: Mapping[str, torch.Tensor]
+
+    def task(self, folder: Path, weights: Sequence[FileEntry]) -> PackageTask:
+        """See `PreparedEngine.task`."""
+        return replace(self.package, folder=folder, weights=tuple(weights))
+
+
+class TorchForm:
+    """`tmpdiff_export.targets.target.Form`: tensors as the lowered module has them, under the names of its layers."""
+
+    name = "torch"
+
+    def plain(self, model: SourceModel, name: str, wanted: torch.Tensor) -> torch.Tensor:
+        """See `Form.plain`."""
+        return model.read(name).to(wanted.dtype)
+
+    def codes(self, model: SourceModel, name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
+        """See `Form.codes`."""
+        return torch_tensors(name, layer, model.module.get_submodule(name), _type_of(model))
 
 
 _NAMES: dict[torch.dtype, Literal["float16", "bfloat16", "float32"]] = {
@@ -150,8 +178,5 @@ _NAMES: dict[torch.dtype, Literal["float16", "bfloat16", "float32"]] = {
 }
 
 
-def _type_of(job: EngineJob) -> torch.dtype:
-    if not job.half:
-        return torch.float32
-    denoiser = getattr(job.module, DENOISER, None)
-    return torch.bfloat16 if type(denoiser).__name__ in _BFLOAT16 else torch.float16
+def _type_of(model: SourceModel) -> torch.dtype:
+    return torch.bfloat16 if type(getattr(model.module, DENOISER, None)).__name__ in _BFLOAT16 else torch.float16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx
 import pytest
 import torch
 from helpers.demo_build import GUIDANCE_SCALE, NUM_STEPS, DemoBuild
+from helpers.whole_pipeline import whole_pipeline
 from onnx import TensorProto
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
@@ -23,11 +25,11 @@ from tmpdiff_export.bundling import engine as engine_build
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.onnx_graphs import export as onnx_export
-from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
+from tmpdiff_export.pipelines.load import gather_batches
 from tmpdiff_export.quantization.recipes import RECIPES, Variant
-from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.onnxruntime import cpu as cpu_target
 from tmpdiff_export.targets.onnxruntime import lowering as cpu_lowering
+from tools.acceptance.checks import check_of
 
 # Measured on the embedded pipeline less a margin of 3 dB or more: a regression in scales, export or lowering shows.
 FLOORS_DB = {Precision.FP16: 60.0, Precision.FP8: 30.0, Precision.INT8: 28.0, Precision.INT4: 25.0}
@@ -36,12 +38,12 @@ FLOORS_DB = {Precision.FP16: 60.0, Precision.FP8: 30.0, Precision.INT8: 28.0, Pr
 @pytest.fixture(scope="module")
 def real_check(demo_pipeline: Path):
     """What the FP32 torch denoiser makes of inputs of a run that range calibration has not seen."""
-    source = load_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
+    source = whole_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
     batches = gather_batches(
         source, ["a large yellow triangle in the center"], NUM_STEPS, seed=77, on_step=lambda: None
     )
     module = source.family.wrap(source.pipe, source.height, source.width).eval()
-    return AccuracyCheck.of(module, list(source.family.inputs), MODEL_OUTPUT, batches[::2])
+    return check_of(module, list(source.family.inputs), MODEL_OUTPUT, batches[::2])
 
 
 @pytest.mark.parametrize("precision", DEFAULT_PRECISIONS)
@@ -110,7 +112,7 @@ def test_fp16_schedule_equals_a_plain_loop_bit_for_bit(demo_bundle: Path) -> Non
 
 def test_runtime_loop_equals_the_diffusers_pipeline(demo_bundle: Path, demo_pipeline: Path) -> None:
     runtime = DenoiseRuntime.load(demo_bundle)
-    source = load_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
+    source = whole_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
     noise = runtime.noise([3])
     prompt = "a large blue circle in the bottom left"
     ours = runtime.denoise(runtime.encode([prompt]), runtime.bundle.schedule("uniform:fp16"), noise)
@@ -178,14 +180,13 @@ def test_a_build_that_misses_its_floor_fails_and_leaves_nothing(
 
     def too_small(*args):
         found = real(*args)
-        return {
-            name: type(item)(item.weight, item.input_amax / 50, item.pre_quant_scale) for name, item in found.items()
-        }
+        for ranges in (item for variants in found.values() for item in variants.values()):
+            for name, item in ranges.items():
+                ranges[name] = replace(item, input_amax=item.input_amax / 50)
+        return found
 
     recipe = RECIPES[Precision.INT8]
-    monkeypatch.setitem(
-        RECIPES, Precision.INT8, type(recipe)(**{**vars(recipe), "variants": (Variant("max", "max", batch_limit=2),)})
-    )
+    monkeypatch.setitem(RECIPES, Precision.INT8, type(recipe)(**{**vars(recipe), "variants": (Variant("max"),)}))
     monkeypatch.setattr(engine_build, "calibrate_ranges", too_small)
     out = tmp_path / "out"
     with pytest.raises(

@@ -83,6 +83,8 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
     )
     refused("build", demo_pipeline, *build, "--height", "0", says="height 0 does not fit this pipeline")
     refused("build", demo_pipeline, *build, "--onnx-dir", blank, says="blank.txt is a file; name a folder")
+    refused("build", demo_pipeline, *build, "--batch", 10**9, says="expected 1024 pictures at most")
+    refused("build", demo_pipeline, *build, "--workers", 999_999, says="workers is 999999, expected 1 to 256")
     refused("build", demo_pipeline, *build, "--onnx-dir", bundle / "onnx", says="is inside the bundle")
     refused("build", demo_pipeline, "--out", tmp_path, "--prompts", prompts, "--force", says="is no bundle")
     refused("build", demo_pipeline, "--out", bundle, "--prompts", blank, says="holds no prompts")
@@ -124,16 +126,28 @@ def test_build_refuses_to_overwrite(tiny_bundle: Path, copy_of, prompts: Path, t
     assert called(EXPORT, "verify", bundle).returncode == 0
 
 
-def test_build_refuses_to_overwrite_before_its_slow_imports(tmp_path: Path, prompts: Path, demo_pipeline: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "already exists"),
+        (("--backend", "torch", "--refittable", "--out", "absent"), "--refittable are settings of TensorRT plans"),
+        (("--backend", "onnxruntime", "--workers", 2, "--out", "absent"), "--workers is for packages of the torch"),
+        (("--backend", "onnxruntime", "--steps", 0, "--out", "absent"), "number of steps is 0"),
+        (("--backend", "onnxruntime", "--out", "/proc/bundle"), "output folder /proc/bundle cannot be written"),
+    ],
+)
+def test_build_refuses_before_its_slow_imports(
+    words: tuple[object, ...], says: str, tmp_path: Path, prompts: Path, demo_pipeline: Path
+) -> None:
     script = (
         "import sys; from tmpdiff_export.cli import main; "
         "assert main(sys.argv[1:]) == 1; assert 'torch' not in sys.modules"
     )
-    words = ["build", demo_pipeline, "--out", tmp_path, "--prompts", prompts]
-    result = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True)
+    asked = ["build", demo_pipeline, "--out", tmp_path, "--prompts", prompts, *words]
+    result = subprocess.run([sys.executable, "-c", script, *map(str, asked)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("\n") == 1
-    assert "already exists" in result.stderr
+    assert says in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -141,6 +155,7 @@ def test_build_refuses_to_overwrite_before_its_slow_imports(tmp_path: Path, prom
     [
         ("build", signal.SIGINT, "nothing half-written is left"),
         ("build", signal.SIGTERM, "nothing half-written is left"),
+        ("build", signal.SIGHUP, "nothing half-written is left"),
         ("demo", signal.SIGINT, "the demo starts over when it is run again"),
     ],
 )

@@ -15,25 +15,26 @@ import pytest
 import torch
 from onnx import TensorProto
 from safetensors.torch import load_file
+from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.errors import BuildError
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import Precision
 from tmpdiff_export.bundling.engine import DenoiserJob, Workplace, start_denoiser
-from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import save_graph
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.families.flux import pack
 from tmpdiff_export.pipelines.families.table import DENOISERS, FAMILIES, family_of
-from tmpdiff_export.pipelines.load import load_pipeline
-from tmpdiff_export.targets.accuracy import AccuracyCheck, sqnr_db, torch_outputs
+from tmpdiff_export.pipelines.load import open_pipeline
+from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
 from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
 from tmpdiff_export.targets.target import at_once
 from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
 from tmpdiff_export.targets.torch.lowering import lower_for_torch
+from tools.acceptance.checks import check_of
 from tools.acceptance.miniatures import TEXT_TOKENS, Miniature, miniature
 
 FP16_FLOOR_DB = 50.0
@@ -155,9 +156,7 @@ def test_quantized_engines_reach_their_floor_and_leave_no_layer_out(
     name: str, precision: Precision, layers: int, exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:
     export = exported(name)
-    check = AccuracyCheck.of(
-        export.module, list(export.small.family.inputs), MODEL_OUTPUT, [rows(export.batches[2], 3)]
-    )
+    check = check_of(export.module, list(export.small.family.inputs), MODEL_OUTPUT, [rows(export.batches[2], 3)])
     place = Workplace(at_once(CpuTarget()), tmp_path, tmp_path)
     exported_model = ExportedModel(
         export.module, export.graph, check, 2, half=True, float32_inputs=export.small.family.float32_inputs
@@ -231,7 +230,7 @@ def test_a_pipeline_of_which_only_the_denoiser_is_supported_is_refused_before_it
     pipe = miniature(name).pipe
     index = {"_class_name": type(pipe).__name__, "transformer": ["diffusers", type(pipe.transformer).__name__]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))  # and nothing beside it
-    for refused in (lambda: family_of(pipe), lambda: load_pipeline(tmp_path)):
+    for refused in (lambda: family_of(pipe), lambda: open_pipeline(tmp_path)):
         with pytest.raises(BuildError) as caught:
             refused()
         text = str(caught.value)

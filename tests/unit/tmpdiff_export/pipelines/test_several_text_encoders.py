@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.small_text import clip_tokenizer, t5_tokenizer
+from helpers.whole_pipeline import whole_pipeline
 
 from engines import DenoiseRuntime
 from engines.bundle import MANIFEST_NAME
@@ -24,7 +25,7 @@ from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.pipelines.families.flux import pack, unpack
 from tmpdiff_export.pipelines.families.table import family_of
-from tmpdiff_export.pipelines.load import SourcePipeline, load_pipeline
+from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 
 PROMPTS = ("a red circle", "A small BLUE square!")
 NUM_STEPS = 4
@@ -135,7 +136,7 @@ class Built:
     def source(self) -> SourcePipeline:
         """The pipeline, loaded anew."""
         sampling = self.runtime.manifest.sampling
-        return load_pipeline(self.folder, height=sampling.height, width=sampling.width)
+        return whole_pipeline(self.folder, height=sampling.height, width=sampling.width)
 
     def theirs(self, source: SourcePipeline, prompt: str, noise: np.ndarray, **more: Any) -> np.ndarray:
         """Final latents [1, C, h, w] of the diffusers pipeline."""
@@ -313,9 +314,9 @@ def test_pipelines_without_a_text_encoder_are_refused(make: Callable[[], Any], c
 def test_a_guidance_scale_without_effect_is_refused(tmp_path: Path) -> None:
     make_flux_pipeline(guidance_embeds=False).save_pretrained(tmp_path / "pipeline")
     with pytest.raises(BuildError, match=r"guidance scale 3\.5 would have no effect: .* has no guidance embedding"):
-        load_pipeline(tmp_path / "pipeline", height=64, width=96, guidance_scale=3.5)
+        open_pipeline(tmp_path / "pipeline", height=64, width=96, guidance_scale=3.5)
     with pytest.raises(BuildError, match="height 68 does not fit this pipeline; give a positive multiple of 8"):
-        load_pipeline(tmp_path / "pipeline", height=68, width=96)
+        open_pipeline(tmp_path / "pipeline", height=68, width=96)
 
 
 def test_a_scheduler_without_a_shift_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.small_text import clip_tokenizer
+from helpers.whole_pipeline import whole_pipeline
 
 from engines import DenoiseRuntime
 from engines.errors import BuildError, BundleError
@@ -20,7 +21,7 @@ from tmpdiff_export import attach
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.pipelines.families.table import family_of
-from tmpdiff_export.pipelines.load import SourcePipeline, load_pipeline
+from tmpdiff_export.pipelines.load import SourcePipeline
 
 PROMPTS = ("a red circle", "A small BLUE square, in the center!")
 NUM_STEPS = 4
@@ -103,7 +104,7 @@ class Built:
     def source(self) -> SourcePipeline:
         """The pipeline, loaded anew."""
         sampling = self.runtime.manifest.sampling
-        return load_pipeline(self.folder, height=sampling.height, width=sampling.width)
+        return whole_pipeline(self.folder, height=sampling.height, width=sampling.width)
 
 
 MAKERS = {"sd": make_pipeline, "sdxl": make_sdxl_pipeline}

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import numpy_codes
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
@@ -72,8 +73,8 @@ def layers(module: Layers) -> dict[str, QuantizedLayer]:
     """`a` takes its activation as it is, `b` smoothed."""
     smoothing = np.exp(np.random.default_rng(1).normal(0, 0.3, K)).astype(np.float32)
     return {
-        "a": quantize_layer(LayerRange(module.a.weight.numpy(), 4.0, None), Precision.NVFP4, 16),
-        "b": quantize_layer(LayerRange(module.b.weight.numpy() / smoothing, 5.0, smoothing), Precision.NVFP4, 16),
+        "a": quantize_layer(module.a.weight, LayerRange(4.0, None), Precision.NVFP4, 16),
+        "b": quantize_layer(module.b.weight, LayerRange(5.0, torch.from_numpy(smoothing)), Precision.NVFP4, 16),
     }
 
 
@@ -112,57 +113,55 @@ def test_the_cpu_operator_rounds_as_e2m1_casts_do(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("covered", [1.0, 0.01], ids=["calibrated", "saturating"])
 def test_the_cpu_operator_is_the_reference_bit_for_bit(values: np.ndarray, covered: float, tmp_path: Path) -> None:
-    scale = nvfp4.tensor_scale(covered * float(np.abs(values).max()))
-    np.testing.assert_array_equal(cpu_fake_quantize(values, scale, tmp_path), nvfp4.fake_quantize(values, scale))
+    scale = numpy_codes.tensor_scale(covered * float(np.abs(values).max()))
+    expected = numpy_codes.fake_quantize(values, scale)
+    np.testing.assert_array_equal(cpu_fake_quantize(values, scale, tmp_path), expected)
+    found = nvfp4.fake_quantize(torch.from_numpy(values), torch.from_numpy(scale))
+    np.testing.assert_array_equal(found.numpy(), expected)
 
 
 def test_codes_are_nearest_under_the_stored_block_scale() -> None:
     values = with_outliers(40, K)
     scale = nvfp4.tensor_scale(float(np.abs(values).max()))
-    codes, block_scales = nvfp4.quantize_blocks(values, scale)
-    assert (codes.dtype, block_scales.dtype) == (ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn)
+    codes, block_scales = nvfp4.quantize_blocks(torch.from_numpy(values), scale)
+    assert (codes.dtype, block_scales.dtype) == (torch.uint8, torch.float8_e4m3fn)
     assert block_scales.shape == (40, K // nvfp4.BLOCK_SIZE)
-    stored = np.repeat(block_scales.astype(np.float32) * scale, nvfp4.BLOCK_SIZE, axis=-1)
+    stored = np.repeat((block_scales.float() * scale).numpy(), nvfp4.BLOCK_SIZE, axis=-1)
     grid = np.concatenate([-E2M1[::-1], E2M1])
     best = np.abs(grid * stored[..., None] - values[..., None]).min(axis=-1)
-    error = np.abs(nvfp4.dequantize_blocks(codes, block_scales, scale) - values)
+    error = np.abs(nvfp4.dequantize(codes, block_scales, scale).numpy() - values)
     np.testing.assert_allclose(error, best, rtol=1e-5, atol=1e-9)
 
 
 def test_the_largest_block_gets_the_largest_scale_and_zeros_stay_zero() -> None:
-    values = np.zeros((2, 32), np.float32)
+    values = torch.zeros(2, 32)
     values[0, 3] = 12.0
     scale = nvfp4.tensor_scale(12.0)
     codes, block_scales = nvfp4.quantize_blocks(values, scale)
     assert float(block_scales[0, 0]) == nvfp4.E4M3_MAX
-    assert (block_scales.astype(np.float32) > 0).all()
-    np.testing.assert_allclose(nvfp4.dequantize_blocks(codes, block_scales, scale), values, rtol=1e-6)
+    assert (block_scales.float() > 0).all()
+    torch.testing.assert_close(nvfp4.dequantize(codes, block_scales, scale), values, rtol=1e-6, atol=0)
     zero = nvfp4.tensor_scale(0.0)
-    assert zero.dtype == np.float32
-    np.testing.assert_array_equal(nvfp4.fake_quantize(np.zeros((1, 16), np.float32), zero), 0.0)
+    assert zero.dtype == torch.float32
+    assert torch.equal(nvfp4.fake_quantize(torch.zeros(1, 16), zero), torch.zeros(1, 16))
 
 
 def test_values_beyond_the_calibrated_range_saturate() -> None:
-    measured = nvfp4.fake_quantize(np.full((1, 16), 1000.0, np.float32), nvfp4.tensor_scale(10.0))
-    np.testing.assert_allclose(measured, 10.0, rtol=1e-6)
+    measured = nvfp4.fake_quantize(torch.full((1, 16), 1000.0), nvfp4.tensor_scale(10.0))
+    torch.testing.assert_close(measured, torch.full((1, 16), 10.0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("values", "floor_db"), [(normal(256, 512), 20.0), (with_outliers(256, 512), 26.5)])
 def test_sqnr_of_a_quantized_weight(values: np.ndarray, floor_db: float) -> None:
-    layer = quantize_layer(LayerRange(values, None, None), Precision.NVFP4, 16)
-    measured = sqnr_db(values.T, layer.dequantized())
+    layer = quantize_layer(torch.from_numpy(values), LayerRange(None, None), Precision.NVFP4, 16)
+    measured = sqnr_db(values, layer.dequantized().numpy())
     print(f"{measured:.2f} dB")
     assert measured > floor_db
 
 
-def test_codes_are_packed_low_nibble_first() -> None:
-    codes = np.array([[1.0, -6.0, 0.5, 0.0]], np.float32).astype(ml_dtypes.float4_e2m1fn)
-    assert nvfp4.packed(codes) == bytes([0xF2, 0x01])
-
-
 def test_k_must_be_a_multiple_of_16(module: Layers) -> None:
     with pytest.raises(ValueError, match=r"K \(24\) to be a multiple of the block size \(16\)"):
-        quantize_layer(LayerRange(module.narrow.weight.numpy(), 1.0, None), Precision.NVFP4, 16)
+        quantize_layer(module.narrow.weight, LayerRange(1.0, None), Precision.NVFP4, 16)
     assert quantizable_layers(module, "denoiser", RECIPE) == ["a", "b"]
 
 
@@ -180,9 +179,9 @@ def test_the_file_stores_codes_and_scales_and_passes_the_checker(
         assert kinds == (TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT)
         assert len(codes.raw_data) == K * N // 2
         read = numpy_helper.to_array(codes).astype(np.float32), numpy_helper.to_array(block_scale).astype(np.float32)
-        np.testing.assert_array_equal(read[0], layer.codes.astype(np.float32))
+        np.testing.assert_array_equal(read[0], layer.codes.numpy().view(ml_dtypes.float4_e2m1fn).astype(np.float32))
         np.testing.assert_array_equal(
-            read[0] * np.repeat(read[1] * numpy_helper.to_array(scale), 16, axis=1), layer.dequantized().T
+            read[0] * np.repeat(read[1] * numpy_helper.to_array(scale), 16, axis=1), layer.dequantized().numpy()
         )
     assert stored["narrow.weight^T"].data_type == TensorProto.FLOAT16
     custom = [node for node in model.graph.node if node.domain]
@@ -213,11 +212,11 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(
     total = np.zeros((2, 7, N))
     for name, factor in (("a", 0.5), ("b", 1.0)):
         layer = layers[name]
-        data = x if layer.pre_quant_scale is None else x * layer.pre_quant_scale.astype(np.float32)
+        data = x if layer.pre_quant_scale is None else x * layer.pre_quant_scale.float().numpy()
         assert layer.input_scale is not None
-        seen = nvfp4.fake_quantize(data, layer.input_scale).astype(np.float64)
+        seen = numpy_codes.fake_quantize(data, layer.input_scale.numpy()).astype(np.float64)
         bias = module.get_submodule(name).bias.numpy().astype(np.float16)
-        total += factor * (seen @ layer.dequantized().astype(np.float64) + bias)
+        total += factor * (seen @ layer.dequantized().T.double().numpy() + bias)
     narrow = module.narrow
     expected = total @ narrow.weight.numpy().astype(np.float16).astype(np.float64).T
     expected += narrow.bias.numpy().astype(np.float16)
@@ -227,8 +226,12 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(
 
 def test_layers_that_read_one_activation_share_their_tensor_scales(module: Layers) -> None:
     batches = [(torch.from_numpy(normal(2, 7, K, seed=seed)),) for seed in (3, 4)]
-    ranges = calibrate_ranges(module, ["a", "b"], RECIPE, RECIPE.variants[0], batches)
-    made = {name: quantize_layer(found, Precision.NVFP4, RECIPE.block_size) for name, found in ranges.items()}
+
+    def weight(name: str) -> torch.Tensor:
+        return module.get_submodule(name).weight
+
+    ranges = calibrate_ranges(module, {Precision.NVFP4: ["a", "b"]}, batches, weight)[Precision.NVFP4]["max"]
+    made = {name: quantize_layer(weight(name), found, Precision.NVFP4, 16) for name, found in ranges.items()}
     weight_amax = max(float(layer.weight.abs().max()) for layer in (module.a, module.b))
     input_amax = max(float(batch[0].abs().max()) for batch in batches)
     for layer in made.values():

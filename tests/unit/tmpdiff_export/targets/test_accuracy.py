@@ -17,16 +17,18 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from helpers.tiny_pipeline import PROMPTS, tiny_options
+from helpers.whole_pipeline import whole_pipeline
+from tmpdiff_export.bundling.exported import with_larger_batch
 
 from engines.engine import Engine
 from engines.manifest import MODEL_OUTPUT
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export.bundling.bundle import CHECK_BATCHES
-from tmpdiff_export.bundling.exported import with_larger_batch
-from tmpdiff_export.pipelines.load import gather_batches, load_pipeline
+from tmpdiff_export.pipelines.load import gather_batches
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.quantization.ranges import spread
 from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes, torch_outputs
+from tools.acceptance.checks import check_of
 
 T = 20
 
@@ -92,7 +94,7 @@ def _flow_check(weighed: bool) -> AccuracyCheck:
         for sigma in map(float, table.sigmas[:T])
     ]
     rows = [(torch.full((1,), size),) for size in step_sizes(table)]
-    return AccuracyCheck.of(
+    return check_of(
         module,
         ["latents", "sigma"],
         MODEL_OUTPUT,
@@ -125,7 +127,7 @@ def test_a_build_weighs_its_check_by_the_bundle_s_own_sampler(built, tiny_pipeli
     runtime = DenoiseRuntime.load(built(tiny_options(num_steps=8)))
     manifest = runtime.bundle.manifest
     sampling, ranges = manifest.sampling, manifest.range_calibration
-    source = load_pipeline(tiny_pipeline, guidance_scale=sampling.guidance_scale)
+    source = whole_pipeline(tiny_pipeline, guidance_scale=sampling.guidance_scale)
     seed = ranges.seed + ranges.num_prompts
     calls = gather_batches(source, PROMPTS[-1:], sampling.num_inference_steps, seed, lambda: None)
     checked = spread(range(len(calls)), CHECK_BATCHES)

@@ -25,6 +25,7 @@ SETTINGS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "--batch": ({"tensorrt", "torch"}, {"plans": PlanSettings(batch=ShapeRange(1, 2, 2))}),
     "--share-weights": ({"torch"}, {"packages": PackageSettings(share_weights=Precision.FP8)}),
     "--fp8-attention": ({"torch"}, {"packages": PackageSettings(fp8_attention=(Precision.FP8,))}),
+    "--compile": ({"torch"}, {"packages": PackageSettings(compile="blocks")}),
     "--workers": ({"torch"}, {"packages": PackageSettings(workers=2)}),
     "--shape": ({"tensorrt"}, {"plans": PlanSettings(shapes={"tokens": ShapeRange(1, 2, 2)})}),
     "--plan-cache": ({"tensorrt"}, {"plans": PlanSettings(cache=Path("plans"))}),
@@ -67,7 +68,7 @@ def test_nothing_given_is_what_build_options_are_by_default() -> None:
     args = parser().parse_args(NEEDED)
     default = BuildOptions((Precision.FP16,), ("a", "b"))
     assert plan_settings(args) == default.plans
-    assert PackageSettings(args.share_weights, args.fp8_attention, args.workers) == default.packages
+    assert PackageSettings(args.share_weights, args.fp8_attention, args.workers, args.compile) == default.packages
     assert (args.device, args.backend) == (default.device, default.backend)
 
 

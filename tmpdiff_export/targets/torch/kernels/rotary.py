@@ -19,7 +19,7 @@ def norm_rotary(
     rotary: tuple[torch.Tensor, torch.Tensor],
     eps: float,
     dtype: torch.dtype,
-    factor: float = 1.0,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RMS norm over D of two runs of tokens, one after the other, then the rotation of neighbouring pairs.
 
@@ -31,17 +31,18 @@ def norm_rotary(
         rotary: cosines and sines, float32 [S1 + S2, D], each number twice.
         eps: of the norms.
         dtype: of the result; values beyond its range become its largest.
-        factor: of the result.
+        scale: float32 [], what the result is divided by: the scale of codes; or None.
 
     Returns:
         [B, S1 + S2, heads, D] on the device of the data.
     """
     if first[0].is_cuda:
-        return norm_rotary_op(*first, *second, *rotary, eps, factor, dtype)
+        return norm_rotary_op(*first, *second, *rotary, eps, scale, dtype)
     parts = [F.rms_norm(data.float(), data.shape[-1:], weight.float(), eps) for data, weight in (first, second)]
     data = torch.cat(parts, dim=1)
     cos, sin = (table[None, :, None, :] for table in rotary)
     real, imaginary = data.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
     limit = torch.finfo(dtype).max
+    factor = 1.0 if scale is None else 1.0 / scale
     return ((data * cos + turned * sin) * factor).clamp(-limit, limit).to(dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from engines.backends.cuda.gpu import Gpu
@@ -13,7 +11,6 @@ from engines.backends.tensorrt.preflight import (
     BuildEstimate,
     EngineMemory,
     buildable_precisions,
-    host_available_bytes,
     require_build_memory,
     require_precision,
     require_runtime_memory,
@@ -226,17 +223,3 @@ def test_streamable_weights_make_room() -> None:
     streamable = {name: EngineMemory(e.weights_bytes, e.scratch_bytes, e.weights_bytes) for name, e in ENGINES.items()}
     with pytest.raises(BackendError, match="--resident-engines 1 and a weight streaming budget"):
         require_runtime_memory(streamable, GIB, None, gpu((9, 0), 8))
-
-
-def test_available_host_memory_minds_the_control_group(tmp_path: Path) -> None:
-    assert host_available_bytes(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal:       99 kB\nMemAvailable:    1000 kB\n")
-    assert host_available_bytes(tmp_path) == 1000 * 1024
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.current").write_text("4096\n")
-    (group / "memory.max").write_text("max\n")
-    assert host_available_bytes(tmp_path) == 1000 * 1024
-    (group / "memory.max").write_text("8192\n")
-    assert host_available_bytes(tmp_path) == 4096

@@ -49,8 +49,12 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_pa
     x = torch.randn(2, 6, 9, 12)
     names = quantizable_layers(module, "denoiser", RECIPE)
     assert names == ["denoiser.0", "denoiser.2"]
-    found = calibrate_ranges(module, names, RECIPE, RECIPE.variants[0], [(x,)])
-    layers = {name: quantize_layer(item, Precision.INT8, None) for name, item in found.items()}
+
+    def weight(name: str) -> torch.Tensor:
+        return module.get_submodule(name).weight.flatten(1)
+
+    found = calibrate_ranges(module, {Precision.INT8: names}, [(x,)], weight)[Precision.INT8]["max"]
+    layers = {name: quantize_layer(weight(name), item, Precision.INT8, None) for name, item in found.items()}
     inputs = [ExportInput("x", x, {0: "batch"})]
     base = export_graph(module, inputs, {"y": {0: "batch"}}, tmp_path / "base.onnx", half=True)
     model = insert_qdq(base, layers, RECIPE)
@@ -63,7 +67,7 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_pa
     def quantized(name: str, layer: torch.nn.Conv2d, data: torch.Tensor) -> torch.Tensor:
         scale = float(layers[name].input_scale)
         codes = torch.clamp(torch.round(data.float() / scale), -128, 127).double()
-        weight = torch.from_numpy(layers[name].dequantized().T.reshape(layer.weight.shape).copy()).double()
+        weight = layers[name].dequantized().reshape(layer.weight.shape).double()
         bias = None if layer.bias is None else layer.bias.half().double()
         return torch.nn.functional.conv2d(codes * scale, weight, bias, layer.stride, layer.padding)
 

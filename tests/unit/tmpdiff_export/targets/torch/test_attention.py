@@ -16,19 +16,19 @@ from diffusers.models.attention_processor import Attention
 from helpers.needs_compiler import needs_compiler
 from torch.nn import functional as F
 
-from engines.backends.torch.attention import attention_fp8
+from engines.backends.torch.attention import attention_fp8, scales_tensor
 from engines.errors import BackendError, BuildError
 from engines.manifest import Manifest, manifest_identity
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export.quantization.codes import AttentionRange
-from tmpdiff_export.targets.torch import attention as torch_attention
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
 from tmpdiff_export.targets.torch.attention import (
     Fp8Processor,
     attend_fp8,
-    attention_ranges,
+    require_ranges,
     use_fp8_attention,
+    watch_attention,
 )
 from tmpdiff_export.targets.torch.flux import RotaryProcessor, use_rotary_kernel
 from tmpdiff_export.targets.torch.settings import PackageSettings
@@ -50,10 +50,11 @@ def test_the_operator_computes_attention_to_the_precision_of_its_codes() -> None
     parts = inputs(2, 3, 320, 64)
     limits = AttentionRange(*(float(item.abs().max()) for item in parts))
     expected = F.scaled_dot_product_attention(*parts)
-    found = attend_fp8(*parts, limits)
+    scales = scales_tensor(*limits.scales)
+    found = attend_fp8(*parts, scales)
     assert found.dtype == torch.float32
     assert 20.0 < sqnr_db(found, expected) < 30.0  # that of FP8 codes, and not none
-    assert sqnr_db(attend_fp8(*(item.half() for item in parts), limits).float(), found) > 30.0
+    assert sqnr_db(attend_fp8(*(item.half() for item in parts), scales).float(), found) > 30.0
 
 
 def test_a_query_that_looks_at_one_key_gets_its_value() -> None:
@@ -62,7 +63,7 @@ def test_a_query_that_looks_at_one_key_gets_its_value() -> None:
     value = torch.randn(1, 256, 1, 64, generator=torch.Generator().manual_seed(2))
     scales = AttentionRange(40.0, 40.0, float(value.abs().max())).scales
     codes = [static_codes(item, scale, FP8) for item, scale in zip((query, key, value), scales, strict=True)]
-    found = attention_fp8(*codes, *scales)
+    found = attention_fp8(*codes, scales_tensor(*scales))
     assert found.dtype == FP8
     assert torch.equal(found, codes[2][:, 17:18].expand_as(found))  # bit for bit: one scale for values and results
 
@@ -92,7 +93,11 @@ def test_ranges_are_of_the_layers_that_can_be_in_fp8() -> None:
     batches = [(torch.randn(1, 256, 128) * factor, torch.randn(1, 20, 128)) for factor in (1.0, 3.0)]
     with torch.no_grad():
         expected = module(*batches[0])
-        found = attention_ranges(module, batches)
+        found: dict[str, AttentionRange] = {}
+        with watch_attention(module, found):
+            for batch in batches:
+                module(*batch)
+        require_ranges(module, found)
         assert torch.equal(module(*batches[0]), expected)
     assert [layer.processor for layer in module.children()] == before
     assert list(found) == ["alone"]
@@ -103,8 +108,11 @@ def test_ranges_are_of_the_layers_that_can_be_in_fp8() -> None:
 
 def test_a_denoiser_without_such_a_layer_is_refused() -> None:
     module = Layers().eval()
+    found: dict[str, AttentionRange] = {}
+    with watch_attention(module, found):
+        module(torch.randn(1, 255, 128), torch.randn(1, 20, 128))
     with pytest.raises(BuildError, match="no attention layer can be in FP8; that takes head size 64 or 128, no mask"):
-        attention_ranges(module, [(torch.randn(1, 255, 128), torch.randn(1, 20, 128))])
+        require_ranges(module, found)
 
 
 def flux() -> FluxTransformer2DModel:
@@ -131,7 +139,7 @@ def flux_inputs() -> dict[str, torch.Tensor]:
 def test_flux_has_the_same_codes_with_the_kernel_that_makes_them() -> None:
     module = flux()
     found: dict[str, AttentionRange] = {}
-    with torch.no_grad(), torch_attention.watch_attention(module, found):
+    with torch.no_grad(), watch_attention(module, found):
         expected = module(**flux_inputs(), return_dict=False)[0]
     assert sorted(found) == ["single_transformer_blocks.0.attn", "transformer_blocks.0.attn"]
     wrapped = copy.deepcopy(module)

@@ -12,8 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch.nn import functional as F
 
 from engines.precision import Precision
-from tmpdiff_export.quantization.codes import quantize_layer
-from tmpdiff_export.quantization.ranges import LayerRange
+from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.targets.torch.flux import CodesSingleBlock, RotaryProcessor, use_rotary_kernel
 from tmpdiff_export.targets.torch.fusion import fuse, replace_tanh_gelu
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu, gelu_codes
@@ -77,7 +76,7 @@ def test_codes_of_queries_are_scaled_and_saturate() -> None:
     text, image = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 5, 3, 8, generator=generator)
     weight, rotary = torch.linspace(0.5, 1.5, 8), (torch.ones(7, 8), torch.zeros(7, 8))  # no rotation
     expected = torch.cat([F.rms_norm(text, (8,), weight, 1e-6), F.rms_norm(image, (8,), 2 * weight, 1e-6)], dim=1)
-    found = norm_rotary((text, weight), (image, 2 * weight), rotary, 1e-6, torch.float8_e4m3fn, 200.0)
+    found = norm_rotary((text, weight), (image, 2 * weight), rotary, 1e-6, torch.float8_e4m3fn, torch.tensor(0.005))
     assert expected.abs().max() * 200 > 448
     torch.testing.assert_close(found.float(), (expected * 200).clamp(-448, 448), rtol=2**-4, atol=1e-2)
 
@@ -129,8 +128,8 @@ def quantized(module: torch.nn.Module, precision: Precision, smoothing: bool) ->
     for name in chosen:
         layer = module.get_submodule(name)
         factors = random.uniform(0.5, 2.0, layer.in_features).astype(np.float32) if smoothing else None
-        weight = layer.weight.detach().numpy() / (1 if factors is None else factors)
-        codes = quantize_layer(LayerRange(weight, 4.0, factors), precision, None)
+        found = LayerRange(4.0, None if factors is None else torch.from_numpy(factors))
+        codes = quantize_layer(layer.weight, found, precision, None)
         parent, _, child = name.rpartition(".")
         setattr(changed.get_submodule(parent), child, linear_from(codes, layer.bias.detach(), torch.float16))
     return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ FLOOR_DB = {Precision.FP8: 26.0, Precision.INT8: 34.0, Precision.INT4: 17.0, Pre
 
 
 def layer_of(weight: np.ndarray, precision: Precision, smoothing: np.ndarray | None = None) -> Any:
+    import torch
+
     from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 
     weight_only = precision is Precision.INT4
-    scaled = weight if smoothing is None else weight / smoothing
     block_size = {Precision.INT4: 128, Precision.NVFP4: 16}.get(precision)
-    return quantize_layer(LayerRange(scaled, None if weight_only else 5.0, smoothing), precision, block_size)
+    scale = None if smoothing is None else torch.from_numpy(smoothing)
+    found = LayerRange(None if weight_only else 5.0, scale)
+    return quantize_layer(torch.from_numpy(weight), found, precision, block_size)
 
 
 @pytest.mark.parametrize("precision", FLOOR_DB)
@@ -45,35 +49,13 @@ def test_layers_compute_what_their_codes_stand_for(precision: Precision, smoothe
 def test_int4_codes_survive_packing() -> None:
     import torch
 
-    from tmpdiff_export.targets.torch.layers import linear_from, pack_int4
+    from tmpdiff_export.targets.torch.layers import linear_from
 
-    codes = torch.randint(-8, 8, (7, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    packed = pack_int4(codes)
-    assert packed.shape == (7, 32)
-    assert torch.equal(torch.stack([packed & 15, packed >> 4], -1).flatten(1).to(torch.int8) - 8, codes)
     layer = layer_of(np.random.default_rng(0).standard_normal((16, 256), dtype=np.float32), Precision.INT4)
-    weight = linear_from(layer, None, torch.float16)(torch.eye(256)).float().T.numpy()
-    assert np.abs(weight - layer.dequantized().T).max() < 2e-3 * np.abs(weight).max()  # float16
-
-
-def test_nvfp4_values_are_those_of_the_reference() -> None:
-    import torch
-
-    from tmpdiff_export.quantization import nvfp4
-    from tmpdiff_export.targets.torch import nvfp4 as torch_nvfp4
-
-    rng = np.random.default_rng(3)
-    values = rng.standard_normal((40, 256), dtype=np.float32) * np.exp(rng.normal(0, 2, (40, 1))).astype(np.float32)
-    values[3, :16] = 0.0
-    for covered in (1.0, 0.01):  # all of it, and saturating
-        scale = nvfp4.tensor_scale(covered * float(np.abs(values).max()))
-        found = torch_nvfp4.fake_quantize(torch.from_numpy(values), torch.from_numpy(scale))
-        np.testing.assert_array_equal(found.numpy(), nvfp4.fake_quantize(values, scale))
-    codes, blocks = nvfp4.quantize_blocks(values, scale)
-    stored = torch.frombuffer(bytearray(nvfp4.packed(codes)), dtype=torch.uint8).view(40, 128)
-    scales = torch.from_numpy(blocks.view(np.uint8)).view(torch.float8_e4m3fn)
-    found = torch_nvfp4.dequantize(stored, scales, torch.from_numpy(scale))
-    np.testing.assert_array_equal(found.numpy(), nvfp4.dequantize_blocks(codes, blocks, scale))
+    linear = linear_from(layer, None, torch.float16)
+    assert (linear.codes.shape, linear.codes.dtype) == ((16, 128), torch.uint8)
+    weight = linear(torch.eye(256)).float().T
+    assert (weight - layer.dequantized()).abs().max() < 2e-3 * weight.abs().max()  # float16
 
 
 def test_int8_products_are_exact() -> None:
@@ -110,19 +92,76 @@ def test_layers_without_a_product_run_from_their_dequantized_weight_and_are_coun
     assert counts == {"fp8 linear": 1, "fp8 weight in a 16-bit Linear": 1}
     assert lowered.even.input_scale.dtype == lowered.even.weight_scale.dtype == torch.float32
     assert lowered.conv.weight.dtype == torch.bfloat16
-    stands_for = torch.from_numpy(layers["odd"].dequantized().T).to(torch.bfloat16)
+    stands_for = layers["odd"].dequantized().to(torch.bfloat16)
     assert torch.equal(lowered.odd.weight.data, stands_for)
     assert all(torch.equal(item, before[name]) for name, item in module.state_dict().items())
     conv = layer_of(module.conv.weight.detach().flatten(1).numpy(), Precision.INT8)
     lowered, counts = lower_for_torch(module, {"even": layers["even"]}, torch.float16, sixteen_bit=True)
     assert counts == {"fp8 linear in a 16-bit product": 1}
     data = torch.randn(3, 256)
-    stands_for = torch.from_numpy(layers["even"].dequantized().T).half()
+    stands_for = layers["even"].dequantized().half()
     expected = torch.nn.functional.linear(data.half(), stands_for, module.even.bias.half())
     assert torch.equal(lowered.even(data), expected)
     lowered, counts = lower_for_torch(module, {"conv": conv}, torch.float16)
     assert counts == {"int8 weight in a 16-bit Conv2d": 1}
     assert (lowered.conv.weight.float() - module.conv.weight).abs().max() < 0.01 * module.conv.weight.abs().max()
+
+
+@pytest.mark.parametrize("precision", FLOOR_DB)
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_lowered_module_without_data_has_the_tensors_that_its_file_stores(
+    precision: Precision, smoothed: bool, dtype: str
+) -> None:
+    import torch
+
+    from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
+    from tmpdiff_export.quantization.recipes import RECIPES
+    from tmpdiff_export.targets.torch.lowering import lower_for_torch, torch_tensors
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.odd = torch.nn.Linear(256, 128), torch.nn.Linear(128, 24, bias=False)
+            self.conv = torch.nn.Conv2d(1, 8, 3)
+
+        def forward(self, data: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.odd(self.first(data))[:, None])
+
+    torch.manual_seed(0)
+    module = Module().eval().requires_grad_(False)
+    names = ["first", "odd"] + ["conv"] * (precision is Precision.INT8)
+    block_size, kind = RECIPES[precision].block_size, getattr(torch, dtype)
+
+    def layers(device: str) -> dict[str, Any]:
+        made = {}
+        for name in names:
+            weight = module.get_submodule(name).weight.flatten(1).to(device)
+            scale = torch.full((weight.shape[1],), 0.7) if smoothed else None
+            found = LayerRange(None if precision is Precision.INT4 else 5.0, scale)
+            made[name] = quantize_layer(weight, found, precision, block_size)
+        return made
+
+    expected, counts = lower_for_torch(module, layers("cpu"), kind)
+    empty, same = lower_for_torch(copy.deepcopy(module).to("meta"), layers("meta"), kind)
+    assert same == counts
+    wanted = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
+    without = {**dict(empty.named_parameters()), **dict(empty.named_buffers())}
+    assert without.keys() == wanted.keys()
+    for name, item in without.items():
+        assert (item.device.type, item.dtype, item.shape) == ("meta", wanted[name].dtype, wanted[name].shape), name
+    stored: dict[str, torch.Tensor] = {}
+    for name, layer in layers("cpu").items():
+        stored |= torch_tensors(name, layer, module.get_submodule(name), kind)
+    for name, item in stored.items():
+        assert item.dtype == wanted[name].dtype, name
+        assert torch.equal(item.reshape(-1).view(torch.uint8), wanted[name].reshape(-1).view(torch.uint8)), name
+    own = {name for name in stored if name.partition(".")[0] in names}
+    assert own == stored.keys()
+    rest = {name: item.to(kind) for name, item in module.named_parameters() if name not in stored and name in wanted}
+    assert stored.keys() | rest.keys() == wanted.keys()
+    data = torch.randn(3, 5, 256).to(kind)
+    assert torch.equal(torch.func.functional_call(empty, {**stored, **rest}, (data,)), expected(data))
 
 
 def test_weights_of_a_text_encoder_that_has_run_can_travel_to_a_worker(tmp_path: Path) -> None:

@@ -247,8 +247,9 @@ def test_one_worker_is_this_process() -> None:
     ("backend", "workers", "says"),
     [
         ("onnxruntime", 2, "--workers is for packages of the torch backend; engines of 'onnxruntime' are built in one"),
-        ("torch", 0, "workers is 0, expected 1 or more"),
-        ("onnxruntime", -1, "workers is -1, expected 1 or more"),
+        ("torch", 0, "workers is 0, expected 1 to 256"),
+        ("torch", 999_999, "workers is 999999, expected 1 to 256"),
+        ("onnxruntime", -1, "workers is -1, expected 1 to 256"),
     ],
 )
 def test_workers_that_a_build_cannot_have_are_refused_before_any_work(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +21,12 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
     second_weight,
     cos,
     sin,
+    scale,
     result,
     first_tokens,
     tokens,
     EPS: tl.constexpr,  # a float argument may come as float64, and everything with it
-    FACTOR: tl.constexpr,
+    SCALED: tl.constexpr,
     LIMIT: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -45,8 +48,12 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
     data = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     data = data * tl.rsqrt(tl.sum(data * data, axis=1) / SIZE + EPS)[:, None] * weight[None, :]
     pair = tl.arange(0, SIZE // 2) * 2
-    turn = tl.load(cos + token * SIZE + pair)[None, :] * FACTOR
-    lean = tl.load(sin + token * SIZE + pair)[None, :] * FACTOR
+    turn = tl.load(cos + token * SIZE + pair)[None, :]
+    lean = tl.load(sin + token * SIZE + pair)[None, :]
+    if SCALED:
+        factor = 1.0 / tl.load(scale)
+        turn *= factor
+        lean *= factor
     real, imaginary = tl.split(tl.reshape(data, (LANES, SIZE // 2, 2)))
     turned = tl.join(real * turn - imaginary * lean, imaginary * turn + real * lean)
     turned = tl.reshape(turned, (LANES, SIZE))
@@ -65,7 +72,7 @@ def norm_rotary_op(
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
-    factor: float,
+    scale: Optional[torch.Tensor],  # noqa: UP045  (torch's schemas know no other form)
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`kernels.rotary.norm_rotary` on a GPU."""
@@ -80,11 +87,12 @@ def norm_rotary_op(
         second_weight,
         cos,
         sin,
+        cos if scale is None else scale,
         result,
         first.shape[1],
         tokens,
         EPS=eps,
-        FACTOR=factor,
+        SCALED=scale is not None,
         LIMIT=None if dtype is torch.bfloat16 else torch.finfo(dtype).max,
         HEADS=heads,
         SIZE=size,

@@ -1,0 +1,136 @@
+"""The denoiser's engines: weights stored once, layers quantized one after the other, engines made and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from engines.precision import REFERENCE, Precision
+from tmpdiff_export.bundling.engine import EngineName, StartedEngine, StoredFile, start_trial
+from tmpdiff_export.bundling.observed import Ranges
+from tmpdiff_export.bundling.site import Site
+from tmpdiff_export.bundling.weights import ranges_digest, shared_tensors, store_codes, store_plain
+from tmpdiff_export.quantization.codes import AttentionRange, LayerRange
+from tmpdiff_export.quantization.recipes import RECIPES
+from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
+from tmpdiff_export.targets.target import EngineJob, PreparedEngine, SourceModel
+
+
+@dataclass(frozen=True, eq=False)
+class _Variant:
+    """A precision by one variant of its recipe; NO_RECIPE for the reference."""
+
+    name: str
+    prepared: PreparedEngine
+    ranges: Mapping[str, LayerRange]
+    codes: StoredFile | None
+
+
+class DenoiserEngines:
+    """The engines of one denoiser; its weight files are written when this is made."""
+
+    def __init__(
+        self,
+        site: Site,
+        model: SourceModel,
+        ranges: Ranges,
+        attention: Mapping[str, AttentionRange],
+        weight: Callable[[str], torch.Tensor],
+    ) -> None:
+        """Prepares every engine and stores its weights.
+
+        Args:
+            site: the build.
+            model: the denoiser.
+            ranges: of all precisions but the reference.
+            attention: of the layers whose attention can be in FP8.
+            weight: of a layer by the layer's name, on any device.
+
+        Raises:
+            BuildError: the denoiser cannot be exported, or a weight does not fit.
+        """
+        self._site, self._model = site, model
+        self._ranges, self._attended = ranges, attention
+        form, shared = site.target.form, site.options.share_weights
+        self._variants: dict[Precision, list[_Variant]] = {}
+        for precision in site.options.precisions:
+            if precision is REFERENCE:
+                continue
+            self._variants[precision] = [
+                _Variant(
+                    variant,
+                    self._prepare(precision, precision, variant),
+                    found,
+                    store_codes(site, form, model, precision, variant, found, weight),
+                )
+                for variant, found in ranges[precision].items()
+            ]
+        if shared is None:
+            self._variants[REFERENCE] = [_Variant(NO_RECIPE, self._prepare(REFERENCE, None, NO_RECIPE), {}, None)]
+            of_reference = self._variants[REFERENCE][0].prepared
+        else:  # which of its variants is kept is not known yet; what is not quantized is the same for all
+            of_reference = self._prepare(REFERENCE, shared, self._variants[shared][0].name)
+        engines = {
+            item.value: of_reference if item is REFERENCE else self._variants[item][0].prepared
+            for item in site.options.precisions
+        }
+        self._plain = {
+            readers: store_plain(site, form, model, readers, tensors, site.denoiser_sha256)
+            for readers, tensors in shared_tensors(engines).items()
+        }
+
+    def start(self, precision: Precision, shared_variant: str | None = None) -> StartedEngine:
+        """Starts an engine.
+
+        Args:
+            precision: of the engine.
+            shared_variant: for the reference that shares weights, the variant of the other precision that was kept.
+        """
+        shared = self._site.options.share_weights
+        if precision is REFERENCE and shared is not None:
+            assert shared_variant is not None
+            (other,) = (item for item in self._variants[shared] if item.name == shared_variant)
+            variants = [replace(other, name=NO_RECIPE, prepared=self._prepare(REFERENCE, shared, shared_variant))]
+        else:
+            variants = self._variants[precision]
+        plain = [file for readers, file in self._plain.items() if precision.value in readers]
+        return StartedEngine(
+            precision.value,
+            [
+                start_trial(
+                    self._site,
+                    EngineName(precision.value, item.name),
+                    item.prepared,
+                    [*plain, *([] if item.codes is None else [item.codes])],
+                    {
+                        "check": self._model.checked,
+                        "guided": self._model.batch_per_picture,
+                        "ranges": ranges_digest(item.ranges),
+                        "sixteen_bit": precision is REFERENCE,
+                        "attention": {name: list(item.scales) for name, item in self._attention(precision).items()},
+                    },
+                )
+                for item in variants
+            ],
+        )
+
+    def _prepare(self, precision: Precision, coded: Precision | None, variant: str) -> PreparedEngine:
+        """An engine whose layers have codes of a precision, or none."""
+        floor = RECIPES[precision if coded is None else coded].sqnr_floor_db
+        return self._site.target.prepare(
+            EngineJob(
+                name=precision.value,
+                model=self._model,
+                recipe=NO_RECIPE if precision is REFERENCE else variant,
+                precision=coded or REFERENCE,
+                ranges={} if coded is None else self._ranges[coded][variant],
+                floor_db=floor,
+                sixteen_bit=precision is REFERENCE,
+                attention=self._attention(precision),
+            )
+        )
+
+    def _attention(self, precision: Precision) -> Mapping[str, AttentionRange]:
+        return self._attended if precision in self._site.options.fp8_attention else {}

@@ -1,0 +1,387 @@
+"""Finished pieces of a build, kept beside its target: a build that was killed goes on from them.
+
+`.NAME.stages/` holds a folder `STAGE-DIGEST/` per finished stage, with its files and `stage.json`: the key of all that
+shapes the stage, its result, and size and hash of every file. What is unfinished lies in hidden folders beside them.
+The whole belongs to one process at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engines.documents import canonical_json, one_line, read_document, write_document
+from engines.errors import TmpDiffError, first_line
+from engines.files import fsync_folder, sha256_bytes, sha256_file
+from engines.manifest import FileEntry
+from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, discard, locked, remove_tree
+from tmpdiff_export.memory import size_text
+
+DOCUMENT = "stage.json"
+DOCUMENT_VERSION = 1
+
+Note = Callable[[str], None]
+"""Called with a line for the user."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
+_FOLDER = re.compile(rf"({_NAME.pattern})-[0-9a-f]{{16}}")
+_HASHING_THREADS = 8
+# The file system has no hard links, not for this file, or not to there.
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished stage.
+
+    Attributes:
+        folder: where its files are; not to be changed.
+        result: what its maker returned, as JSON gives it back.
+        reused: whether it was found, and not made now.
+        digest: of its key, result and files; part of the key of a stage that is made from this one.
+        files: by path inside the folder.
+    """
+
+    folder: Path
+    result: Any
+    reused: bool
+    digest: str
+    files: Mapping[str, FileEntry]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: int
+    name: str
+    key: Any
+    result: Any
+    files: list[FileEntry]
+
+
+class Stages:
+    """The stages of one build; from `open_stages`.
+
+    There is one stage of a name: made again with another key, it takes the place of the older one.
+    """
+
+    def __init__(self, folder: Path, note: Note) -> None:
+        self.folder = folder
+        self._note = note
+        self._used: set[Path] = set()
+
+    def find(self, name: str, key: Any) -> Kept | None:
+        """The finished stage of a name and a key; None where there is none.
+
+        Size and hash of its files are checked. One that is damaged is noted and removed.
+
+        Args:
+            name: of the stage, of lower case letters, digits and "_.+-".
+            key: JSON data of all that shapes it.
+        """
+        folder = self._place(name, key)
+        if not os.path.lexists(folder):
+            return None
+        try:
+            kept = _read(folder, name, key)
+        except (TmpDiffError, OSError) as error:
+            self._note(f"stage {name} is damaged, and made anew: {first_line(error)}")
+            discard(folder)
+            return None
+        self._used.add(folder)
+        return kept
+
+    def begin(self, name: str, key: Any) -> Path:
+        """An empty folder for the files of a stage; what does not come to `finish` is removed in the end."""
+        prefix = f".{self._place(name, key).name}."
+        return Path(tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=self.folder))
+
+    def finish(self, path: Path, name: str, key: Any, result: Any) -> Kept:
+        """Keeps a stage: when this returns, a loss of power does not take it away.
+
+        Args:
+            path: from `begin`, with its files; nobody writes to them any more.
+            name: as for `begin`.
+            key: as for `begin`.
+            result: JSON data.
+
+        Raises:
+            ValueError: the result is no JSON data, or a file is called `stage.json`.
+            TmpDiffError: something in the folder is no plain file.
+            OSError: the disk is full.
+        """
+        folder = self._place(name, key)
+        sizes = _plain_files(path)
+        if DOCUMENT in sizes:
+            raise ValueError(f"stage {name} writes a file {DOCUMENT}, the name of its own record; choose another")
+        hashes = _hashes(path, sizes, sync=True)
+        files = [FileEntry(path=name, sha256=hashes[name], bytes=size) for name, size in sorted(sizes.items())]
+        data = {
+            "version": DOCUMENT_VERSION,
+            "name": name,
+            "key": key,
+            "result": result,
+            "files": [item.model_dump(mode="json") for item in files],
+        }
+        data = json.loads(canonical_json(data))  # what a later run reads, so that both go on with equal data
+        write_document(path / DOCUMENT, data)
+        for parent, status in [*_entries(path), (path, path.lstat())]:
+            if stat.S_ISDIR(status.st_mode):
+                fsync_folder(parent)
+        if os.path.lexists(folder):
+            discard(folder)
+        os.rename(path, folder)
+        fsync_folder(self.folder)
+        for other in self._finished():
+            if other != folder and _stage_of(other) == name:
+                discard(other)
+        self._used.add(folder)
+        return Kept(folder, data["result"], False, sha256_bytes(canonical_json(data)), _by_path(files))
+
+    def keep(self, name: str, key: Any, make: Callable[[Path], Any]) -> Kept:
+        """The stage as `find` has it, or made now.
+
+        Args:
+            name: as for `find`.
+            key: as for `find`.
+            make: writes its files into an empty folder and returns its result, JSON data.
+        """
+        found = self.find(name, key)
+        if found is not None:
+            return found
+        path = self.begin(name, key)
+        try:
+            return self.finish(path, name, key, make(path))
+        except BaseException:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    @property
+    def used_bytes(self) -> int:
+        """What the finished stages take on the disk."""
+        return sum(
+            status.st_size
+            for folder in self._finished()
+            for _, status in _entries(folder)
+            if stat.S_ISREG(status.st_mode)
+        )
+
+    def described(self) -> str:
+        """How many there are, their size and place, "5 finished stages, 31.2 GB, in PATH"; empty without any."""
+        count = len(self._finished())
+        stages = "1 finished stage" if count == 1 else f"{count} finished stages"
+        return f"{stages}, {size_text(self.used_bytes)}, in {self.folder}" if count else ""
+
+    def drop_unused(self) -> None:
+        """Removes the stages that nothing has asked for since they were opened, as those of other options."""
+        for folder in self._finished():
+            if folder not in self._used:
+                discard(folder)
+
+    def remove(self) -> None:
+        """Removes all stages and their folder; what else somebody has put there stays."""
+        for folder in self._finished():
+            discard(folder)
+        self._clear_partial()
+        (self.folder / LOCK).unlink(missing_ok=True)  # held until the very end; see `leftovers.locked`
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _clear_partial(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name.startswith(".") and path.name.endswith(PARTIAL):
+                remove_tree(path)
+
+    def _finished(self) -> list[Path]:
+        """In the order of their names; whether they are whole is not checked."""
+        return sorted(path for path in self.folder.iterdir() if _FOLDER.fullmatch(path.name))
+
+    def _place(self, name: str, key: Any) -> Path:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"stage name {name!r} is not of lower case letters, digits and _.+-")
+        return self.folder / f"{name}-{sha256_bytes(canonical_json(key))[:16]}"
+
+
+@contextlib.contextmanager
+def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool = False) -> Iterator[Stages]:
+    """The stages of a build, for the length of a block; to be opened before `staged_folder` of the same target.
+
+    When the block succeeds they are removed. When it fails they stay, for the next build to the same target. What dead
+    builds have left beside the target is removed first.
+
+    Args:
+        target: the bundle folder that is built; its parents are made.
+        note: called with a line for the user: what was found, what is damaged, what stays.
+        restart: begins without the stages that are there.
+        keep: the stages that were used stay after success as well.
+
+    Raises:
+        TmpDiffError: another build to the same target is running, or something else has the name of the folder.
+    """
+    target = Path(os.path.abspath(target))
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    folder = target.parent / f".{target.name}.stages"
+    try:
+        with locked(folder):
+            stages = Stages(folder, note)
+            try:
+                clear_leftovers(target, note)
+                stages._clear_partial()
+                if restart:
+                    for old in stages._finished():
+                        discard(old)
+                if found := stages.described():
+                    note(f"going on with {found}; --restart begins anew")
+                yield stages
+            except BaseException:
+                stages._clear_partial()
+                if left := stages.described():
+                    note(f"kept for the next run of the same command: {left}")
+                else:
+                    stages.remove()
+                raise
+            if not keep:
+                stages.remove()
+                return
+            stages._clear_partial()
+            stages.drop_unused()
+            if left := stages.described():
+                note(f"kept: {left}")
+    finally:
+        for parent in made:  # those that are still empty
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def place(kept: Kept, folder: Path, part: str = "") -> None:
+    """Puts the files of a stage into another folder, without copying them where the file system has hard links.
+
+    Args:
+        kept: the stage; it may be removed afterwards.
+        folder: for example the bundle in the making.
+        part: only files below this folder of the stage, as "engines"; all of them where empty.
+
+    Raises:
+        FileExistsError: there is such a file already.
+    """
+    parents = {folder}
+    for name in kept.files:
+        if part and not name.startswith(f"{part}/"):
+            continue
+        target = folder / name
+        link(kept.folder / name, target)
+        parents |= {parent for parent in target.parents if parent.is_relative_to(folder)}
+    for parent in parents:
+        fsync_folder(parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Puts a file of a stage into another folder, which is made; copies it only where there are no hard links.
+
+    Raises:
+        FileExistsError: there is such a file already.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as read, open(target, "xb") as written:
+        shutil.copyfileobj(read, written, 1 << 20)
+        written.flush()
+        os.fsync(written.fileno())
+
+
+def _read(folder: Path, name: str, key: Any) -> Kept:
+    """A stage, checked.
+
+    Raises:
+        TmpDiffError: it is not what was finished; says why.
+        OSError: it cannot be read.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise TmpDiffError(f"{folder} is no folder")
+    sizes = _plain_files(folder)
+    data = read_document(folder / DOCUMENT, "stage", DOCUMENT_VERSION, TmpDiffError)
+    try:
+        record = _Record.model_validate(data)
+    except ValidationError as error:
+        raise TmpDiffError(f"{folder / DOCUMENT} is malformed ({one_line(error)})") from None
+    if record.name != name or canonical_json(record.key) != canonical_json(key):
+        raise TmpDiffError(f"{folder / DOCUMENT} is of another stage")
+    files = _by_path(record.files)
+    del sizes[DOCUMENT]
+    if other := sorted(sizes.keys() ^ files.keys()):
+        raise TmpDiffError(f"{folder / other[0]} is {'not listed' if other[0] in sizes else 'missing'}")
+    for path, size in sizes.items():
+        if size != files[path].bytes:
+            raise TmpDiffError(f"{folder / path} has {size} bytes, expected {files[path].bytes}")
+    for path, digest in _hashes(folder, sizes, sync=False).items():
+        if digest != files[path].sha256:
+            raise TmpDiffError(f"{folder / path} was altered (its sha256 does not match)")
+    return Kept(folder, record.result, True, sha256_bytes(canonical_json(data)), files)
+
+
+def _plain_files(folder: Path) -> dict[str, int]:
+    """Sizes of all files below a folder, by path in POSIX form.
+
+    Raises:
+        TmpDiffError: there is a link, device, pipe or socket.
+    """
+    sizes = {}
+    for path, status in _entries(folder):
+        if stat.S_ISREG(status.st_mode):
+            sizes[path.relative_to(folder).as_posix()] = status.st_size
+        elif not stat.S_ISDIR(status.st_mode):
+            raise TmpDiffError(f"{path} is no plain file")
+    return sizes
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """All that is below a folder, links not followed; nothing where it is a link or a file itself."""
+    pending = [folder] if folder.is_dir() and not folder.is_symlink() else []
+    while pending:
+        for entry in os.scandir(pending.pop()):
+            yield (path := Path(entry.path)), entry.stat(follow_symlinks=False)
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(path)
+
+
+def _hashes(folder: Path, names: Mapping[str, int], *, sync: bool) -> dict[str, str]:
+    """SHA-256 by path, of several files at once; where asked for, they are on the disk as well."""
+
+    def read(name: str) -> str:
+        if sync:
+            fsync_folder(folder / name)  # a file as well
+        return sha256_file(folder / name)
+
+    largest_first = sorted(names, key=lambda name: -names[name])
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        return dict(zip(largest_first, pool.map(read, largest_first), strict=True))
+
+
+def _by_path(files: list[FileEntry]) -> dict[str, FileEntry]:
+    return {item.path: item for item in files}
+
+
+def _stage_of(folder: Path) -> str:
+    return folder.name.rpartition("-")[0]

@@ -1,0 +1,83 @@
+"""The models of a pipeline folder: their classes, made without memory for weights, or loaded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+
+from engines.errors import BuildError, first_line
+from tmpdiff_export.weights.source import SourceWeights
+from tmpdiff_export.weights.streamed import hollow
+
+
+def is_model(entry: Any) -> bool:
+    """Whether an entry of `model_index.json`, [library, class], stands for a torch module."""
+    return (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and entry[0] in ("diffusers", "transformers")
+        and isinstance(kind := getattr(importlib.import_module(entry[0]), str(entry[1]), None), type)
+        and issubclass(kind, torch.nn.Module)
+    )
+
+
+def hollow_model(folder: Path, name: str, entry: list[str]) -> torch.nn.Module:
+    """A model without weights, float32 on the CPU, in evaluation mode; see `weights.streamed.hollow`.
+
+    Args:
+        folder: the pipeline's folder.
+        name: the pipeline's attribute, which is the model's folder in it.
+        entry: [library, class] of `model_index.json`.
+
+    Raises:
+        BuildError: its files hold quantized weights, which cannot be quantized once more.
+    """
+    kind: Any = getattr(importlib.import_module(entry[0]), entry[1])
+    try:
+        data = json.loads((folder / name / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BuildError(f"{folder / name / 'config.json'} is not readable: {error}") from error
+    if data.get("quantization_config"):
+        raise BuildError(
+            f"{name} of {folder} is quantized already ({kind.__name__}); build from the pipeline as it was published in 16 bit"
+        )
+    with init_empty_weights(include_buffers=False):  # buffers are computed, and few
+        if entry[0] == "diffusers":
+            model: torch.nn.Module = kind.from_config(kind.load_config(folder / name, local_files_only=True))
+        else:
+            model = kind(kind.config_class.from_pretrained(folder / name, local_files_only=True))
+    hollow(model)
+    if entry[0] == "transformers":
+        model.tie_weights()  # which were untied when they were put on "meta"
+    return model.eval()
+
+
+def loaded_model(pipe: Any, folder: Path, name: str, dtype: torch.dtype | None) -> torch.nn.Module:
+    """A model of a pipeline with its weights, on the CPU, in evaluation mode.
+
+    Args:
+        pipe: the pipeline, whose own model of this name says the class.
+        folder: its folder.
+        name: the pipeline's attribute.
+        dtype: None for the one that most numbers of its files have.
+
+    Raises:
+        BuildError: it cannot be loaded.
+    """
+    kind: Any = type(getattr(pipe, name))
+    own = SourceWeights.open(folder / name).dtype
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: torch.nn.Module = kind.from_pretrained(
+                folder / name, local_files_only=True, torch_dtype=own if dtype is None else dtype
+            )
+    except Exception as error:  # diffusers and transformers raise many classes for a broken folder
+        raise BuildError(f"{name} of {folder} cannot be loaded: {first_line(error)}") from error
+    return model.eval().requires_grad_(False)

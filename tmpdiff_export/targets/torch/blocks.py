@@ -1,0 +1,274 @@
+"""Compilation of a denoiser whose repeated blocks are compiled once, and called with their own weights.
+
+A denoiser is mostly one or two kinds of block, dozens of times each. Blocks of a kind are found by their exported graphs,
+compared without names. Every kind becomes a package, and so does what lies before, between and after the blocks; a
+list of calls says which package takes which weights and values (`engines.manifest.PackageCall`). A module without
+blocks that repeat becomes one package.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from engines.errors import BuildError, first_line
+from tmpdiff_export.targets.torch.compile import Call, EngineModule, arguments_of
+from tmpdiff_export.targets.torch.segments import Block, Divided, cut
+
+LEAST_BLOCKS = 4  # of a kind: fewer are compiled with what surrounds them
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A block, as the module calls it: tensors among nested arguments `spec`, whose other leaves are `constants`."""
+
+    name: str
+    block: torch.nn.Module
+    spec: pytree.TreeSpec
+    constants: tuple[Any, ...]
+    inputs: tuple[torch.Tensor, ...]
+    output_spec: pytree.TreeSpec
+    outputs: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, name: str, block: torch.nn.Module, args: Any, kwargs: Any, result: Any) -> _Site:
+        """From a call, with shapes, dtypes and devices of its tensors, which are made contiguous."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        outputs, output_spec = pytree.tree_flatten(result)
+        return cls(
+            name=name,
+            block=block,
+            spec=spec,
+            constants=tuple(_TENSOR if isinstance(item, torch.Tensor) else item for item in leaves),
+            inputs=tuple(_like(item) for item in leaves if isinstance(item, torch.Tensor)),
+            output_spec=output_spec,
+            outputs=tuple(_like(item) for item in outputs),
+        )
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """(args, kwargs) with these tensors."""
+        following = iter(tensors)
+        return pytree.tree_unflatten(
+            [next(following) if item is _TENSOR else item for item in self.constants], self.spec
+        )
+
+
+_TENSOR = object()
+_SITES: list[_Site] = []  # what the operator below stands for while a module is divided
+
+
+@torch.library.custom_op("tmpdiff_export::block", mutates_args=())  # type: ignore[untyped-decorator]
+def _block(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
+    """Stands for a block in the graph of what surrounds it; never runs."""
+    raise NotImplementedError
+
+
+@_block.register_fake  # type: ignore[untyped-decorator]
+def _(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
+    return [_like(item) for item in _SITES[site].outputs]
+
+
+class _BlockCall(torch.nn.Module):
+    """A block whose tensors are arguments, as `compile.Call`; what it returns is flat and contiguous."""
+
+    def __init__(self, site: _Site, names: Sequence[str]) -> None:
+        super().__init__()
+        self.held = (site,)
+        self.names = tuple(names)
+
+    def forward(self, tensors: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Calls the block with `tensors` in place of its parameters and buffers."""
+        (site,) = self.held
+        args, kwargs = site.arguments(inputs)
+        state = dict(zip(self.names, tensors, strict=True))
+        result = torch.func.functional_call(site.block, state, args, kwargs)
+        return tuple(item.contiguous() for item in pytree.tree_leaves(result))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Blocks whose graphs are equal.
+
+    Attributes:
+        names: of a block's tensors, sorted.
+        program: of one of them.
+        sites: all of them.
+    """
+
+    names: tuple[str, ...]
+    program: ExportedProgram
+    sites: list[_Site]
+
+
+def compile_blocks(module: EngineModule, device: str, inputs: Sequence[torch.Tensor], package: Path) -> Divided:
+    """Compiles a module as `compile_package` does, but with blocks that repeat compiled once.
+
+    Args:
+        module: in evaluation mode.
+        device: "cuda" or "cpu".
+        inputs: examples; the packages take these shapes and dtypes only.
+        package: the first package to write; others are `part_paths`.
+
+    Raises:
+        BuildError: torch cannot export or compile the module.
+        torch.OutOfMemoryError: as named.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            divided = divide(module, device, inputs)
+            for part, path in zip(divided.parts, part_paths(package, len(divided.parts)), strict=True):
+                torch._inductor.aoti_compile_and_package(part, package_path=str(path))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler of somebody else's model may raise
+        raise BuildError(
+            f"torch cannot compile {package.stem} in blocks: {type(error).__name__}: {first_line(error)}; build with "
+            "--compile whole"
+        ) from error
+    return divided
+
+
+def part_paths(package: Path, parts: int) -> tuple[Path, ...]:
+    """The packages of an engine: `<name>.pt2`, `<name>.1.pt2` and so on."""
+    others = (package.with_name(f"{package.stem}.{number}{package.suffix}") for number in range(1, parts))
+    return (package, *others)
+
+
+def divide(module: EngineModule, device: str, inputs: Sequence[torch.Tensor]) -> Divided:
+    """Divides a module into parts of which equal ones are there once; see `compile_blocks`."""
+    call = Call(module)
+    tensors, examples = arguments_of(module, device, inputs)
+    state = dict(zip(call.names, tensors, strict=True))
+    kinds = _kinds(module, state, examples)
+    positions = {name: number for number, name in enumerate(state)}
+    blocks = [
+        Block(number, tuple(positions[f"{site.name}.{name}"] for name in kind.names), len(site.outputs))
+        for number, kind in enumerate(kinds)
+        for site in kind.sites
+    ]
+    with _marked([site for kind in kinds for site in kind.sites]):
+        outer = _export(call, tensors, examples)
+    outer.graph.eliminate_dead_code()
+    return cut(outer, len(state), torch.ops.tmpdiff_export.block.default, blocks, [kind.program for kind in kinds])
+
+
+def _export(module: torch.nn.Module, *arguments: Any) -> ExportedProgram:
+    return torch.export.export(module, arguments, strict=False)
+
+
+def _candidates(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """Outermost modules that lie in a list with enough others of their class."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if not isinstance(child, torch.nn.ModuleList):
+            yield from _candidates(child, f"{path}.")
+            continue
+        classes = Counter(type(item) for item in child)
+        for number, item in child.named_children():
+            if classes[type(item)] >= LEAST_BLOCKS:
+                yield f"{path}.{number}", item
+            else:
+                yield from _candidates(item, f"{path}.{number}.")
+
+
+def _kinds(module: torch.nn.Module, state: Mapping[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> list[_Kind]:
+    """The kinds of block that there are enough of.
+
+    Blocks are exported from within a call of the module, because wrappers put functions of diffusers right for as long
+    as they run. Not blocks that are called more than once, share tensors with others, hold constants or change inputs.
+    """
+    calls: Counter[str] = Counter()
+    kinds: dict[str, _Kind] = {}
+
+    def exporting(name: str, block: torch.nn.Module) -> Callable[..., Any]:
+        inner = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            result = inner(*args, **kwargs)
+            calls[name] += 1
+            if calls[name] == 1 and all(isinstance(item, torch.Tensor) for item in pytree.tree_leaves(result)):
+                block.forward = inner
+                add(_Site.of(name, block, args, kwargs, result))
+                block.forward = forward
+            return result
+
+        return forward
+
+    def add(site: _Site) -> None:
+        names = tuple(sorted(name for name, _ in (*site.block.named_parameters(), *site.block.named_buffers())))
+        if any(f"{site.name}.{name}" not in state for name in names):
+            return
+        own = tuple(state[f"{site.name}.{name}"] for name in names)
+        program = _export(_BlockCall(site, names), own, site.inputs)
+        if not program.constants and not program.graph_signature.user_inputs_to_mutate:
+            form = "\n".join([*names, _form(program.graph)])
+            kinds.setdefault(form, _Kind(names, program, [])).sites.append(site)
+
+    candidates = dict(_candidates(module))
+    with _replaced({block: exporting(name, block) for name, block in candidates.items()}), inputs[0].fake_mode:
+        torch.func.functional_call(module, dict(state), inputs)
+    for kind in kinds.values():
+        kind.sites[:] = [site for site in kind.sites if calls[site.name] == 1]
+    return [kind for kind in kinds.values() if len(kind.sites) >= LEAST_BLOCKS]
+
+
+def _like(item: torch.Tensor) -> torch.Tensor:
+    return torch.empty(item.shape, dtype=item.dtype, device=item.device)
+
+
+@contextmanager
+def _replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    for block, forward in forwards.items():
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in forwards:
+            del block.forward
+
+
+def _form(graph: Graph) -> str:
+    """A graph as text, the same for graphs that differ in names only."""
+    numbers: dict[Node, int] = {}
+    lines = []
+    for node in graph.nodes:
+        numbers[node] = len(numbers)
+        target = "" if node.op in ("placeholder", "output") else str(node.target)
+        arguments = pytree.tree_map_only(Node, lambda item: f"%{numbers[item]}", (node.args, node.kwargs))
+        values = [
+            (tuple(item.shape), item.stride(), item.dtype, item.device) if isinstance(item, torch.Tensor) else item
+            for item in pytree.tree_leaves(node.meta.get("val"))
+        ]
+        lines.append(f"{node.op} {target} {arguments} {values}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _marked(sites: Sequence[_Site]) -> Iterator[None]:
+    """Within it the blocks of `sites` do nothing but leave the operator's name, and their number, in a graph."""
+
+    def marker(number: int, site: _Site) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            leaves = pytree.tree_leaves((args, kwargs))
+            tensors = [item.contiguous() for item in leaves if isinstance(item, torch.Tensor)]
+            return pytree.tree_unflatten(list(_block(tensors, number)), site.output_spec)
+
+        return forward
+
+    _SITES[:] = sites
+    try:
+        with _replaced({site.block: marker(number, site) for number, site in enumerate(sites)}):
+            yield
+    finally:
+        _SITES.clear()

@@ -224,7 +224,8 @@ def guarded(program: str, command: Callable[[], int]) -> int:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         left = stop.args[0] if stop.args else "nothing half-written is left"
-        print(f"{program}: interrupted; {left}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal has closed
+            print(f"{program}: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     except MemoryError:
         message = "out of memory; fewer prompts at once need less"

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -23,12 +24,13 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's content, read in chunks."""
+def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
+    """Hex SHA-256 of a file's content, read in chunks; of a part of it once another thread has set `stop`."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
+    chunk = memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as stream:
+        while (stop is None or not stop.is_set()) and (count := stream.readinto(chunk)):
+            digest.update(chunk[:count])
     return digest.hexdigest()
 
 

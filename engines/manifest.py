@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
+from engines.old_manifests import current_form, form_of_its_version
 from engines.precision import REFERENCE
 
-MANIFEST_VERSION: Final = 4
-OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans; 2 knows no torch packages; 3 knows no operators of theirs
+MANIFEST_VERSION: Final = 5
+OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans, 2 no torch packages, 3 no operators of theirs, 4 one weight file
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
 GUIDANCE = "guidance"  # input of denoisers that embed the guidance scale: float32 [B]
 
@@ -120,12 +130,12 @@ class EngineEntry(_Document):
 
     Attributes:
         file: the engine file.
-        weights: the weight file beside it: of ONNX files above 2 GB, and of torch packages.
+        weights: the weight files beside it, other engines' among them: it reads each of them whole, and nothing else.
         backend: a key of `engines.backends.table.BACKENDS`.
         backend_version: version of the backend library that built or checked it.
         device: what it was built for: "cpu" or a GPU architecture.
         lowering: how the backend's graph differs from the ONNX file, as counts per rewrite.
-        onnx_sha256: hash of the ONNX file it was lowered from.
+        onnx_sha256: hash of the ONNX file it was lowered from, None if it was made without one.
         recipe: quantization variant, "none" for the reference.
         sqnr_db: SQNR of its output against FP32 torch on held-out real inputs, in dB.
         sqnr_floor_db: the least the build accepted.
@@ -136,12 +146,12 @@ class EngineEntry(_Document):
     """
 
     file: FileEntry
-    weights: FileEntry | None = None
+    weights: tuple[FileEntry, ...] = ()
     backend: str
     backend_version: str
     device: str
     lowering: dict[str, int]
-    onnx_sha256: Sha256
+    onnx_sha256: Sha256 | None
     recipe: str
     sqnr_db: float
     sqnr_floor_db: float
@@ -172,13 +182,13 @@ class EngineEntry(_Document):
         return self
 
     def files(self) -> tuple[FileEntry, ...]:
-        """The engine file, further packages that it is made of and, if it has one, its weight file."""
+        """The engine file, further packages that it is made of, and its weight files."""
         blocks = () if self.package is None else self.package.blocks
-        return (self.file, *blocks, *(() if self.weights is None else (self.weights,)))
+        return (self.file, *blocks, *self.weights)
 
     @property
     def bytes(self) -> int:
-        """Size of the engine on disk."""
+        """Size of the engine on disk; other engines may share some of it."""
         return sum(entry.bytes for entry in self.files())
 
 
@@ -246,7 +256,7 @@ class Manifest(_Document):
         further_texts: what it takes as `input_ids_2`, `attention_mask_2`, `input_ids_3` and so on.
     """
 
-    version: Literal[1, 2, 3, 4] = MANIFEST_VERSION
+    version: Literal[1, 2, 3, 4, 5] = MANIFEST_VERSION
     created_with: str
     bundle_id: str
     model: ModelEntry
@@ -259,6 +269,15 @@ class Manifest(_Document):
     denoisers: dict[str, EngineEntry]
     range_calibration: RangeCalibrationEntry
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old(cls, data: Any) -> Any:
+        return current_form(data)
+
+    @model_serializer(mode="wrap")
+    def _write_old(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return form_of_its_version(handler(self))
+
     @model_validator(mode="after")
     def _whole(self) -> Manifest:
         if REFERENCE.value not in self.denoisers:
@@ -266,6 +285,13 @@ class Manifest(_Document):
         backends = {entry.backend for entry in self.denoisers.values()}
         if len(backends) > 1:
             raise ValueError(f"denoisers are of several backends ({', '.join(sorted(backends))}), expected one")
+        named: dict[str, FileEntry] = {}
+        for file in self._mentions():
+            if named.setdefault(file.path, file) != file:
+                raise ValueError(f"file {file.path} is named with two different hashes or sizes, expected the same")
+        for name, engine in self.engines().items():
+            if len({file.path for file in engine.files()}) < len(engine.files()):
+                raise ValueError(f"{name} names one of its files twice, expected each once")
         if self.bundle_id != self.identity():
             raise ValueError("bundle_id does not match the manifest's content; the manifest was altered")
         return self
@@ -298,13 +324,16 @@ class Manifest(_Document):
         }
 
     def files(self) -> tuple[FileEntry, ...]:
-        """Every file the manifest vouches for."""
-        return (
-            self.sampler,
-            *(text.tokenizer for text in self.texts),
-            *(file for entry in self.engines().values() for file in entry.files()),
-            *(entry.plan.inspector for entry in self.engines().values() if entry.plan is not None),
-        )
+        """Every file the manifest vouches for, each once."""
+        return tuple({file.path: file for file in self._mentions()}.values())
+
+    def _mentions(self) -> Iterator[FileEntry]:
+        """Every file, as often as it is named."""
+        yield self.sampler
+        yield from (text.tokenizer for text in self.texts)
+        for entry in self.engines().values():
+            yield from entry.files()
+        yield from (entry.plan.inspector for entry in self.engines().values() if entry.plan is not None)
 
 
 def manifest_identity(data: dict[str, Any]) -> str:

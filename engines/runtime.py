@@ -288,7 +288,7 @@ class DenoiseRuntime:
     def _host_of(self, name: str, entry: EngineEntry) -> EngineHost:
         """The host of an entry's backend, with the entry's files checked and added to it."""
         if name not in self._added:
-            paths = [self.bundle.path_of(file) for file in entry.files()]
+            paths = self.bundle.paths_of(entry.files())
             if entry.backend not in self._hosts:
                 self._hosts[entry.backend] = open_host(entry.backend, entry.device, self._options)
             self._hosts[entry.backend].add(name, entry, paths[0])

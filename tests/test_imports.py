@@ -54,7 +54,7 @@ ROOMS = {
         engine
         bundle sampler text pictures arguments
         manifest sampler_document schedule
-        documents precision
+        documents old_manifests precision
         files
         errors version
     """,
@@ -62,7 +62,7 @@ ROOMS = {
         choose
         session_host
         onnxruntime tensorrt torch
-        cuda table
+        cuda onnx_references table
     """,
     "calibration": """
         run

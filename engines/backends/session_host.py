@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.backends.onnx_references import require_listed
 from engines.engine import Engine
 from engines.errors import BackendError
 from engines.loop import Loop, host_loop
@@ -26,6 +28,7 @@ class SessionHost:
         self._threads = threads
         self._files: dict[str, tuple[EngineEntry, Path]] = {}
         self._engines: dict[str, Engine] = {}
+        self._weights: dict[Path, Any] = {}  # of torch packages, by file: engines share them
 
     def add(self, name: str, entry: EngineEntry, path: Path) -> None:
         """See `EngineHost.add`."""
@@ -46,17 +49,19 @@ class SessionHost:
     def close(self) -> None:
         """See `EngineHost.close`."""
         self._engines.clear()
+        self._weights.clear()
         self._files.clear()
 
     def _load(self, name: str, entry: EngineEntry, path: Path) -> Engine:
+        if self._backend == "torch":
+            from engines.backends.torch.cpu import TorchCpuEngine
+
+            return TorchCpuEngine(name, entry, path, self._threads, self._weights)
+        require_listed(name, path, entry)
         if self._backend == "tensorrt-rtx":
             from engines.backends.onnxruntime.tensorrt_rtx import TensorRtRtxEngine
 
             return TensorRtRtxEngine(path, entry)
-        if self._backend == "torch":
-            from engines.backends.torch.cpu import TorchCpuEngine
-
-            return TorchCpuEngine(name, entry, path, self._threads)
         from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, threads=self._threads)

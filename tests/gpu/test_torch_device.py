@@ -358,7 +358,7 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     file = FileEntry(path=f"engines/{path.name}", sha256=sha256_bytes(b""), bytes=0)
     entry = EngineEntry(
         file=file,
-        weights=FileEntry(path=f"engines/{weights.name}", sha256=file.sha256, bytes=0),
+        weights=(FileEntry(path=f"engines/{weights.name}", sha256=file.sha256, bytes=0),),
         backend="torch",
         backend_version=VERSION,
         device=gpu.described,

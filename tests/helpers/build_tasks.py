@@ -94,7 +94,7 @@ class Planted:
         package.write_text(self.recipe)
         return EngineEntry(
             file=FileEntry(path=f"engines/{self.name}.pt2", sha256=self.onnx_sha256, bytes=1),
-            weights=self.weights,
+            weights=(self.weights,),
             backend="torch",
             backend_version="2.9.0",
             device="cpu",

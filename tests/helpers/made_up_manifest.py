@@ -6,6 +6,7 @@ from typing import Any
 
 from calibration.document import Sensitivity
 from engines.manifest import (
+    MANIFEST_VERSION,
     EngineEntry,
     FileEntry,
     Manifest,
@@ -26,7 +27,7 @@ def manifest(found: Sensitivity) -> Manifest:
     )  # fmt: skip
     emulated = engine.model_copy(update={"lowering": {"emulated MatMul": 4}})
     parts: dict[str, Any] = {
-        "version": 4,
+        "version": MANIFEST_VERSION,
         "created_with": "tests",
         "model": ModelEntry(pipeline_class="PixArtSigmaPipeline", denoiser_class="D", denoiser_sha256="c" * 64, parameters=7),
         "sampling": SamplingEntry(

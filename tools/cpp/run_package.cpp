@@ -1,8 +1,9 @@
 // Runs one engine of a torch bundle without Python: an AOTInductor package with its weights beside it.
 //
-//     run_package PACKAGE.pt2 WEIGHTS.safetensors INPUTS.safetensors OUTPUTS.bin [cuda]
+//     run_package PACKAGE.pt2 WEIGHTS.safetensors... INPUTS.safetensors OUTPUTS.bin [cuda]
 //
-// The package takes its weights first, in the order of their names, then its inputs in the order of the manifest, which
+// WEIGHTS are the files that the manifest lists as the engine's `weights`, one or several. The package takes the tensors
+// of all of them first, in the order of their names, then its inputs in the order of the manifest, which
 // INPUTS holds under the names "0", "1" and so on, in the shapes that the package was compiled for. OUTPUTS receives the
 // outputs one after the other, as they lie in memory. docs/torch.md says how to compile this file. Check the hashes in
 // manifest.json before you load a package: it is machine code.
@@ -35,8 +36,10 @@ std::vector<std::string> fields(const std::string& list) {
   return found;
 }
 
-// The tensors of a safetensors file, by name. The header is one JSON object per tensor: dtype, shape, data_offsets.
-std::map<std::string, at::Tensor> read_tensors(const std::string& path, at::Device device) {
+using Tensors = std::map<std::string, at::Tensor>;  // by name, and in the order of the names
+
+// Adds the tensors of a safetensors file. The header is one JSON object per tensor: dtype, shape, data_offsets.
+void read_tensors(const std::string& path, at::Device device, Tensors& tensors) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error(path + " cannot be read");
   uint64_t length = 0;  // little-endian, as every machine that runs packages is
@@ -46,7 +49,6 @@ std::map<std::string, at::Tensor> read_tensors(const std::string& path, at::Devi
   const std::streamoff start = static_cast<std::streamoff>(sizeof length + length);
   const std::regex entry(
       R"re("([^"]+)":\{"dtype":"([^"]+)","shape":\[([0-9,]*)\],"data_offsets":\[([0-9]+),([0-9]+)\]\})re");
-  std::map<std::string, at::Tensor> tensors;
   for (std::sregex_iterator match(header.begin(), header.end(), entry), end; match != end; ++match) {
     const std::smatch& part = *match;
     const auto type = kTypes.find(part[2]);
@@ -60,25 +62,29 @@ std::map<std::string, at::Tensor> read_tensors(const std::string& path, at::Devi
     file.seekg(start + begin);
     file.read(static_cast<char*>(tensor.data_ptr()), stop - begin);
     if (!file) throw std::runtime_error(path + " ends early");
-    tensors[part[1]] = tensor.to(device);
+    if (!tensors.emplace(part[1], tensor.to(device)).second)
+      throw std::runtime_error(path + ": " + part[1].str() + " is in another file too");
   }
-  return tensors;
 }
 
 int run(int count, char** words) {
-  if (count < 5 || count > 6 || (count == 6 && std::strcmp(words[5], "cuda") != 0)) {
-    std::cerr << "usage: run_package PACKAGE.pt2 WEIGHTS.safetensors INPUTS.safetensors OUTPUTS.bin [cuda]\n";
+  const bool cuda = count > 1 && std::strcmp(words[count - 1], "cuda") == 0;
+  if (cuda) --count;
+  if (count < 5) {
+    std::cerr << "usage: run_package PACKAGE.pt2 WEIGHTS.safetensors... INPUTS.safetensors OUTPUTS.bin [cuda]\n";
     return 2;
   }
   c10::InferenceMode inference;
-  const at::Device device = count == 6 ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+  const at::Device device = cuda ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+  Tensors weights, inputs;
+  for (int position = 2; position < count - 2; ++position) read_tensors(words[position], device, weights);
+  read_tensors(words[count - 2], device, inputs);
   std::vector<at::Tensor> arguments;
-  for (const auto& [name, tensor] : read_tensors(words[2], device)) arguments.push_back(tensor);  // std::map: by name
-  const auto inputs = read_tensors(words[3], device);
+  for (const auto& [name, tensor] : weights) arguments.push_back(tensor);
   for (size_t position = 0; position < inputs.size(); ++position)
     arguments.push_back(inputs.at(std::to_string(position)));
   torch::inductor::AOTIModelPackageLoader loader(words[1]);
-  std::ofstream target(words[4], std::ios::binary);
+  std::ofstream target(words[count - 1], std::ios::binary);
   for (const at::Tensor& output : loader.run(arguments)) {
     const at::Tensor plain = output.cpu().contiguous();
     target.write(static_cast<const char*>(plain.data_ptr()), static_cast<std::streamsize>(plain.nbytes()));

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engines.backends.torch.runner import Runner, load_runner
-from engines.backends.torch.weights import Weights
+from engines.backends.torch.weights import Weights, in_order
 from tmpdiff_export.targets.torch.compile import EngineModule, compile_package, store_weights
 from tools.gpu_bench.models import Inputs
 from tools.gpu_bench.step import map_tensors, tensors_of
@@ -84,7 +84,7 @@ def packaged(
         runner = load_runner(name, package, device.index if device.type == "cuda" else None)
         stored = Weights(weights)
         block = torch.empty(stored.size_bytes, dtype=torch.uint8, device=device)
-        loaded = Packaged(runner, stored.fill(block), block)
+        loaded = Packaged(runner, in_order([stored.fill(block)]), block)
         times.append(time.perf_counter())
         spans = [end - begin for begin, end in itertools.pairwise(times)]
         made = dict(zip(("store_s", "compile_s", "load_s"), spans, strict=True))

@@ -193,7 +193,7 @@ class CudaHost:
     def _plan(self, name: str) -> DevicePlan:
         """A plan outside a loop, loaded if need be."""
         self._begin()
-        if _is_denoiser(self._entry(name)):
+        if is_denoiser(self._entry(name)):
             return self._residents.get(name)
         if name not in self._others:
             self._others[name] = self._load(name)
@@ -213,6 +213,7 @@ class CudaHost:
         self._others.clear()
 
 
-def _is_denoiser(entry: EngineEntry) -> bool:
+def is_denoiser(entry: EngineEntry) -> bool:
+    """Whether an engine is one of those that a loop exchanges."""
     names = {spec.name for spec in (*entry.inputs, *entry.outputs)}
     return {LATENTS, TIMESTEP, MODEL_OUTPUT} <= names

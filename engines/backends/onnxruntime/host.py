@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines.backends.cuda.host import CudaHost
+from engines.backends.onnx_references import require_listed
 from engines.backends.onnxruntime.plan import LastSizes, OrtPlan, Place, require_runnable
 from engines.backends.onnxruntime.provider import require_provider
 from engines.manifest import EngineEntry
@@ -28,7 +29,12 @@ def onnxruntime_cuda_host(*, resident_engines: int | None = None, optimized: Pat
     gpu = require_provider()
     last_sizes: LastSizes = {}
 
+    checked: set[str] = set()
+
     def load(name: str, entry: EngineEntry, path: Path) -> OrtPlan:
+        if name not in checked:  # not each time that it comes back
+            require_listed(name, path, entry)
+            checked.add(name)
         return OrtPlan(name, entry, path, Place(gpu.index, host.stream, last_sizes, optimized))
 
     host = CudaHost(require_runnable, load, resident_engines=resident_engines)

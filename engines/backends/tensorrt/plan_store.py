@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.backends.cuda.gpu import Gpu
+from engines.backends.onnx_references import references
 from engines.backends.tensorrt.options import PlanOptions
 from engines.backends.tensorrt.profiles import Profile
 from engines.documents import canonical_json, read_document, write_document
@@ -111,18 +112,18 @@ class PlanRequest:
 def plan_key(asked: PlanRequest, tensorrt_version: str) -> PlanKey:
     """The key of the plan that `build_plan` makes of a request.
 
-    The content of the ONNX file and of its external data is hashed, not the time they were written;
-    external data is the one file that the export writes, `data_file(onnx)`.
+    The content of the ONNX file and of the files that it refers to is hashed, not the time they were written.
 
     Raises:
-        OSError: the ONNX file cannot be read.
+        BackendError: the ONNX file is malformed.
+        OSError: it or one that it refers to cannot be read.
     """
-    data = data_file(asked.onnx)
+    beside = sorted({item.location for item in references(asked.onnx)})
     return PlanKey(
         {
             "format": PLAN_FORMAT,
             "onnx_sha256": sha256_file(asked.onnx),
-            "external_data_sha256": sha256_file(data) if data.exists() else None,
+            "external_data_sha256": {name: sha256_file(asked.onnx.parent / name) for name in beside} or None,
             "precision": asked.precision,
             "tensorrt": tensorrt_version,
             "gpu": asked.gpu.name,

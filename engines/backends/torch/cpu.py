@@ -9,7 +9,7 @@ import numpy as np
 from engines.backends.torch.library import torch
 from engines.backends.torch.package import package_of
 from engines.backends.torch.runner import load_package, run_in_pieces
-from engines.backends.torch.weights import Weights, weights_path
+from engines.backends.torch.weights import Tensors, in_order, new_block, weights_of
 from engines.engine import Arrays
 from engines.errors import BackendError
 from engines.manifest import EngineEntry
@@ -18,17 +18,20 @@ from engines.manifest import EngineEntry
 class TorchCpuEngine:
     """See `engines.engine.Engine`."""
 
-    def __init__(self, name: str, entry: EngineEntry, path: Path, threads: int | None) -> None:
+    def __init__(
+        self, name: str, entry: EngineEntry, path: Path, threads: int | None, loaded: dict[Path, Tensors]
+    ) -> None:
         """Loads package and weights.
 
         Args:
             name: for messages.
             entry: its manifest entry.
-            path: the package, its weights beside it; hashes have been checked.
+            path: the package, its weight files beside it; hashes have been checked.
             threads: torch's worker threads, of the whole process; None leaves them alone.
+            loaded: the weight files that engines of the same bundle have read, by path; those of this one are added.
 
         Raises:
-            BackendError: torch refuses the package, or it is of another version.
+            BackendError: torch refuses the package, it is of another version, or its weights do not fit into memory.
         """
         self._name, self._entry = name, entry
         package = package_of(name, entry)
@@ -36,8 +39,11 @@ class TorchCpuEngine:
         if threads is not None:
             torch.set_num_threads(threads)
         self._runner = load_package(name, package, path, None)
-        weights = Weights(weights_path(path, entry))
-        self._weights = weights.fill(torch.empty(weights.size_bytes, dtype=torch.uint8))
+        files = weights_of(name, path, entry)
+        for file in files:
+            if file.path not in loaded:
+                loaded[file.path] = file.fill(new_block(name, file, "cpu"))
+        self._weights = in_order(loaded[file.path] for file in files)
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """One inference; see `engines.engine.Engine`."""

@@ -16,7 +16,7 @@ def package_of(name: str, entry: EngineEntry) -> PackageEntry:
         BackendError: the entry describes no package, it was compiled by another minor version of torch, or it calls an
             operator whose library is not installed.
     """
-    if entry.package is None or entry.weights is None:
+    if entry.package is None or not entry.weights:
         raise BackendError(f"engine {name}: the manifest does not describe its torch package; build the bundle again")
     for file in entry.files():
         if PurePosixPath(file.path).parent == PurePosixPath(entry.file.path).parent:

@@ -10,6 +10,7 @@ import numpy as np
 from engines.backends.cuda.gpu import Gpu
 from engines.backends.cuda.memory import SharedMemory, Stream
 from engines.backends.cuda.plan import Shapes, Tensor
+from engines.backends.torch.device_weights import OwnedWeights
 from engines.backends.torch.library import torch
 from engines.backends.torch.package import package_of
 from engines.backends.torch.runner import Runner, run_in_pieces
@@ -154,36 +155,6 @@ class TorchContext:
             self._graph = graph
         except RuntimeError as error:
             self.note = f"engine {self._plan.name} runs without a CUDA graph: {first_line(error)}"
-
-
-class OwnedWeights:
-    """Weights in a block of device memory, for one engine or for several that read the same file.
-
-    Attributes:
-        tensors: views of the block, in the order of their names; empty when the last engine has closed them.
-    """
-
-    def __init__(self, tensors: tuple[torch.Tensor, ...], block: torch.Tensor, free: list[torch.Tensor] | None) -> None:
-        """free: where the block goes when it is given back, None to free its memory."""
-        self.tensors = tensors
-        self._block: torch.Tensor | None = block
-        self._free = free
-        self._engines = 1
-
-    def share(self) -> OwnedWeights:
-        """The weights, for one engine more."""
-        self._engines += 1
-        return self
-
-    def close(self) -> None:
-        """Called once by every engine; the last one gives the block back. Work that uses it must have finished."""
-        self._engines -= 1
-        if self._engines:
-            return
-        self.tensors = ()
-        if self._block is not None and self._free is not None:
-            self._free.append(self._block)
-        self._block = None
 
 
 def require_runnable(name: str, entry: EngineEntry, gpu: Gpu) -> None:

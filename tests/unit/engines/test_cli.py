@@ -259,17 +259,33 @@ sys.exit(main())
 """
 
 
-def test_interrupted_leaves_nothing(small_bundle: Path, out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "ignored", "ends"),
+    [
+        ("", None, signal.SIGINT),
+        ("", None, signal.SIGTERM),
+        ("", None, signal.SIGHUP),
+        ("nohup", signal.SIGHUP, signal.SIGTERM),
+    ],
+)
+def test_interrupted_leaves_nothing(
+    how: str, ignored: signal.Signals | None, ends: signal.Signals, small_bundle: Path, out: Path, tmp_path: Path
+) -> None:
     marker = tmp_path / "in the loop"
     with children.start(
-        [sys.executable, "-c", HELD_IN_THE_LOOP, marker, *arguments(small_bundle, out)],
+        [*how.split(), sys.executable, "-c", HELD_IN_THE_LOOP, marker, *arguments(small_bundle, out)],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as process:
         children.wait_for(marker.exists, process)
-        process.send_signal(signal.SIGINT)
+        if ignored is not None:
+            process.send_signal(ignored)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=1.0)
+        process.send_signal(ends)
         printed, err = process.communicate()
     assert process.returncode == INTERRUPTED
     assert (printed, err) == ("", f"{PROGRAM}: interrupted; nothing half-written is left\n")

@@ -29,7 +29,7 @@ class CpuTarget:
         measured = job.check.sqnr_db(OnnxRuntimeEngine(path))
         return EngineEntry(
             file=file_entry(folder, path),
-            weights=None if weights is None else file_entry(folder, weights),
+            weights=() if weights is None else (file_entry(folder, weights),),
             backend=self.backend,
             backend_version=version(),
             device="cpu",

@@ -32,7 +32,7 @@ def copy_graph(job: EngineJob, folder: Path, *, backend: str, version: str, devi
         shutil.copyfile(weights, data_file(path))
     entry = EngineEntry(
         file=file_entry(folder, path),
-        weights=file_entry(folder, data_file(path)) if weights.exists() else None,
+        weights=(file_entry(folder, data_file(path)),) if weights.exists() else (),
         backend=backend,
         backend_version=version,
         device=device,

@@ -226,6 +226,9 @@ def test_a_failure_at_run_time_is_one_line_and_leaves_the_host_usable(
 def test_a_file_that_is_no_graph_is_refused(opened: Opened, tmp_path: Path) -> None:
     host = opened()
     (tmp_path / "fp16.onnx").write_bytes(b"this is no graph\n" * 64)
+    with pytest.raises(BackendError, match=r"engine fp16: cannot load .*fp16\.onnx: as an ONNX file it is malformed"):
+        host.engine("fp16").run(inputs(2))
+    (tmp_path / "fp16.onnx").write_bytes(onnx.ModelProto(ir_version=10).SerializeToString())
     with pytest.raises(BackendError, match=r"engine fp16: ONNX Runtime .* cannot load .*fp16\.onnx"):
         host.engine("fp16").run(inputs(2))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.linear_denoiser import save_model
 
 from engines.backends.cuda.gpu import Gpu
 from engines.backends.tensorrt.inspection import (
@@ -170,9 +171,7 @@ def test_only_a_slow_quantized_engine_is_warned_of() -> None:
 
 @pytest.fixture
 def onnx(tmp_path: Path) -> Path:
-    path = tmp_path / "fp8.onnx"
-    path.write_bytes(b"graph")
-    return path
+    return save_model(tmp_path / "fp8.onnx", "fp16")
 
 
 def key_of(onnx: Path, **changes: Any) -> PlanKey:
@@ -218,13 +217,17 @@ def test_the_content_of_the_model_changes_the_key_and_its_date_does_not(onnx: Pa
     before = key_of(onnx).digest
     os.utime(onnx, (1, 1))
     assert key_of(onnx).digest == before
-    data_file(onnx).write_bytes(b"weights")
+    save_model(onnx, "fp16", external=True)
     with_data = key_of(onnx).digest
     assert with_data != before
-    data_file(onnx).write_bytes(b"other weights")
+    data = bytearray(data_file(onnx).read_bytes())
+    data[0] ^= 1
+    data_file(onnx).write_bytes(data)
     assert key_of(onnx).digest not in (before, with_data)
     data_file(onnx).unlink()
-    onnx.write_bytes(b"another graph")
+    with pytest.raises(FileNotFoundError):
+        key_of(onnx)
+    save_model(onnx, "fp16", operator="Tanh")
     assert key_of(onnx).digest != before
 
 

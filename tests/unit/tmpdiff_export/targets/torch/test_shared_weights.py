@@ -74,7 +74,7 @@ def test_weights_in_another_folder_than_their_package_are_refused(torch_variants
     (copy / "elsewhere").mkdir()
     shutil.copyfile(copy / "engines" / "fp8.safetensors", copy / "elsewhere" / "fp8.safetensors")
     data = json.loads((copy / "manifest.json").read_text())
-    data["denoisers"]["fp16"]["weights"]["path"] = "elsewhere/fp8.safetensors"
+    data["denoisers"]["fp16"]["weights"][0]["path"] = "elsewhere/fp8.safetensors"
     data["bundle_id"] = manifest_identity(data)
     (copy / "manifest.json").write_text(json.dumps(data))
     with (

@@ -1,0 +1,117 @@
+"""The manifest: formats of earlier releases, and files that several engines share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.runtime_command import rewrite_manifest
+from pydantic import ValidationError
+
+from engines.bundle import Bundle
+from engines.errors import BundleError
+from engines.manifest import MANIFEST_VERSION, FileEntry, Manifest, manifest_identity
+
+Json = dict[str, Any]
+OLD = Path(__file__).with_name("manifest_4.json")  # as the last release of that format wrote it
+SHARED = {"path": "engines/fp16+int8.safetensors", "sha256": "a" * 64, "bytes": 1000}
+
+
+def signed(data: Json, version: int = MANIFEST_VERSION) -> Json:
+    data["version"] = version
+    return data | {"bundle_id": manifest_identity(data)}
+
+
+@pytest.fixture
+def old() -> Json:
+    """Denoisers with a weight file, other engines with null."""
+    data: Json = json.loads(OLD.read_text())
+    return data
+
+
+@pytest.fixture
+def new(old: Json) -> Json:
+    """FP16 and INT8 read a file of their own each, and one that they share."""
+    for entry in (old["text_encoder"], old["vae_decoder"], old["denoisers"]["int4"]):
+        entry["weights"] = []
+    for name in ("fp16", "int8"):
+        old["denoisers"][name]["weights"] = [old["denoisers"][name]["weights"], SHARED]
+    return old
+
+
+def test_a_manifest_of_version_4_is_read_with_its_identity(old: Json) -> None:
+    manifest = Manifest.model_validate_json(OLD.read_text())
+    assert manifest.bundle_id == old["bundle_id"] == manifest.identity()
+    int8 = manifest.denoisers["int8"]
+    assert int8.weights == (FileEntry(**old["denoisers"]["int8"]["weights"]),)
+    assert int8.bytes == int8.file.bytes + int8.weights[0].bytes
+    assert manifest.text_encoder.weights == ()
+    assert manifest.text_encoder.files() == (manifest.text_encoder.file,)
+    assert json.loads(manifest.model_dump_json()) == old  # what tools change and write again stays of its version
+
+
+def test_older_ones_lack_the_field(old: Json) -> None:
+    for version in (1, 2, 3):
+        for entry in (*old["denoisers"].values(), old["text_encoder"], old["vae_decoder"]):
+            entry.pop("weights", None)
+            entry.pop("package", None)
+        data = signed(old, version)
+        manifest = Manifest.model_validate(data)
+        assert manifest.denoisers["fp16"].weights == ()
+        assert manifest.model_dump(mode="json", exclude_unset=True) == data
+
+
+def test_files_that_engines_share_are_listed_once(new: Json) -> None:
+    manifest = Manifest.model_validate(signed(new))
+    fp16, int8 = (manifest.denoisers[name] for name in ("fp16", "int8"))
+    assert fp16.weights[1] == int8.weights[1] == FileEntry(**SHARED)
+    assert fp16.bytes == sum(file.bytes for file in (fp16.file, *fp16.weights))
+    paths = [file.path for file in manifest.files()]
+    assert len(paths) == len(set(paths))
+    assert {file.path for entry in manifest.engines().values() for file in entry.files()} <= set(paths)
+    assert json.loads(manifest.model_dump_json()) == signed(new)
+
+
+@pytest.mark.parametrize("field", ["sha256", "bytes"])
+def test_one_file_with_two_hashes_or_sizes_is_refused(new: Json, field: str) -> None:
+    new["denoisers"]["int8"]["weights"][1] = SHARED | {field: "b" * 64 if field == "sha256" else 1001}
+    with pytest.raises(ValidationError, match=r"engines/fp16\+int8\.safetensors is named with two different"):
+        Manifest.model_validate(signed(new))
+
+
+def test_a_file_twice_in_one_engine_is_refused(new: Json) -> None:
+    new["denoisers"]["int8"]["weights"] = [SHARED, SHARED]
+    with pytest.raises(ValidationError, match="denoiser int8 names one of its files twice"):
+        Manifest.model_validate(signed(new))
+
+
+@pytest.mark.parametrize(("version", "weights"), [(5, None), (5, SHARED), (4, [SHARED]), (4, []), (4, False)])
+def test_weights_in_the_form_of_another_version_are_refused(new: Json, version: int, weights: Any) -> None:
+    for entry in new["denoisers"].values():
+        entry["weights"] = weights
+    if version == 4:
+        new["text_encoder"]["weights"] = new["vae_decoder"]["weights"] = None
+    with pytest.raises(ValidationError, match=r"denoisers\.fp16\.weights"):
+        Manifest.model_validate(signed(new, version))
+
+
+def test_an_engine_may_have_no_onnx_file(new: Json) -> None:
+    new["denoisers"]["fp16"]["onnx_sha256"] = None
+    assert Manifest.model_validate(signed(new)).denoisers["fp16"].onnx_sha256 is None
+
+
+def test_files_are_hashed_side_by_side_once_and_the_first_damage_is_told(tmp_path: Path, small_bundle: Path) -> None:
+    from helpers.demo_build import linked_copy
+
+    folder = linked_copy(small_bundle, tmp_path / "bundle")
+    bundle = Bundle.open(folder)
+    paths = bundle.paths_of(bundle.manifest.files())
+    assert paths == [folder / file.path for file in bundle.manifest.files()]
+    for path in paths:
+        path.unlink()
+    assert bundle.paths_of(bundle.manifest.files()) == paths  # checked before
+    rewrite_manifest(folder, lambda data: data["denoisers"]["int8"]["file"].update(path="engines/none.onnx"))
+    with pytest.raises(BundleError, match=r"bundle file sampler\.json is missing"):
+        Bundle.open(folder).verify()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import onnx
 import torch
-from onnx import TensorProto
 
 from engines.errors import BuildError, first_line
 from tmpdiff_export.onnx_graphs.external import data_less, is_external
+from tmpdiff_export.onnx_graphs.stored import TRANSPOSED
 from tmpdiff_export.onnx_graphs.tracing import plain_operators, traced_tensors, without_arithmetic
 
 EXPORT_OPSET = 20
@@ -120,7 +120,7 @@ def tidy(model: onnx.ModelProto) -> None:
             continue
         if node.op_type == "Transpose" and source is not None and is_external(source) and len(source.dims) == 2:
             # A permutation of two axes that changed nothing would have been an Identity.
-            folded = data_less(f"{source.name}^T", source.data_type, source.dims[::-1])
+            folded = data_less(f"{source.name}{TRANSPOSED}", source.data_type, source.dims[::-1])
             if folded.name not in initializers:
                 initializers[folded.name] = folded
                 graph.initializer.append(folded)
@@ -150,11 +150,6 @@ def drop_unused(graph: onnx.GraphProto) -> None:
     weights = [item for item in graph.initializer if item.name in live]
     del graph.initializer[:]
     graph.initializer.extend(weights)
-
-
-def is_float16(tensor: onnx.TensorProto) -> bool:
-    """Whether a tensor holds FP16 values."""
-    return bool(tensor.data_type == TensorProto.FLOAT16)
 
 
 def _inputs_of(node: onnx.NodeProto) -> Iterator[str]:

@@ -7,21 +7,16 @@ place yet while its graph is made: such an initializer is data-less.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import ExternalDataInfo
+from onnx import TensorProto, helper
 
 from engines.errors import BuildError, first_line
 from engines.files import atomic_write_bytes
 from tmpdiff_export.weights.files import places
-
-Read = Callable[[str], np.ndarray]
-"""The values of an initializer by name."""
 
 # How files store each type; two codes of four bits to a byte, the first in its low half.
 _DTYPES = {
@@ -44,9 +39,19 @@ def data_less(name: str, data_type: int, dims: Iterable[int]) -> onnx.TensorProt
     return TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
 
 
+def tensor_type(dtype: torch.dtype) -> int:
+    """The `TensorProto` type of tensors of a dtype."""
+    return next(kind for kind, item in _DTYPES.items() if item is dtype)
+
+
 def is_external(item: onnx.TensorProto) -> bool:
     """Whether the values of an initializer are not in the graph."""
     return bool(item.data_location == TensorProto.EXTERNAL)
+
+
+def data_less_tensors(model: onnx.ModelProto) -> dict[str, torch.Tensor]:
+    """What files have to hold for a graph, by name: `stored_form` of every data-less initializer."""
+    return {item.name: stored_form(item) for item in model.graph.initializer if is_external(item)}
 
 
 def stored_form(item: onnx.TensorProto) -> torch.Tensor:
@@ -87,33 +92,9 @@ def refer(model: onnx.ModelProto, paths: Sequence[Path]) -> None:
             item.external_data.add(key=key, value=str(value))
 
 
-def weight_files(model: onnx.ModelProto) -> tuple[str, ...]:
-    """The names of the files that a graph refers to, sorted; they are in its own folder."""
-    external = (item for item in model.graph.initializer if is_external(item))
-    return tuple(sorted({ExternalDataInfo(item).location for item in external}))
-
-
-def reader(model: onnx.ModelProto, folder: Path) -> Read:
-    """Reads initializers of a graph, one at a time; `folder` has its weight files."""
-    initializers = {item.name: item for item in model.graph.initializer}
-
-    def read(name: str) -> np.ndarray:
-        item = TensorProto()
-        item.CopyFrom(initializers[name])  # `to_array` leaves the bytes in what it is given
-        array: np.ndarray = numpy_helper.to_array(item, str(folder))
-        return array
-
-    return read
-
-
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Writes a graph; its weights are in the files that it refers to."""
     atomic_write_bytes(path, model.SerializeToString())
-
-
-def load_graph(path: Path) -> onnx.ModelProto:
-    """Reads a graph, not its weights."""
-    return onnx.load(path, load_external_data=False)
 
 
 def save_checked(model: onnx.ModelProto, path: Path) -> None:

@@ -35,6 +35,8 @@ _COSTLY = frozenset(
 )
 # Tensors of fewer values are computed on: a module may look at what its inputs are.
 _LARGE = 1 << 16
+
+
 @contextlib.contextmanager
 def traced_tensors(module: torch.nn.Module, *, half: bool) -> Iterator[None]:
     """Puts zeros of one element for all of a shape in the place of parameters; the module has its own again afterwards.

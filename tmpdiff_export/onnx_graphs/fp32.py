@@ -48,7 +48,8 @@ def narrow_weights(graph: onnx.GraphProto, source: torch.dtype, counts: Counter[
         scale = item.name.endswith("_scale")
         stored = torch.float32 if scale else narrow_type(torch.Size(item.dims), source)
         if stored is torch.float32:
-            counts["fp32-math"] += item.data_type == TensorProto.FLOAT16
+            if item.data_type == TensorProto.FLOAT16:
+                counts["fp32-math"] += 1
         else:
             wide[item.name] = f"{item.name}_fp32"
             counts["bf16-weights" if stored is torch.bfloat16 else "fp16-weights"] += 1

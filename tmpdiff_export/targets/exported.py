@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 import onnx
 import torch
 
-from engines.manifest import FileEntry
 from tmpdiff_export.onnx_graphs.export import export_graph
 from tmpdiff_export.onnx_graphs.external import data_less_tensors, refer, save_checked
 from tmpdiff_export.onnx_graphs.fp32 import narrow_weights
@@ -80,16 +79,18 @@ def plain_tensors(job: EngineJob, graph: onnx.ModelProto, form: Form) -> dict[st
     return {name: item for name, item in data_less_tensors(graph).items() if name not in own}
 
 
-def write_graph(graph: onnx.ModelProto, path: Path, weights: Sequence[FileEntry]) -> None:
+def write_graph(graph: onnx.ModelProto, path: Path, weights: Sequence[Path]) -> None:
     """Writes a graph beside its weight files, checked.
 
     Args:
-        graph: without weights; refers to the files afterwards.
+        graph: without weights; it is not changed.
         path: of the ONNX file.
         weights: the files, in the folder of `path`.
 
     Raises:
         BuildError: the graph is not valid, or a weight is in none of the files.
     """
-    refer(graph, [path.parent / Path(file.path).name for file in weights])
-    save_checked(graph, path)
+    stored = onnx.ModelProto()
+    stored.CopyFrom(graph)
+    refer(stored, weights)
+    save_checked(stored, path)

@@ -93,7 +93,7 @@ class CpuTask:
             BackendError: ONNX Runtime refuses the graph.
         """
         path = self.folder / "engines" / f"{self.name}.onnx"
-        write_graph(self.graph, path, self.weights)
+        write_graph(self.graph, path, [self.folder / file.path for file in self.weights])
         measured = self.check.sqnr_db(OnnxRuntimeEngine(path))
         return EngineEntry(
             file=file_entry(self.folder, path),

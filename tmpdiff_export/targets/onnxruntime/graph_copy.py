@@ -58,7 +58,7 @@ class GraphCopy:
             BackendError: the backend refuses the graph.
         """
         path = self.folder / "engines" / f"{self.name}.onnx"
-        write_graph(self.graph, path, self.weights)
+        write_graph(self.graph, path, [self.folder / file.path for file in self.weights])
         entry = EngineEntry.model_validate(
             {
                 **self.unmeasured,

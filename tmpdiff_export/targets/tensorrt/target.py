@@ -141,7 +141,7 @@ class TensorRtTarget:
         specs = tensor_specs(graph.graph.input)
         engines = folder / "engines"
         onnx_file = engines / f"{job.name}.onnx"
-        write_graph(graph, onnx_file, weights)
+        write_graph(graph, onnx_file, [folder / file.path for file in weights])
         try:
             onnx_sha256 = sha256_file(onnx_file)
             stored = self._plan(job, onnx_file, shapes)

@@ -35,12 +35,12 @@ from tmpdiff_export.quantization.observers import observe
 from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
-from tmpdiff_export.targets.accuracy import AccuracyCheck, torch_outputs
 from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
 from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
 from tmpdiff_export.targets.target import EngineJob, Form, SourceModel, file_entry
 from tmpdiff_export.weights.files import write_tensors
 from tmpdiff_export.weights.streamed import streamed, taken_weights
+from tools.acceptance.checks import check_of
 from tools.acceptance.miniatures import Miniature, miniature
 
 RANGE_STEPS = 6
@@ -118,15 +118,14 @@ def export_family(small: Miniature, precisions: tuple[Precision, ...], out: Path
 def family_model(small: Miniature, checks: Sequence[Batch]) -> SourceModel:
     """A miniature's denoiser, checked on inputs."""
     module = small.wrap()
+    check = check_of(module, small.family.inputs, MODEL_OUTPUT, checks)
     weights = {**taken_weights(module), **dict(module.named_buffers())}
-    names = tuple(small.family.inputs)
-    references = tuple(torch_outputs(module, weights.__getitem__, checks))
     return SourceModel(
         module=module,
         read=weights.__getitem__,
         inputs=small.family.export_inputs(checks[0]),
         outputs={MODEL_OUTPUT: {0: "batch"}},
-        check=AccuracyCheck(names, MODEL_OUTPUT, tuple(checks), references),
+        check=check,
         checked=small.name,
         batch_per_picture=2 if small.guided else 1,
         dtype=torch.float32,

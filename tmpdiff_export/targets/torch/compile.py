@@ -58,22 +58,29 @@ class EngineModule(torch.nn.Module):
 
 @contextmanager
 def _widened(module: torch.nn.Module) -> Iterator[None]:
-    """Each part's floating parameters are float32 while it is called."""
+    """Each part's floating parameters are float32 while it is called; so are those of layers in it.
+
+    T5 asks for the type of a layer's weight before it calls the layer.
+    """
+
+    def affected(part: torch.nn.Module) -> list[torch.nn.Module]:
+        return [part, *(child for child in part.children() if not any(child.children()))]
 
     def enter(part: torch.nn.Module, _: Any) -> None:
-        narrow.setdefault(part, []).append(dict(part._parameters))  # a call may be traced within a call
-        for name, item in narrow[part][-1].items():
-            if item is not None and item.is_floating_point():
-                part._parameters[name] = item.float()
+        for item in affected(part):
+            narrow.setdefault(item, []).append(dict(item._parameters))  # calls nest, also of one part
+            for name, tensor in narrow[item][-1].items():
+                if tensor is not None and tensor.is_floating_point():
+                    item._parameters[name] = tensor.float()
 
     def leave(part: torch.nn.Module, *_: Any) -> None:
-        part._parameters.update(narrow[part].pop())
+        for item in affected(part):
+            item._parameters.update(narrow[item].pop())
 
     narrow: dict[torch.nn.Module, list[dict[str, Any]]] = {}
     handles = [
         handle
         for part in module.modules()
-        if part._parameters
         for handle in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))
     ]
     try:

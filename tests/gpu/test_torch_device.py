@@ -332,8 +332,10 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     from engines.backends.cuda.gpu import current_gpu
     from engines.backends.torch.library import VERSION
     from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
-    from tmpdiff_export.targets.torch.compile import EngineModule, compile_package, store_weights
+    from tmpdiff_export.targets.torch.compile import EngineModule, compile_package
     from tmpdiff_export.targets.torch.lowering import lower_for_torch
+    from tmpdiff_export.weights.files import write_tensors
+    from tmpdiff_export.weights.streamed import on_meta
 
     module = denoiser()
     layers, attention = {}, {}
@@ -352,13 +354,19 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     whole = EngineModule(lowered, torch.float16, [False, True, False]).eval()
     inputs = [torch.from_numpy(loop_inputs(BATCH)[key]).to("cuda") for key in (LATENTS, TIMESTEP, TEXT)]
     path = folder / f"{name}{'-attention' if attention else ''}.pt2"
-    weights = path.with_suffix(".safetensors")
-    compile_package(store_weights(whole, weights), weights, "cuda", inputs, path)
+    # What no precision changes is in one file, which all engines share.
+    common = {key: item for key, item in whole.tensors.items() if "inside" in key or "outside" in key or "norm" in key}
+    own = {key: item for key, item in whole.tensors.items() if key not in common}
+    weights = [folder / "shared.safetensors", path.with_suffix(".safetensors")]
+    for file_path, tensors in zip(weights, (common, own), strict=True):
+        write_tensors(file_path, tensors)
+    whole.module = on_meta(whole.module)
+    compile_package(whole, "cuda", inputs, path)
     gpu = current_gpu()
     file = FileEntry(path=f"engines/{path.name}", sha256=sha256_bytes(b""), bytes=0)
     entry = EngineEntry(
         file=file,
-        weights=(FileEntry(path=f"engines/{weights.name}", sha256=file.sha256, bytes=0),),
+        weights=tuple(FileEntry(path=f"engines/{item.name}", sha256=file.sha256, bytes=0) for item in weights),
         backend="torch",
         backend_version=VERSION,
         device=gpu.described,

@@ -105,6 +105,7 @@ def start_trial(
         made: Future[EngineEntry] = Future()
         made.set_result(EngineEntry.model_validate(found.result))
         return Trial(made, lambda: built(found))
+    site.report(f"make engine {name.engine}" + ("" if name.variant == NO_RECIPE else f" ({name.variant})"), 0, 1)
     folder = site.stages.begin(stage, whole)
     (folder / ENGINES).mkdir()
     for file in weights:

@@ -19,7 +19,7 @@ from engines.bundle import MANIFEST_NAME, Bundle
 from engines.cli import guarded
 from engines.files import atomic_write_text, staged_folder
 from engines.manifest import Manifest, manifest_identity
-from tmpdiff_export.pipelines.load import load_pipeline
+from tmpdiff_export.pipelines.load import open_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.targets.target import file_entry
 
@@ -35,7 +35,7 @@ def with_steps(bundle: Bundle, pipeline: Path, num_steps: int, out: Path) -> Man
     bundle.verify(bundle.manifest.files())
     sampling = bundle.manifest.sampling
     with staged_folder(out, replace=False) as folder:
-        source = load_pipeline(
+        source = open_pipeline(
             pipeline, height=sampling.height, width=sampling.width, guidance_scale=sampling.guidance_scale
         )
         table = sampler_table(source.pipe.scheduler, num_steps, **source.sampler_options(num_steps))

@@ -14,7 +14,9 @@ import torch
 
 from engines.backends.torch.runner import Runner, load_runner
 from engines.backends.torch.weights import Weights, in_order
-from tmpdiff_export.targets.torch.compile import EngineModule, compile_package, store_weights
+from tmpdiff_export.targets.torch.compile import EngineModule, compile_package
+from tmpdiff_export.weights.files import write_tensors
+from tmpdiff_export.weights.streamed import on_meta
 from tools.gpu_bench.models import Inputs
 from tools.gpu_bench.step import map_tensors, tensors_of
 
@@ -76,10 +78,12 @@ def packaged(
     with tempfile.TemporaryDirectory(prefix="tmpdiff-package-") as folder:
         package, weights = Path(folder) / f"{name}.pt2", Path(folder) / f"{name}.safetensors"
         times = [time.perf_counter()]
-        whole = EngineModule(_Positional(module, inputs), dtype, [True] * len(tensors)).eval()
-        empty = store_weights(whole, weights)
+        whole = _Positional(module, inputs)
+        empty = EngineModule(on_meta(whole), dtype, [True] * len(tensors)).eval()
+        state = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+        write_tensors(weights, {name: state[name] for name in empty.tensors})
         times.append(time.perf_counter())
-        compile_package(empty, weights, device.type, tensors, package)
+        compile_package(empty, device.type, tensors, package)
         times.append(time.perf_counter())
         runner = load_runner(name, package, device.index if device.type == "cuda" else None)
         stored = Weights(weights)

@@ -18,7 +18,8 @@ from engines.manifest import EngineEntry
 Tensors = Mapping[str, torch.Tensor]
 
 _ALIGNMENT = 256  # of every tensor, as an allocation of its own would have
-_STAGED_BYTES = 32 << 20  # page-locked, of each of the two buffers by way of which a file gets to a GPU
+# Page-locked, of each of the two buffers by way of which a file gets to a GPU: 7.4 GB/s on an H200, with 32 MiB 5.8.
+_STAGED_BYTES = 8 << 20
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

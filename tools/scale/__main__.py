@@ -5,7 +5,7 @@
 NAME is flux, sd3, sdxl, pixart, pixart-1b or sana. Pipeline and bundle go to DIR (default: a folder beside the result),
 which is kept. The result file is replaced every few seconds; a phase that is done in it is skipped by the next call with
 the same folder, and one that was killed goes on, so that a machine that is lent for minutes will do. Exit status 0, or 1
-if a phase failed (the end of what it said is in the file). `--tiny --device cpu` tries everything on small denoisers.
+if a phase failed (the end of what it said is in the file); without a bundle, the others are not tried. `--tiny --device cpu` tries everything on small denoisers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engines.errors import TmpDiffError
 from engines.files import atomic_write_text
 from tools.gpu_bench.document import rounded
 from tools.scale.models import FULL, PIPELINES, SMALL
-from tools.scale.phases import PHASES, Setting, run_phase
+from tools.scale.phases import NEEDED, PHASES, Setting, run_phase
 
 TOOL, VERSION = "scale", 1
 
@@ -93,8 +93,9 @@ def prove(setting: Setting, phases: Sequence[str], out: Path) -> bool:
         print(f"scale: {phase} {data['status']}, {data.get('seconds', 0.0):.1f} s", file=sys.stderr, flush=True)
         if data["status"] == "failed":
             print("\n".join(data["attempts"][-1]["errors"]), file=sys.stderr)
-            return False
-    return True
+            if phase in NEEDED:
+                break
+    return all(found["phases"].get(phase, {}).get("status") in ("done", "none") for phase in phases)
 
 
 def _words(setting: Setting) -> dict[str, Any]:

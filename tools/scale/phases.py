@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.bundle import SCHEDULE_NAME
 from engines.errors import TmpDiffError
 from engines.manifest import Manifest
 from engines.text import read_prompts
@@ -18,6 +19,8 @@ from tools.scale.models import PIPELINES, ScalePipeline
 from tools.scale.watch import Attempt, watched
 
 PHASES = ("make", "build", "calibrate", "run", "run-limited", "bench", "peer")
+NEEDED = ("make", "build")
+"""What the other phases need."""
 PROMPTS = Path(__file__).resolve().parents[2] / "calibration" / "prompts" / "plain.txt"
 PROMPT = "a picture of a small blue square in the top left"
 Note = Callable[[dict[str, Any]], None]
@@ -97,6 +100,8 @@ def run_phase(phase: str, setting: Setting, before: dict[str, Any], note: Note) 
     """
     if phase not in ("make", "peer") and setting.pipeline.pipeline_class not in FAMILIES:
         return {"status": "none", "why": f"no bundles of {setting.pipeline.pipeline_class} are built"}
+    if phase == "run-limited" and setting.device == "cpu":
+        return {"status": "none", "why": "engines on a CPU know no limit"}
     if phase == "make":
         return _make(setting)
     earlier = [item for item in before.get("attempts", []) if item]
@@ -153,6 +158,8 @@ def words_of(phase: str, setting: Setting) -> list[str]:
     if phase in ("run", "run-limited"):
         words = [*product, "run", bundle, "--prompt", PROMPT, "--seed", "1", "--json"]
         words += ["--out", str(setting.folder / f"{phase}.png")]
+        if not (setting.bundle / SCHEDULE_NAME).exists():
+            words += ["--schedule", f"uniform:{setting.precisions.split(',')[-1]}"]
         return [*words, "--resident-engines", "1"] if phase == "run-limited" else words
     if phase == "bench":
         words = [*product, "bench", bundle, "--rounds", str(setting.rounds), "--json"]

@@ -38,12 +38,17 @@ def _of_calls(runners: Sequence[Runner], package: PackageEntry) -> Runner:
     """Calls of packages, one after the other, as one package. A value is given back after the last call that takes it."""
     last = {value: number for number, call in enumerate(package.calls) for value in call.inputs}
     kept = set(package.results)
+    most = max((end for call in package.calls for _, end in call.weights), default=0)
     done = [
         [value for value in set(call.inputs) if last[value] == number and value not in kept]
         for number, call in enumerate(package.calls)
     ]
 
     def run(weights: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        if most > len(weights):
+            raise BackendError(
+                f"a package takes weight {most - 1}, its engine's files hold {len(weights)}; build the bundle again"
+            )
         values: list[torch.Tensor | None] = list(inputs)
         for call, unneeded in zip(package.calls, done, strict=True):
             own = tuple(item for begin, end in call.weights for item in weights[begin:end])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,42 +28,54 @@ from tmpdiff_export.targets.torch.segments import Block, Divided, cut
 LEAST_BLOCKS = 4  # of a kind: fewer are compiled with what surrounds them
 
 
+_TENSOR = object()
+
+
+@dataclass(frozen=True)
+class _Nest:
+    """Nested arguments or results: which leaves are tensors, and what the others are.
+
+    Attributes:
+        spec: of the nest.
+        leaves: `_TENSOR`, or what is there.
+        shapes: shape, dtype and device of the tensors.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    shapes: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+
+    @classmethod
+    def of(cls, data: Any) -> _Nest:
+        """Takes `data` apart."""
+        leaves, spec = pytree.tree_flatten(data)
+        shapes = tuple((tuple(item.shape), item.dtype, item.device) for item in _tensors(data))
+        return cls(spec, tuple(_TENSOR if isinstance(item, torch.Tensor) else item for item in leaves), shapes)
+
+    def empty(self) -> list[torch.Tensor]:
+        """Contiguous tensors of those shapes."""
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.shapes]
+
+    def filled(self, tensors: Iterable[torch.Tensor]) -> Any:
+        """With these tensors."""
+        left = iter(tensors)
+        return pytree.tree_unflatten([next(left) if item is _TENSOR else item for item in self.leaves], self.spec)
+
+
+def _tensors(data: Any) -> list[torch.Tensor]:
+    return [item for item in pytree.tree_leaves(data) if isinstance(item, torch.Tensor)]
+
+
 @dataclass(frozen=True)
 class _Site:
-    """A block, as the module calls it: tensors among nested arguments `spec`, whose other leaves are `constants`."""
+    """A block, as the module calls it: with (args, kwargs), and what it returns."""
 
     name: str
     block: torch.nn.Module
-    spec: pytree.TreeSpec
-    constants: tuple[Any, ...]
-    inputs: tuple[torch.Tensor, ...]
-    output_spec: pytree.TreeSpec
-    outputs: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def of(cls, name: str, block: torch.nn.Module, args: Any, kwargs: Any, result: Any) -> _Site:
-        """From a call, with shapes, dtypes and devices of its tensors, which are made contiguous."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        outputs, output_spec = pytree.tree_flatten(result)
-        return cls(
-            name=name,
-            block=block,
-            spec=spec,
-            constants=tuple(_TENSOR if isinstance(item, torch.Tensor) else item for item in leaves),
-            inputs=tuple(_like(item) for item in leaves if isinstance(item, torch.Tensor)),
-            output_spec=output_spec,
-            outputs=tuple(_like(item) for item in outputs),
-        )
-
-    def arguments(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """(args, kwargs) with these tensors."""
-        following = iter(tensors)
-        return pytree.tree_unflatten(
-            [next(following) if item is _TENSOR else item for item in self.constants], self.spec
-        )
+    arguments: _Nest
+    results: _Nest
 
 
-_TENSOR = object()
 _SITES: list[_Site] = []  # what the operator below stands for while a module is divided
 
 
@@ -75,7 +87,7 @@ def _block(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
 
 @_block.register_fake  # type: ignore[untyped-decorator]
 def _(inputs: list[torch.Tensor], site: int) -> list[torch.Tensor]:
-    return [_like(item) for item in _SITES[site].outputs]
+    return _SITES[site].results.empty()
 
 
 class _BlockCall(torch.nn.Module):
@@ -89,10 +101,10 @@ class _BlockCall(torch.nn.Module):
     def forward(self, tensors: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Calls the block with `tensors` in place of its parameters and buffers."""
         (site,) = self.held
-        args, kwargs = site.arguments(inputs)
+        args, kwargs = site.arguments.filled(inputs)
         state = dict(zip(self.names, tensors, strict=True))
         result = torch.func.functional_call(site.block, state, args, kwargs)
-        return tuple(item.contiguous() for item in pytree.tree_leaves(result))
+        return tuple(item.contiguous() for item in _tensors(result))
 
 
 @dataclass(frozen=True)
@@ -150,10 +162,11 @@ def divide(module: EngineModule, device: str, inputs: Sequence[torch.Tensor]) ->
     call = Call(module)
     tensors, examples = arguments_of(module, device, inputs)
     state = dict(zip(call.names, tensors, strict=True))
-    kinds = _kinds(module, state, examples)
+    sites = _record(module, call, (tensors, examples))
+    kinds = _kinds(module, sites, state, examples)
     positions = {name: number for number, name in enumerate(state)}
     blocks = [
-        Block(number, tuple(positions[f"{site.name}.{name}"] for name in kind.names), len(site.outputs))
+        Block(number, tuple(positions[f"{site.name}.{name}"] for name in kind.names), len(site.results.shapes))
         for number, kind in enumerate(kinds)
         for site in kind.sites
     ]
@@ -182,26 +195,45 @@ def _candidates(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str
                 yield from _candidates(item, f"{path}.{number}.")
 
 
-def _kinds(module: torch.nn.Module, state: Mapping[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> list[_Kind]:
-    """The kinds of block that there are enough of.
+def _record(module: torch.nn.Module, call: Call, arguments: Any) -> dict[torch.nn.Module, _Site]:
+    """How an exported module calls its candidates, but for those that it calls more than once."""
+    found: dict[torch.nn.Module, list[_Site]] = {}
 
-    Blocks are exported from within a call of the module, because wrappers put functions of diffusers right for as long
-    as they run. Not blocks that are called more than once, share tensors with others, hold constants or change inputs.
-    """
-    calls: Counter[str] = Counter()
-    kinds: dict[str, _Kind] = {}
-
-    def exporting(name: str, block: torch.nn.Module) -> Callable[..., Any]:
+    def noting(name: str, block: torch.nn.Module) -> Callable[..., Any]:
         inner = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            calls[name] += 1
-            if calls[name] == 1 and all(isinstance(item, torch.Tensor) for item in pytree.tree_leaves(result)):
-                block.forward = inner
-                add(_Site.of(name, block, args, kwargs, result))
-                block.forward = forward
+            found.setdefault(block, []).append(_Site(name, block, _Nest.of((args, kwargs)), _Nest.of(result)))
             return result
+
+        return forward
+
+    with _replaced({block: noting(name, block) for name, block in _candidates(module)}):
+        _export(call, *arguments)
+    return {block: sites[0] for block, sites in found.items() if len(sites) == 1}
+
+
+def _kinds(
+    module: torch.nn.Module,
+    sites: Mapping[torch.nn.Module, _Site],
+    state: Mapping[str, torch.Tensor],
+    inputs: tuple[torch.Tensor, ...],
+) -> list[_Kind]:
+    """The kinds of block that there are enough of.
+
+    Blocks are exported from within a call of the module, because wrappers put functions of diffusers right for as long
+    as they run. Not blocks that share tensors with others, hold constants or change inputs.
+    """
+    kinds: dict[str, _Kind] = {}
+
+    def exporting(site: _Site) -> Callable[..., Any]:
+        inner = site.block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            site.block.forward = inner
+            add(site)
+            return inner(*args, **kwargs)
 
         return forward
 
@@ -210,21 +242,14 @@ def _kinds(module: torch.nn.Module, state: Mapping[str, torch.Tensor], inputs: t
         if any(f"{site.name}.{name}" not in state for name in names):
             return
         own = tuple(state[f"{site.name}.{name}"] for name in names)
-        program = _export(_BlockCall(site, names), own, site.inputs)
+        program = _export(_BlockCall(site, names), own, tuple(site.arguments.empty()))
         if not program.constants and not program.graph_signature.user_inputs_to_mutate:
             form = "\n".join([*names, _form(program.graph)])
             kinds.setdefault(form, _Kind(names, program, [])).sites.append(site)
 
-    candidates = dict(_candidates(module))
-    with _replaced({block: exporting(name, block) for name, block in candidates.items()}), inputs[0].fake_mode:
+    with _replaced({block: exporting(site) for block, site in sites.items()}), inputs[0].fake_mode:
         torch.func.functional_call(module, dict(state), inputs)
-    for kind in kinds.values():
-        kind.sites[:] = [site for site in kind.sites if calls[site.name] == 1]
     return [kind for kind in kinds.values() if len(kind.sites) >= LEAST_BLOCKS]
-
-
-def _like(item: torch.Tensor) -> torch.Tensor:
-    return torch.empty(item.shape, dtype=item.dtype, device=item.device)
 
 
 @contextmanager
@@ -235,7 +260,7 @@ def _replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterato
         yield
     finally:
         for block in forwards:
-            del block.forward
+            vars(block).pop("forward", None)
 
 
 def _form(graph: Graph) -> str:
@@ -260,9 +285,8 @@ def _marked(sites: Sequence[_Site]) -> Iterator[None]:
 
     def marker(number: int, site: _Site) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            leaves = pytree.tree_leaves((args, kwargs))
-            tensors = [item.contiguous() for item in leaves if isinstance(item, torch.Tensor)]
-            return pytree.tree_unflatten(list(_block(tensors, number)), site.output_spec)
+            assert _Nest.of((args, kwargs)) == site.arguments, site.name  # an export is like another
+            return site.results.filled(_block([item.contiguous() for item in _tensors((args, kwargs))], number))
 
         return forward
 

@@ -63,21 +63,21 @@ def _widened(module: torch.nn.Module) -> Iterator[None]:
     T5 asks for the type of a layer's weight before it calls the layer.
     """
 
+    def affected(part: torch.nn.Module) -> list[torch.nn.Module]:
+        return [part, *(child for child in part.children() if not any(child.children()))]
+
     def enter(part: torch.nn.Module, _: Any) -> None:
-        layers = [child for child in part.children() if not any(child.children())]
-        wide[part] = [item for item in (part, *layers) if item not in narrow]
-        for item in wide[part]:
-            narrow[item] = dict(item._parameters)
-            for name, tensor in narrow[item].items():
+        for item in affected(part):
+            narrow.setdefault(item, []).append(dict(item._parameters))  # calls nest, also of one part
+            for name, tensor in narrow[item][-1].items():
                 if tensor is not None and tensor.is_floating_point():
                     item._parameters[name] = tensor.float()
 
     def leave(part: torch.nn.Module, *_: Any) -> None:
-        for item in wide.pop(part):
-            item._parameters.update(narrow.pop(item))
+        for item in affected(part):
+            item._parameters.update(narrow[item].pop())
 
-    narrow: dict[torch.nn.Module, dict[str, Any]] = {}
-    wide: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+    narrow: dict[torch.nn.Module, list[dict[str, Any]]] = {}
     handles = [
         handle
         for part in module.modules()

@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel, SanaTransformer2DModel
 from helpers.needs_compiler import needs_compiler
 
 from engines.backends.torch.runner import load_package
+from engines.errors import BackendError
 from engines.manifest import EngineEntry, FileEntry, PackageCall, PackageEntry, TensorSpec
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
@@ -154,7 +155,10 @@ def compiled(module: EngineModule, inputs: tuple[torch.Tensor, ...], folder: Pat
         calls=divided.calls,
         results=divided.results,
     )
-    (output,) = load_package("engine", package, path, None)(tuple(module.tensors.values()), inputs)
+    runner, weights = load_package("engine", package, path, None), tuple(module.tensors.values())
+    (output,) = runner(weights, inputs)
+    with pytest.raises(BackendError, match=f"takes weight {len(weights) - 1}, its engine's files hold 2; build"):
+        runner(weights[:2], inputs)
     return package, output
 
 
@@ -196,3 +200,38 @@ def test_calls_that_do_not_fit_are_refused(call: dict[str, object], message: str
         entry(results=(1, 2))
     with pytest.raises(ValueError, match="1 further packages and no calls"):
         entry(calls=(), results=(), blocks=(entry().file,))
+
+
+class TextEncoder(torch.nn.Module):
+    """A T5 encoder as an export wrapper calls it."""
+
+    def __init__(self, layers: int) -> None:
+        from transformers import T5Config, T5EncoderModel
+
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = T5EncoderModel(
+            T5Config(
+                vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=layers, num_heads=2, use_cache=False,
+                feed_forward_proj="gated-gelu", is_encoder_decoder=False,
+            )
+        ).eval()  # fmt: skip
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.inner(ids)[0]
+        return hidden
+
+
+@needs_compiler
+def test_blocks_that_are_stored_narrow_and_give_more_than_tensors(tmp_path: Path) -> None:
+    module = TextEncoder(LEAST_BLOCKS + 1)  # the first of them has a table of positions
+    for item in module.parameters():
+        item.data = item.data.to(torch.bfloat16) if item.ndim == 2 else item.data
+    ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
+    engine = EngineModule(module, torch.float32, [True]).eval()
+    package, found = compiled(engine, (ids,), tmp_path)
+    assert len(package.calls) == LEAST_BLOCKS + 2
+    with torch.no_grad():
+        (expected,) = engine(ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,8 +50,17 @@ _sessions: dict[str, Any] = {}
 
 
 def load(path: str) -> onnx.ModelProto:
-    """The model with its external data."""
-    return onnx.load(path)
+    """The model with its external data; unlike onnx, the libraries take files that have further names."""
+    model = onnx.load(path, load_external_data=False)
+    for item in model.graph.initializer:
+        if item.data_location == TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in item.external_data}
+            with open(os.path.join(os.path.dirname(path), place["location"]), "rb") as file:
+                file.seek(int(place.get("offset", 0)))
+                item.raw_data = file.read(int(place.get("length", -1)))
+            item.data_location = TensorProto.DEFAULT
+            del item.external_data[:]
+    return model
 
 
 def inferred(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -136,7 +136,9 @@ class Session:
             return False
         import onnx
 
-        return any(node.op_type in self._fake.refused for node in onnx.load(self.path).graph.node)
+        return any(
+            node.op_type in self._fake.refused for node in onnx.load(self.path, load_external_data=False).graph.node
+        )
 
     def get_inputs(self) -> Any:
         return self._real.get_inputs()

@@ -118,7 +118,7 @@ def export_family(small: Miniature, precisions: tuple[Precision, ...], out: Path
 def family_model(small: Miniature, checks: Sequence[Batch]) -> SourceModel:
     """A miniature's denoiser, checked on inputs."""
     module = small.wrap()
-    check = check_of(module, small.family.inputs, MODEL_OUTPUT, checks)
+    check = check_of(module, tuple(small.family.inputs), MODEL_OUTPUT, checks)
     weights = {**taken_weights(module), **dict(module.named_buffers())}
     return SourceModel(
         module=module,

@@ -90,6 +90,7 @@ ROOMS = {
     "tmpdiff_export.targets": """
         choose
         onnxruntime tensorrt torch
+        exported
         target
         accuracy settings
     """,

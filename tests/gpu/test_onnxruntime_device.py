@@ -215,37 +215,36 @@ def test_another_gpu_and_files_that_are_no_graphs_are_refused(host: Any, engines
 def made(target: Any, folder: Path, name: str) -> tuple[EngineEntry, Path]:
     """The engine of a precision as `target` makes it."""
     import torch
-    from tmpdiff_export.bundling.exported import with_larger_batch
 
-    from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
-    from tmpdiff_export.onnx_graphs.qdq import insert_qdq
-    from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
+    from tmpdiff_export.bundling.observed import with_larger_batch
+    from tmpdiff_export.onnx_graphs.export import ExportInput
+    from tmpdiff_export.quantization.codes import LayerRange
     from tmpdiff_export.quantization.recipes import RECIPES
-    from tmpdiff_export.targets.accuracy import AccuracyCheck
-    from tmpdiff_export.targets.target import EngineJob
+    from tmpdiff_export.targets.target import EngineJob, SourceModel, file_entry
+    from tmpdiff_export.weights.streamed import taken_weights
+    from tools.acceptance.checks import check_of
+    from tools.acceptance.export_families import store
 
     module, precision = denoiser(), Precision(name)
-    recipe = RECIPES[precision]
     names = (LATENTS, TIMESTEP, TEXT)
     batch = tuple(torch.from_numpy(loop_inputs(2)[key]) for key in names)
     inputs = [
         ExportInput(key, example, {0: "batch"}, keep_dtype=key == TIMESTEP)
         for key, example in zip(names, batch, strict=True)
     ]
-    graph = export_graph(module, inputs, {MODEL_OUTPUT: {0: "batch"}}, folder / "export.onnx", half=True)
-    layers = {}
-    if precision is not Precision.FP16:
-        for layer in ("q", "k", "v", "wide", "narrow"):
-            found = LayerRange(None if recipe.weight_only else 6.0, None)
-            layers[layer] = quantize_layer(module.get_submodule(layer).weight, found, precision, recipe.block_size)
-        graph = insert_qdq(graph, layers, recipe)
-    onnx_file = folder / "onnx" / f"{name}.onnx"
-    onnx_file.parent.mkdir(exist_ok=True)
-    save_checked(graph, onnx_file)
-    check = AccuracyCheck.of(module, names, MODEL_OUTPUT, with_larger_batch([batch]))
-    quantized = precision if layers else None
-    job = EngineJob(name, graph, onnx_file, "none", quantized, check, FLOOR_DB[name], 2, module, layers, half=True)
-    return target.make(job, folder), folder / "engines" / f"{name}.onnx"
+    check = check_of(module, names, MODEL_OUTPUT, with_larger_batch([batch]))
+    weights = {**taken_weights(module), **dict(module.named_buffers())}
+    model = SourceModel(
+        module, weights.__getitem__, inputs, {MODEL_OUTPUT: {0: "batch"}}, check, "", 2, torch.float32, half=True
+    )
+    quantized = () if precision is Precision.FP16 else ("q", "k", "v", "wide", "narrow")
+    found = LayerRange(None if RECIPES[precision].weight_only else 6.0, None)
+    job = EngineJob(name, model, "none", precision, dict.fromkeys(quantized, found), FLOOR_DB[name])
+    prepared = target.prepare(job)
+    path = folder / "engines" / f"{name}.onnx"
+    path.parent.mkdir(exist_ok=True)
+    file = store(job, prepared.tensors, target.form, path.with_suffix(".safetensors"))
+    return prepared.task(folder, [file_entry(folder, file)])(), path
 
 
 def saved(graph: Any, path: Path) -> tuple[EngineEntry, Path]:

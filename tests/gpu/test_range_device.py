@@ -28,10 +28,12 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
 
     from engines.precision import Precision
     from tmpdiff_export.demo import pipeline_folder
+    from tmpdiff_export.devices import on
     from tmpdiff_export.pipelines.families.family import DENOISER
     from tmpdiff_export.pipelines.load import computing, gather_batches, open_pipeline
     from tmpdiff_export.quantization.codes import quantize_layer
-    from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
+    from tmpdiff_export.quantization.observers import Observed, observe
+    from tmpdiff_export.quantization.ranges import calibrate_ranges, observable_layers, quantizable_layers
     from tmpdiff_export.quantization.recipes import RECIPES
     from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
     from tmpdiff_export.targets.torch.attention import watch_attention
@@ -43,17 +45,29 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
     )
     source = open_pipeline(tmp_path / "pipeline")
 
-    def gathered(device: str) -> list:
-        with source.filled(), computing(source, OnDevice(source.weights.read, device), device):
-            return gather_batches(source, ["a red circle"], 3, 0, lambda: None)
+    module = source.family.wrap(source.pipe, source.height, source.width).eval()
+    layers = [name.removeprefix(f"{DENOISER}.") for name in observable_layers(module, DENOISER)]
+    attention: list[dict] = [{}, {}]
 
-    here, there = (gathered(device) for device in DEVICES)
+    def gathered(device: str, limits: dict) -> tuple[list, Observed]:
+        batches: list = []
+
+        def run() -> None:
+            batches.extend(gather_batches(source, ["a red circle"], 3, 0, lambda: None))
+
+        read = OnDevice(source.weights.read, device)
+        with source.filled(), computing(source, read, device), watch_attention(source.denoiser, limits):
+            observed = observe(source.denoiser, layers, run, range(3))
+        return batches, observed.renamed(f"{DENOISER}.")
+
+    (here, first), (there, second) = (
+        gathered(device, limits) for device, limits in zip(DEVICES, attention, strict=True)
+    )
     assert len(here) == len(there) == 3
     for one, two in zip(here, there, strict=True):
         for cpu, gpu in zip(one, two, strict=True):
             assert gpu.device.type == "cpu"
             torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-3)
-    module = source.family.wrap(source.pipe, source.height, source.width).eval()
 
     def read(name: str) -> torch.Tensor:
         return source.weights.read(name.removeprefix(f"{DENOISER}."))
@@ -67,11 +81,15 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
         precision: quantizable_layers(module, DENOISER, RECIPES[precision])
         for precision in (Precision.FP8, Precision.INT8, Precision.INT4, Precision.NVFP4)
     }
-    attention: list[dict] = [{}, {}]
     ranges = []
-    for device, limits in zip(DEVICES, attention, strict=True):
-        with streamed(module, read, device), watch_attention(module, limits):
-            ranges.append(calibrate_ranges(module, chosen, here, weight, device))
+    for device, observed in zip(DEVICES, (first, second), strict=True):
+
+        def search(device: str = device) -> None:
+            with torch.inference_mode(), streamed(module, read, device):
+                for batch in here:
+                    module(*on(batch, device))
+
+        ranges.append(calibrate_ranges(module, chosen, observed, search, weight))
     assert attention[0]
     assert attention[0].keys() == attention[1].keys()
     for name, limits in attention[0].items():

@@ -359,7 +359,8 @@ def compiled(folder: Path, name: str) -> tuple[EngineEntry, Path]:
     own = {key: item for key, item in whole.tensors.items() if key not in common}
     weights = [folder / "shared.safetensors", path.with_suffix(".safetensors")]
     for file_path, tensors in zip(weights, (common, own), strict=True):
-        write_tensors(file_path, tensors)
+        if not file_path.exists():
+            write_tensors(file_path, tensors)
     whole.module = on_meta(whole.module)
     compile_package(whole, "cuda", inputs, path)
     gpu = current_gpu()

@@ -1,38 +1,67 @@
 """Inserts QuantizeLinear / DequantizeLinear around linear layers and convolutions of a clean FP16 graph.
 
 The result is strongly typed, as TensorRT 10 and 11 require: the precision is in the graph and no
-builder flag changes it. Weights are stored quantized, activations are signed 8-bit or FP8 (TensorRT's
-parser refuses unsigned ones).
+builder flag changes it. Weights are stored quantized, as data-less initializers (`external`), activations are signed
+8-bit or FP8 (TensorRT's parser refuses unsigned ones).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 
-import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.onnx_graphs import qdq_nvfp4
 from tmpdiff_export.onnx_graphs.export import drop_unused
-from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.onnx_graphs.external import data_less
+from tmpdiff_export.onnx_graphs.stored import CODES, SCALE, TRANSPOSED
+from tmpdiff_export.quantization.codes import LayerRange, input_scale
 from tmpdiff_export.quantization.recipes import Recipe
 
 IR_VERSION = 10
+_TYPES = {
+    Precision.INT8: TensorProto.INT8,
+    Precision.FP8: TensorProto.FLOAT8E4M3FN,
+    Precision.INT4: TensorProto.INT4,
+}
 
 
-def insert_qdq(model: onnx.ModelProto, layers: Mapping[str, QuantizedLayer], recipe: Recipe) -> onnx.ModelProto:
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What a graph holds itself of a quantized layer, on the CPU.
+
+    Attributes:
+        input_scale: see `QuantizedLayer`.
+        pre_quant_scale: see `QuantizedLayer`.
+    """
+
+    input_scale: torch.Tensor | None
+    pre_quant_scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, found: LayerRange, precision: Precision) -> LayerInputs:
+        """By a layer's range, before it is quantized."""
+        scale = found.pre_quant_scale
+        return cls(input_scale(found, precision), None if scale is None else scale.half())
+
+
+def insert_qdq(model: onnx.ModelProto, layers: Mapping[str, LayerInputs], recipe: Recipe) -> onnx.ModelProto:
     """A copy of `model` with every layer in `layers` quantized.
 
     All operators are standard ONNX, except for NVFP4's dynamic quantization of activations (`qdq_nvfp4`).
 
     Args:
         model: as `export.export_graph` returns it.
-        layers: codes and scales per module name; `<name>.weight` must be the weight of a MatMul, Gemm or Conv.
-        recipe: gives the opset and the block size.
+        layers: by module name; `<name>.weight` must be the weight of a MatMul, Gemm or Conv.
+        recipe: gives the precision, the opset and the block size.
+
+    Returns:
+        A graph whose codes and scales of weights are data-less initializers: `stored.layer_tensors`.
 
     Raises:
         BuildError: a layer's weight is not found in the graph, so it would silently stay FP16.
@@ -65,7 +94,7 @@ def insert_qdq(model: onnx.ModelProto, layers: Mapping[str, QuantizedLayer], rec
 class _Writer:
     """Collects the new node list; one Q/DQ pair per activation, one DQ per weight."""
 
-    def __init__(self, graph: onnx.GraphProto, layers: Mapping[str, QuantizedLayer], recipe: Recipe) -> None:
+    def __init__(self, graph: onnx.GraphProto, layers: Mapping[str, LayerInputs], recipe: Recipe) -> None:
         self.graph = graph
         self.layers = layers
         self.recipe = recipe
@@ -84,7 +113,7 @@ class _Writer:
             return
         layer = self.layers[name]
         float_type = self.float_types[node.input[1]]
-        weight = self._weight(name, layer, float_type, node)
+        weight = self._weight(name, float_type, node)
         data = self._activation(node.input[0], layer, float_type)
         if node.op_type == "Conv":
             self.nodes.append(helper.make_node("Conv", [data, weight, *node.input[2:]], node.output, name=node.name))
@@ -102,29 +131,33 @@ class _Writer:
         self.types.extend(fragment.types)
         return fragment.output
 
-    def _weight(self, name: str, layer: QuantizedLayer, float_type: int, reader: onnx.NodeProto) -> str:
+    def _weight(self, name: str, float_type: int, reader: onnx.NodeProto) -> str:
         output = f"{name}.weight_dequantized"
         if name in self.placed:
             return output
         self.placed.add(name)
-        if layer.precision is Precision.NVFP4:
-            return self._take(qdq_nvfp4.weight_fragment(name, layer, float_type))
-        codes, scale = f"{name}.weight_codes", f"{name}.weight_scale"
-        if reader.op_type == "Conv":  # [K, N] to [N, C, kh, kw]
-            layer = replace(layer, codes=layer.codes.T.reshape(self.dims[reader.input[1]]))
-        self.graph.initializer.append(codes_tensor(codes, layer))
-        self.graph.initializer.append(numpy_helper.from_array(layer.weight_scale, scale))
+        dims, precision, block_size = self.dims[reader.input[1]], self.recipe.precision, self.recipe.block_size
+        if not reader.input[1].endswith(TRANSPOSED) and reader.op_type == "Gemm":
+            dims = dims[::-1]  # [N, K], read transposed
+        if precision is Precision.NVFP4:
+            return self._take(qdq_nvfp4.weight_fragment(name, dims[::-1], float_type))
+        codes, scale = f"{name}.{CODES}", f"{name}.{SCALE}"
+        scale_dims: tuple[int, ...] = ()
         attributes: dict[str, int] = {}
-        if layer.precision is Precision.INT8:
-            attributes = {"axis": 0 if reader.op_type == "Conv" else 1}
-        elif layer.precision is Precision.INT4:
-            attributes = {"axis": 0, "block_size": layer.codes.shape[0] // layer.weight_scale.shape[0]}
+        if precision is Precision.INT8:
+            axis = 0 if reader.op_type == "Conv" else 1
+            attributes, scale_dims = {"axis": axis}, (dims[axis],)
+        elif precision is Precision.INT4:
+            assert block_size is not None  # the recipe has it
+            attributes, scale_dims = {"axis": 0, "block_size": block_size}, (dims[0] // block_size, dims[1])
+        self.graph.initializer.append(data_less(codes, _TYPES[precision], dims))
+        self.graph.initializer.append(data_less(scale, TensorProto.FLOAT16, scale_dims))
         self.nodes.append(
             helper.make_node("DequantizeLinear", [codes, scale], [output], name=f"{name}/weight_dq", **attributes)
         )
         return output
 
-    def _activation(self, source: str, layer: QuantizedLayer, float_type: int) -> str:
+    def _activation(self, source: str, layer: LayerInputs, float_type: int) -> str:
         key = (source, _bytes(layer.input_scale), _bytes(layer.pre_quant_scale))
         if key in self.activations:
             return self.activations[key]
@@ -132,18 +165,17 @@ class _Writer:
         readers = sum(other[0] == source for other in self.activations)
         stem = f"{source}_{readers}" if readers else source
         if layer.pre_quant_scale is not None:
-            self.graph.initializer.append(numpy_helper.from_array(layer.pre_quant_scale, f"{stem}_smoothing"))
+            self.graph.initializer.append(numpy_helper.from_array(layer.pre_quant_scale.numpy(), f"{stem}_smoothing"))
             self.nodes.append(
                 helper.make_node("Mul", [data, f"{stem}_smoothing"], [f"{stem}_smoothed"], name=f"{stem}/smooth")
             )
             data = f"{stem}_smoothed"
-        if layer.input_scale is not None and layer.precision is Precision.NVFP4:
+        if layer.input_scale is not None and self.recipe.precision is Precision.NVFP4:
             data = self._take(qdq_nvfp4.activation_fragment(stem, data, layer.input_scale, float_type))
         elif layer.input_scale is not None:
             scale, zero = f"{stem}_scale", f"{stem}_zero_point"
-            self.graph.initializer.append(numpy_helper.from_array(np.asarray(layer.input_scale), scale))
-            kind = TensorProto.FLOAT8E4M3FN if layer.precision is Precision.FP8 else TensorProto.INT8
-            self.graph.initializer.append(helper.make_tensor(zero, kind, [], b"\0", raw=True))
+            self.graph.initializer.append(numpy_helper.from_array(layer.input_scale.numpy(), scale))
+            self.graph.initializer.append(helper.make_tensor(zero, _TYPES[self.recipe.precision], [], b"\0", raw=True))
             for op, inputs, output in (
                 ("QuantizeLinear", data, f"{stem}_quantized"),
                 ("DequantizeLinear", f"{stem}_quantized", f"{stem}_dequantized"),
@@ -154,27 +186,15 @@ class _Writer:
         return data
 
 
-def codes_tensor(name: str, layer: QuantizedLayer) -> onnx.TensorProto:
-    """The codes as an ONNX tensor, 4-bit ones packed two to a byte (low nibble first)."""
-    codes = np.ascontiguousarray(layer.codes)
-    if layer.precision is Precision.INT8:
-        return numpy_helper.from_array(codes, name)
-    if layer.precision is Precision.FP8:
-        return helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, codes.shape, codes.tobytes(), raw=True)
-    flat = codes.reshape(-1).astype(np.uint8) & 0xF
-    packed = flat[0::2] | (flat[1::2] << 4)
-    return helper.make_tensor(name, TensorProto.INT4, codes.shape, packed.tobytes(), raw=True)
+def _bytes(scale: torch.Tensor | None) -> bytes:
+    return b"" if scale is None else scale.numpy().tobytes()
 
 
-def _bytes(array: np.ndarray | None) -> bytes:
-    return b"" if array is None else array.tobytes()
-
-
-def _layer_of(node: onnx.NodeProto, layers: Mapping[str, QuantizedLayer]) -> str | None:
+def _layer_of(node: onnx.NodeProto, layers: Mapping[str, LayerInputs]) -> str | None:
     """The layer whose weight `node` multiplies by, if it is one of `layers`."""
     if node.op_type == "MatMul":
-        weight = node.input[1].removesuffix("^T")
-        transposed = node.input[1].endswith("^T")
+        weight = node.input[1].removesuffix(TRANSPOSED)
+        transposed = node.input[1].endswith(TRANSPOSED)
     elif node.op_type == "Conv":
         weight, transposed = node.input[1], True  # [N, C, kh, kw], outputs first as in torch
     elif node.op_type == "Gemm":

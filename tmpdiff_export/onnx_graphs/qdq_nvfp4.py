@@ -8,16 +8,16 @@ DequantizeLinear follow. FP16 scales would be subnormal, so this part is FP32, c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from tmpdiff_export.onnx_graphs.external import data_less
+from tmpdiff_export.onnx_graphs.stored import BLOCK_SCALE, CODES, SCALE
 from tmpdiff_export.quantization import nvfp4
-from tmpdiff_export.quantization.codes import QuantizedLayer
-from tmpdiff_export.quantization.packing import pack
 
 TRT_DOMAIN = "trt"
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
@@ -40,12 +40,11 @@ class Fragment:
     types: tuple[onnx.ValueInfoProto, ...] = ()
 
 
-def weight_fragment(name: str, layer: QuantizedLayer, float_type: int) -> Fragment:
-    """The weight of linear layer `name`, dequantized to [K, N] of `float_type` (a `TensorProto` type)."""
-    assert layer.block_scale is not None
-    codes, block_scale, scale = (f"{name}.weight_{part}" for part in ("codes", "block_scale", "scale"))
+def weight_fragment(name: str, dims: Sequence[int], float_type: int) -> Fragment:
+    """The weight of linear layer `name`, [N, K], dequantized to [K, N] of `float_type` (a `TensorProto` type)."""
+    codes, block_scale, scale = (f"{name}.{part}" for part in (CODES, BLOCK_SCALE, SCALE))
     output = f"{name}.weight_dequantized"
-    shape = layer.block_scale.shape
+    width, depth = dims
     return Fragment(
         output,
         (
@@ -53,14 +52,14 @@ def weight_fragment(name: str, layer: QuantizedLayer, float_type: int) -> Fragme
             helper.make_node("Transpose", [f"{output}^T"], [output], name=f"{name}/weight_transpose", perm=[1, 0]),
         ),
         (
-            codes_tensor(codes, layer.codes),
-            helper.make_tensor(block_scale, TensorProto.FLOAT8E4M3FN, shape, layer.block_scale.tobytes(), raw=True),
-            numpy_helper.from_array(layer.weight_scale, scale),
+            data_less(codes, TensorProto.FLOAT4E2M1, (width, depth)),
+            data_less(block_scale, TensorProto.FLOAT8E4M3FN, (width, depth // nvfp4.BLOCK_SIZE)),
+            data_less(scale, TensorProto.FLOAT, ()),
         ),
     )
 
 
-def activation_fragment(stem: str, data: str, input_scale: np.ndarray, float_type: int) -> Fragment:
+def activation_fragment(stem: str, data: str, input_scale: torch.Tensor, float_type: int) -> Fragment:
     """`data` [..., K] of `float_type`, quantized with dynamic block scales and dequantized; `stem` names its tensors.
 
     TensorRT's operator takes two or three dimensions.
@@ -80,17 +79,12 @@ def activation_fragment(stem: str, data: str, input_scale: np.ndarray, float_typ
     return Fragment(
         output,
         (quantize, *_dequantize(stem, codes, block_scale, scale, output, float_type)),
-        (numpy_helper.from_array(input_scale, scale),),
+        (numpy_helper.from_array(input_scale.numpy(), scale),),
         (
             helper.make_tensor_value_info(codes, TensorProto.FLOAT4E2M1, None),
             helper.make_tensor_value_info(block_scale, TensorProto.FLOAT8E4M3FN, None),
         ),
     )
-
-
-def codes_tensor(name: str, codes: torch.Tensor) -> onnx.TensorProto:
-    """E2M1 codes as an ONNX tensor, two to a byte (low nibble first)."""
-    return helper.make_tensor(name, TensorProto.FLOAT4E2M1, codes.shape, pack(codes).numpy().tobytes(), raw=True)
 
 
 def _dequantize(

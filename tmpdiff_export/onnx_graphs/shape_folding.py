@@ -2,37 +2,34 @@
 
 A traced transformer computes every reshape from Shape, Gather, Concat and the like: two thirds of its
 nodes, and on a small model a tenth of the time. Nearly all of those values do not depend on the symbolic
-axes. Instead of reasoning about them, the graph is run at two settings of its symbolic axes: what comes out
-equal is a constant, and the target of a reshape copies (0) or infers (-1) the entries that differ.
+axes. Instead of reasoning about them, ONNX Runtime works out all shapes at two settings of the symbolic axes: what
+comes out equal is a constant, and the target of a reshape copies (0) or infers (-1) the entries that differ.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tmpdiff_export.onnx_graphs.export import drop_unused, save_graph
-from tmpdiff_export.onnx_graphs.fp32 import to_fp32
+from tmpdiff_export.onnx_graphs.export import drop_unused
+from tmpdiff_export.onnx_graphs.external import is_external, weights_as_inputs
+from tmpdiff_export.onnx_graphs.fp32 import retype
 
 # Larger "constants" are tables that were computed on purpose; storing them would grow the file.
 LARGEST_CONSTANT = 64
-_NUMPY = {
-    onnx.TensorProto.FLOAT: np.float32,
-    onnx.TensorProto.INT64: np.int64,
-}
 
 
-def fold_shapes(model: onnx.ModelProto, scratch: Path) -> int:
-    """Replaces shape arithmetic by constants, in place.
+def fold_shapes(model: onnx.ModelProto) -> int:
+    """Replaces shape arithmetic by constants, in place; needs no weights.
 
     Args:
         model: as exported; every graph input has known sizes but for its symbolic axes.
-        scratch: path for a temporary copy of the graph, removed afterwards.
 
     Returns:
         The number of nodes removed.
@@ -45,7 +42,7 @@ def fold_shapes(model: onnx.ModelProto, scratch: Path) -> int:
     reshapes = [node for node in graph.node if node.op_type == "Reshape" and node.input[1] in set(names)]
     ends = list(dict.fromkeys(name for node in reshapes for name in (node.input[0], node.output[0])))
     first, second = (
-        _values(model, names, ends, sizes, scratch) for sizes in ({"batch": 2, "text": 23}, {"batch": 3, "text": 41})
+        _values(model, names, ends, sizes) for sizes in ({"batch": 2, "text": 23}, {"batch": 3, "text": 41})
     )
     constants = {
         name: first[name]
@@ -74,7 +71,7 @@ def fold_shapes(model: onnx.ModelProto, scratch: Path) -> int:
 def _shape_only(graph: onnx.GraphProto) -> list[str]:
     """Tensors computed from shapes and constants alone."""
     constant = {name for node in graph.node if node.op_type == "Constant" for name in node.output}
-    constant |= {item.name for item in graph.initializer if int(np.prod(item.dims)) <= LARGEST_CONSTANT}
+    constant |= {item.name for item in graph.initializer if _is_small(item)}
     found: dict[str, None] = {}
     for node in graph.node:
         if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
@@ -85,28 +82,28 @@ def _shape_only(graph: onnx.GraphProto) -> list[str]:
     return list(found)
 
 
+def _is_small(item: onnx.TensorProto) -> bool:
+    return not is_external(item) and int(np.prod(item.dims)) <= LARGEST_CONSTANT
+
+
 def _values(
-    model: onnx.ModelProto, names: Sequence[str], ends: Sequence[str], sizes: Mapping[str, int], scratch: Path
+    model: onnx.ModelProto, names: Sequence[str], ends: Sequence[str], sizes: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
     """The tensors called `names`, and the shape of each of `ends` as `<name>_size`, at `sizes` of the symbolic axes.
 
-    Shapes are read off a float32 copy of the graph: ONNX Runtime 1.30 refuses SD3's in FP16, where its own casts do not
+    Shapes are read off a float32 copy of the graph: ONNX Runtime refuses SD3's in FP16, where its own casts do not
     fit together. What is computed from them keeps its types, in a graph of its own.
     """
     shapes = [name for node in model.graph.node if node.op_type == "Shape" for name in node.output]
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    to_fp32(probe.graph, Counter())
+    probe = weights_as_inputs(model)
+    retype(probe.graph)
     del probe.graph.value_info[:]
+    for value in probe.graph.input:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                axis.dim_value = sizes[axis.dim_param]
     probe.graph.node.extend(helper.make_node("Shape", [name], [f"{name}_size"]) for name in ends)
-    feeds = {
-        value.name: np.ones(
-            [sizes[axis.dim_param] if axis.dim_param else axis.dim_value for axis in value.type.tensor_type.shape.dim],
-            _NUMPY[value.type.tensor_type.elem_type],
-        )
-        for value in probe.graph.input
-    }
-    found = _run(probe, [*shapes, *(f"{name}_size" for name in ends)], feeds, scratch)
+    found = _constants(probe, [*shapes, *(f"{name}_size" for name in ends)])
 
     rest = onnx.ModelProto()
     rest.CopyFrom(model)
@@ -114,37 +111,40 @@ def _values(
     nodes = [node for node in rest.graph.node if node.op_type == "Constant" or set(node.output) & {*names} - {*shapes}]
     del rest.graph.node[:]
     rest.graph.node.extend(nodes)
-    given = {name: found[name] for name in shapes}
-    rest.graph.input.extend(
-        helper.make_tensor_value_info(name, onnx.TensorProto.INT64, value.shape) for name, value in given.items()
-    )
-    computed = [name for name in names if name not in given]
-    return found | (_run(rest, computed, given, scratch) if computed else {})
+    rest.graph.initializer.extend(numpy_helper.from_array(found[name], name) for name in shapes)
+    computed = [name for name in names if name not in shapes]
+    return found | dict(zip(computed, _session(rest, computed).run(computed, {}), strict=True)) if computed else found
 
 
-def _run(
-    model: onnx.ModelProto, wanted: Sequence[str], feeds: Mapping[str, np.ndarray], scratch: Path
-) -> dict[str, np.ndarray]:
-    """Tensors of a graph by name; changes its outputs."""
-    import onnxruntime
+def _constants(model: onnx.ModelProto, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """Tensors that ONNX Runtime finds to be constant without running the graph, by name; changes its outputs."""
+    copies = {name: f"{name}/copy" for name in wanted}  # an output of a graph is not folded, what it is a copy of is
+    model.graph.node.extend(helper.make_node("Identity", [name], [copy]) for name, copy in copies.items())
+    with tempfile.TemporaryDirectory() as scratch:
+        folded = Path(scratch) / "folded.onnx"
+        _session(model, list(copies.values()), folded)
+        graph = onnx.load(folded).graph
+    values = {item.name: item for item in graph.initializer}
+    sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
+    return {name: numpy_helper.to_array(values[sources.get(copy, copy)]) for name, copy in copies.items()}
 
+
+def _session(model: onnx.ModelProto, wanted: Sequence[str], folded: Path | None = None) -> Any:
+    """An ONNX Runtime session for a graph, whose outputs it changes; with its constants folded it is written to `folded`."""
     from engines.backends.onnxruntime.cpu import PROVIDER
+    from engines.backends.onnxruntime.session import library
 
+    onnxruntime = library()
     del model.graph.output[:]
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
     drop_unused(model.graph)
-    weights = save_graph(model, scratch)
-    try:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(str(scratch), options, providers=[PROVIDER])
-        taken = {item.name: feeds[item.name] for item in session.get_inputs()}
-        return dict(zip(wanted, session.run(wanted, taken), strict=True))
-    finally:
-        scratch.unlink()
-        if weights is not None:
-            weights.unlink()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if folded is not None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(folded)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
 
 
 def _reshape_target(*runs: tuple[np.ndarray, np.ndarray]) -> np.ndarray | None:

@@ -134,11 +134,6 @@ def plan_key(asked: PlanRequest, tensorrt_version: str) -> PlanKey:
     )
 
 
-def data_file(onnx: Path) -> Path:
-    """Where the export puts the weights of an ONNX file above 2 GB; need not exist."""
-    return onnx.with_suffix(onnx.suffix + ".data")
-
-
 def inspector_file(plan: Path) -> Path:
     """Where the engine inspector's JSON of a plan is."""
     return plan.with_suffix(plan.suffix + ".layers.json")

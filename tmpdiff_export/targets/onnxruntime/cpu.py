@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from onnx import ModelProto
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine, version
-from engines.files import sha256_file
-from engines.manifest import EngineEntry
-from tmpdiff_export.onnx_graphs.export import save_graph
+from engines.manifest import EngineEntry, FileEntry
+from engines.precision import Precision
+from tmpdiff_export.onnx_graphs.stored import BLOCK_SCALE, CODES, SCALE, layer_tensors, plain_tensor
+from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.quantization.packing import pack
+from tmpdiff_export.targets.accuracy import AccuracyCheck
+from tmpdiff_export.targets.exported import plain_tensors, typed_graph, write_graph
+from tmpdiff_export.targets.onnxruntime.convolution import taps_matrix
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
-from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.targets.onnxruntime.nvfp4 import whole_codes
+from tmpdiff_export.targets.target import EngineJob, SourceModel, file_entry, tensor_specs
 
 
 class CpuTarget:
@@ -17,27 +29,118 @@ class CpuTarget:
 
     backend = "onnxruntime"
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """See `Target.key`."""
+        return {"backend": self.backend, "version": version(), "device": "cpu"}
+
+    @property
+    def form(self) -> CpuForm:
+        """See `Target.form`."""
+        return CpuForm()
+
     def require_memory(self, parameters: int) -> None:
         """Any model that could be loaded for export can be tried; see `Target.require_memory`."""
 
-    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
-        """Lowers the graph, writes it, loads it and measures its SQNR; see `Target.make`."""
-        lowered, counts = lower_for_cpu(job.graph)
-        path = folder / "engines" / f"{job.name}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = save_graph(lowered, path)
-        measured = job.check.sqnr_db(OnnxRuntimeEngine(path))
+    def prepare(self, job: EngineJob) -> PreparedCpuEngine:
+        """Lowers the graph; see `Target.prepare`."""
+        lowered, counts = lower_for_cpu(typed_graph(job), job.model.dtype if not job.model.half else torch.float16)
+        task = CpuTask(job.name, Path(), (), lowered, counts, job.model.check, job.recipe, job.floor_db)
+        return PreparedCpuEngine(task, plain_tensors(job, lowered, self.form))
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCpuEngine:
+    """See `tmpdiff_export.targets.target.PreparedEngine`."""
+
+    engine: CpuTask
+    tensors: Mapping[str, torch.Tensor]
+
+    def task(self, folder: Path, weights: Sequence[FileEntry]) -> CpuTask:
+        """See `PreparedEngine.task`."""
+        return replace(self.engine, folder=folder, weights=tuple(weights))
+
+
+@dataclass(frozen=True, eq=False)
+class CpuTask:
+    """What is left to do for an engine whose weights are stored.
+
+    Attributes:
+        name: of the engine; stem of its file.
+        folder: a bundle folder, or one that stands for it.
+        weights: its weight files in the folder.
+        graph: lowered, without weights.
+        lowering: see `EngineEntry`.
+        check: inputs and references for its SQNR.
+        recipe: see `EngineEntry`.
+        floor_db: the least SQNR the build accepts.
+    """
+
+    name: str
+    folder: Path
+    weights: tuple[FileEntry, ...]
+    graph: ModelProto
+    lowering: dict[str, int]
+    check: AccuracyCheck
+    recipe: str
+    floor_db: float
+
+    def __call__(self) -> EngineEntry:
+        """Writes the graph beside its weights, and measures it.
+
+        Raises:
+            BuildError: a weight is missing.
+            BackendError: ONNX Runtime refuses the graph.
+        """
+        path = self.folder / "engines" / f"{self.name}.onnx"
+        write_graph(self.graph, path, [self.folder / file.path for file in self.weights])
+        measured = self.check.sqnr_db(OnnxRuntimeEngine(path))
         return EngineEntry(
-            file=file_entry(folder, path),
-            weights=() if weights is None else (file_entry(folder, weights),),
-            backend=self.backend,
+            file=file_entry(self.folder, path),
+            weights=self.weights,
+            backend=CpuTarget.backend,
             backend_version=version(),
             device="cpu",
-            lowering=counts,
-            onnx_sha256=sha256_file(job.onnx_file),
-            recipe=job.recipe,
+            lowering=self.lowering,
+            onnx_sha256=None,
+            recipe=self.recipe,
             sqnr_db=round(measured, 2),
-            sqnr_floor_db=job.floor_db,
-            inputs=tensor_specs(lowered.graph.input),
-            outputs=tensor_specs(lowered.graph.output),
+            sqnr_floor_db=self.floor_db,
+            inputs=tensor_specs(self.graph.graph.input),
+            outputs=tensor_specs(self.graph.graph.output),
         )
+
+
+class CpuForm:
+    """`tmpdiff_export.targets.target.Form`: tensors as `lower_for_cpu` has them."""
+
+    name = "onnxruntime-cpu"
+
+    def plain(self, model: SourceModel, name: str, wanted: torch.Tensor) -> torch.Tensor:
+        """See `Form.plain`."""
+        return plain_tensor(name, model.read, wanted.dtype)
+
+    def codes(self, model: SourceModel, name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
+        """See `Form.codes`."""
+        return cpu_layer_tensors(name, layer, model.module.get_submodule(name).weight.shape)
+
+
+def cpu_layer_tensors(name: str, layer: QuantizedLayer, weight_shape: Sequence[int]) -> dict[str, torch.Tensor]:
+    """`stored.layer_tensors`, in the forms of `lower_for_cpu`.
+
+    Returns:
+        `<name>.weight_codes`: int8 or FP8 [K, N], of a convolution [kh kw C, N]; INT4's for MatMulNBits, uint8
+        [N, K / block, block / 2] with zero point 8; NVFP4's are twice the numbers, int8 [K, N].
+        `<name>.weight_scale`: float32 [N], of INT4 [N, K / block], else []; NVFP4's is halved.
+        `<name>.weight_block_scale` of NVFP4: [K / 16, N].
+    """
+    codes, scale = layer.codes, layer.weight_scale.float()
+    if layer.precision is Precision.INT4:
+        blocks = (codes + 8).view(torch.uint8).unflatten(1, (scale.shape[1], -1))
+        stored = {CODES: pack(blocks), SCALE: scale}
+    elif layer.block_scale is not None:
+        stored = {CODES: whole_codes(codes).T, SCALE: scale / 2, BLOCK_SCALE: layer.block_scale.T}
+    else:
+        as_read = layer_tensors(name, layer, weight_shape)[f"{name}.{CODES}"]
+        stored = {CODES: taps_matrix(as_read) if as_read.ndim == 4 else as_read, SCALE: scale}
+    return {f"{name}.{part}": item.contiguous() for part, item in stored.items()}

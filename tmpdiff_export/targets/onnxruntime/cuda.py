@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,9 @@ from engines.backends.onnxruntime.provider import require_provider
 from engines.errors import BackendError
 from engines.manifest import EngineEntry
 from engines.precision import Precision
-from tmpdiff_export.targets.onnxruntime.graph_copy import copy_graph
+from tmpdiff_export.targets.accuracy import AccuracyCheck
+from tmpdiff_export.targets.exported import OnnxForm
+from tmpdiff_export.targets.onnxruntime.graph_copy import PreparedCopy, prepare_copy
 from tmpdiff_export.targets.target import EngineJob, file_entry, require_weights_fit, tensor_specs
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -53,21 +56,42 @@ class OnnxCudaTarget:
         """Refuses a denoiser whose 16-bit weights alone would not fit; see `Target.require_memory`."""
         require_weights_fit(parameters, self._gpu.total_bytes)
 
-    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
-        """Copies the graph, loads it as the runtime would and measures its SQNR; see `Target.make`."""
-        from engines.backends.onnxruntime.host import onnxruntime_cuda_host  # which needs cuda-bindings
+    @property
+    def key(self) -> dict[str, Any]:
+        """See `Target.key`."""
+        return {"backend": self.backend, "version": version(), "device": self._gpu.described}
 
-        path, entry = copy_graph(job, folder, backend=self.backend, version=version(), device=self._gpu.described)
-        with tempfile.TemporaryDirectory(prefix=".optimized-", dir=path.parent) as scratch:
-            optimized = Path(scratch) / "optimized.onnx"
-            host = onnxruntime_cuda_host(optimized=optimized)
-            try:
-                host.add(job.name, entry, path)
-                measured = job.check.sqnr_db(host.engine(job.name))
-            finally:
-                host.close()
-            counts = operator_counts(optimized)
-        return entry.model_copy(update={"sqnr_db": round(measured, 2), "lowering": counts})
+    @property
+    def form(self) -> OnnxForm:
+        """See `Target.form`."""
+        return OnnxForm()
+
+    def prepare(self, job: EngineJob) -> PreparedCopy:
+        """Exports the graph; see `Target.prepare`."""
+        check = job.model.check
+        return prepare_copy(
+            job,
+            lambda name, path, entry: _measured(name, path, entry, check),
+            backend=self.backend,
+            version=version(),
+            device=self._gpu.described,
+        )
+
+
+def _measured(name: str, path: Path, entry: EngineEntry, check: AccuracyCheck) -> EngineEntry:
+    """Loads an engine as the runtime would and measures its SQNR."""
+    from engines.backends.onnxruntime.host import onnxruntime_cuda_host  # which needs cuda-bindings
+
+    with tempfile.TemporaryDirectory(prefix=".optimized-", dir=path.parent) as scratch:
+        optimized = Path(scratch) / "optimized.onnx"
+        host = onnxruntime_cuda_host(optimized=optimized)
+        try:
+            host.add(name, entry, path)
+            measured = check.sqnr_db(host.engine(name))
+        finally:
+            host.close()
+        counts = operator_counts(optimized)
+    return entry.model_copy(update={"sqnr_db": round(measured, 2), "lowering": counts})
 
 
 def operator_counts(optimized: Path) -> dict[str, int]:

@@ -1,47 +1,99 @@
-"""Engines that are the exported graph as it is, for backends that take ONNX files."""
+"""Engines that are the strongly typed graph as it is, for backends that take ONNX files."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engines.backends.tensorrt.plan_store import data_file
+import torch
+from onnx import ModelProto
+
 from engines.files import sha256_file
-from engines.manifest import EngineEntry
+from engines.manifest import EngineEntry, FileEntry
+from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
 from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 
+Measure = Callable[[str, Path, EngineEntry], EngineEntry]
+"""Loads an engine, by name, file and manifest entry, and returns the entry with its SQNR and lowering."""
 
-def copy_graph(job: EngineJob, folder: Path, *, backend: str, version: str, device: str) -> tuple[Path, EngineEntry]:
-    """Copies a graph, and its weights where they are in a file of their own, to `engines/<name>.onnx`.
+
+@dataclass(frozen=True, eq=False)
+class PreparedCopy:
+    """See `tmpdiff_export.targets.target.PreparedEngine`."""
+
+    copy: GraphCopy
+    tensors: Mapping[str, torch.Tensor]
+
+    def task(self, folder: Path, weights: Sequence[FileEntry]) -> Callable[[], EngineEntry]:
+        """See `PreparedEngine.task`."""
+        return replace(self.copy, folder=folder, weights=tuple(weights))
+
+
+@dataclass(frozen=True, eq=False)
+class GraphCopy:
+    """What is left to do for an engine whose weights are stored.
+
+    Attributes:
+        name: of the engine; stem of its file.
+        folder: a bundle folder, or one that stands for it.
+        weights: its weight files in the folder.
+        graph: without weights.
+        unmeasured: its manifest entry but for files and measurements.
+        measure: what the backend does with it.
+    """
+
+    name: str
+    folder: Path
+    weights: tuple[FileEntry, ...]
+    graph: ModelProto
+    unmeasured: Mapping[str, object]
+    measure: Measure
+
+    def __call__(self) -> EngineEntry:
+        """Writes the graph beside its weights, and measures it.
+
+        Raises:
+            BuildError: the graph is not valid, or a weight is missing.
+            BackendError: the backend refuses the graph.
+        """
+        path = self.folder / "engines" / f"{self.name}.onnx"
+        write_graph(self.graph, path, [self.folder / file.path for file in self.weights])
+        entry = EngineEntry.model_validate(
+            {
+                **self.unmeasured,
+                "file": file_entry(self.folder, path),
+                "weights": self.weights,
+                "onnx_sha256": sha256_file(path),
+                "inputs": tensor_specs(self.graph.graph.input),
+                "outputs": tensor_specs(self.graph.graph.output),
+            }
+        )
+        return self.measure(self.name, path, entry)
+
+
+def prepare_copy(job: EngineJob, measure: Measure, *, backend: str, version: str, device: str) -> PreparedCopy:
+    """Begins an engine: `engines/<name>.onnx` and weights in `OnnxForm`.
 
     Args:
         job: what is made.
-        folder: a bundle folder, or one that stands for it.
+        measure: called when the file is written; its entry has an SQNR of 0.
         backend: see `EngineEntry`.
         version: see `EngineEntry.backend_version`.
         device: see `EngineEntry`.
 
-    Returns:
-        The copy and its manifest entry, whose SQNR is still to be measured (0).
+    Raises:
+        BuildError: the model cannot be exported.
     """
-    path = folder / "engines" / f"{job.name}.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(job.onnx_file, path)
-    weights = data_file(job.onnx_file)
-    if weights.exists():
-        shutil.copyfile(weights, data_file(path))
-    entry = EngineEntry(
-        file=file_entry(folder, path),
-        weights=(file_entry(folder, data_file(path)),) if weights.exists() else (),
-        backend=backend,
-        backend_version=version,
-        device=device,
-        lowering={},
-        onnx_sha256=sha256_file(job.onnx_file),
-        recipe=job.recipe,
-        sqnr_db=0.0,
-        sqnr_floor_db=job.floor_db,
-        inputs=tensor_specs(job.graph.graph.input),
-        outputs=tensor_specs(job.graph.graph.output),
-    )
-    return path, entry
+    graph = strong_graph(job)
+    unmeasured = {
+        "backend": backend,
+        "backend_version": version,
+        "device": device,
+        "lowering": {},
+        "recipe": job.recipe,
+        "sqnr_db": 0.0,
+        "sqnr_floor_db": job.floor_db,
+    }
+    copy = GraphCopy(job.name, Path(), (), graph, unmeasured, measure)
+    return PreparedCopy(copy, plain_tensors(job, graph, OnnxForm()))

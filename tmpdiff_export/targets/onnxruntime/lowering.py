@@ -1,15 +1,17 @@
 """Lowers a strongly typed FP16 Q/DQ graph to the form ONNX Runtime's CPU provider runs fastest.
 
-Same codes, same scales, other operators; the ONNX file for TensorRT is untouched. What changes:
+Same codes, same scales, other operators, and other forms of weights, which stay data-less: `stored` makes them. What
+changes:
 
-- FP16 tensors: computed in FP32, because CPU kernels emulate FP16. Weights are FP16 in the file and
+- FP16 tensors: computed in FP32, because CPU kernels emulate FP16. Large weights are 16-bit in the file and
   are cast once when the engine is loaded; so are those of a graph exported in FP32.
 - INT8: one fused integer product (MatMulIntegerToFloat) per linear layer or convolution, with the activation's zero
   point moved from 0 (signed) to 128 (unsigned): the same 256 codes, for which x86 has an instruction.
-- FP8: emulated. Weights are dequantized when the engine is loaded, activations are rounded to E4M3.
+- FP8: emulated. Weights are dequantized when the engine is loaded, activations are rounded to E4M3. One operator: a
+  Cast and a Mul would leave two float32 weights in memory where one is.
 - INT4: MatMulNBits on the packed codes.
-- NVFP4: emulated. Weights are dequantized when the engine is loaded, activations are quantized to E2M1 with
-  dynamic block scales and dequantized, in functions of standard operators (`nvfp4`).
+- NVFP4: emulated. Weights are dequantized when the engine is loaded, from 8-bit integers in blocks (`nvfp4`),
+  activations are quantized to E2M1 with dynamic block scales and dequantized, in a function of standard operators.
 
 The fused operators are ONNX Runtime's contrib operators, written explicitly and not left to its optimizer:
 its Q/DQ passes were seen to compute wrong results silently on such graphs.
@@ -17,15 +19,19 @@ its Q/DQ passes were seen to compute wrong results silently on such graphs.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tmpdiff_export.onnx_graphs.export import drop_unused
+from tmpdiff_export.onnx_graphs.external import data_less
 from tmpdiff_export.onnx_graphs.fp32 import to_fp32
 from tmpdiff_export.onnx_graphs.qdq_nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN
+from tmpdiff_export.quantization.nvfp4 import BLOCK_SIZE
 from tmpdiff_export.targets.onnxruntime import nvfp4
 from tmpdiff_export.targets.onnxruntime.convolution import gather_taps
 
@@ -34,21 +40,24 @@ CONTRIB = "com.microsoft"
 NBITS_FP32_COMPUTE = 0
 
 
-def lower_for_cpu(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
+def lower_for_cpu(
+    model: onnx.ModelProto, source: torch.dtype = torch.float16
+) -> tuple[onnx.ModelProto, dict[str, int]]:
     """A lowered copy of `model` and what was done, as counts for the manifest.
 
     Args:
-        model: strongly typed FP16 graph, with or without Q/DQ from `qdq.insert_qdq`.
+        model: strongly typed graph without weights, with or without Q/DQ from `qdq.insert_qdq`.
+        source: of a graph in FP32, what most of the model's numbers come in: large weights are stored in 16 bits.
 
     Returns:
-        The lowered graph (float inputs and outputs are FP32) and a count per rewrite, for example
+        The lowered graph, without weights (float inputs and outputs are FP32), and a count per rewrite, for example
         {"fp16-weights": 60, "MatMulIntegerToFloat": 40}.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
     counts: Counter[str] = Counter()
-    to_fp32(graph, counts)
+    to_fp32(graph, source, counts)
     lowering = _Lowering(graph, counts)
     nodes = [lowered for node in graph.node for lowered in lowering.lower(node)]
     del graph.node[:]
@@ -63,7 +72,7 @@ def lower_for_cpu(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, in
         result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
     if nvfp4.DOMAIN in domains:
         result.opset_import.append(helper.make_opsetid(nvfp4.DOMAIN, 1))
-        result.functions.extend(nvfp4.functions(versions[""].version))
+        result.functions.extend([nvfp4.function(versions[""].version)])
     return result, dict(sorted(counts.items()))
 
 
@@ -72,8 +81,14 @@ class _Lowering:
         self.graph = graph
         self.counts = counts
         self.initializers = {item.name: item for item in graph.initializer}
+        self.kinds = {item.name: item.data_type for item in graph.initializer}
+        self.dims = {item.name: tuple(item.dims) for item in graph.initializer}
         self.producers = {name: node for node in graph.node for name in node.output}
-        self.readers = Counter(name for node in graph.node for name in node.input)
+        self.readers_of: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers_of.setdefault(name, []).append(node)
+        self.readers = Counter({name: len(nodes) for name, nodes in self.readers_of.items()})
         self.readers.update(item.name for item in graph.output)
         # A DequantizeLinear with a computed scale is NVFP4's: the scales of its blocks are quantized themselves.
         self.block_scales = {
@@ -81,6 +96,7 @@ class _Lowering:
             for node in graph.node
             if node.op_type == "DequantizeLinear" and node.input[1] in self.producers
         }
+        self.not_needed: set[str] = set()  # outputs of nodes that others stand for
         self.fused_bias: dict[str, onnx.NodeProto] = {}
         for node in graph.node:
             self._find_bias(node)
@@ -89,9 +105,11 @@ class _Lowering:
         """The nodes that stand for `node` in the lowered graph."""
         if node.op_type == "Add" and any(self.fused_bias.get(name) is node for name in node.input):
             return []
+        if node.output[0] in self.not_needed:
+            return []
         weight = self._quantized_weight(node)
         if weight is not None:
-            kind = self.initializers[weight.input[0]].data_type
+            kind = self.kinds[weight.input[0]]
             if kind == TensorProto.INT8 and node.op_type == "Conv":
                 return self._integer_convolution(node, weight)
             if kind == TensorProto.INT8:
@@ -105,13 +123,14 @@ class _Lowering:
             if block_scale is not None:
                 return self._nvfp4(node, block_scale)
             if node.output[0] in self.block_scales:
-                return []
-            if self._kind(node.input[0]) == TensorProto.FLOAT8E4M3FN:
-                return self._fp8_weight(node)
+                return []  # it goes before its reader
+            if self.kinds.get(node.input[0]) == TensorProto.FLOAT8E4M3FN:
+                self.counts["fp8-emulated"] += 1
         return [node]
 
-    def _kind(self, name: str) -> int | None:
-        return self.initializers[name].data_type if name in self.initializers else None
+    def _store(self, name: str, data_type: int, dims: tuple[int, ...]) -> None:
+        """Gives a data-less initializer another form."""
+        self.initializers[name].CopyFrom(data_less(name, data_type, dims))
 
     def _quantized_weight(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
         """The DequantizeLinear of a stored weight that `node` multiplies by."""
@@ -132,12 +151,12 @@ class _Lowering:
             if product is None or bias is None or self.readers[node.input[index]] != 1:
                 continue
             weight = self._quantized_weight(product)
-            codes = None if weight is None else self.initializers[weight.input[0]]
+            codes = "" if weight is None else weight.input[0]
             if (
-                codes is not None
+                codes
                 and product.op_type == "MatMul"
-                and codes.data_type in (TensorProto.INT8, TensorProto.INT4)
-                and list(bias.dims) == [codes.dims[1]]
+                and self.kinds[codes] in (TensorProto.INT8, TensorProto.INT4)
+                and tuple(bias.dims) == self.dims[codes][1:]
             ):
                 self.fused_bias[product.output[0]] = node
                 return
@@ -158,10 +177,12 @@ class _Lowering:
 
     def _integer_convolution(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> list[onnx.NodeProto]:
         nodes, codes, scale, zero = self._unsigned_codes(node.input[0])
-        gathered = gather_taps(node, codes, zero, self.initializers[weight.input[0]])
+        dims = self.dims[weight.input[0]]
+        gathered = gather_taps(node, codes, zero, dims)
         self.graph.initializer.extend(gathered.initializers)
+        self._store(weight.input[0], TensorProto.INT8, (math.prod(dims[1:]), dims[0]))
         product, bias = f"{node.output[0]}_channels_last_product", node.input[2] if len(node.input) > 2 else ""
-        inputs = [gathered.data, gathered.weight, scale, weight.input[1], zero, "", bias]
+        inputs = [gathered.data, weight.input[0], scale, weight.input[1], zero, "", bias]
         back = helper.make_node("Transpose", [product], node.output, name=f"{product}/back", perm=[0, 3, 1, 2])
         return [*nodes, *gathered.nodes, self._matmul_integer(node.name, inputs, product), back]
 
@@ -187,23 +208,14 @@ class _Lowering:
         )
 
     def _nbits_product(self, node: onnx.NodeProto, weight: onnx.NodeProto) -> list[onnx.NodeProto]:
-        stem = weight.input[0]
-        depth, width = self.initializers[stem].dims
-        scales = numpy_helper.to_array(self.initializers[weight.input[1]])
-        block_size = depth // scales.shape[0]
-        packed, scale = f"{stem}_nbits", f"{stem}_nbits_scale"
-        if packed not in self.initializers:
-            codes = numpy_helper.to_array(self.initializers[stem]).astype(np.int8)
-            # Stored per output column, two codes a byte (low nibble first), with zero point 8.
-            columns = (codes.T.reshape(width, depth // block_size, block_size) + 8).astype(np.uint8)
-            for tensor in (
-                numpy_helper.from_array(columns[..., 0::2] | (columns[..., 1::2] << 4), packed),
-                numpy_helper.from_array(np.ascontiguousarray(scales.T), scale),
-            ):
-                self.initializers[tensor.name] = tensor
-                self.graph.initializer.append(tensor)
+        codes, scale = weight.input[0], weight.input[1]
+        depth, width = self.dims[codes]
+        blocks = self.dims[scale][0]
+        block_size = depth // blocks
+        self._store(codes, TensorProto.UINT8, (width, blocks, block_size // 2))
+        self._store(scale, TensorProto.FLOAT, (width, blocks))
         bias, output = self._outputs(node)
-        inputs = [node.input[0], packed, scale, "", "", bias]
+        inputs = [node.input[0], codes, scale, "", "", bias]
         self.counts["MatMulNBits"] += 1
         return [
             helper.make_node(
@@ -220,15 +232,6 @@ class _Lowering:
             )
         ]
 
-    def _fp8_weight(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """Cast and Mul on constants: folded when the engine is loaded, one byte a weight in the file."""
-        wide = f"{node.input[0]}_fp32"
-        self.counts["fp8-emulated"] += 1
-        return [
-            helper.make_node("Cast", [node.input[0]], [wide], name=wide, to=TensorProto.FLOAT),
-            helper.make_node("Mul", [wide, node.input[1]], [node.output[0]], name=f"{wide}/scale"),
-        ]
-
     def _nvfp4(self, node: onnx.NodeProto, block_scale: onnx.NodeProto) -> list[onnx.NodeProto]:
         """A weight, or an activation with its dynamic quantization, behind a double DequantizeLinear."""
         tensor_scale, output = block_scale.input[1], node.output[0]
@@ -237,5 +240,12 @@ class _Lowering:
             self.counts["nvfp4-emulated-activations"] += 1
             return [nvfp4.fake_quantize_node(quantize.input[0], tensor_scale, output)]
         self.counts["nvfp4-emulated"] += 1
-        codes = self.initializers[node.input[0]]
-        return [nvfp4.dequantize_node(codes, block_scale.input[0], tensor_scale, output)]
+        codes, scale = node.input[0], block_scale.input[0]
+        width, depth = self.dims[codes]
+        self._store(codes, TensorProto.INT8, (depth, width))
+        self._store(scale, TensorProto.FLOAT8E4M3FN, (depth // BLOCK_SIZE, width))
+        # They are stored as MatMul reads them, in FP32.
+        cast = self.readers_of[output][0]
+        transpose = self.readers_of[cast.output[0]][0]
+        self.not_needed.update((cast.output[0], transpose.output[0]))
+        return [block_scale, nvfp4.dequantize_node(codes, block_scale.output[0], transpose.output[0])]

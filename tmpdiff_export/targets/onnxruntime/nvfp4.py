@@ -1,44 +1,22 @@
 """NVFP4 on ONNX Runtime's CPU provider, which has no 4-bit floats: the same codes and scales in standard operators.
 
-Weights stay 4-bit in the file and are dequantized when the engine is loaded. Activations are quantized and
+Weights are dequantized when the engine is loaded, by one operator: of 4-bit codes it would take several, and memory for
+what each of them makes, 14 times the float32 weights. So they are 8-bit in the file. Activations are quantized and
 dequantized in FP32 for every input, as the precision defines it. Exact, and slow.
 """
 
 from __future__ import annotations
 
-import ml_dtypes
-import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper
 
 from tmpdiff_export.quantization import nvfp4
 
 DOMAIN = "tmpdiff"
-DEQUANTIZE = "Nvfp4Dequantize"
 FAKE_QUANTIZE = "Nvfp4FakeQuantize"
 
-_E2M1_VALUES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(float).tolist()
-
-# Codes are unsigned 4-bit integers here: the same bytes, in a type that the provider reads.
-_DEQUANTIZE_BODY = f"""
-{DEQUANTIZE} (codes, block_scale, tensor_scale) => (weight)
-{{
-    e2m1_values = Constant <value_floats = {_E2M1_VALUES}> ()
-    index = Cast <to = {TensorProto.INT32}> (codes)
-    values = Gather (e2m1_values, index)
-    block_shape = Constant <value_ints = [-1, {nvfp4.BLOCK_SIZE}]> ()
-    blocks = Reshape (values, block_shape)
-
-    block_scale_fp32 = Cast <to = {TensorProto.FLOAT}> (block_scale)
-    scale = Mul (block_scale_fp32, tensor_scale)
-    column = Constant <value_ints = [-1, 1]> ()
-    scales = Reshape (scale, column)
-
-    dequantized = Mul (blocks, scales)
-    shape = Shape (values)
-    weight = Reshape (dequantized, shape)
-}}
-"""
+_TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 
 # From 0 to 2, 2 to 4 and 4 to 6 the E2M1 numbers are the multiples of 0.5, 1 and 2, and those with an even code are
 # the even multiples: Round, which takes ties to even, gives the nearest code.
@@ -83,21 +61,26 @@ _FAKE_QUANTIZE_BODY = f"""
 """
 
 
-def functions(opset: int) -> list[onnx.FunctionProto]:
-    """The two operators that the lowered graph calls, as model-local functions of standard ones at its `opset`.
+def function(opset: int) -> onnx.FunctionProto:
+    """The operator that the lowered graph calls, as a model-local function of standard ones at its `opset`.
 
-    `Nvfp4Dequantize`: codes uint4 [N, K], block scales float8e4m3fn [N, K / 16] and a tensor scale to float
-    [N, K]. `Nvfp4FakeQuantize`: float [..., K] and a tensor scale to float [..., K], as `nvfp4.fake_quantize`.
+    `Nvfp4FakeQuantize`: float [..., K] and a tensor scale to float [..., K], as `nvfp4.fake_quantize`.
     """
-    header = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>'
-    return [onnx.parser.parse_function(header + body) for body in (_DEQUANTIZE_BODY, _FAKE_QUANTIZE_BODY)]
+    return onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>' + _FAKE_QUANTIZE_BODY)
 
 
-def dequantize_node(codes: onnx.TensorProto, block_scale: str, tensor_scale: str, output: str) -> onnx.NodeProto:
-    """The node that makes a weight; its codes become unsigned integers in place."""
-    codes.data_type = TensorProto.UINT4
-    inputs = [codes.name, block_scale, tensor_scale]
-    return helper.make_node(DEQUANTIZE, inputs, [output], name=output, domain=DOMAIN)
+def whole_codes(codes: torch.Tensor) -> torch.Tensor:
+    """E2M1 bits, uint8 of any shape, as twice the numbers they stand for, int8; their scale is to be halved."""
+    if codes.device.type == "meta":
+        return torch.empty_like(codes, dtype=torch.int8)
+    return _TWICE_E2M1[codes.int()]
+
+
+def dequantize_node(codes: str, scale: str, output: str) -> onnx.NodeProto:
+    """The node that makes a weight [K, N] of whole codes and the scales of blocks [K / 16, N]."""
+    return helper.make_node(
+        "DequantizeLinear", [codes, scale], [output], name=output, axis=0, block_size=nvfp4.BLOCK_SIZE
+    )
 
 
 def fake_quantize_node(data: str, tensor_scale: str, output: str) -> onnx.NodeProto:

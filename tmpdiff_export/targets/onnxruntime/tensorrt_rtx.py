@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from engines.backends.onnxruntime.tensorrt_rtx import COMPUTE_CAPABILITIES, TensorRtRtxEngine, require_device, version
 from engines.manifest import EngineEntry
-from tmpdiff_export.targets.onnxruntime.graph_copy import copy_graph
+from tmpdiff_export.targets.exported import OnnxForm
+from tmpdiff_export.targets.onnxruntime.graph_copy import PreparedCopy, prepare_copy
 from tmpdiff_export.targets.target import EngineJob
 
 
@@ -26,11 +28,24 @@ class RtxTarget:
     def require_memory(self, parameters: int) -> None:
         """The files are compiled where they run, not here; see `Target.require_memory`."""
 
-    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
-        """Copies the graph, runs it on the GPU and measures its SQNR; see `Target.make`."""
+    @property
+    def key(self) -> dict[str, Any]:
+        """See `Target.key`."""
+        return {"backend": self.backend, "version": version()}
+
+    @property
+    def form(self) -> OnnxForm:
+        """See `Target.form`."""
+        return OnnxForm()
+
+    def prepare(self, job: EngineJob) -> PreparedCopy:
+        """Exports the graph; see `Target.prepare`."""
         capabilities = ", ".join(f"{major}.{minor}" for major, minor in COMPUTE_CAPABILITIES)
-        path, entry = copy_graph(
-            job, folder, backend=self.backend, version=version(), device=f"compute capability {capabilities}"
+        check = job.model.check
+
+        def measured(_: str, path: Path, entry: EngineEntry) -> EngineEntry:
+            return entry.model_copy(update={"sqnr_db": round(check.sqnr_db(TensorRtRtxEngine(path, entry)), 2)})
+
+        return prepare_copy(
+            job, measured, backend=self.backend, version=version(), device=f"compute capability {capabilities}"
         )
-        measured = job.check.sqnr_db(TensorRtRtxEngine(path, entry))
-        return entry.model_copy(update={"sqnr_db": round(measured, 2)})

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
+from onnx import ModelProto
 
 from engines.backends.cuda.gpu import current_gpu
 from engines.backends.cuda.timing import latency_ms
@@ -26,13 +32,26 @@ from engines.backends.tensorrt.profiling import layer_times
 from engines.backends.tensorrt.timing_cache import timing_cache_path
 from engines.errors import BuildError
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, PlanEntry, TensorSpec
+from engines.manifest import EngineEntry, FileEntry, PlanEntry, TensorSpec
 from engines.precision import BITS_PER_WEIGHT, REFERENCE, Precision
 from tmpdiff_export.memory import host_available_bytes
+from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
 from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 from tmpdiff_export.targets.tensorrt.settings import BATCH, PlanSettings
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPlan:
+    """See `tmpdiff_export.targets.target.PreparedEngine`."""
+
+    make: Callable[[Path, Sequence[FileEntry]], EngineEntry]
+    tensors: Mapping[str, torch.Tensor]
+
+    def task(self, folder: Path, weights: Sequence[FileEntry]) -> Callable[[], EngineEntry]:
+        """See `PreparedEngine.task`."""
+        return partial(self.make, folder, weights)
 
 
 class TensorRtTarget:
@@ -83,18 +102,56 @@ class TensorRtTarget:
             gpu=self._gpu,
         )
 
-    def make(self, job: EngineJob, folder: Path) -> EngineEntry:
-        """Builds the plan or finds it in the cache, loads it, measures its SQNR and its layers; see `Target.make`."""
-        specs = tensor_specs(job.graph.graph.input)
+    @property
+    def key(self) -> dict[str, Any]:
+        """See `Target.key`."""
+        settings = self._settings
+        return {
+            "backend": self.backend,
+            "version": VERSION,
+            "device": self._gpu.described,
+            "options": settings.options.canonical(),
+            "batch": astuple(settings.batch),
+            "shapes": {symbol: astuple(sizes) for symbol, sizes in sorted(settings.shapes.items())},
+        }
+
+    @property
+    def form(self) -> OnnxForm:
+        """See `Target.form`."""
+        return OnnxForm()
+
+    def prepare(self, job: EngineJob) -> PreparedPlan:
+        """Exports the graph; see `Target.prepare`.
+
+        Raises:
+            BuildError: a range was asked for a symbol that the denoiser does not have.
+        """
+        graph = strong_graph(job)
+        specs = tensor_specs(graph.graph.input)
         shapes = profile(specs, self._ranges(specs, job))
-        stored = self._plan(job, shapes)
+        return PreparedPlan(
+            lambda folder, weights: self._make(job, graph, shapes, folder, weights),
+            plain_tensors(job, graph, self.form),
+        )
+
+    def _make(
+        self, job: EngineJob, graph: ModelProto, shapes: Profile, folder: Path, weights: Sequence[FileEntry]
+    ) -> EngineEntry:
+        """Builds the plan or finds it in the cache, loads it, measures its SQNR and its layers."""
+        specs = tensor_specs(graph.graph.input)
         engines = folder / "engines"
-        engines.mkdir(parents=True, exist_ok=True)
+        onnx_file = engines / f"{job.name}.onnx"
+        write_graph(graph, onnx_file, [folder / file.path for file in weights])
+        try:
+            onnx_sha256 = sha256_file(onnx_file)
+            stored = self._plan(job, onnx_file, shapes)
+        finally:
+            onnx_file.unlink()  # a plan has its weights itself
         plan, inspector = engines / f"{job.name}.plan", engines / f"{job.name}.layers.json"
         shutil.copyfile(stored.path, plan)
         shutil.copyfile(stored.inspector, inspector)
         opt_shapes = {name: opt for name, (_, opt, _) in shapes.items()}
-        check, options = job.check, self._settings.options
+        check, options = job.model.check, self._settings.options
         with open_engine(
             plan, version_compatible=options.version_compatible, weight_streaming=options.weight_streaming
         ) as (engine, loaded):
@@ -105,8 +162,8 @@ class TensorRtTarget:
         warnings = [*stored.facts.warnings]
         if job.name == REFERENCE.value:
             self._reference_ms = step_ms
-        elif job.quantized is not None and self._reference_ms is not None:
-            slow = speed_warning(job.quantized.value, step_ms, self._reference_ms)
+        elif job.ranges and self._reference_ms is not None:
+            slow = speed_warning(job.precision.value, step_ms, self._reference_ms)
             warnings = [slow, *warnings] if slow else warnings
         return EngineEntry(
             file=file_entry(folder, plan),
@@ -114,12 +171,12 @@ class TensorRtTarget:
             backend_version=VERSION,
             device=self._gpu.described,
             lowering={},
-            onnx_sha256=sha256_file(job.onnx_file),
+            onnx_sha256=onnx_sha256,
             recipe=job.recipe,
             sqnr_db=round(measured, 2),
             sqnr_floor_db=job.floor_db,
             inputs=specs,
-            outputs=tensor_specs(job.graph.graph.output),
+            outputs=tensor_specs(graph.graph.output),
             plan=PlanEntry(
                 version_compatible=options.version_compatible,
                 hardware_compatibility=options.hardware_compatibility,
@@ -139,7 +196,7 @@ class TensorRtTarget:
         Raises:
             BuildError: a range was asked for a symbol that the denoiser does not have.
         """
-        pictures, factor = self._settings.batch, job.batch_per_picture
+        pictures, factor = self._settings.batch, job.model.batch_per_picture
         fixed = pictures.min == pictures.max
         batch = ShapeRange(
             # A range also takes calls without guidance, one sample per picture; a fixed size stays fixed.
@@ -156,9 +213,8 @@ class TensorRtTarget:
         asked = {**_seen_sizes(specs, job), **self._settings.shapes, BATCH: batch}
         return {symbol: asked[symbol] for symbol in symbols}
 
-    def _plan(self, job: EngineJob, shapes: Profile) -> StoredPlan:
-        precision = (job.quantized or REFERENCE).value
-        asked = PlanRequest(job.onnx_file, precision, shapes, self._settings.options, self._gpu)
+    def _plan(self, job: EngineJob, onnx_file: Path, shapes: Profile) -> StoredPlan:
+        asked = PlanRequest(onnx_file, job.precision.value, shapes, self._settings.options, self._gpu)
 
         def build(target: Path) -> PlanFacts:
             return build_plan(
@@ -174,8 +230,8 @@ class TensorRtTarget:
 def _seen_sizes(specs: Sequence[TensorSpec], job: EngineJob) -> dict[str, ShapeRange]:
     """The sizes of symbolic axes in the pipeline's own runs."""
     seen: dict[str, list[int]] = {}
-    for batch in job.check.batches:
-        arrays = dict(zip(job.check.names, batch, strict=True))
+    for batch in job.model.check.batches:
+        arrays = dict(zip(job.model.check.names, batch, strict=True))
         for spec in specs:
             for symbol, size in zip(spec.shape, arrays[spec.name].shape, strict=True):
                 if isinstance(symbol, str):

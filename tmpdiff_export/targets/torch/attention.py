@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -90,9 +91,10 @@ def use_fp8_attention(module: torch.nn.Module, ranges: Mapping[str, AttentionRan
 
     Their scales are buffers, as other weights are: so layers that compute the same are the same program.
     """
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
     for name, scales in attention_tensors(ranges).items():
         layer = module.get_submodule(name.removesuffix(f".{SCALES}"))
-        layer.register_buffer(SCALES, scales.to(next(layer.parameters()).device))
+        layer.register_buffer(SCALES, scales.to(device))
         layer.float32_buffers = (SCALES,)
         layer.processor = Fp8Processor(layer.processor)
 

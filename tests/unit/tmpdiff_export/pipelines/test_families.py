@@ -9,32 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto
-from safetensors.torch import load_file
-from tmpdiff_export.bundling.exported import ExportedModel, export_denoiser
+from helpers.stored_graphs import save_stored
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.errors import BuildError
 from engines.manifest import MODEL_OUTPUT
-from engines.precision import Precision
-from tmpdiff_export.bundling.engine import DenoiserJob, Workplace, start_denoiser
+from engines.precision import REFERENCE, Precision
+from tmpdiff_export.bundling.engine import require_floor
 from tmpdiff_export.devices import Batch
-from tmpdiff_export.onnx_graphs.export import save_graph
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.families.flux import pack
 from tmpdiff_export.pipelines.families.table import DENOISERS, FAMILIES, family_of
 from tmpdiff_export.pipelines.load import open_pipeline
-from tmpdiff_export.targets.accuracy import sqnr_db, torch_outputs
-from tmpdiff_export.targets.onnxruntime.cpu import CpuTarget
+from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
+from tmpdiff_export.targets.accuracy import sqnr_db
+from tmpdiff_export.targets.exported import strong_graph, typed_graph
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
-from tmpdiff_export.targets.target import at_once
-from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
+from tmpdiff_export.targets.target import EngineJob, SourceModel
+from tmpdiff_export.targets.torch.compile import EngineModule
 from tmpdiff_export.targets.torch.lowering import lower_for_torch
+from tmpdiff_export.weights.streamed import on_meta
 from tools.acceptance.checks import check_of
+from tools.acceptance.export_families import best_cpu_engine, family_model, quantized_weights, write_strong_graph
 from tools.acceptance.miniatures import TEXT_TOKENS, Miniature, miniature
 
 FP16_FLOOR_DB = 50.0
@@ -42,12 +41,17 @@ FP16_FLOOR_DB = 50.0
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A miniature and its FP16 graph."""
+    """A miniature, whole and as a build has it."""
 
     small: Miniature
     module: torch.nn.Module
-    graph: onnx.ModelProto
+    model: SourceModel
     batches: list[Batch]
+
+    @property
+    def job(self) -> EngineJob:
+        """Its FP16 engine."""
+        return EngineJob("fp16", self.model, NO_RECIPE, REFERENCE, {}, FP16_FLOOR_DB)
 
     def feeds(self, batch: Batch) -> dict[str, np.ndarray]:
         return {name: tensor.numpy() for name, tensor in zip(self.small.family.inputs, batch, strict=True)}
@@ -62,17 +66,16 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Exports a family, once."""
+def exported() -> Callable[[str], Exported]:
+    """A family, made once."""
     made: dict[str, Exported] = {}
 
     def export(name: str) -> Exported:
         if name not in made:
             small = miniature(name)
             module, batches = small.wrap(), small.batches(4, seed=1)
-            folder = tmp_path_factory.mktemp(name)
-            graph = export_denoiser(module, small.family, batches[0], folder)
-            made[name] = Exported(small, module, graph, batches)
+            model = family_model(miniature(name), [rows(batches[2], 3)])
+            made[name] = Exported(small, module, model, batches)
         return made[name]
 
     return export
@@ -83,6 +86,10 @@ def rows(batch: Batch, count: int) -> Batch:
     repeated = (torch.cat([tensor] * count)[:count] for tensor in batch)
     latents, *rest = repeated
     return (latents + torch.arange(count).reshape(-1, 1, 1, 1), *rest)
+
+
+def outputs_of(module: torch.nn.Module, batch: Batch) -> tuple[np.ndarray, ...]:
+    return check_of(module, (), "", [batch]).references
 
 
 def fits(small: Miniature, key: str) -> bool:
@@ -121,13 +128,13 @@ def test_the_fp16_engine_equals_torch_at_any_batch_and_text_length(
     name: str, exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:
     export = exported(name)
-    save_graph(lower_for_cpu(export.graph)[0], tmp_path / "engine.onnx")
-    engine = OnnxRuntimeEngine(tmp_path / "engine.onnx")
+    lowered, _ = lower_for_cpu(typed_graph(export.job))
+    engine = OnnxRuntimeEngine(save_stored(lowered, tmp_path / "engine.onnx", export.module))
     three = rows(export.batches[1], 3)
     shorter = tuple(tensor[:, : TEXT_TOKENS - 5] if tensor.shape[1:2] == (TEXT_TOKENS,) else tensor for tensor in three)
     assert any(a.shape != b.shape for a, b in zip(three, shorter, strict=True))
     for batch in (rows(export.batches[0], 1), three, shorter):
-        (expected,) = torch_outputs(export.module, [batch])
+        (expected,) = outputs_of(export.module, batch)
         measured = engine.run(export.feeds(batch))[MODEL_OUTPUT]
         assert measured.shape == tuple(batch[0].shape)
         assert sqnr_db(expected, measured) > FP16_FLOOR_DB
@@ -156,52 +163,36 @@ def test_quantized_engines_reach_their_floor_and_leave_no_layer_out(
     name: str, precision: Precision, layers: int, exported: Callable[[str], Exported], tmp_path: Path
 ) -> None:
     export = exported(name)
-    check = check_of(export.module, list(export.small.family.inputs), MODEL_OUTPUT, [rows(export.batches[2], 3)])
-    place = Workplace(at_once(CpuTarget()), tmp_path, tmp_path)
-    exported_model = ExportedModel(
-        export.module, export.graph, check, 2, half=True, float32_inputs=export.small.family.float32_inputs
-    )
-    start_denoiser(place, exported_model, DenoiserJob(precision, export.batches)).finish()
-    model = onnx.load(tmp_path / "onnx" / f"{precision.value}.onnx")
-    codes = {
-        Precision.FP8: TensorProto.FLOAT8E4M3FN,
-        Precision.INT8: TensorProto.INT8,
-        Precision.INT4: TensorProto.INT4,
-        Precision.NVFP4: TensorProto.FLOAT4E2M1,
-    }[precision]
-    assert sum(item.data_type == codes and len(item.dims) > 1 for item in model.graph.initializer) == layers
+    job, entry = best_cpu_engine(export.model, precision, export.batches, tmp_path)
+    require_floor(precision.value, entry)
+    assert quantized_weights(strong_graph(job), precision) == layers
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_a_denoiser_travels_to_a_worker_without_its_weights(
-    name: str, exported: Callable[[str], Exported], tmp_path: Path
-) -> None:
-    """As the torch backend sends it: pickled, and the weights in a file."""
+def test_a_denoiser_travels_to_a_worker_without_its_weights(name: str, exported: Callable[[str], Exported]) -> None:
+    """As the torch backend sends it: pickled, without weights."""
     export = exported(name)
-    weights = tmp_path / "weights.safetensors"
-    module = EngineModule(export.module, torch.float32, [True] * len(export.batches[0])).eval()
-    data = pickle.dumps(store_weights(module, weights))
-    assert len(data) < 0.2 * weights.stat().st_size
+    module = EngineModule(on_meta(export.module), torch.float32, [True] * len(export.batches[0])).eval()
+    data = pickle.dumps(module)
+    state = {**dict(export.module.named_parameters()), **dict(export.module.named_buffers())}
+    assert len(data) < 0.2 * sum(item.numel() * item.element_size() for item in state.values())
     arrived = pickle.loads(data)
-    assert {item.device.type for item in (*arrived.parameters(), *arrived.buffers())} == {"meta"}
-    assert {item.device.type for item in (*module.parameters(), *module.buffers())} == {"cpu"}
-    # Copied, as the build does: kernels round differently over views of a file, whose tensors lie anywhere.
-    state = {name: item.clone() for name, item in load_file(weights).items()}
+    assert {item.device.type for item in arrived.tensors.values()} == {"meta"}
     with torch.inference_mode():
-        (found,) = torch.func.functional_call(arrived, state, export.batches[0])
-        (expected,) = module(*export.batches[0])
-    assert torch.equal(found, expected)
+        (found,) = torch.func.functional_call(
+            arrived, {f"module.{name}": state[name] for name in arrived.tensors}, export.batches[0]
+        )
+    (expected,) = outputs_of(export.module, export.batches[0])
+    np.testing.assert_array_equal(found.numpy(), expected)
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_a_lowered_denoiser_leaves_no_tensor_on_another_device(
-    name: str, exported: Callable[[str], Exported], tmp_path: Path
-) -> None:
+def test_a_lowered_denoiser_leaves_no_tensor_on_another_device(name: str, exported: Callable[[str], Exported]) -> None:
     """Stands for a GPU, where a tensor that the module makes for itself on the CPU would end its compilation."""
     export = exported(name)
-    lowered, _ = lower_for_torch(export.module, {}, torch.bfloat16)
+    lowered, _ = lower_for_torch(on_meta(export.module), {}, torch.bfloat16)
     batch = export.batches[0]
-    module = store_weights(EngineModule(lowered, torch.bfloat16, [False] * len(batch)).eval(), tmp_path / "weights")
+    module = EngineModule(lowered, torch.bfloat16, [False] * len(batch)).eval()
     with torch.inference_mode():
         (found,) = module(*(item.to("meta") for item in batch))
     assert found.device.type == "meta"
@@ -213,8 +204,9 @@ def test_flux_in_fp16_sees_timestep_and_guidance_in_full(exported: Callable[[str
     export = exported("flux")
     latents, _, text, pooled, _ = rows(export.batches[0], 2)
     batch = (latents, torch.tensor([931.2, 457.3]), text, pooled, torch.tensor([3.603, 7.517]))
-    (expected,) = torch_outputs(export.module, [batch])
-    session = onnxruntime.InferenceSession(export.graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (expected,) = outputs_of(export.module, batch)
+    path = write_strong_graph(export.job, tmp_path / "fp16.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     kinds = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
     feeds = export.feeds(batch)
     measured = session.run(

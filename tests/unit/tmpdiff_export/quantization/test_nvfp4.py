@@ -10,12 +10,14 @@ import onnx
 import pytest
 import torch
 from helpers import numpy_codes
+from helpers.stored_graphs import inputs_of, save_stored
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.errors import BuildError
 from engines.precision import DEFAULT_PRECISIONS, Precision, parse_precisions
-from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
+from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
+from tmpdiff_export.onnx_graphs.external import save_checked
 from tmpdiff_export.onnx_graphs.qdq import insert_qdq
 from tmpdiff_export.quantization import nvfp4
 from tmpdiff_export.quantization.codes import LayerRange, QuantizedLayer, quantize_layer
@@ -23,6 +25,7 @@ from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_lay
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.accuracy import sqnr_db
 from tmpdiff_export.targets.onnxruntime import nvfp4 as cpu_nvfp4
+from tmpdiff_export.targets.onnxruntime.cpu import cpu_layer_tensors
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
 
 RECIPE = RECIPES[Precision.NVFP4]
@@ -63,9 +66,9 @@ def module() -> Layers:
 
 
 @pytest.fixture(scope="module")
-def graph(module: Layers, tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+def graph(module: Layers) -> onnx.ModelProto:
     inputs = [ExportInput("x", torch.from_numpy(normal(2, 7, K)), {0: "batch"})]
-    return export_graph(module, inputs, {"y": {0: "batch"}}, tmp_path_factory.mktemp("onnx") / "x.onnx", half=True)
+    return export_graph(module, inputs, {"y": {0: "batch"}}, half=True)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def cpu_fake_quantize(x: np.ndarray, scale: np.ndarray, folder: Path) -> np.ndar
         [numpy_helper.from_array(scale, "scale")],
     )
     opsets = [helper.make_opsetid("", RECIPE.opset), helper.make_opsetid(cpu_nvfp4.DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=cpu_nvfp4.functions(RECIPE.opset), ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, functions=[cpu_nvfp4.function(RECIPE.opset)], ir_version=10)
     save_checked(model, folder / "operator.onnx")
     return OnnxRuntimeEngine(folder / "operator.onnx").run({"x": x})["y"]
 
@@ -166,10 +169,10 @@ def test_k_must_be_a_multiple_of_16(module: Layers) -> None:
 
 
 def test_the_file_stores_codes_and_scales_and_passes_the_checker(
-    graph: onnx.ModelProto, layers: dict[str, QuantizedLayer], tmp_path: Path
+    module: Layers, graph: onnx.ModelProto, layers: dict[str, QuantizedLayer], tmp_path: Path
 ) -> None:
-    save_checked(insert_qdq(graph, layers, RECIPE), tmp_path / "model.onnx")
-    model = onnx.load(tmp_path / "model.onnx")
+    quantized = insert_qdq(graph, inputs_of(layers), RECIPE)
+    model = onnx.load(save_stored(quantized, tmp_path / "model.onnx", module, layers))
     assert {(item.domain, item.version) for item in model.opset_import} == {("", 23), ("trt", 1)}
     stored = {item.name: item for item in model.graph.initializer}
     for name, layer in layers.items():
@@ -193,7 +196,7 @@ def test_the_file_stores_codes_and_scales_and_passes_the_checker(
 def test_the_checker_still_checks_what_follows_the_custom_operator(
     graph: onnx.ModelProto, layers: dict[str, QuantizedLayer], tmp_path: Path
 ) -> None:
-    model = insert_qdq(graph, layers, RECIPE)
+    model = insert_qdq(graph, inputs_of(layers), RECIPE)
     cast = next(node for node in model.graph.node if node.name == "x/cast")
     cast.attribute[0].i = TensorProto.FLOAT  # the product would then mix FP32 and FP16
     with pytest.raises(BuildError, match=r"model\.onnx is not valid"):
@@ -203,8 +206,8 @@ def test_the_checker_still_checks_what_follows_the_custom_operator(
 def test_the_cpu_engine_computes_what_codes_and_scales_say(
     module: Layers, graph: onnx.ModelProto, layers: dict[str, QuantizedLayer], tmp_path: Path
 ) -> None:
-    lowered, counts = lower_for_cpu(insert_qdq(graph, layers, RECIPE))
-    save_checked(lowered, tmp_path / "engine.onnx")
+    lowered, counts = lower_for_cpu(insert_qdq(graph, inputs_of(layers), RECIPE))
+    path = save_stored(lowered, tmp_path / "engine.onnx", module, layers, cpu_layer_tensors)
     assert (counts["nvfp4-emulated"], counts["nvfp4-emulated-activations"]) == (2, 2)
     assert {item.domain for item in lowered.opset_import} == {"", cpu_nvfp4.DOMAIN}
 
@@ -215,12 +218,12 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(
         data = x if layer.pre_quant_scale is None else x * layer.pre_quant_scale.float().numpy()
         assert layer.input_scale is not None
         seen = numpy_codes.fake_quantize(data, layer.input_scale.numpy()).astype(np.float64)
-        bias = module.get_submodule(name).bias.numpy().astype(np.float16)
+        bias = module.get_submodule(name).bias.numpy()
         total += factor * (seen @ layer.dequantized().T.double().numpy() + bias)
     narrow = module.narrow
-    expected = total @ narrow.weight.numpy().astype(np.float16).astype(np.float64).T
-    expected += narrow.bias.numpy().astype(np.float16)
-    measured = OnnxRuntimeEngine(tmp_path / "engine.onnx").run({"x": x})["y"]
+    expected = total @ narrow.weight.double().numpy().T
+    expected += narrow.bias.numpy()
+    measured = OnnxRuntimeEngine(path).run({"x": x})["y"]
     np.testing.assert_allclose(measured, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 

@@ -26,7 +26,6 @@ from engines.backends.tensorrt.plan_store import (
     PlanKey,
     PlanRequest,
     PlanStore,
-    data_file,
     inspector_file,
     plan_key,
 )
@@ -220,11 +219,12 @@ def test_the_content_of_the_model_changes_the_key_and_its_date_does_not(onnx: Pa
     save_model(onnx, "fp16", external=True)
     with_data = key_of(onnx).digest
     assert with_data != before
-    data = bytearray(data_file(onnx).read_bytes())
+    beside = onnx.with_name(f"{onnx.name}.data")
+    data = bytearray(beside.read_bytes())
     data[0] ^= 1
-    data_file(onnx).write_bytes(data)
+    beside.write_bytes(data)
     assert key_of(onnx).digest not in (before, with_data)
-    data_file(onnx).unlink()
+    beside.unlink()
     with pytest.raises(FileNotFoundError):
         key_of(onnx)
     save_model(onnx, "fp16", operator="Tanh")

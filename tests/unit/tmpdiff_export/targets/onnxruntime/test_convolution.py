@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
+from helpers.stored_graphs import inputs_of, save_stored
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.precision import Precision
-from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph, save_checked
+from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
 from tmpdiff_export.onnx_graphs.qdq import insert_qdq
-from tmpdiff_export.quantization.codes import quantize_layer
-from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
+from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
+from tmpdiff_export.quantization.ranges import quantizable_layers
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.accuracy import sqnr_db
+from tmpdiff_export.targets.onnxruntime.cpu import cpu_layer_tensors
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
 
 RECIPE = RECIPES[Precision.INT8]
@@ -50,30 +51,31 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_pa
     names = quantizable_layers(module, "denoiser", RECIPE)
     assert names == ["denoiser.0", "denoiser.2"]
 
-    def weight(name: str) -> torch.Tensor:
-        return module.get_submodule(name).weight.flatten(1)
-
-    found = calibrate_ranges(module, {Precision.INT8: names}, [(x,)], weight)[Precision.INT8]["max"]
-    layers = {name: quantize_layer(weight(name), item, Precision.INT8, None) for name, item in found.items()}
+    with torch.inference_mode():
+        between = module.denoiser[:2](x)
+    layers = {
+        name: quantize_layer(layer.weight.flatten(1), LayerRange(float(data.abs().max()), None), Precision.INT8, None)
+        for name, layer, data in zip(names, (first, second), (x, between), strict=True)
+    }
     inputs = [ExportInput("x", x, {0: "batch"})]
-    base = export_graph(module, inputs, {"y": {0: "batch"}}, tmp_path / "base.onnx", half=True)
-    model = insert_qdq(base, layers, RECIPE)
-    save_checked(model, tmp_path / "int8.onnx")
+    base = export_graph(module, inputs, {"y": {0: "batch"}}, half=True)
+    model = insert_qdq(base, inputs_of(layers), RECIPE)
+    save_stored(model, tmp_path / "int8.onnx", module, layers)
     lowered, counts = lower_for_cpu(model)
     assert counts["MatMulIntegerToFloat"] == 2
     assert "Conv" not in {node.op_type for node in lowered.graph.node}
-    onnx.save(lowered, tmp_path / "engine.onnx")
+    path = save_stored(lowered, tmp_path / "engine.onnx", module, layers, cpu_layer_tensors)
 
     def quantized(name: str, layer: torch.nn.Conv2d, data: torch.Tensor) -> torch.Tensor:
         scale = float(layers[name].input_scale)
         codes = torch.clamp(torch.round(data.float() / scale), -128, 127).double()
         weight = layers[name].dequantized().reshape(layer.weight.shape).double()
-        bias = None if layer.bias is None else layer.bias.half().double()
+        bias = None if layer.bias is None else layer.bias.double()
         return torch.nn.functional.conv2d(codes * scale, weight, bias, layer.stride, layer.padding)
 
     for batch in (x, torch.randn(3, 6, 9, 12)):
         expected = quantized(names[1], second, torch.nn.functional.silu(quantized(names[0], first, batch))).numpy()
-        measured = OnnxRuntimeEngine(tmp_path / "engine.onnx").run({"x": batch.numpy()})["y"]
+        measured = OnnxRuntimeEngine(path).run({"x": batch.numpy()})["y"]
         assert measured.shape == expected.shape
         # A code on the edge between two values may round either way; hence dB and not equality.
         assert sqnr_db(expected, measured) > 55.0

@@ -183,7 +183,8 @@ def stages_of(lines: Iterable[str], seconds: float) -> dict[str, float]:
 @contextlib.contextmanager
 def device_memory() -> Iterator[Callable[[], int | None]]:
     """A function that says how much device memory was taken at most since the block began, above what was then."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0", "-lms", "200"]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # the one that commands use
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}", "-lms", "200"]
     seen: list[int] = []
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -95,7 +95,8 @@ ROOMS = {
         accuracy settings
     """,
     "tools": """
-        experiments gpu_bench
+        experiments scale
+        gpu_bench
         release demo acceptance
     """,
 }

@@ -73,8 +73,8 @@ def require_modules(needs: Needs) -> None:
     names = [*_ALWAYS, *_BACKENDS[needs.backend]]
     if needs.device == "cuda":
         names += _CUDA.get(needs.backend, ())
-    if needs.fp8_attention:
-        names.append("cudnn")
+        if needs.fp8_attention:
+            names.append("cudnn")
     for name in names:
         _import(name)
     if needs.backend == "torch":

@@ -242,3 +242,25 @@ def test_a_table_of_a_result() -> None:
     assert "| compiled 16-bit diffusers module, ms; times as fast are | 88.0; fp16 1.10, fp8 2.20 |" in shown
     assert "| run | failed: see the file |" in shown
     assert "36.00; 39.00" in shown
+
+
+@pytest.mark.long  # a build
+def test_a_small_pipeline_goes_through_every_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "result.json"
+    words = ["pixart", "--tiny", "--device", "cpu", "--backend", "onnxruntime", "--precisions", "fp16,int8"]
+    options = ["--side", "128", "--steps", "4", "--rounds", "3", "--compile-backend", "eager", "--out", str(out)]
+    assert scale.main([*words, *options]) == 0
+    found = json.loads(out.read_text())
+    assert {name: phase["status"] for name, phase in found["phases"].items()} == {
+        **dict.fromkeys(phases.PHASES, "done"),
+        "run-limited": "none",
+    }
+    build = found["phases"]["build"]
+    assert build["attempts"][0]["stages_s"]
+    assert build["attempts"][0]["peak_bytes"]["total"] > 100 * MEBIBYTE
+    assert sum(build["files"].values()) <= build["separate_bytes"] + 10**6
+    assert str(tmp_path) not in out.read_text()
+    assert table.main([str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "| step, ms | fp16 " in shown
+    assert "loop over the sum of its steps, fp16/int8, 3 swaps" in shown

@@ -56,7 +56,7 @@ def test_the_torch_backend_has_its_modules_and_its_compiler() -> None:
         (Needs("torch", "cuda"), "cuda.bindings.runtime", ModuleNotFoundError("", name="cuda.bindings"),
          r"is not installed; pip install cuda-bindings"),
         (Needs("torch", "cuda"), "triton", ModuleNotFoundError("", name="triton"), r"pip install triton"),
-        (Needs("torch", "cpu", fp8_attention=True), "cudnn", ModuleNotFoundError("", name="cudnn"),
+        (Needs("torch", "cuda", fp8_attention=True), "cudnn", ModuleNotFoundError("", name="cudnn"),
          r"pip install nvidia-cudnn-frontend"),
         (Needs("tensorrt", "cuda"), "tensorrt", ModuleNotFoundError("", name="tensorrt"), r"pip install tensorrt"),
         (Needs("tensorrt-rtx", "cuda"), "onnxruntime_ep_nv_tensorrt_rtx",

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SanaTransformer2DModel
 from helpers.needs_compiler import needs_compiler
+from helpers.tiny_pipeline import tiny_options
 
+from engines import DenoiseRuntime
 from engines.backends.torch.runner import load_package
-from engines.errors import BackendError
+from engines.errors import BackendError, BundleError
 from engines.manifest import EngineEntry, FileEntry, PackageCall, PackageEntry, TensorSpec
 from engines.precision import Precision
+from tmpdiff_export.bundling.bundle import build
+from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
+from tmpdiff_export.targets.torch import attention
 from tmpdiff_export.targets.torch.blocks import LEAST_BLOCKS, compile_blocks, divide, part_paths
 from tmpdiff_export.targets.torch.compile import EngineModule
 from tmpdiff_export.targets.torch.lowering import lower_for_torch
 from tmpdiff_export.targets.torch.segments import Divided, runs
+from tools.acceptance.random_pipeline import save_random_pipeline
 
 INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
 
@@ -235,3 +242,36 @@ def test_blocks_that_are_stored_narrow_and_give_more_than_tensors(tmp_path: Path
         (expected,) = engine(ids)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.long  # builds
+def test_a_bundle_of_blocks_is_whole_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_random_pipeline(
+        tmp_path / "pipeline",
+        pipeline_folder() / "tokenizer",
+        heads=4,
+        head_size=32,
+        layers=LEAST_BLOCKS,
+        latent_side=16,
+    )
+    monkeypatch.setattr(attention, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(attention, "HEAD_SIZES", (32,))
+    options = tiny_options(
+        "fp16", "fp8", backend="torch", device="cpu", compile="blocks", fp8_attention=(Precision.FP8,)
+    )
+    manifest = build(tmp_path / "pipeline", tmp_path / "bundle", options)
+    for name, entry in manifest.denoisers.items():
+        assert entry.package is not None
+        assert len(entry.package.blocks) == 2, name
+        assert [call.package for call in entry.package.calls] == [0, *[2] * LEAST_BLOCKS, 1]
+        assert entry.sqnr_db > entry.sqnr_floor_db
+    own = [file.path for file in manifest.denoisers["fp8"].weights]
+    assert "engines/fp8.attention.safetensors" in own
+    with DenoiseRuntime.load(tmp_path / "bundle") as runtime:  # every file's hash is checked
+        schedule = runtime.bundle.schedule("uniform:fp8")
+        picture = runtime.generate(["a red circle"], [3], schedule)
+        assert np.ptp(picture.astype(int)) > 10
+    (tmp_path / "bundle" / "engines" / "fp8.2.pt2").unlink()
+    with DenoiseRuntime.load(tmp_path / "bundle") as runtime, pytest.raises(BundleError, match=r"fp8\.2\.pt2"):
+        runtime.denoiser("fp8")

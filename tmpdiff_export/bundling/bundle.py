@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 import onnx
+import torch
 
 from engines.documents import canonical_json
 from engines.errors import BuildError, first_line
@@ -26,6 +27,7 @@ from tmpdiff_export.bundling.engine import BuiltEngine, StartedEngine
 from tmpdiff_export.bundling.estimates import BuildSize, activation_bytes, find_available, require_fit
 from tmpdiff_export.bundling.manifest import write_manifest
 from tmpdiff_export.bundling.observed import Runs, denoiser_model, find_all_ranges, gather
+from tmpdiff_export.bundling.onnx_files import KeptJobs, keep_graphs
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
 from tmpdiff_export.bundling.preflight import Needs, device_of, require_modules
 from tmpdiff_export.bundling.site import Progress, Site
@@ -133,19 +135,20 @@ class _Build:
         """Makes every engine, or finds it among the stages, and puts the bundle together."""
         site, options = self.site, self.site.options
         # Quick to prepare, slow to compile: where workers compile, they have these while the denoiser is prepared.
-        self._add(start_text_encoder(site))
+        text = start_text_encoder(site)
+        self._add(text.engine)
         read = OnDevice(site.source.weights.read, options.range_device)
         module = site.source.family.wrap(site.source.pipe, site.source.height, site.source.width).eval()
         runs = gather(site, module, read)
-        self._add(start_vae_decoder(site, runs.checks[-1][0][:1]))  # of the last step kept, so close to a clean picture
+        vae = start_vae_decoder(site, runs.checks[-1][0][:1])  # of the last step kept, so close to a clean picture
+        self._add(vae.engine)
         model = denoiser_model(site, module, runs, read)
-        engines = DenoiserEngines(
-            site,
-            model,
-            find_all_ranges(site, runs, module, read),
-            runs.attention,
-            lambda layer: read(f"{layer.removeprefix(f'{DENOISER}.')}.weight"),
-        )
+
+        def weight(layer: str) -> torch.Tensor:
+            return read(f"{layer.removeprefix(f'{DENOISER}.')}.weight")
+
+        ranges = find_all_ranges(site, runs, module, read)
+        engines = DenoiserEngines(site, model, ranges, runs.attention, weight)
         read.free()
         shared = options.share_weights
         for precision in options.precisions:
@@ -156,12 +159,23 @@ class _Build:
             self._wait_for(shared.value)  # which of its variants is kept
             self._add(engines.start(REFERENCE, self.built[shared.value].entry.recipe))
         self._wait_for(*self.started)
+        if options.onnx_dir is not None:
+            jobs = [
+                engines.job(item, None if item is REFERENCE else item, self.built[item.value].entry.recipe)
+                for item in options.precisions
+            ]
+            components = [KeptJobs([part.job], part.source, weight) for part in (text, vae)]
+            keep_graphs(site, options.onnx_dir, [KeptJobs(jobs, site.denoiser_sha256, weight), *components])
         return self._put_together(out, runs)
 
     def _put_together(self, out: Path, runs: Runs) -> Manifest:
         site, options = self.site, self.site.options
         names = (TEXT_ENCODER, VAE_DECODER, *(item.value for item in options.precisions))
-        files = {path: source for name in names for path, source in self.built[name].files.items()}
+        files: dict[str, Path] = {}
+        for name in names:
+            entry = self.built[name].entry
+            inspected = () if entry.plan is None else (entry.plan.inspector,)
+            files |= {file.path: self.built[name].files[file.path] for file in (*entry.files(), *inspected)}
         with staged_folder(out, replace=options.force) as bundle:
             for path, source in files.items():
                 link(source, bundle / path)

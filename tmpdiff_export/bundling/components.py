@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -70,7 +71,22 @@ def write_tokenizers(source: SourcePipeline, bundle: Path) -> list[TextEntry]:
     return texts
 
 
-def start_text_encoder(site: Site) -> StartedEngine:
+@dataclass(frozen=True, eq=False)
+class StartedComponent:
+    """A component's engine in the making.
+
+    Attributes:
+        engine: in the making.
+        job: what it is made from.
+        source: hash of the files that it comes from.
+    """
+
+    engine: StartedEngine
+    job: EngineJob
+    source: str
+
+
+def start_text_encoder(site: Site) -> StartedComponent:
     """Starts all text encoders as one engine, checked on the tokens that the pipeline's own tokenizers give.
 
     Raises:
@@ -100,7 +116,7 @@ def start_text_encoder(site: Site) -> StartedEngine:
     )
 
 
-def start_vae_decoder(site: Site, latents: torch.Tensor) -> StartedEngine:
+def start_vae_decoder(site: Site, latents: torch.Tensor) -> StartedComponent:
     """Starts the VAE decoder, from latents [B, C, h, w] to pictures.
 
     Args:
@@ -127,7 +143,7 @@ def _start(
     inputs: list[ExportInput],
     outputs: Mapping[str, Mapping[int, str]],
     batches: list[Batch],
-) -> StartedEngine:
+) -> StartedComponent:
     source = site.source
     parts = [part for part in source.other_models if (part == _VAE) == (name == VAE_DECODER)]
     digest = [site.models_sha256[part] for part in parts]
@@ -166,8 +182,10 @@ def _start(
     )
     job = EngineJob(name, model, NO_RECIPE, REFERENCE, {}, COMPONENT_FLOOR_DB)
     prepared = site.target.prepare(job)
+    hashed = sha256_bytes(canonical_json(digest))
     stored = [
-        store_plain(site, site.target.form, model, readers, tensors, sha256_bytes(canonical_json(digest)))
-        for readers, tensors in shared_tensors({name: prepared}).items()
+        store_plain(site, site.target.form, model, readers, tensors, hashed)
+        for readers, tensors in shared_tensors({name: prepared.tensors}).items()
     ]
-    return StartedEngine(name, [start_trial(site, EngineName(name), prepared, stored, {"check": kept.digest})])
+    trial = start_trial(site, EngineName(name), prepared, stored, {"check": kept.digest})
+    return StartedComponent(StartedEngine(name, [trial]), job, hashed)

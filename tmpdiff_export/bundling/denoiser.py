@@ -63,7 +63,7 @@ class DenoiserEngines:
                     variant,
                     self._prepare(precision, precision, variant),
                     found,
-                    store_codes(site, form, model, precision, variant, found, weight),
+                    store_codes(site, form, model, (precision, variant), found, weight),
                 )
                 for variant, found in ranges[precision].items()
             ]
@@ -73,7 +73,7 @@ class DenoiserEngines:
         else:  # which of its variants is kept is not known yet; what is not quantized is the same for all
             of_reference = self._prepare(REFERENCE, shared, self._variants[shared][0].name)
         engines = {
-            item.value: of_reference if item is REFERENCE else self._variants[item][0].prepared
+            item.value: (of_reference if item is REFERENCE else self._variants[item][0].prepared).tensors
             for item in site.options.precisions
         }
         self._plain = {
@@ -116,21 +116,21 @@ class DenoiserEngines:
             ],
         )
 
-    def _prepare(self, precision: Precision, coded: Precision | None, variant: str) -> PreparedEngine:
-        """An engine whose layers have codes of a precision, or none."""
-        floor = RECIPES[precision if coded is None else coded].sqnr_floor_db
-        return self._site.target.prepare(
-            EngineJob(
-                name=precision.value,
-                model=self._model,
-                recipe=NO_RECIPE if precision is REFERENCE else variant,
-                precision=coded or REFERENCE,
-                ranges={} if coded is None else self._ranges[coded][variant],
-                floor_db=floor,
-                sixteen_bit=precision is REFERENCE,
-                attention=self._attention(precision),
-            )
+    def job(self, precision: Precision, coded: Precision | None, variant: str) -> EngineJob:
+        """An engine whose layers have codes of a precision, by a variant of its recipe, or none."""
+        return EngineJob(
+            name=precision.value,
+            model=self._model,
+            recipe=NO_RECIPE if precision is REFERENCE else variant,
+            precision=coded or REFERENCE,
+            ranges={} if coded is None else self._ranges[coded][variant],
+            floor_db=RECIPES[precision if coded is None else coded].sqnr_floor_db,
+            sixteen_bit=precision is REFERENCE,
+            attention=self._attention(precision),
         )
+
+    def _prepare(self, precision: Precision, coded: Precision | None, variant: str) -> PreparedEngine:
+        return self._site.target.prepare(self.job(precision, coded, variant))
 
     def _attention(self, precision: Precision) -> Mapping[str, AttentionRange]:
         return self._attended if precision in self._site.options.fp8_attention else {}

@@ -16,24 +16,24 @@ from tmpdiff_export.bundling.engine import StoredFile
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.quantization.recipes import RECIPES
-from tmpdiff_export.targets.target import Form, PreparedEngine, SourceModel, layer_on_meta
+from tmpdiff_export.targets.target import Form, SourceModel, layer_on_meta
 from tmpdiff_export.weights.files import WeightFile
 
 Tensors = Mapping[str, torch.Tensor]
 
 
-def shared_tensors(engines: Mapping[str, PreparedEngine]) -> dict[tuple[str, ...], dict[str, torch.Tensor]]:
+def shared_tensors(engines: Mapping[str, Tensors]) -> dict[tuple[str, ...], dict[str, torch.Tensor]]:
     """What is not quantized: tensors that the same engines read belong together.
 
     Args:
-        engines: by name.
+        engines: what each reads, by its name.
 
     Returns:
         For each set of readers, in the order of `engines`, its tensors on the device "meta".
     """
     readers: dict[tuple[str, torch.dtype, torch.Size], list[str]] = {}
-    for engine, prepared in engines.items():
-        for name, item in prepared.tensors.items():
+    for engine, tensors in engines.items():
+        for name, item in tensors.items():
             readers.setdefault((name, item.dtype, item.shape), []).append(engine)
     found: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     for (name, dtype, shape), names in readers.items():
@@ -80,8 +80,7 @@ def store_codes(
     site: Site,
     form: Form,
     model: SourceModel,
-    precision: Precision,
-    variant: str,
+    variant: tuple[Precision, str],
     ranges: Mapping[str, LayerRange],
     weight: Callable[[str], torch.Tensor],
 ) -> StoredFile:
@@ -91,13 +90,13 @@ def store_codes(
         site: the build.
         form: of the engines that read them.
         model: the denoiser.
-        precision: of the codes.
-        variant: of its recipe.
+        variant: precision of the codes, and the variant of its recipe.
         ranges: its layers by name.
         weight: of a layer by the layer's name, on any device.
     """
+    precision, recipe = variant
     file = f"{precision.value}.codes.safetensors"
-    step = f"quantize {precision.value}-{variant}"
+    step = f"quantize {precision.value}-{recipe}"
 
     def write(folder: Path) -> None:
         shapes = {
@@ -114,7 +113,7 @@ def store_codes(
         site.report(step, len(ranges), len(ranges))
 
     key = site.key(source=site.denoiser_sha256, form=form.name, precision=precision.value, ranges=ranges_digest(ranges))
-    return StoredFile.of(site.stages.keep(f"codes-{precision.value}-{variant}-{form.name}", key, write), file)
+    return StoredFile.of(site.stages.keep(f"codes-{precision.value}-{recipe}-{form.name}", key, write), file)
 
 
 def ranges_digest(ranges: Mapping[str, LayerRange]) -> str:

@@ -1,0 +1,85 @@
+"""`--onnx-dir`: the strongly typed graphs of all engines, whatever the backend, with their weights beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engines.precision import REFERENCE
+from tmpdiff_export.bundling.engine import StoredFile
+from tmpdiff_export.bundling.site import Site
+from tmpdiff_export.bundling.stages import link
+from tmpdiff_export.bundling.weights import shared_tensors, store_codes, store_plain
+from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
+from tmpdiff_export.targets.target import EngineJob
+
+
+@dataclass(frozen=True, eq=False)
+class KeptJobs:
+    """The engines of one model.
+
+    Attributes:
+        jobs: of the variants that the bundle has.
+        source: hash of the files that the model comes from.
+        weight: of a quantized layer by the layer's name.
+    """
+
+    jobs: Sequence[EngineJob]
+    source: str
+    weight: Callable[[str], torch.Tensor]
+
+
+def keep_graphs(site: Site, folder: Path, models: Sequence[KeptJobs]) -> None:
+    """Writes `<engine>.onnx` and weight files into a folder, all of them or, on an error, none.
+
+    Args:
+        site: the build.
+        folder: made if it is missing; files of the same names are replaced.
+        models: all that the bundle has.
+
+    Raises:
+        BuildError: a model cannot be exported, or a graph is not valid.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
+        for kept in models:
+            _write(site, Path(scratch), kept)
+        for path in sorted(Path(scratch).iterdir()):
+            os.replace(path, folder / path.name)
+
+
+def _write(site: Site, folder: Path, kept: KeptJobs) -> None:
+    form = OnnxForm()
+    graphs = {}
+    for job in kept.jobs:
+        site.report(f"export {job.name}.onnx", 0, 1)
+        graphs[job.name] = strong_graph(job)
+    tensors = {job.name: plain_tensors(job, graphs[job.name], form) for job in kept.jobs}
+    plain = {
+        readers: store_plain(site, form, kept.jobs[0].model, readers, shared, kept.source)
+        for readers, shared in shared_tensors(tensors).items()
+    }
+    for job in kept.jobs:
+        files = [stored for readers, stored in plain.items() if job.name in readers]
+        if job.precision is not REFERENCE:
+            files.append(store_codes(site, form, job.model, (job.precision, job.recipe), job.ranges, kept.weight))
+        paths = [_placed(stored, folder, copied=site.options.keep_stages) for stored in files]
+        write_graph(graphs[job.name], folder / f"{job.name}.onnx", paths)
+
+
+def _placed(stored: StoredFile, folder: Path, *, copied: bool) -> Path:
+    """A weight file in the folder; copied where the stage stays, since ONNX's checker refuses files of two names."""
+    path = folder / stored.path.name
+    if not path.exists():
+        if copied:
+            shutil.copyfile(stored.path, path)
+        else:
+            link(stored.path, path)
+    return path

@@ -148,7 +148,8 @@ def print_engines(manifest: Manifest) -> None:
 def what_runs(entry: EngineEntry) -> str:
     """What the backend made of the graph, in words: rewrites and fused operators, or a plan's layers by precision."""
     if entry.plan is None:
-        return ", ".join(f"{count} x {what}" for what, count in entry.lowering.items()) or "the ONNX graph as it is"
+        as_it_is = "the ONNX graph as it is" if entry.package is None else f"the module in {entry.package.dtype}"
+        return ", ".join(f"{count} x {what}" for what, count in entry.lowering.items()) or as_it_is
     return ", ".join(
         f"{share.layers} {name} layers" + ("" if share.time_share is None else f" ({share.time_share:.0%} of the time)")
         for name, share in entry.plan.layers.items()

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.documents import FileEntry
 from engines.errors import BuildError
-from engines.manifest import EngineEntry, FileEntry, PackageEntry
+from engines.manifest import EngineEntry
+from engines.package_entry import PackageEntry
 
 
 def seen() -> dict[str, Any]:

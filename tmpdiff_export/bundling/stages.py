@@ -23,10 +23,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engines.documents import canonical_json, one_line, read_document, write_document
+from engines.documents import FileEntry, canonical_json, one_line, read_document, write_document
 from engines.errors import TmpDiffError, first_line
 from engines.files import fsync_folder, sha256_bytes, sha256_file
-from engines.manifest import FileEntry
 from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, discard, locked, remove_tree
 from tmpdiff_export.memory import size_text
 

@@ -30,6 +30,7 @@ from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, di
 from tmpdiff_export.memory import size_text
 
 DOCUMENT = "stage.json"
+CACHE = "compiler-cache"
 DOCUMENT_VERSION = 1
 
 Note = Callable[[str], None]
@@ -170,6 +171,13 @@ class Stages:
             raise
 
     @property
+    def cache(self) -> Path:
+        """A folder for what a compiler may use again, made where it is missing; it goes when the stages go."""
+        folder = self.folder / CACHE
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    @property
     def used_bytes(self) -> int:
         """What the finished stages take on the disk."""
         return sum(
@@ -196,6 +204,8 @@ class Stages:
         for folder in self._finished():
             discard(folder)
         self._clear_partial()
+        if os.path.lexists(self.folder / CACHE):
+            discard(self.folder / CACHE)
         (self.folder / LOCK).unlink(missing_ok=True)  # held until the very end; see `leftovers.locked`
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -241,7 +251,7 @@ def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool =
                 clear_leftovers(target, note)
                 stages._clear_partial()
                 if restart:
-                    for old in stages._finished():
+                    for old in (*stages._finished(), *folder.glob(CACHE)):
                         discard(old)
                 if found := stages.described():
                     note(f"going on with {found}; --restart begins anew")

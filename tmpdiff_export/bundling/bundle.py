@@ -94,7 +94,7 @@ def build(
         available = find_available(out, options.onnx_dir, stages.used_bytes)
         tell(require_fit(build_size(source, options, backend), available).described(available))
         try:
-            with _compiler_cache(stages, backend), open_start(target, options.workers) as start:
+            with compiler_cache(stages, backend), open_start(target, options.workers) as start:
                 return _Build(Site(source, table, target, options, stages, start, note)).run(out)
         except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
             raise BuildError(
@@ -103,7 +103,7 @@ def build(
 
 
 @contextlib.contextmanager
-def _compiler_cache(stages: Stages, backend: str) -> Iterator[None]:
+def compiler_cache(stages: Stages, backend: str) -> Iterator[None]:
     """Torch's compiler, also that of workers, keeps what it made among the stages, unless the user has named a place."""
     if backend != "torch" or _COMPILER_CACHES[0] in os.environ:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Trial:
 
     Attributes:
         made: its manifest entry.
-        keep: to be called once when it is there; keeps the stage.
+        keep: keeps the stage when it is there, at the first call.
     """
 
     made: Future[EngineEntry]
@@ -115,11 +116,14 @@ def start_trial(
     give_back()  # an engine is the most that is in memory at once
     made = site.start(name.engine, prepared.task(folder, [file.entry for file in weights]))
 
+    @functools.cache
     def keep() -> BuiltEngine:
         for path in inputs:
             (folder / path).unlink()
         return built(site.stages.finish(folder, stage, whole, made.result().model_dump(mode="json")))
 
+    if made.done():
+        keep()
     return Trial(made, keep)
 
 
@@ -136,14 +140,14 @@ class StartedEngine:
     trials: Sequence[Trial]
 
     def ready(self) -> bool:
-        """Whether every variant is made, so that `finish` need not wait.
+        """Whether every variant is made, so that `finish` need not wait; keeps those that are.
 
         Raises:
             TmpDiffError: a variant failed; what making it raised.
         """
         made = [trial for trial in self.trials if trial.made.done()]
         for trial in made:
-            trial.made.result()
+            trial.keep()
         return len(made) == len(self.trials)
 
     @property

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.documents import FileEntry
 from engines.errors import BuildError
-from engines.manifest import EngineEntry, FileEntry
+from engines.manifest import EngineEntry
 from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stages import Kept, link

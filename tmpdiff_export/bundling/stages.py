@@ -23,10 +23,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engines.documents import canonical_json, one_line, read_document, write_document
+from engines.documents import FileEntry, canonical_json, one_line, read_document, write_document
 from engines.errors import TmpDiffError, first_line
-from engines.files import fsync_folder, sha256_bytes, sha256_file
-from engines.manifest import FileEntry
+from engines.files import fsync_folder, fsync_tree, sha256_bytes, sha256_file
 from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, discard, locked, remove_tree
 from tmpdiff_export.memory import size_text
 
@@ -128,7 +127,7 @@ class Stages:
         sizes = _plain_files(path)
         if DOCUMENT in sizes:
             raise ValueError(f"stage {name} writes a file {DOCUMENT}, the name of its own record; choose another")
-        hashes = _hashes(path, sizes, sync=True)
+        hashes = _hashes(path, sizes)
         files = [FileEntry(path=name, sha256=hashes[name], bytes=size) for name, size in sorted(sizes.items())]
         data = {
             "version": DOCUMENT_VERSION,
@@ -139,9 +138,7 @@ class Stages:
         }
         data = json.loads(canonical_json(data))  # what a later run reads, so that both go on with equal data
         write_document(path / DOCUMENT, data)
-        for parent, status in [*_entries(path), (path, path.lstat())]:
-            if stat.S_ISDIR(status.st_mode):
-                fsync_folder(parent)
+        fsync_tree(path)
         if os.path.lexists(folder):
             discard(folder)
         os.rename(path, folder)
@@ -277,28 +274,6 @@ def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool =
                 parent.rmdir()
 
 
-def place(kept: Kept, folder: Path, part: str = "") -> None:
-    """Puts the files of a stage into another folder, without copying them where the file system has hard links.
-
-    Args:
-        kept: the stage; it may be removed afterwards.
-        folder: for example the bundle in the making.
-        part: only files below this folder of the stage, as "engines"; all of them where empty.
-
-    Raises:
-        FileExistsError: there is such a file already.
-    """
-    parents = {folder}
-    for name in kept.files:
-        if part and not name.startswith(f"{part}/"):
-            continue
-        target = folder / name
-        link(kept.folder / name, target)
-        parents |= {parent for parent in target.parents if parent.is_relative_to(folder)}
-    for parent in parents:
-        fsync_folder(parent)
-
-
 def link(source: Path, target: Path) -> None:
     """Puts a file of a stage into another folder, which is made; copies it only where there are no hard links.
 
@@ -345,7 +320,7 @@ def _read(folder: Path, name: str, key: Any) -> Kept:
     for path, size in sizes.items():
         if size != files[path].bytes:
             raise TmpDiffError(f"{folder / path} has {size} bytes, expected {files[path].bytes}")
-    for path, digest in _hashes(folder, sizes, sync=False).items():
+    for path, digest in _hashes(folder, sizes).items():
         if digest != files[path].sha256:
             raise TmpDiffError(f"{folder / path} was altered (its sha256 does not match)")
     return Kept(folder, record.result, True, sha256_bytes(canonical_json(data)), files)
@@ -376,17 +351,12 @@ def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 pending.append(path)
 
 
-def _hashes(folder: Path, names: Mapping[str, int], *, sync: bool) -> dict[str, str]:
-    """SHA-256 by path, of several files at once; where asked for, they are on the disk as well."""
-
-    def read(name: str) -> str:
-        if sync:
-            fsync_folder(folder / name)  # a file as well
-        return sha256_file(folder / name)
-
+def _hashes(folder: Path, names: Mapping[str, int]) -> dict[str, str]:
+    """SHA-256 by path, of several files at once."""
     largest_first = sorted(names, key=lambda name: -names[name])
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        return dict(zip(largest_first, pool.map(read, largest_first), strict=True))
+        hashes = pool.map(sha256_file, (folder / name for name in largest_first))
+        return dict(zip(largest_first, hashes, strict=True))
 
 
 def _by_path(files: list[FileEntry]) -> dict[str, FileEntry]:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from engines.files import staged_folder
-from tmpdiff_export.bundling.stages import Stages, link, open_stages
+from tmpdiff_export.bundling.stage_files import link
+from tmpdiff_export.bundling.stages import Stages, open_stages
 
 STAGES = {"batches": (), "ranges": ("batches",), "fp16": ("batches",), "fp8": ("ranges", "fp16"), "check": ("fp8",)}
 """By name, the stages that each is made from."""

@@ -8,7 +8,6 @@ The whole belongs to one process at a time.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.documents import FileEntry, canonical_json, one_line, read_document, write_document
 from engines.errors import TmpDiffError, first_line
-from engines.files import fsync_folder, fsync_tree, sha256_bytes, sha256_file
+from engines.files import fsync_folder, fsync_tree, sha256_bytes
 from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, discard, locked, remove_tree
+from tmpdiff_export.bundling.stage_files import entries, hashes, plain_files
 from tmpdiff_export.memory import size_text
 
 DOCUMENT = "stage.json"
@@ -38,9 +37,6 @@ Note = Callable[[str], None]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 _FOLDER = re.compile(rf"({_NAME.pattern})-[0-9a-f]{{16}}")
-_HASHING_THREADS = 8
-# The file system has no hard links, not for this file, or not to there.
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -124,11 +120,11 @@ class Stages:
             OSError: the disk is full.
         """
         folder = self._place(name, key)
-        sizes = _plain_files(path)
+        sizes = plain_files(path)
         if DOCUMENT in sizes:
             raise ValueError(f"stage {name} writes a file {DOCUMENT}, the name of its own record; choose another")
-        hashes = _hashes(path, sizes)
-        files = [FileEntry(path=name, sha256=hashes[name], bytes=size) for name, size in sorted(sizes.items())]
+        digests = hashes(path, sizes)
+        files = [FileEntry(path=name, sha256=digests[name], bytes=size) for name, size in sorted(sizes.items())]
         data = {
             "version": DOCUMENT_VERSION,
             "name": name,
@@ -181,7 +177,7 @@ class Stages:
         return sum(
             status.st_size
             for folder in self._finished()
-            for _, status in _entries(folder)
+            for _, status in entries(folder)
             if stat.S_ISREG(status.st_mode)
         )
 
@@ -274,28 +270,6 @@ def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool =
                 parent.rmdir()
 
 
-def link(source: Path, target: Path) -> None:
-    """Puts a file of a stage into another folder, which is made; copies it only where there are no hard links.
-
-    Raises:
-        FileExistsError: there is such a file already.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        _copy(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as read, open(target, "xb") as written:
-        shutil.copyfileobj(read, written, 1 << 20)
-        written.flush()
-        os.fsync(written.fileno())
-
-
 def _read(folder: Path, name: str, key: Any) -> Kept:
     """A stage, checked.
 
@@ -305,7 +279,7 @@ def _read(folder: Path, name: str, key: Any) -> Kept:
     """
     if folder.is_symlink() or not folder.is_dir():
         raise TmpDiffError(f"{folder} is no folder")
-    sizes = _plain_files(folder)
+    sizes = plain_files(folder)
     data = read_document(folder / DOCUMENT, "stage", DOCUMENT_VERSION, TmpDiffError)
     try:
         record = _Record.model_validate(data)
@@ -320,43 +294,10 @@ def _read(folder: Path, name: str, key: Any) -> Kept:
     for path, size in sizes.items():
         if size != files[path].bytes:
             raise TmpDiffError(f"{folder / path} has {size} bytes, expected {files[path].bytes}")
-    for path, digest in _hashes(folder, sizes).items():
+    for path, digest in hashes(folder, sizes).items():
         if digest != files[path].sha256:
             raise TmpDiffError(f"{folder / path} was altered (its sha256 does not match)")
     return Kept(folder, record.result, True, sha256_bytes(canonical_json(data)), files)
-
-
-def _plain_files(folder: Path) -> dict[str, int]:
-    """Sizes of all files below a folder, by path in POSIX form.
-
-    Raises:
-        TmpDiffError: there is a link, device, pipe or socket.
-    """
-    sizes = {}
-    for path, status in _entries(folder):
-        if stat.S_ISREG(status.st_mode):
-            sizes[path.relative_to(folder).as_posix()] = status.st_size
-        elif not stat.S_ISDIR(status.st_mode):
-            raise TmpDiffError(f"{path} is no plain file")
-    return sizes
-
-
-def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All that is below a folder, links not followed; nothing where it is a link or a file itself."""
-    pending = [folder] if folder.is_dir() and not folder.is_symlink() else []
-    while pending:
-        for entry in os.scandir(pending.pop()):
-            yield (path := Path(entry.path)), entry.stat(follow_symlinks=False)
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(path)
-
-
-def _hashes(folder: Path, names: Mapping[str, int]) -> dict[str, str]:
-    """SHA-256 by path, of several files at once."""
-    largest_first = sorted(names, key=lambda name: -names[name])
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        hashes = pool.map(sha256_file, (folder / name for name in largest_first))
-        return dict(zip(largest_first, hashes, strict=True))
 
 
 def _by_path(files: list[FileEntry]) -> dict[str, FileEntry]:

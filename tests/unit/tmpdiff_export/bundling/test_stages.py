@@ -18,7 +18,8 @@ from helpers.paths import ROOT
 
 from engines.errors import TmpDiffError
 from tmpdiff_export.bundling import stages as module
-from tmpdiff_export.bundling.stages import Stages, link, open_stages
+from tmpdiff_export.bundling.stage_files import link
+from tmpdiff_export.bundling.stages import Stages, open_stages
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 KEY = {"steps": 20, "scale": 0.1}

@@ -33,7 +33,8 @@ from tmpdiff_export.bundling.onnx_files import KeptJobs, keep_graphs
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
 from tmpdiff_export.bundling.preflight import Needs, device_of, require_modules
 from tmpdiff_export.bundling.site import Progress, Site
-from tmpdiff_export.bundling.stages import Stages, link, open_stages
+from tmpdiff_export.bundling.stage_files import link
+from tmpdiff_export.bundling.stages import Stages, open_stages
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.documents import FileEntry
 from engines.errors import BuildError
-from engines.manifest import EngineEntry, FileEntry
+from engines.manifest import EngineEntry
 from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.site import Site
-from tmpdiff_export.bundling.stages import Kept, link
+from tmpdiff_export.bundling.stage_files import link
+from tmpdiff_export.bundling.stages import Kept
 from tmpdiff_export.memory import give_back
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.target import PreparedEngine

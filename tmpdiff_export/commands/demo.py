@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
     from tmpdiff_export.demo import pipeline_folder
     from tmpdiff_export.demo.gallery import SCHEDULE, Gallery
-    from tmpdiff_export.display import print_json, progress_bar
+    from tmpdiff_export.display import print_json, print_note, progress_bar
 
     prompts = read_prompts(Path(str(files("calibration") / "prompts" / f"{args.prompt_set}.txt")))
     used = PromptFile(prompts.calibration[: args.samples], prompts.validation[: args.samples])
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     gallery = Gallery(bundle, args.out / "pictures", used.validation[: args.pictures], args.seed)
     try:
         with progress_bar() as progress:
-            manifest = build(pipeline_folder(), bundle, options, progress)
+            manifest = build(pipeline_folder(), bundle, options, progress, print_note)
             gallery.draw(uniform, 1, progress)
             print(
                 f"first picture after {time.perf_counter() - begin:.0f} s: {gallery.path(0, REFERENCE)}, "
@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
             found = calibrate_bundle(bundle, used, how=RunOptions(seed=args.seed), progress=progress)
             gallery.draw([*uniform, SCHEDULE], len(gallery.prompts), progress)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("the demo starts over when it is run again") from None
+        raise KeyboardInterrupt(
+            "the demo starts over when it is run again, but for finished stages of its build"
+        ) from None
     gallery.write_sheet([*uniform, SCHEDULE])
     write_report(report, manifest, found, gallery)
     summary = summarise(args.prompt_set, used, manifest, found, gallery.files(), time.perf_counter() - begin)

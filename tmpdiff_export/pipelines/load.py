@@ -19,7 +19,7 @@ from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
-from tmpdiff_export.pipelines.models import hollow_model, is_model, loaded_model
+from tmpdiff_export.pipelines.models import hollow_model, is_model, loaded_model, require_classes
 from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
@@ -158,6 +158,7 @@ def open_pipeline(
     if not isinstance(data, dict) or "_class_name" not in data:
         raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
     require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are hashed
+    require_classes(data)
     may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}
     pipe = _opened(folder, data, [name for name in may_lack if data.get(name) == [None, None]])
     name, family = family_of(pipe)

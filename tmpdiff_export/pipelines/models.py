@@ -19,12 +19,32 @@ from tmpdiff_export.weights.streamed import hollow
 def is_model(entry: Any) -> bool:
     """Whether an entry of `model_index.json`, [library, class], stands for a torch module."""
     return (
-        isinstance(entry, list)
-        and len(entry) == 2
-        and entry[0] in ("diffusers", "transformers")
+        _is_pair(entry)
         and isinstance(kind := getattr(importlib.import_module(entry[0]), str(entry[1]), None), type)
         and issubclass(kind, torch.nn.Module)
     )
+
+
+def require_classes(index: dict[str, Any]) -> None:
+    """Refuses a pipeline of which diffusers or transformers has a class only in name: what it needs is not installed.
+
+    Args:
+        index: `model_index.json`.
+
+    Raises:
+        BuildError: names the class and the modules.
+    """
+    for library, name in [("diffusers", index["_class_name"]), *(item for item in index.values() if _is_pair(item))]:
+        found = getattr(importlib.import_module(library), str(name), None)
+        if lacking := list(vars(found).get("_backends", ())) if isinstance(found, type) else []:
+            raise BuildError(
+                f"{name} of {library} needs the modules {', '.join(lacking)}, of which one is not installed; "
+                f"pip install {' '.join(lacking)}"
+            )
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")
 
 
 def hollow_model(folder: Path, name: str, entry: list[str]) -> torch.nn.Module:

@@ -159,17 +159,18 @@ def test_build_refuses_before_its_slow_imports(
         ("demo", signal.SIGINT, "the demo starts over when it is run again"),
     ],
 )
-def test_an_interrupted_build_leaves_nothing(
+def test_an_interrupted_build_leaves_finished_stages_and_says_so(
     name: str, how: signal.Signals, says: str, tmp_path: Path, prompts: Path, tiny_pipeline: Path
 ) -> None:
     out = tmp_path / "out"
-    words, middle = {  # the embedded pipeline runs for a while before anything is exported
+    words, middle = {  # the embedded pipeline runs for a while before its first ranges
         "build": (
             (tiny_pipeline, "--out", out / "bundle", "--prompts", prompts, "--onnx-dir", out / "onnx"),
-            ".bundle*/.scratch-*/export.onnx",
+            "check-denoiser-*",
         ),
-        "demo": (("--out", out), ".bundle*/.scratch-*"),
+        "demo": (("--out", out), "weights-text_encoder-*"),
     }[name]
+    stages = out / ".bundle.stages"
     with start(
         [sys.executable, "-m", EXPORT, name, *words],
         stdout=subprocess.PIPE,
@@ -177,13 +178,18 @@ def test_an_interrupted_build_leaves_nothing(
         text=True,
         cwd=ROOT,
     ) as process:
-        wait_for(lambda: list(out.glob(middle)), process)
+        wait_for(lambda: list(stages.glob(middle)), process)
         process.send_signal(how)
         _, errors = process.communicate()
     assert process.returncode == 130
     assert f"tmpdiff-export: interrupted; {says}" in errors
     assert "Traceback" not in errors
-    assert not out.exists()
+    assert list(out.iterdir()) == [stages]
+    kept = [path for path in stages.iterdir() if path.name != "lock"]
+    assert kept
+    assert all((path / "stage.json").exists() for path in kept), "nothing half-written"
+    size = f"{len(kept)} finished stages, "
+    assert [line for line in errors.splitlines() if f"kept for the next run of the same command: {size}" in line]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from engines.documents import check_version, one_line, read_json
+from engines.documents import FileEntry, check_version, one_line, read_json
 from engines.errors import BundleError, ScheduleError
 from engines.files import inside, sha256_bytes, sha256_file
-from engines.manifest import MANIFEST_VERSION, OLDEST_MANIFEST_VERSION, FileEntry, Manifest
+from engines.manifest import MANIFEST_VERSION, OLDEST_MANIFEST_VERSION, Manifest
 from engines.schedule import Schedule
 
 MANIFEST_NAME = "manifest.json"

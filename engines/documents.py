@@ -10,12 +10,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.errors import TmpDiffError, first_line
 from engines.files import atomic_write_text, sha256_bytes
 
 MAX_DOCUMENT_BYTES = 64 << 20
+
+Sha256 = str
+
+
+class Document(BaseModel):
+    """A part of a document: fixed once it is read, and without fields that it does not name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class FileEntry(Document):
+    """A file of the bundle; `path` is relative to the bundle folder, in POSIX form."""
+
+    path: str
+    sha256: Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
 
 
 def canonical_json(data: Any) -> bytes:

@@ -48,6 +48,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Makes a folder durable, with all that is below it; links are not followed."""
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            if path.is_file() and not path.is_symlink():
+                fsync_folder(path)  # a file as well
+        fsync_folder(Path(parent))
+
+
 def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Writes `data` to `path` so that a reader sees the old file or the whole new one, never a part.
 
@@ -106,7 +115,7 @@ def require_replaceable(target: Path, *, replace: bool) -> None:
 
 @contextlib.contextmanager
 def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A scratch folder beside `target` that becomes `target` when the block succeeds.
+    """A scratch folder beside `target` that becomes `target` when the block succeeds, and is on the disk by then.
 
     On any exception (Ctrl-C and a full disk included) the scratch folder is removed and `target`
     is as it was before.
@@ -126,6 +135,7 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     os.chmod(scratch, 0o777 & ~_umask())
     try:
         yield scratch
+        fsync_tree(scratch)
         if target.exists() and not replace:
             raise TmpDiffError(f"output folder {target} appeared while the work went on; it was left as it is")
         if target.exists():

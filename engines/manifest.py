@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -15,9 +13,10 @@ from pydantic import (
     model_validator,
 )
 
-from engines.documents import canonical_json
+from engines.documents import Document, FileEntry, Sha256, canonical_json
 from engines.files import sha256_bytes
 from engines.old_manifests import current_form, form_of_its_version
+from engines.package_entry import PackageEntry
 from engines.precision import REFERENCE
 
 MANIFEST_VERSION: Final = 5
@@ -25,22 +24,8 @@ OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans, 2 no torch packages, 3 no 
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
 GUIDANCE = "guidance"  # input of denoisers that embed the guidance scale: float32 [B]
 
-Sha256 = str
 
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class FileEntry(_Document):
-    """A file of the bundle; `path` is relative to the bundle folder, in POSIX form."""
-
-    path: str
-    sha256: Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
-
-
-class TensorSpec(_Document):
+class TensorSpec(Document):
     """An engine input or output; axes are sizes or symbols such as "batch"."""
 
     name: str
@@ -48,7 +33,7 @@ class TensorSpec(_Document):
     shape: tuple[int | str, ...]
 
 
-class LayerShare(_Document):
+class LayerShare(Document):
     """How much of a plan runs at one layer precision.
 
     Attributes:
@@ -60,7 +45,7 @@ class LayerShare(_Document):
     time_share: float | None = Field(default=None, ge=0, le=1)
 
 
-class PlanEntry(_Document):
+class PlanEntry(Document):
     """What is particular to a TensorRT plan.
 
     Attributes:
@@ -86,46 +71,7 @@ class PlanEntry(_Document):
     warnings: tuple[str, ...] = ()
 
 
-class PackageCall(_Document):
-    """A call of one of the packages that an engine is made of.
-
-    Attributes:
-        package: 0 for the engine file, i for `PackageEntry.blocks[i - 1]`.
-        weights: the tensors it takes, as [begin, end) among all of the engine's in the order of their names.
-        inputs: the values that it takes behind them. Values are numbered from 0: the engine's inputs, then what each
-            call returns.
-        outputs: how many values it returns.
-    """
-
-    package: int = Field(ge=0)
-    weights: tuple[tuple[int, int], ...]
-    inputs: tuple[int, ...]
-    outputs: int = Field(ge=1)
-
-
-class PackageEntry(_Document):
-    """What is particular to an AOTInductor package of the torch backend.
-
-    Attributes:
-        batch: rows of a call; other batch sizes are made of such calls.
-        dtype: what is computed in where nothing is quantized.
-        weights_bytes: memory of its weights on the device.
-        operators: what it calls back into the process that runs it; see `engines.backends.torch.library`.
-        blocks: further packages, if repeated blocks were compiled once.
-        calls: of the engine file and of `blocks`, one after the other; empty if the engine file is all there is.
-        results: the values that are the engine's outputs; empty if `calls` is.
-    """
-
-    batch: int = Field(ge=1)
-    dtype: Literal["float16", "bfloat16", "float32"]
-    weights_bytes: int = Field(ge=0)
-    operators: tuple[Literal["attention_fp8"], ...] = ()
-    blocks: tuple[FileEntry, ...] = ()
-    calls: tuple[PackageCall, ...] = ()
-    results: tuple[int, ...] = ()
-
-
-class EngineEntry(_Document):
+class EngineEntry(Document):
     """One engine.
 
     Attributes:
@@ -162,23 +108,8 @@ class EngineEntry(_Document):
 
     @model_validator(mode="after")
     def _calls_fit(self) -> EngineEntry:
-        if self.package is None:
-            return self
-        package, known = self.package, len(self.inputs)
-        if package.blocks and not package.calls:
-            raise ValueError(f"{self.file.path} has {len(package.blocks)} further packages and no calls of them")
-        for number, call in enumerate(package.calls):
-            if call.package > len(package.blocks):
-                raise ValueError(f"call {number} is of package {call.package}, there are {len(package.blocks) + 1}")
-            if any(not 0 <= value < known for value in call.inputs):
-                raise ValueError(f"call {number} takes values {call.inputs}, {known} are known by then")
-            if any(not 0 <= begin < end for begin, end in call.weights):
-                raise ValueError(f"call {number} takes weights {call.weights}, expected [begin, end) of some")
-            known += call.outputs
-        if package.calls and len(package.results) != len(self.outputs):
-            raise ValueError(f"calls give {len(package.results)} results, expected {len(self.outputs)}")
-        if any(not 0 <= value < known for value in package.results):
-            raise ValueError(f"results are values {package.results}, {known} are known")
+        if self.package is not None:
+            self.package.check_calls(self.file.path, len(self.inputs), len(self.outputs))
         return self
 
     def files(self) -> tuple[FileEntry, ...]:
@@ -192,7 +123,7 @@ class EngineEntry(_Document):
         return sum(entry.bytes for entry in self.files())
 
 
-class ModelEntry(_Document):
+class ModelEntry(Document):
     """Where the engines came from.
 
     Attributes:
@@ -208,7 +139,7 @@ class ModelEntry(_Document):
     parameters: int
 
 
-class SamplingEntry(_Document):
+class SamplingEntry(Document):
     """How the loop runs by default; `T` is `num_steps`.
 
     The guidance scale is that of classifier-free guidance, or of the denoisers' input `guidance` where they have one.
@@ -223,7 +154,7 @@ class SamplingEntry(_Document):
     width: int = Field(ge=1)
 
 
-class TextEntry(_Document):
+class TextEntry(Document):
     """How a prompt becomes token ids for one of the text encoders that the text encoder engine is made of.
 
     Attributes:
@@ -239,7 +170,7 @@ class TextEntry(_Document):
     lowercase: bool
 
 
-class RangeCalibrationEntry(_Document):
+class RangeCalibrationEntry(Document):
     """The prompts a build was given (their hash), and how many of them gave the scales."""
 
     prompts_sha256: Sha256
@@ -248,7 +179,7 @@ class RangeCalibrationEntry(_Document):
     seed: int
 
 
-class Manifest(_Document):
+class Manifest(Document):
     """`manifest.json`; `bundle_id` is the hash of everything else in it.
 
     Attributes:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from helpers.small_denoiser import TEXT, denoiser, loop_inputs, make_loop, require_agreement
 
+from engines.documents import FileEntry
 from engines.errors import BackendError
 from engines.files import sha256_bytes
 from engines.loop import host_loop
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, FileEntry, TensorSpec
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, TensorSpec
 from engines.precision import Precision
 
 

@@ -21,9 +21,10 @@ import pytest
 from helpers.needs_gpu import needs_gpu
 from helpers.paths import ROOT
 
+from engines.documents import FileEntry
 from engines.errors import BackendError
 from engines.loop import Loop, host_loop
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, FileEntry, PlanEntry, TensorSpec
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, PlanEntry, TensorSpec
 from engines.sampler import SamplerRow, SamplerTable
 
 pytestmark = needs_gpu

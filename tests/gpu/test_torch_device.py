@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from helpers.small_denoiser import SHAPE, TEXT, WIDTH, denoiser, loop_inputs, make_loop, require_agreement
 
+from engines.documents import FileEntry
 from engines.errors import BackendError
 from engines.files import sha256_bytes
 from engines.loop import host_loop
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, FileEntry, PackageEntry, TensorSpec
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, TensorSpec
+from engines.package_entry import PackageEntry
 from engines.precision import Precision
 
 

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.documents import FileEntry
 from engines.errors import BuildError
-from engines.manifest import EngineEntry, FileEntry, PackageEntry
+from engines.files import sha256_file
+from engines.manifest import EngineEntry
+from engines.package_entry import PackageEntry
 
 
 def seen() -> dict[str, Any]:
@@ -61,6 +64,13 @@ def die_compiling(folder: Path) -> None:
     die()
 
 
+def compiled_shapes(module: Any, inputs: Any, package: Path) -> tuple[tuple[int, ...], ...]:
+    """Compiles a module for the CPU; the shapes of its outputs."""
+    from tmpdiff_export.targets.torch.compile import compile_package
+
+    return tuple(tuple(item.shape) for item in compile_package(module, "cpu", inputs, package))
+
+
 @dataclass(frozen=True)
 class Planted:
     """In place of a `PackageTask`: an engine with a planted SQNR, made after `seconds`.
@@ -71,8 +81,7 @@ class Planted:
     name: str
     folder: Path
     recipe: str
-    weights: FileEntry
-    onnx_sha256: str
+    weights: tuple[FileEntry, ...]
     floor_db: float
     sqnr_db: float
     seconds: float = 0.0
@@ -81,9 +90,7 @@ class Planted:
     @classmethod
     def of(cls, task: Any, sqnr_db: float, **options: Any) -> Planted:
         """For the same engine as a `PackageTask`."""
-        return cls(
-            task.name, task.folder, task.recipe, task.weights, task.onnx_sha256, task.floor_db, sqnr_db, **options
-        )
+        return cls(task.name, task.folder, task.recipe, task.weights, task.floor_db, sqnr_db, **options)
 
     def __call__(self) -> EngineEntry:
         """Writes a package that says which recipe it is of."""
@@ -93,13 +100,13 @@ class Planted:
         package = self.folder / "engines" / f"{self.name}.pt2"
         package.write_text(self.recipe)
         return EngineEntry(
-            file=FileEntry(path=f"engines/{self.name}.pt2", sha256=self.onnx_sha256, bytes=1),
-            weights=(self.weights,),
+            file=FileEntry(path=f"engines/{self.name}.pt2", sha256=sha256_file(package), bytes=package.stat().st_size),
+            weights=self.weights,
             backend="torch",
             backend_version="2.9.0",
             device="cpu",
             lowering={},
-            onnx_sha256=self.onnx_sha256,
+            onnx_sha256=None,
             recipe=self.recipe,
             sqnr_db=self.sqnr_db,
             sqnr_floor_db=self.floor_db,
@@ -109,14 +116,30 @@ class Planted:
         )
 
 
+@dataclass(frozen=True)
+class PlantedPackage:
+    """In place of a `PreparedPackage`, with options of `Planted`."""
+
+    prepared: Any
+    options: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> Any:
+        """What the engine reads, as without planting."""
+        return self.prepared.tensors
+
+    def task(self, folder: Path, weights: Any) -> Planted:
+        """Instead of a task that compiles."""
+        return Planted.of(self.prepared.task(folder, weights), **{"sqnr_db": 60.0, **self.options})
+
+
 def plant(planted: Mapping[str, Mapping[str, Any]]) -> Any:
     """`TorchTarget.prepare` whose tasks are planted; options of `Planted` by engine and recipe, "int8 max"."""
     from tmpdiff_export.targets.torch.target import TorchTarget
 
     prepare = TorchTarget.prepare
 
-    def instead(self: TorchTarget, job: Any, folder: Path) -> Planted:
-        options = planted.get(f"{job.name} {job.recipe}", {})
-        return Planted.of(prepare(self, job, folder), **{"sqnr_db": 60.0, **options})
+    def instead(self: TorchTarget, job: Any) -> PlantedPackage:
+        return PlantedPackage(prepare(self, job), planted.get(f"{job.name} {job.recipe}", {}))
 
     return instead

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from engines.files import staged_folder
-from tmpdiff_export.bundling.stages import Stages, open_stages, place
+from tmpdiff_export.bundling.stage_files import link
+from tmpdiff_export.bundling.stages import Stages, open_stages
 
 STAGES = {"batches": (), "ranges": ("batches",), "fp16": ("batches",), "fp8": ("ranges", "fp16"), "check": ("fp8",)}
 """By name, the stages that each is made from."""
@@ -25,7 +26,9 @@ def build(target: Path, log: Path, note=print, **options: bool) -> None:
         for name in STAGES:
             kept = stages.keep(name, key_of(name, digests), lambda path, name=name: make(path, name, log))
             digests[name] = kept.digest
-            place(kept, bundle, "engines")
+            for file in kept.files:
+                if file.startswith("engines/"):
+                    link(kept.folder / file, bundle / file)
         (bundle / "manifest.json").write_text(repr(digests))
 
 

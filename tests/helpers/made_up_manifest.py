@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from calibration.document import Sensitivity
+from engines.documents import FileEntry
 from engines.manifest import (
     MANIFEST_VERSION,
     EngineEntry,
-    FileEntry,
     Manifest,
     ModelEntry,
     RangeCalibrationEntry,

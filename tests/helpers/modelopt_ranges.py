@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from engines.precision import Precision
+from tmpdiff_export.bundling.observed import SEARCH_BATCHES
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.quantization.ranges import spread
 from tmpdiff_export.quantization.recipes import Awq, SmoothQuant, Variant
@@ -59,7 +60,7 @@ def judged_alone(
         algorithm = {"method": "smoothquant", "alpha": variant.smoothing.alpha}
     elif isinstance(variant.smoothing, Awq):
         algorithm = {"method": "awq_lite", "alpha_step": variant.smoothing.alpha_step}
-        used = spread(batches, variant.smoothing.batch_limit)
+        used = spread(batches, SEARCH_BATCHES)
     quantizers: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name in names:
         quantizers.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": weight})

@@ -8,8 +8,9 @@ from typing import Any
 import onnx
 from helpers.small_plans import SmallModel
 
+from engines.documents import FileEntry
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, FileEntry
+from engines.manifest import EngineEntry
 
 DEVICE = "sm90 Fake H200"
 

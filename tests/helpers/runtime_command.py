@@ -48,7 +48,9 @@ def rewrite_manifest(bundle: Path, change: Callable[[dict[str, Any]], object], *
 
 def entries_of(data: Any) -> list[dict[str, Any]]:
     """Every file that a manifest vouches for, wherever in it."""
+    if isinstance(data, list):
+        return [entry for value in data for entry in entries_of(value)]
     if not isinstance(data, dict):
         return []
     found = [data] if {"path", "sha256", "bytes"} <= set(data) else []
-    return found + [entry for value in data.values() for entry in entries_of(value)]
+    return found + entries_of(list(data.values()))

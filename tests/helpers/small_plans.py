@@ -14,8 +14,9 @@ import onnx
 from fakes.install import Fakes
 from onnx import TensorProto, helper, numpy_helper
 
+from engines.documents import FileEntry
 from engines.files import sha256_bytes
-from engines.manifest import EngineEntry, FileEntry, PlanEntry, TensorSpec
+from engines.manifest import EngineEntry, PlanEntry, TensorSpec
 from engines.sampler import SamplerRow, SamplerTable
 
 CHANNELS, SIDE, TOKENS, WIDTH = 3, 4, 5, 6

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
@@ -31,7 +33,8 @@ from tmpdiff_export.bundling.onnx_files import KeptJobs, keep_graphs
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
 from tmpdiff_export.bundling.preflight import Needs, device_of, require_modules
 from tmpdiff_export.bundling.site import Progress, Site
-from tmpdiff_export.bundling.stages import link, open_stages
+from tmpdiff_export.bundling.stage_files import link
+from tmpdiff_export.bundling.stages import Stages, open_stages
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
@@ -92,12 +95,29 @@ def build(
         available = find_available(out, options.onnx_dir, stages.used_bytes)
         tell(require_fit(build_size(source, options, backend), available).described(available))
         try:
-            with open_start(target, options.workers) as start:
+            with compiler_cache(stages, backend), open_start(target, options.workers) as start:
                 return _Build(Site(source, table, target, options, stages, start, note)).run(out)
         except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
             raise BuildError(
                 f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first_line(error)}"
             ) from error
+
+
+@contextlib.contextmanager
+def compiler_cache(stages: Stages, backend: str) -> Iterator[None]:
+    """Torch's compiler, also that of workers, keeps what it made among the stages, unless the user has named a place."""
+    if backend != "torch" or _COMPILER_CACHES[0] in os.environ:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in _COMPILER_CACHES}
+    os.environ[_COMPILER_CACHES[0]] = str(stages.cache)
+    try:
+        yield
+    finally:  # torch has set the second by the first
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def build_size(source: SourcePipeline, options: BuildOptions, backend: str) -> BuildSize:
@@ -219,4 +239,5 @@ class _Build:
             self._finish_ready()
 
 
+_COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 _MODEL_ERRORS = (RuntimeError, AttributeError, LookupError, TypeError, ValueError, onnx.checker.ValidationError)

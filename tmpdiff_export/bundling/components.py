@@ -187,5 +187,6 @@ def _start(
         store_plain(site, site.target.form, model, readers, tensors, hashed)
         for readers, tensors in shared_tensors({name: prepared.tensors}).items()
     ]
+    weights.cache_clear()  # they may be larger than all that the denoiser will need
     trial = start_trial(site, EngineName(name), prepared, stored, {"check": kept.digest})
     return StartedComponent(StartedEngine(name, [trial]), job, hashed)

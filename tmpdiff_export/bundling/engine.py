@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.documents import FileEntry
 from engines.errors import BuildError
-from engines.manifest import EngineEntry, FileEntry
+from engines.manifest import EngineEntry
 from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.site import Site
-from tmpdiff_export.bundling.stages import Kept, link
+from tmpdiff_export.bundling.stage_files import link
+from tmpdiff_export.bundling.stages import Kept
+from tmpdiff_export.memory import give_back
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.target import PreparedEngine
 
@@ -72,7 +76,7 @@ class Trial:
 
     Attributes:
         made: its manifest entry.
-        keep: to be called once when it is there; keeps the stage.
+        keep: keeps the stage when it is there, at the first call.
     """
 
     made: Future[EngineEntry]
@@ -110,13 +114,17 @@ def start_trial(
     (folder / ENGINES).mkdir()
     for file in weights:
         link(file.path, folder / file.entry.path)
+    give_back()  # an engine is the most that is in memory at once
     made = site.start(name.engine, prepared.task(folder, [file.entry for file in weights]))
 
+    @functools.cache
     def keep() -> BuiltEngine:
         for path in inputs:
             (folder / path).unlink()
         return built(site.stages.finish(folder, stage, whole, made.result().model_dump(mode="json")))
 
+    if made.done():
+        keep()
     return Trial(made, keep)
 
 
@@ -133,14 +141,14 @@ class StartedEngine:
     trials: Sequence[Trial]
 
     def ready(self) -> bool:
-        """Whether every variant is made, so that `finish` need not wait.
+        """Whether every variant is made, so that `finish` need not wait; keeps those that are.
 
         Raises:
             TmpDiffError: a variant failed; what making it raised.
         """
         made = [trial for trial in self.trials if trial.made.done()]
         for trial in made:
-            trial.made.result()
+            trial.keep()
         return len(made) == len(self.trials)
 
     @property

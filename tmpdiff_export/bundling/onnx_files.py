@@ -14,7 +14,7 @@ import torch
 from engines.precision import REFERENCE
 from tmpdiff_export.bundling.engine import StoredFile
 from tmpdiff_export.bundling.site import Site
-from tmpdiff_export.bundling.stages import link
+from tmpdiff_export.bundling.stage_files import link
 from tmpdiff_export.bundling.weights import shared_tensors, store_codes, store_plain
 from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
 from tmpdiff_export.targets.target import EngineJob

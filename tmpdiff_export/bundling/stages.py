@@ -8,7 +8,6 @@ The whole belongs to one process at a time.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -16,21 +15,21 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engines.documents import canonical_json, one_line, read_document, write_document
+from engines.documents import FileEntry, canonical_json, one_line, read_document, write_document
 from engines.errors import TmpDiffError, first_line
-from engines.files import fsync_folder, sha256_bytes, sha256_file
-from engines.manifest import FileEntry
+from engines.files import fsync_folder, fsync_tree, sha256_bytes
 from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, discard, locked, remove_tree
+from tmpdiff_export.bundling.stage_files import entries, hashes, plain_files
 from tmpdiff_export.memory import size_text
 
 DOCUMENT = "stage.json"
+CACHE = "compiler-cache"
 DOCUMENT_VERSION = 1
 
 Note = Callable[[str], None]
@@ -38,9 +37,6 @@ Note = Callable[[str], None]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 _FOLDER = re.compile(rf"({_NAME.pattern})-[0-9a-f]{{16}}")
-_HASHING_THREADS = 8
-# The file system has no hard links, not for this file, or not to there.
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -124,11 +120,11 @@ class Stages:
             OSError: the disk is full.
         """
         folder = self._place(name, key)
-        sizes = _plain_files(path)
+        sizes = plain_files(path)
         if DOCUMENT in sizes:
             raise ValueError(f"stage {name} writes a file {DOCUMENT}, the name of its own record; choose another")
-        hashes = _hashes(path, sizes, sync=True)
-        files = [FileEntry(path=name, sha256=hashes[name], bytes=size) for name, size in sorted(sizes.items())]
+        digests = hashes(path, sizes)
+        files = [FileEntry(path=name, sha256=digests[name], bytes=size) for name, size in sorted(sizes.items())]
         data = {
             "version": DOCUMENT_VERSION,
             "name": name,
@@ -138,9 +134,7 @@ class Stages:
         }
         data = json.loads(canonical_json(data))  # what a later run reads, so that both go on with equal data
         write_document(path / DOCUMENT, data)
-        for parent, status in [*_entries(path), (path, path.lstat())]:
-            if stat.S_ISDIR(status.st_mode):
-                fsync_folder(parent)
+        fsync_tree(path)
         if os.path.lexists(folder):
             discard(folder)
         os.rename(path, folder)
@@ -171,12 +165,19 @@ class Stages:
             raise
 
     @property
+    def cache(self) -> Path:
+        """A folder for what a compiler may use again, made where it is missing; it goes when the stages go."""
+        folder = self.folder / CACHE
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    @property
     def used_bytes(self) -> int:
         """What the finished stages take on the disk."""
         return sum(
             status.st_size
             for folder in self._finished()
-            for _, status in _entries(folder)
+            for _, status in entries(folder)
             if stat.S_ISREG(status.st_mode)
         )
 
@@ -197,6 +198,8 @@ class Stages:
         for folder in self._finished():
             discard(folder)
         self._clear_partial()
+        if os.path.lexists(self.folder / CACHE):
+            discard(self.folder / CACHE)
         (self.folder / LOCK).unlink(missing_ok=True)  # held until the very end; see `leftovers.locked`
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -242,7 +245,7 @@ def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool =
                 clear_leftovers(target, note)
                 stages._clear_partial()
                 if restart:
-                    for old in stages._finished():
+                    for old in (*stages._finished(), *folder.glob(CACHE)):
                         discard(old)
                 if found := stages.described():
                     note(f"going on with {found}; --restart begins anew")
@@ -267,50 +270,6 @@ def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool =
                 parent.rmdir()
 
 
-def place(kept: Kept, folder: Path, part: str = "") -> None:
-    """Puts the files of a stage into another folder, without copying them where the file system has hard links.
-
-    Args:
-        kept: the stage; it may be removed afterwards.
-        folder: for example the bundle in the making.
-        part: only files below this folder of the stage, as "engines"; all of them where empty.
-
-    Raises:
-        FileExistsError: there is such a file already.
-    """
-    parents = {folder}
-    for name in kept.files:
-        if part and not name.startswith(f"{part}/"):
-            continue
-        target = folder / name
-        link(kept.folder / name, target)
-        parents |= {parent for parent in target.parents if parent.is_relative_to(folder)}
-    for parent in parents:
-        fsync_folder(parent)
-
-
-def link(source: Path, target: Path) -> None:
-    """Puts a file of a stage into another folder, which is made; copies it only where there are no hard links.
-
-    Raises:
-        FileExistsError: there is such a file already.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        _copy(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as read, open(target, "xb") as written:
-        shutil.copyfileobj(read, written, 1 << 20)
-        written.flush()
-        os.fsync(written.fileno())
-
-
 def _read(folder: Path, name: str, key: Any) -> Kept:
     """A stage, checked.
 
@@ -320,7 +279,7 @@ def _read(folder: Path, name: str, key: Any) -> Kept:
     """
     if folder.is_symlink() or not folder.is_dir():
         raise TmpDiffError(f"{folder} is no folder")
-    sizes = _plain_files(folder)
+    sizes = plain_files(folder)
     data = read_document(folder / DOCUMENT, "stage", DOCUMENT_VERSION, TmpDiffError)
     try:
         record = _Record.model_validate(data)
@@ -335,48 +294,10 @@ def _read(folder: Path, name: str, key: Any) -> Kept:
     for path, size in sizes.items():
         if size != files[path].bytes:
             raise TmpDiffError(f"{folder / path} has {size} bytes, expected {files[path].bytes}")
-    for path, digest in _hashes(folder, sizes, sync=False).items():
+    for path, digest in hashes(folder, sizes).items():
         if digest != files[path].sha256:
             raise TmpDiffError(f"{folder / path} was altered (its sha256 does not match)")
     return Kept(folder, record.result, True, sha256_bytes(canonical_json(data)), files)
-
-
-def _plain_files(folder: Path) -> dict[str, int]:
-    """Sizes of all files below a folder, by path in POSIX form.
-
-    Raises:
-        TmpDiffError: there is a link, device, pipe or socket.
-    """
-    sizes = {}
-    for path, status in _entries(folder):
-        if stat.S_ISREG(status.st_mode):
-            sizes[path.relative_to(folder).as_posix()] = status.st_size
-        elif not stat.S_ISDIR(status.st_mode):
-            raise TmpDiffError(f"{path} is no plain file")
-    return sizes
-
-
-def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All that is below a folder, links not followed; nothing where it is a link or a file itself."""
-    pending = [folder] if folder.is_dir() and not folder.is_symlink() else []
-    while pending:
-        for entry in os.scandir(pending.pop()):
-            yield (path := Path(entry.path)), entry.stat(follow_symlinks=False)
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(path)
-
-
-def _hashes(folder: Path, names: Mapping[str, int], *, sync: bool) -> dict[str, str]:
-    """SHA-256 by path, of several files at once; where asked for, they are on the disk as well."""
-
-    def read(name: str) -> str:
-        if sync:
-            fsync_folder(folder / name)  # a file as well
-        return sha256_file(folder / name)
-
-    largest_first = sorted(names, key=lambda name: -names[name])
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        return dict(zip(largest_first, pool.map(read, largest_first), strict=True))
 
 
 def _by_path(files: list[FileEntry]) -> dict[str, FileEntry]:

@@ -66,7 +66,11 @@ def store_plain(
                 site.report(step, index, len(tensors))
                 tensor = form.plain(model, name, wanted)
                 if wanted.dtype is torch.float16 and not torch.isfinite(tensor).all():
-                    raise BuildError(f"weight {name} does not fit float16; build with --backend torch")
+                    raise BuildError(
+                        f"weight {name} reaches {float(model.read(name.removesuffix('^T')).abs().max()):g}, and float16, in "
+                        f"which {', '.join(readers)} would have it, ends at 65504; this model cannot be built for backend "
+                        f"{site.target.backend}"
+                    )
                 written.write(name, tensor)
         site.report(step, len(tensors), len(tensors))
 

@@ -22,11 +22,9 @@ class Awq:
 
     Attributes:
         alpha_step: from 0 to 1 in such steps.
-        batch_limit: at most this many range calibration batches, because the search is slow.
     """
 
     alpha_step: float
-    batch_limit: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ RECIPES: dict[Precision, Recipe] = {
         opset=21,
         variants=(
             Variant("round-to-nearest"),
-            Variant("awq", Awq(alpha_step=0.25, batch_limit=6)),
+            Variant("awq", Awq(alpha_step=0.25)),
         ),
         # Weight-only is chosen for its size, and 16-bit activations bear modulation and embedders: .7 dB on the
         # embedded pipeline (27.0 to 26.3) for a file smaller by 23 %.

@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol
 import onnx
 import torch
 
+from engines.documents import FileEntry
 from engines.errors import BuildError
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, FileEntry, TensorSpec
+from engines.manifest import EngineEntry, TensorSpec
 from engines.precision import Precision
 from tmpdiff_export.onnx_graphs.export import ExportInput
 from tmpdiff_export.quantization.codes import AttentionRange, LayerRange, QuantizedLayer, quantize_layer

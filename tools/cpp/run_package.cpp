@@ -2,6 +2,9 @@
 //
 //     run_package PACKAGE.pt2 WEIGHTS.safetensors... INPUTS.safetensors OUTPUTS.bin [cuda]
 //
+// Whole packages only: an engine that was compiled in blocks (`build --compile blocks`) is several packages, PACKAGE.pt2
+// and PACKAGE.1.pt2 and so on, which the manifest's `calls` put together. Such an engine is refused.
+//
 // WEIGHTS are the files that the manifest lists as the engine's `weights`, one or several. The package takes the tensors
 // of all of them first, in the order of their names, then its inputs in the order of the manifest, which
 // INPUTS holds under the names "0", "1" and so on, in the shapes that the package was compiled for. OUTPUTS receives the
@@ -10,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -67,13 +71,31 @@ void read_tensors(const std::string& path, at::Device device, Tensors& tensors) 
   }
 }
 
+// Refuses a package that is a part of an engine: the others lie beside it.
+void require_whole(const std::filesystem::path& package) {
+  std::filesystem::path stem = package.parent_path() / package.stem();  // "fp16" or, of another part, "fp16.2"
+  if (std::regex_match(stem.extension().string(), std::regex("\\.[0-9]+"))) stem.replace_extension();
+  if (std::filesystem::exists(stem.string() + ".1.pt2"))
+    throw std::runtime_error(package.string() + " is one of several packages that make up an engine, expected a whole "
+                             "one; build the bundle with --compile whole");
+}
+
+// How many tensors a package takes: the leaves of the tree of its arguments, which it holds as JSON.
+size_t arguments_of(torch::inductor::AOTIModelPackageLoader& loader) {
+  const std::string tree = loader.get_call_spec().at(0);
+  const std::regex leaf(R"re("type":\s*null)re");
+  return static_cast<size_t>(std::distance(std::sregex_iterator(tree.begin(), tree.end(), leaf), std::sregex_iterator()));
+}
+
 int run(int count, char** words) {
   const bool cuda = count > 1 && std::strcmp(words[count - 1], "cuda") == 0;
   if (cuda) --count;
   if (count < 5) {
-    std::cerr << "usage: run_package PACKAGE.pt2 WEIGHTS.safetensors... INPUTS.safetensors OUTPUTS.bin [cuda]\n";
+    std::cerr << "usage: run_package PACKAGE.pt2 WEIGHTS.safetensors... INPUTS.safetensors OUTPUTS.bin [cuda]\n"
+                 "PACKAGE.pt2 is a whole engine; engines that were compiled in blocks are refused\n";
     return 2;
   }
+  require_whole(words[1]);
   c10::InferenceMode inference;
   const at::Device device = cuda ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
   Tensors weights, inputs;
@@ -84,6 +106,9 @@ int run(int count, char** words) {
   for (size_t position = 0; position < inputs.size(); ++position)
     arguments.push_back(inputs.at(std::to_string(position)));
   torch::inductor::AOTIModelPackageLoader loader(words[1]);
+  if (const size_t taken = arguments_of(loader); taken != arguments.size())
+    throw std::runtime_error(std::string(words[1]) + " takes " + std::to_string(taken) + " tensors, received " +
+                             std::to_string(arguments.size()) + "; name all weight files and inputs of a whole engine");
   std::ofstream target(words[count - 1], std::ios::binary);
   for (const at::Tensor& output : loader.run(arguments)) {
     const at::Tensor plain = output.cpu().contiguous();

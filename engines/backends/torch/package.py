@@ -6,7 +6,8 @@ from pathlib import PurePosixPath
 
 from engines.backends.torch.library import VERSION, require_cudnn
 from engines.errors import BackendError
-from engines.manifest import EngineEntry, PackageEntry
+from engines.manifest import EngineEntry
+from engines.package_entry import PackageEntry
 
 
 def package_of(name: str, entry: EngineEntry) -> PackageEntry:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from engines.backends.torch.library import torch
 from engines.errors import BackendError, first_line
-from engines.manifest import PackageEntry
+from engines.package_entry import PackageEntry
 
 Runner = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], list[torch.Tensor]]
 """A loaded package: (weights in the order of their names, inputs) -> outputs."""

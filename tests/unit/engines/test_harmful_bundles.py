@@ -128,6 +128,10 @@ def manifest_is(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return apply
 
 
+def files_of(engine: Json) -> Json:
+    return {kind: engine[kind] for kind in ("file", "weights")}
+
+
 HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "path with ..": (engine_path("../outside.onnx"), "leaves the bundle folder"),
     "path with .. inside": (engine_path("engines/../../outside.onnx"), "leaves the bundle folder"),
@@ -167,12 +171,16 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "sampler nested deeply": (forged_file("sampler", b"[" * 100_000), "sampler table is malformed"),
     "tokenizer that is none": (forged_file("tokenizer", b"\xff\xfe"), "tokenizer file is not readable"),
     "decoder for a denoiser": (
-        edit(lambda data: data["denoisers"]["int8"].update(file=data["vae_decoder"]["file"])),
+        edit(lambda data: data["denoisers"]["int8"].update(files_of(data["vae_decoder"]))),
         "takes inputs",
     ),
     "denoiser for a text encoder": (
-        edit(lambda data: data["text_encoder"].update(file=data["denoisers"]["int8"]["file"])),
+        edit(lambda data: data["text_encoder"].update(files_of(data["denoisers"]["int8"]))),
         "takes inputs",
+    ),
+    "graph of another engine with weights of its own": (
+        edit(lambda data: data["text_encoder"].update(file=data["denoisers"]["int8"]["file"])),
+        "expected a weight file that the manifest lists for it",
     ),
     "unknown input": (
         edit(lambda data: data["text_encoder"]["inputs"][0].update(name="nonsense")),
@@ -202,6 +210,7 @@ ONLY_A_RUN_NOTICES = {
     "tokenizer that is none",
     "decoder for a denoiser",
     "denoiser for a text encoder",
+    "graph of another engine with weights of its own",
     "unknown input",
     "engine that is none",
     "empty engine",

@@ -11,8 +11,9 @@ from helpers.runtime_command import rewrite_manifest
 from pydantic import ValidationError
 
 from engines.bundle import Bundle
+from engines.documents import FileEntry
 from engines.errors import BundleError
-from engines.manifest import MANIFEST_VERSION, FileEntry, Manifest, manifest_identity
+from engines.manifest import MANIFEST_VERSION, Manifest, manifest_identity
 
 Json = dict[str, Any]
 OLD = Path(__file__).with_name("manifest_4.json")  # as the last release of that format wrote it

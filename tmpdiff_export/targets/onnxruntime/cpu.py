@@ -11,7 +11,8 @@ import torch
 from onnx import ModelProto
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine, version
-from engines.manifest import EngineEntry, FileEntry
+from engines.documents import FileEntry
+from engines.manifest import EngineEntry
 from engines.precision import Precision
 from tmpdiff_export.onnx_graphs.stored import BLOCK_SCALE, CODES, SCALE, layer_tensors, plain_tensor
 from tmpdiff_export.quantization.codes import QuantizedLayer

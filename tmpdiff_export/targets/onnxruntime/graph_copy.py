@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from onnx import ModelProto
 
+from engines.documents import FileEntry
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, FileEntry
+from engines.manifest import EngineEntry
 from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
 from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
 

@@ -30,9 +30,10 @@ from engines.backends.tensorrt.preflight import (
 from engines.backends.tensorrt.profiles import Profile, ShapeRange, profile, symbols_of
 from engines.backends.tensorrt.profiling import layer_times
 from engines.backends.tensorrt.timing_cache import timing_cache_path
+from engines.documents import FileEntry
 from engines.errors import BuildError
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, FileEntry, PlanEntry, TensorSpec
+from engines.manifest import EngineEntry, PlanEntry, TensorSpec
 from engines.precision import BITS_PER_WEIGHT, REFERENCE, Precision
 from tmpdiff_export.memory import host_available_bytes
 from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph

@@ -2,7 +2,7 @@
 
 A denoiser is mostly one or two kinds of block, dozens of times each. Blocks of a kind are found by their exported graphs,
 compared without names. Every kind becomes a package, and so does what lies before, between and after the blocks; a
-list of calls says which package takes which weights and values (`engines.manifest.PackageCall`). A module without
+list of calls says which package takes which weights and values (`engines.package_entry.PackageCall`). A module without
 blocks that repeat becomes one package.
 """
 

@@ -11,8 +11,10 @@ import torch
 
 from engines.backends.choose import open_host
 from engines.backends.torch.library import VERSION
+from engines.documents import FileEntry
 from engines.errors import BuildError
-from engines.manifest import EngineEntry, FileEntry, PackageEntry, TensorSpec
+from engines.manifest import EngineEntry, TensorSpec
+from engines.package_entry import PackageEntry
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.target import file_entry
 from tmpdiff_export.targets.torch.blocks import compile_blocks, part_paths

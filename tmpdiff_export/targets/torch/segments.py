@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from engines.manifest import PackageCall
+from engines.package_entry import PackageCall
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 
 from engines.backends.torch.attention import LEAST_COMPUTE_CAPABILITY
 from engines.backends.torch.library import VERSION, require_cudnn
+from engines.documents import FileEntry
 from engines.errors import BackendError
-from engines.manifest import FileEntry
 from engines.precision import Precision
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.quantization.codes import QuantizedLayer

@@ -17,9 +17,10 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from engines.backends import onnx_references
 from engines.backends.onnx_references import Reference, references, require_listed
 from engines.backends.session_host import SessionHost
+from engines.documents import FileEntry
 from engines.errors import BackendError
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, FileEntry
+from engines.manifest import EngineEntry
 
 DATA = np.arange(64, dtype=np.float32)
 

@@ -18,7 +18,8 @@ from helpers.paths import ROOT
 
 from engines.errors import TmpDiffError
 from tmpdiff_export.bundling import stages as module
-from tmpdiff_export.bundling.stages import Stages, open_stages, place
+from tmpdiff_export.bundling.stage_files import link
+from tmpdiff_export.bundling.stages import Stages, open_stages
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 KEY = {"steps": 20, "scale": 0.1}
@@ -274,10 +275,10 @@ def test_finished_files_are_linked_into_a_bundle(target: Path, tmp_path: Path) -
     out.mkdir()
     with open_stages(target, print) as stages:
         kept = stages.keep("fp16", KEY, write)
-        place(kept, out, "engines")
+        link(kept.folder / "engines/weights", out / "engines/weights")
         assert os.path.samefile(kept.folder / "engines/weights", out / "engines/weights")
         with pytest.raises(FileExistsError):
-            place(kept, out)
+            link(kept.folder / "engines/weights", out / "engines/weights")
     assert contents(out) == {"engines/weights": b"w" * 3000}
 
 
@@ -289,8 +290,9 @@ def test_files_are_copied_where_links_are_refused(
 
     monkeypatch.setattr(module.os, "link", refuse)
     with open_stages(target, print) as stages:
-        place(stages.keep("fp16", KEY, write), tmp_path / "out")
-    assert contents(tmp_path / "out") == {"engines/weights": b"w" * 3000, "graph": b"g"}
+        kept = stages.keep("fp16", KEY, write)
+        link(kept.folder / "engines/weights", tmp_path / "out" / "engines/weights")
+    assert contents(tmp_path / "out") == {"engines/weights": b"w" * 3000}
 
 
 def test_what_dead_builds_left_beside_the_target_goes(target: Path, notes: list[str]) -> None:

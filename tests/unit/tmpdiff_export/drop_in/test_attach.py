@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers.whole_pipeline import whole_pipeline
 
 from engines import Bundle, DenoiseRuntime, Schedule
 from engines.errors import BundleError, SamplerError, ScheduleError
@@ -15,7 +16,6 @@ from engines.files import sha256_bytes
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, manifest_identity
 from tmpdiff_export import attach, detach
 from tmpdiff_export.pipelines.families.table import FAMILIES
-from tmpdiff_export.pipelines.load import load_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 
 PROMPT = "a large red circle at the left on a blue background"
@@ -38,7 +38,7 @@ def runtime(demo_bundle):
 
 @pytest.fixture(scope="module")
 def source(demo_pipeline):
-    return load_pipeline(demo_pipeline)
+    return whole_pipeline(demo_pipeline)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from helpers.small_text import clip_tokenizer
 from helpers.whole_pipeline import whole_pipeline
 
 from engines import DenoiseRuntime
+from engines.documents import FileEntry
 from engines.errors import BuildError, BundleError
-from engines.manifest import FileEntry, TextEntry
+from engines.manifest import TextEntry
 from engines.precision import Precision
 from engines.text import encode_prompts, load_tokenizer
 from tmpdiff_export import attach

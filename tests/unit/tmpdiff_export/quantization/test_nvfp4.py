@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from helpers import numpy_codes
+from helpers.ranges import found_ranges
 from helpers.stored_graphs import inputs_of, save_stored
 from onnx import TensorProto, helper, numpy_helper
 
@@ -21,7 +22,7 @@ from tmpdiff_export.onnx_graphs.external import save_checked
 from tmpdiff_export.onnx_graphs.qdq import insert_qdq
 from tmpdiff_export.quantization import nvfp4
 from tmpdiff_export.quantization.codes import LayerRange, QuantizedLayer, quantize_layer
-from tmpdiff_export.quantization.ranges import calibrate_ranges, quantizable_layers
+from tmpdiff_export.quantization.ranges import quantizable_layers
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.accuracy import sqnr_db
 from tmpdiff_export.targets.onnxruntime import nvfp4 as cpu_nvfp4
@@ -233,7 +234,7 @@ def test_layers_that_read_one_activation_share_their_tensor_scales(module: Layer
     def weight(name: str) -> torch.Tensor:
         return module.get_submodule(name).weight
 
-    ranges = calibrate_ranges(module, {Precision.NVFP4: ["a", "b"]}, batches, weight)[Precision.NVFP4]["max"]
+    ranges = found_ranges(module, {Precision.NVFP4: ["a", "b"]}, batches, weight)[Precision.NVFP4]["max"]
     made = {name: quantize_layer(weight(name), found, Precision.NVFP4, 16) for name, found in ranges.items()}
     weight_amax = max(float(layer.weight.abs().max()) for layer in (module.a, module.b))
     input_amax = max(float(batch[0].abs().max()) for batch in batches)

@@ -1,4 +1,4 @@
-"""Ranges: modelopt's, from one pass over the batches, whether or not the weights are there between layers."""
+"""Ranges: modelopt's, from one run over the batches, whether or not the weights are there between layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.modelopt_ranges import judged, judged_alone
+from helpers.ranges import found_ranges
 
 from engines.errors import BuildError
 from engines.precision import Precision
+from tmpdiff_export.bundling.observed import SEARCH_BATCHES
 from tmpdiff_export.quantization.observers import observe
-from tmpdiff_export.quantization.ranges import calibrate_ranges, find_ranges, smoothing_scales
+from tmpdiff_export.quantization.ranges import find_ranges, smoothing_scales, spread
 from tmpdiff_export.quantization.recipes import RECIPES, Awq, SmoothQuant, Variant
 from tmpdiff_export.weights.streamed import streamed, taken_weights
 
@@ -68,7 +70,7 @@ def weight_of(module: torch.nn.Module) -> Callable[[str], torch.Tensor]:
 @pytest.fixture(scope="module")
 def found(module: Block, batches: list[tuple[torch.Tensor]]) -> dict:
     wanted = {item: LAYERS if RECIPES[item].convolutions else LINEAR for item in QUANTIZED}
-    return calibrate_ranges(module, wanted, batches, weight_of(module))
+    return found_ranges(module, wanted, batches, weight_of(module))
 
 
 @pytest.mark.parametrize(("precision", "variant"), CASES, ids=lambda item: getattr(item, "name", item))
@@ -105,12 +107,14 @@ def test_a_search_finds_different_alphas_and_those_of_modelopt(
     """Without sharing, so that a wrong choice of one layer shows; and in finer steps than the recipe's."""
     from tmpdiff_export.quantization.awq import channel_scale, search_scales, weight_share
 
+    batches = spread(batches, SEARCH_BATCHES)
+
     def run() -> None:
         for batch in batches:
             module(*batch)
 
     observed = observe(module, LINEAR, run, range(len(batches)))
-    search = Awq(alpha_step=0.1, batch_limit=len(batches))
+    search = Awq(alpha_step=0.1)
     scales = search_scales(module, observed, run, LINEAR, search, 128)
     expected = judged_alone(module, LINEAR, Precision.INT4, Variant("awq", search), batches)
     chosen = set()
@@ -129,7 +133,7 @@ def test_streamed_weights_give_the_same_ranges(batches: list[tuple[torch.Tensor]
     weights = {name: item.clone() for name, item in taken_weights(module).items()}
     wanted = {Precision.INT8: LAYERS, Precision.INT4: LINEAR, Precision.NVFP4: LINEAR}
     with streamed(module, weights.__getitem__, "cpu"):
-        again = calibrate_ranges(module, wanted, batches, lambda name: weights[f"{name}.weight"].flatten(1))
+        again = found_ranges(module, wanted, batches, lambda name: weights[f"{name}.weight"].flatten(1))
     for precision in wanted:
         for variant, ranges in again[precision].items():
             for name, item in ranges.items():
@@ -147,9 +151,9 @@ def test_one_pass_over_the_batches_and_one_over_those_of_the_search(
     handle = module.register_forward_hook(lambda *_: calls.append(1))
     before = [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in module.modules()]
     try:
-        calibrate_ranges(module, {Precision.INT8: LAYERS, Precision.FP8: LINEAR}, batches, weight_of(module))
+        found_ranges(module, {Precision.INT8: LAYERS, Precision.FP8: LINEAR}, batches, weight_of(module))
         assert len(calls) == len(batches)
-        calibrate_ranges(module, {Precision.INT8: LAYERS, Precision.INT4: LINEAR}, batches, weight_of(module))
+        found_ranges(module, {Precision.INT8: LAYERS, Precision.INT4: LINEAR}, batches, weight_of(module))
         assert len(calls) == 2 * len(batches) + 6
     finally:
         after = [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in module.modules()]

@@ -18,16 +18,15 @@ from diffusers import (
 )
 from helpers.tiny_pipeline import PROMPTS, tiny_options
 from helpers.whole_pipeline import whole_pipeline
-from tmpdiff_export.bundling.exported import with_larger_batch
 
 from engines.engine import Engine
 from engines.manifest import MODEL_OUTPUT
 from engines.runtime import DenoiseRuntime
-from tmpdiff_export.bundling.bundle import CHECK_BATCHES
+from tmpdiff_export.bundling.observed import CHECK_BATCHES, with_larger_batch
 from tmpdiff_export.pipelines.load import gather_batches
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.quantization.ranges import spread
-from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes, torch_outputs
+from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes
 from tools.acceptance.checks import check_of
 
 T = 20
@@ -136,8 +135,7 @@ def test_a_build_weighs_its_check_by_the_bundle_s_own_sampler(built, tiny_pipeli
     sizes = step_sizes(runtime.table)
     weights = [np.full(len(calls[index][0]), sizes[index]) for index in checked]
     weights.append(np.concatenate([weights[0], weights[-1]]))  # the batch of twice the size
-    references = torch_outputs(module, batches)
-    alike = AccuracyCheck(tuple(source.family.inputs), MODEL_OUTPUT, tuple(batches), tuple(references))
+    alike = check_of(module, list(source.family.inputs), MODEL_OUTPUT, batches)
     for name, entry in manifest.denoisers.items():
         engine = runtime.denoiser(name)
         measured = replace(alike, weights=tuple(weights)).sqnr_db(engine)

@@ -57,7 +57,9 @@ def test_a_bundle_holds_the_exported_graphs_as_they_are(bundle: Path) -> None:
         assert entry.sqnr_db > entry.sqnr_floor_db
     for name, entry in manifest.denoisers.items():
         assert sha256_file(bundle.parent / "onnx" / f"{name}.onnx") == entry.file.sha256
-    assert not [path for path in (bundle / "engines").iterdir() if path.suffix != ".onnx"]
+    listed = {file.path for entry in manifest.engines().values() for file in entry.files()}
+    assert {path.relative_to(bundle).as_posix() for path in (bundle / "engines").iterdir()} == listed
+    assert {Path(file).suffix for file in listed} == {".onnx", ".safetensors"}
 
 
 def test_the_manifest_counts_what_was_fused_and_what_was_not(bundle: Path) -> None:

@@ -29,8 +29,9 @@ from onnxruntime.capi import _pybind_state as state
 
 from engines.backends.onnxruntime import tensorrt_rtx
 from engines.backends.onnxruntime.tensorrt_rtx import COMPILED_MODEL, PLUGIN, TensorRtRtxEngine, require_device, version
+from engines.documents import FileEntry
 from engines.errors import BackendError
-from engines.manifest import EngineEntry, FileEntry, TensorSpec
+from engines.manifest import EngineEntry, TensorSpec
 
 REAL_REGISTER = onnxruntime.register_execution_provider_library
 REAL_DETAILS = state.get_hardware_device_ep_incompatibility_details

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from engines.backends.torch import device_weights, weights
 from engines.backends.torch.device_weights import DeviceWeights, OwnedWeights
 from engines.backends.torch.weights import Weights, in_order, new_block, weights_of
+from engines.documents import FileEntry
 from engines.errors import BackendError
-from engines.manifest import EngineEntry, FileEntry
+from engines.manifest import EngineEntry
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int64]
 

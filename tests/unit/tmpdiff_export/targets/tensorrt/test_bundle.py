@@ -67,7 +67,10 @@ def inputs_of(runtime: DenoiseRuntime) -> tuple[Any, np.ndarray]:
 def test_the_manifest_says_what_the_plans_are(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     assert Bundle.open(bundle).verify() == 2 + 2 * 5
+    names = [name for entry in manifest.engines().values() for name in (entry.file.path, plan_of(entry).inspector.path)]
+    assert sorted(path.relative_to(bundle).as_posix() for path in (bundle / "engines").iterdir()) == sorted(names)
     for name, entry in manifest.engines().items():
+        assert entry.weights == ()  # a plan has its weights itself
         assert (entry.backend, entry.backend_version) == ("tensorrt", "11.4.0.106"), name
         assert entry.device == "sm90 Fake H200"
         assert entry.file.path.endswith(".plan")

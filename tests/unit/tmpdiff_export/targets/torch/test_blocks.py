@@ -13,8 +13,10 @@ from helpers.tiny_pipeline import tiny_options
 
 from engines import DenoiseRuntime
 from engines.backends.torch.runner import load_package
+from engines.documents import FileEntry
 from engines.errors import BackendError, BundleError
-from engines.manifest import EngineEntry, FileEntry, PackageCall, PackageEntry, TensorSpec
+from engines.manifest import EngineEntry, TensorSpec
+from engines.package_entry import PackageCall, PackageEntry
 from engines.precision import Precision
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.demo import pipeline_folder

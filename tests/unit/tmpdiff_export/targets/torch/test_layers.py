@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,21 +163,24 @@ def test_a_lowered_module_without_data_has_the_tensors_that_its_file_stores(
     assert torch.equal(torch.func.functional_call(empty, {**stored, **rest}, (data,)), expected(data))
 
 
-def test_weights_of_a_text_encoder_that_has_run_can_travel_to_a_worker(tmp_path: Path) -> None:
+def test_a_text_encoder_that_has_run_can_travel_to_a_worker() -> None:
     import pickle
 
     import torch
     from helpers.small_text import SecondLastHidden
-    from safetensors.torch import load_file
 
-    from tmpdiff_export.targets.torch.compile import EngineModule, store_weights
+    from tmpdiff_export.targets.torch.compile import EngineModule, without_capturing_hooks
+    from tmpdiff_export.weights.streamed import on_meta
 
     encoder, ids = SecondLastHidden(), torch.arange(7)[None]
     with torch.no_grad():
         expected = encoder(ids)  # transformers puts hooks into the model, local functions
-        stored = store_weights(EngineModule(encoder, torch.float32, [True]).eval(), tmp_path / "weights.safetensors")
-        again = pickle.loads(pickle.dumps(stored))
-        weights = load_file(tmp_path / "weights.safetensors")
+        weights = {
+            f"module.{name}": item for name, item in EngineModule(encoder, torch.float32, [True]).tensors.items()
+        }
+        empty = on_meta(encoder)
+        without_capturing_hooks(empty)
+        again = pickle.loads(pickle.dumps(EngineModule(empty, torch.float32, [True]).eval()))
         found = torch.func.functional_call(again, weights, (ids,))
         assert torch.equal(encoder(ids), expected)
     assert torch.equal(found[0] if isinstance(found, tuple) else found, expected)

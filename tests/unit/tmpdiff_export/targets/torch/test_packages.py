@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,22 @@ def test_a_package_runs_without_python(runtime: DenoiseRuntime, bundles: dict[st
     assert missing.returncode == 1
     assert missing.stderr.startswith("run_package: ")
     assert "none cannot be read" in missing.stderr
+    save_file({"0": inputs[LATENTS]}, tmp_path / "few.safetensors")
+    part = tmp_path / "int8.pt2"
+    shutil.copy(files[0], part)
+    for beside, said in (
+        (None, r"takes \d+ tensors, received \d+; name all"),
+        ("int8.1.pt2", "is one of several packages"),
+    ):
+        if beside is not None:
+            (tmp_path / beside).touch()
+        refused = subprocess.run(
+            [str(program), str(part), *map(str, files[1:]), str(tmp_path / "few.safetensors"), str(tmp_path / "x")],
+            capture_output=True,
+            text=True,
+        )
+        assert refused.returncode == 1
+        assert re.search(said, refused.stderr), refused.stderr
 
 
 def test_wrong_inputs_are_refused(runtime: DenoiseRuntime) -> None:

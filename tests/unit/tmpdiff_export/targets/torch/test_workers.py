@@ -19,7 +19,9 @@ from helpers.children import start, wait_for
 from helpers.paths import ROOT
 from helpers.tiny_pipeline import PROMPTS
 
+from engines.bundle import Bundle
 from engines.errors import BackendError, BuildError
+from engines.manifest import Manifest
 from engines.precision import Precision
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
@@ -192,16 +194,17 @@ def test_the_best_variant_is_kept_whichever_is_made_first(
     assert (int8["recipe"], int8["sqnr_db"]) == (best, 41.0)
     assert (out / "engines" / "int8.pt2").read_text() == best
     names = {"fp16", "int8", "text_encoder", "vae_decoder"}
-    assert {path.stem for path in (out / "engines").iterdir()} == names
-    assert not list(out.glob(".scratch-*"))
+    assert {path.stem for path in (out / "engines").glob("*.pt2")} == names
+    Bundle.open(out).verify()
+    listed = {file.path for file in Manifest.model_validate(manifest).files()}
+    assert {path.relative_to(out).as_posix() for path in (out / "engines").iterdir()} <= listed
     if shared:
         assert manifest["denoisers"]["fp16"]["sqnr_floor_db"] == int8["sqnr_floor_db"]
-        assert manifest["denoisers"]["fp16"]["weights"]["sha256"] == int8["weights"]["sha256"]
-    assert {"build denoisers: fp16", "build denoisers: int8", "build VAE decoder", "finish engines"} <= {
-        stage for stage, *_ in reports
-    }
+        assert manifest["denoisers"]["fp16"]["weights"] == int8["weights"]
+    said = {stage for stage, *_ in reports}
+    assert {"build vae decoder", "make engine fp16", "make engine int8 (max)", "build engines: int8"} <= said
     assert all(0 <= done <= total for _, done, total in reports)
-    finished = [done for stage, done, _ in reports if stage == "finish engines"]
+    finished = [done for stage, done, _ in reports if stage.startswith("build engines: ")]
     assert finished == sorted(finished)
     assert workers_left() == []
 
@@ -217,30 +220,24 @@ def test_the_best_variant_is_kept_whichever_is_made_first(
         ({"sqnr_db": 3.0}, r"^int8: the built engine has an SQNR of 3\.0 dB .*, its floor is 22\.0 dB"),
     ],
 )
-def test_a_build_that_fails_in_a_worker_leaves_nothing(
+def test_a_build_that_fails_in_a_worker_leaves_nothing_but_finished_stages(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: dict[str, Any], says: str
 ) -> None:
     tasks = {f"int8 {name}": task for name in ("max", "smoothquant-0.5")}
     with pytest.raises(BuildError, match=says):
         planted_build(tiny_pipeline, tmp_path / "made" / "bundle", monkeypatch, tasks)
-    assert list(tmp_path.iterdir()) == []
+    kept = tmp_path / "made" / ".bundle.stages"
+    assert list((tmp_path / "made").iterdir()) == [kept]
+    assert not list(kept.glob("*.partial"))
     assert workers_left() == []
 
 
 def test_one_worker_is_this_process() -> None:
-    class Here:
-        backend = "onnxruntime"
-
-        def require_memory(self, parameters: int) -> None: ...
-
-        def make(self, job: Any, folder: Path) -> Any:
-            return os.getpid()
-
-    with open_start(Here(), 1) as start:
-        made = start(None, Path())  # type: ignore[arg-type]
+    with open_start(None, 1) as begin:  # type: ignore[arg-type]
+        assert begin is at_once
+        made = begin("fp16", os.getpid)  # type: ignore[arg-type]
     assert made.done()
     assert made.result() == os.getpid()
-    assert at_once(Here())(None, Path()).done()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

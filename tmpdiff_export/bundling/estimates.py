@@ -164,8 +164,8 @@ def estimate(size: BuildSize) -> Estimate:
     trials = max((len(RECIPES[item].variants) - 1) * count for item, count in stored.items())
     if trials > 0:
         disk["variants on trial"] = trials
-    if own := _own_layout_bytes(size, stored, components):
-        disk["the backend's own layout"] = own
+    if size.backend == "tensorrt":  # plans have weights in them
+        disk["the backend's own layout"] = sum(stored.values()) + components
     if size.backend == "torch":
         disk["compiler's cache"] = CACHE_BYTES * (len(size.precisions) + 2)
     kept = {"ONNX graphs and their weights": sum(stored.values())} if size.keeps_onnx else {}
@@ -246,15 +246,6 @@ def _engine_host_bytes(size: BuildSize, parameters: int) -> int:
     if size.backend == "onnxruntime" and size.device == "cpu":
         return 4 * parameters  # the session widens 16-bit weights
     return 0 if size.backend == "torch" and size.device == "cuda" else 2 * parameters
-
-
-def _own_layout_bytes(size: BuildSize, stored: Mapping[Precision, int], components: int) -> int:
-    """Weights that a backend stores once more, in its own form."""
-    if size.backend == "tensorrt":
-        return sum(stored.values()) + components
-    if size.backend == "onnxruntime" and size.device == "cpu":
-        return sum(count for item, count in stored.items() if item is not REFERENCE)
-    return 0
 
 
 def _fewer_precisions(size: BuildSize) -> list[tuple[str, BuildSize]]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from helpers.children import start, wait_for
 from helpers.commands import EXPORT, assert_refused, called, save_prompts, started
 from helpers.paths import ROOT
+
+from tmpdiff_export.bundling import estimates
+
+CPU = ("--backend", "onnxruntime")
 
 
 def refused(*args: object, says: str) -> None:
@@ -193,16 +199,61 @@ def test_an_interrupted_build_leaves_finished_stages_and_says_so(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_during_a_build_leaves_nothing(tmp_path: Path, prompts: Path, tiny_pipeline: Path) -> None:
+def test_a_full_disk_during_a_build_leaves_finished_stages(
+    tmp_path: Path, prompts: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else fills it, so that what was free before the work is not there any more."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")
     try:
-        result = called(EXPORT, "build", tiny_pipeline, "--out", disk / "bundle", "--prompts", prompts, "--steps", "2")
+        words = ("build", tiny_pipeline, "--out", disk / "bundle", "--prompts", prompts, "--steps", "2", *CPU)
+        refused(*words, says="of disk (text encoders and VAE decoder 0.3 MB, fp16 1.4 MB, ")
+        assert list(disk.iterdir()) == []
+        monkeypatch.setattr(estimates.shutil, "disk_usage", lambda path: _Usage(10**12))
+        result = called(EXPORT, *words)
         assert result.returncode == 1
         assert "disk is full" in result.stderr
         assert "Traceback" not in result.stderr
-        assert list(disk.iterdir()) == []
+        (stages,) = disk.iterdir()
+        assert stages.name == ".bundle.stages"
+        kept = [path for path in stages.iterdir() if path.name != "lock"]
+        assert kept
+        assert all((path / "stage.json").exists() for path in kept), "nothing half-written"
+        assert f"kept for the next run of the same command: {len(kept)} finished stages, " in result.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@dataclass(frozen=True)
+class _Usage:
+    free: int
+
+
+@pytest.mark.parametrize(
+    ("disk", "memory", "says"),
+    [
+        (5_000_000, 10**12, r"needs about 6\.0 MB of disk \(text encoders and VAE decoder 0\.3 MB, fp16 1\.4 MB, .*\) and "
+         r"5\.0 MB is free; a build without --onnx-dir would fit \(3\.5 MB\)$"),
+        (100_000, 10**12, r" of disk \(.*\) and 0\.1 MB is free; it needs \d\.\d MB more$"),
+        (10**12, 10**9, r"needs about 2\.2 GB of host memory \(libraries 2\.1 GB, .*\) and 1\.0 GB is free; it needs 1\.2 GB more$"),
+    ],
+)  # fmt: skip
+def test_a_build_that_does_not_fit_is_refused_before_work(
+    disk: int,
+    memory: int,
+    says: str,
+    tmp_path: Path,
+    prompts: Path,
+    tiny_pipeline: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(estimates.shutil, "disk_usage", lambda path: _Usage(disk))
+    monkeypatch.setattr(estimates, "host_available_bytes", lambda: memory)
+    monkeypatch.setattr("tmpdiff_export.bundling.bundle.gather", lambda *arguments: pytest.fail("it works"))
+    words = ("build", tiny_pipeline, "--out", tmp_path / "deep/bundle", "--onnx-dir", tmp_path / "onnx", *CPU)
+    result = called(EXPORT, *words, "--prompts", prompts, "--precisions", "fp16,int8,int4")
+    assert_refused(result, "this build needs about ")
+    assert re.search(says, result.stderr.rstrip()), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [prompts.name], "nothing is left"

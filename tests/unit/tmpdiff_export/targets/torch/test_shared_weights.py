@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.needs_compiler import needs_compiler
 from helpers.tiny_pipeline import denoiser_inputs
 
 from engines import DenoiseRuntime
 from engines.errors import BackendError
-from engines.manifest import MODEL_OUTPUT, Manifest, manifest_identity
+from engines.manifest import MODEL_OUTPUT, EngineEntry, Manifest, manifest_identity
 from engines.precision import Precision
+from tmpdiff_export.weights.files import places
 
 
 @needs_compiler
@@ -22,7 +24,8 @@ def test_the_reference_may_be_made_of_the_weights_of_another_engine(torch_varian
     assert {path.name for path in (torch_variants / "engines").glob("fp*")} == {
         "fp16.pt2",
         "fp8.pt2",
-        "fp8.safetensors",
+        "fp8.codes.safetensors",
+        "fp16+fp8+nvfp4.safetensors",
     }
     with DenoiseRuntime.load(torch_variants) as loaded, DenoiseRuntime.load(torch_bundle) as separate:
         fp16, fp8 = (loaded.manifest.denoisers[name] for name in ("fp16", "fp8"))
@@ -58,13 +61,23 @@ def test_two_workers_make_what_one_process_makes(torch_variants: Path, torch_bun
         for folder in (torch_variants, torch_bundle)
     )
     assert spread.range_calibration == alone.range_calibration
-    for one, two in (
-        (alone.denoisers["fp8"], spread.denoisers["fp8"]),
-        (alone.text_encoder, spread.text_encoder),
-        (alone.vae_decoder, spread.vae_decoder),
-    ):
+    for one, two in ((alone.text_encoder, spread.text_encoder), (alone.vae_decoder, spread.vae_decoder)):
         # The hash of the weights among it; a package holds paths, and has another one each time.
         assert one.model_dump(exclude={"file"}) == two.model_dump(exclude={"file"})
+    one, two = (item.denoisers["fp8"] for item in (alone, spread))
+    # Which files its tensors lie in depends on what else is in the bundle; so do their sizes.
+    differs = {"file": True, "weights": True, "package": {"weights_bytes"}}
+    assert one.model_dump(exclude=differs) == two.model_dump(exclude=differs)
+    assert bytes_of(torch_variants, one) == bytes_of(torch_bundle, two)
+
+
+def bytes_of(bundle: Path, engine: EngineEntry) -> dict[str, tuple[object, bytes]]:
+    """Every tensor that an engine reads: type and content."""
+    return {
+        name: ((place.dtype, place.shape), place.read().view(-1).view(torch.uint8).numpy().tobytes())
+        for file in engine.weights
+        for name, place in places(bundle / file.path).items()
+    }
 
 
 @needs_compiler
@@ -72,9 +85,11 @@ def test_weights_in_another_folder_than_their_package_are_refused(torch_variants
     copy = tmp_path / "bundle"
     shutil.copytree(torch_variants, copy)
     (copy / "elsewhere").mkdir()
-    shutil.copyfile(copy / "engines" / "fp8.safetensors", copy / "elsewhere" / "fp8.safetensors")
     data = json.loads((copy / "manifest.json").read_text())
-    data["denoisers"]["fp16"]["weights"][0]["path"] = "elsewhere/fp8.safetensors"
+    first = data["denoisers"]["fp16"]["weights"][0]
+    elsewhere = f"elsewhere/{Path(first['path']).name}"
+    shutil.copyfile(copy / first["path"], copy / elsewhere)
+    first["path"] = elsewhere
     data["bundle_id"] = manifest_identity(data)
     (copy / "manifest.json").write_text(json.dumps(data))
     with (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from pathlib import Path
 
 _ROOT = Path("/")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGE_BYTES = 1 << 20
 
 
 def size_text(count: int) -> str:
@@ -49,10 +50,16 @@ def _cached_bytes(group: Path) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
 
 
-def give_back() -> None:
-    """Returns to the system what the C library keeps of freed memory: after a pass over a large model, a gigabyte."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
+def return_large_blocks() -> None:
+    """Has memory that is freed in large blocks go back to the system at once, for the rest of the process.
+
+    Left alone, glibc raises the size from which it does so to that of the largest block that was freed: after a layer's
+    weights, those of all further layers come from a heap with gaps. Elsewhere than with glibc nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(parameter, _LARGE_BYTES)
 
 
 class PeakMemory:

@@ -35,6 +35,7 @@ from tmpdiff_export.bundling.preflight import Needs, device_of, require_modules
 from tmpdiff_export.bundling.site import Progress, Site
 from tmpdiff_export.bundling.stage_files import link
 from tmpdiff_export.bundling.stages import Stages, open_stages
+from tmpdiff_export.memory import return_large_blocks
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
@@ -83,6 +84,7 @@ def build(
 
     target = open_target(backend, options.device, options.packages, options.plans, options.precisions, note)
     require_modules(Needs(backend, device_of(backend, options.device), bool(options.fp8_attention)))
+    return_large_blocks()
     note(stage, 0, 1)
     source = open_pipeline(
         Path(pipeline), height=options.height, width=options.width, guidance_scale=options.guidance_scale

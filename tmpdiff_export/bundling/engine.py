@@ -16,7 +16,6 @@ from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stage_files import link
 from tmpdiff_export.bundling.stages import Kept
-from tmpdiff_export.memory import give_back
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.target import PreparedEngine
 
@@ -114,7 +113,6 @@ def start_trial(
     (folder / ENGINES).mkdir()
     for file in weights:
         link(file.path, folder / file.entry.path)
-    give_back()  # an engine is the most that is in memory at once
     made = site.start(name.engine, prepared.task(folder, [file.entry for file in weights]))
 
     @functools.cache

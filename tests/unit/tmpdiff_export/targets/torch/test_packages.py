@@ -211,14 +211,14 @@ def test_a_limit_on_resident_engines_needs_a_gpu(bundles: dict[str, Path]) -> No
 
 
 def test_damage_is_found_before_anything_is_loaded(bundles: dict[str, Path], tmp_path: Path) -> None:
-    for suffix in (".pt2", ".safetensors"):
-        copy = tmp_path / suffix
+    for name in ("int8.pt2", "int8.codes.safetensors", "fp16+fp8+int8.safetensors"):
+        copy = tmp_path / name
         shutil.copytree(bundles["torch"], copy)
-        path = copy / "engines" / f"int8{suffix}"
+        path = copy / "engines" / name
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        with DenoiseRuntime.load(copy) as loaded, pytest.raises(BundleError, match=f"int8{suffix}"):
+        with DenoiseRuntime.load(copy) as loaded, pytest.raises(BundleError, match=re.escape(name)):
             loaded.denoiser("int8")
 
 

@@ -98,9 +98,11 @@ class DeviceWeights:
             free = (block for block in self._blocks if not block.engines and block.memory.numel() >= file.size_bytes)
             if fitting := min(free, key=lambda block: block.memory.numel(), default=None):
                 return fitting
-            # Too small for anything that is to come back; a new one takes their place, not one beside them that torch keeps.
-            self._blocks = [block for block in self._blocks if block.engines]
-            torch.cuda.empty_cache()
+            # Too small for anything that is to come back; a new one takes their place, not one beside them in torch's cache.
+            used = [block for block in self._blocks if block.engines]
+            if len(used) < len(self._blocks):
+                self._blocks = used
+                torch.cuda.empty_cache()
         self._blocks.append(_Block(new_block(name, file, "cuda")))
         return self._blocks[-1]
 

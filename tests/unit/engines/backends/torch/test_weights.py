@@ -159,6 +159,7 @@ class Device:
         locked: sizes of page-locked host memory.
         copied: bytes that came from page-locked memory.
         read: names of files that were read, each time.
+        emptied: how often what torch keeps of freed memory went back to the GPU.
     """
 
     limit: int = 1 << 40
@@ -166,6 +167,7 @@ class Device:
     locked: list[int] = field(default_factory=list)
     copied: list[int] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
+    emptied: int = 0
 
 
 class Locked:
@@ -203,7 +205,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         return real_view(memory)
 
     stream = SimpleNamespace(synchronize=lambda: None)
-    cuda = SimpleNamespace(Stream=lambda: stream, stream=lambda given: contextlib.nullcontext())
+
+    def empty() -> None:
+        made.emptied += 1
+
+    cuda = SimpleNamespace(Stream=lambda: stream, stream=lambda given: contextlib.nullcontext(), empty_cache=empty)
     monkeypatch.setattr(device_weights, "torch", SimpleNamespace(cuda=cuda, from_numpy=torch.from_numpy))
     monkeypatch.setattr(device_weights, "new_block", allocate)
     monkeypatch.setattr(device_weights, "PinnedBuffer", lambda size_bytes: Locked(made, size_bytes))
@@ -264,11 +270,27 @@ def test_an_exchange_copies_what_differs_and_allocates_nothing(device: Device, f
             taken(store, files, engine, returning=True).close()
     assert device.allocated == []
     assert device.read == []
+    assert device.emptied == 0
     assert device.copied == [files["fp8"].size_bytes]  # the shared file stays where it is
     assert sorted(device.locked) == sorted(files[name].size_bytes for name in ("fp16", "fp16+fp8", "fp8"))
     store.clear()
     assert device.locked == []
     assert store._blocks == []
+
+
+def test_a_block_that_is_too_small_for_what_comes_goes_back_to_the_gpu(
+    device: Device, files: dict[str, Weights]
+) -> None:
+    store = DeviceWeights()
+    small, large = sorted(("fp8", "fp16"), key=lambda name: files[name].size_bytes)
+    assert files[small].size_bytes < files[large].size_bytes
+    for _ in range(3):
+        for engine in (small, large):
+            taken(store, files, engine, returning=True).close()
+    assert device.emptied == 1
+    assert sum(block.memory.numel() for block in store._blocks) == sum(
+        files[name].size_bytes for name in ("fp16+fp8", large)
+    )
 
 
 def test_residents_keep_their_memory_while_others_come_and_go(device: Device, files: dict[str, Weights]) -> None:

@@ -27,8 +27,6 @@ from tmpdiff_export.targets.torch.compile import Call, EngineModule, arguments_o
 from tmpdiff_export.targets.torch.segments import Block, Divided, cut
 
 LEAST_BLOCKS = 4  # of a kind: fewer are compiled with what surrounds them
-
-
 _TENSOR = object()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from pydantic import ValidationError
 
 from engines.documents import FileEntry, check_version, one_line, read_json
 from engines.errors import BundleError, ScheduleError
-from engines.files import inside, sha256_bytes, sha256_file
+from engines.files import inside, sha256_bytes, sha256_file, side_by_side
 from engines.manifest import MANIFEST_VERSION, OLDEST_MANIFEST_VERSION, Manifest
 from engines.schedule import Schedule
 
@@ -21,7 +19,6 @@ MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
 SENSITIVITY_NAME = "sensitivity.json"
 UNIFORM_PREFIX = "uniform:"
-_HASHED_AT_ONCE = 4  # files; each takes a core
 
 
 @dataclass
@@ -78,16 +75,8 @@ class Bundle:
             BundleError: as `path_of`.
         """
         paths = {entry.path: (entry, inside(self.folder, entry.path)) for entry in entries}
-        stop = threading.Event()
-        with ThreadPoolExecutor(min(_HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
-            left = [pool.submit(self._check, *paths[name], stop) for name in paths if name not in self._checked]
-            try:
-                for hashed in left:
-                    hashed.result()
-            except BaseException:  # one is damaged, or Ctrl-C: the others need not be read to their ends
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        left = [found for name, found in paths.items() if name not in self._checked]
+        side_by_side(left, lambda found, stop: self._check(*found, stop))
         return [path for _, path in paths.values()]
 
     def _check(self, entry: FileEntry, path: Path, stop: threading.Event | None) -> None:

@@ -56,7 +56,11 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
             batches.extend(gather_batches(source, ["a red circle"], 3, 0, lambda: None))
 
         read = OnDevice(source.weights.read, device)
-        with source.filled(), computing(source, read, device), watch_attention(source.denoiser, limits):
+        with (
+            source.filled(source.other_models),
+            computing(source, read, device),
+            watch_attention(source.denoiser, limits),
+        ):
             observed = observe(source.denoiser, layers, run, range(3))
         return batches, observed.renamed(f"{DENOISER}.")
 

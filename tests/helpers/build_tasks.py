@@ -118,7 +118,7 @@ class Planted:
 
 @dataclass(frozen=True)
 class PlantedPackage:
-    """In place of a `PreparedPackage`, with options of `Planted`."""
+    """In place of a `PreparedEngine`, with options of `Planted`."""
 
     prepared: Any
     options: Mapping[str, Any]

@@ -19,7 +19,8 @@ from typing import Any
 
 from helpers.fake_build import finished, stop_at
 
-from tmpdiff_export.bundling.stages import Kept, Stages
+from tmpdiff_export.bundling.stage_record import Kept
+from tmpdiff_export.bundling.stages import Stages
 
 
 def build(words: Sequence[str], folder: Path, *, kill_at: int = 0) -> int:

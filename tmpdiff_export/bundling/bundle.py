@@ -29,7 +29,7 @@ from tmpdiff_export.bundling.engine import BuiltEngine, StartedEngine
 from tmpdiff_export.bundling.estimates import BuildSize, activation_bytes, find_available, require_fit
 from tmpdiff_export.bundling.manifest import write_manifest
 from tmpdiff_export.bundling.observed import Runs, denoiser_model, find_all_ranges, gather
-from tmpdiff_export.bundling.onnx_files import KeptJobs, keep_graphs
+from tmpdiff_export.bundling.onnx_files import ModelJobs, keep_graphs
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
 from tmpdiff_export.bundling.preflight import Needs, device_of, require_modules
 from tmpdiff_export.bundling.site import Progress, Site
@@ -186,8 +186,8 @@ class _Build:
                 engines.job(item, None if item is REFERENCE else item, self.built[item.value].entry.recipe)
                 for item in options.precisions
             ]
-            components = [KeptJobs([part.job], part.source, weight) for part in (text, vae)]
-            keep_graphs(site, options.onnx_dir, [KeptJobs(jobs, site.denoiser_sha256, weight), *components])
+            components = [ModelJobs([part.job], part.source, weight) for part in (text, vae)]
+            keep_graphs(site, options.onnx_dir, [ModelJobs(jobs, site.denoiser_sha256, weight), *components])
         return self._put_together(out, runs)
 
     def _put_together(self, out: Path, runs: Runs) -> Manifest:
@@ -203,8 +203,7 @@ class _Build:
                 link(source, bundle / path)
             return write_manifest(
                 bundle,
-                site.source,
-                site.table,
+                site,
                 write_tokenizers(site.source, bundle),
                 {name: self.built[name].entry for name in names},
                 RangeCalibrationEntry(
@@ -213,7 +212,6 @@ class _Build:
                     num_batches=runs.num_batches,
                     seed=options.seed,
                 ),
-                site.denoiser_sha256,
             )
 
     def _report(self, what: str) -> None:

@@ -153,7 +153,7 @@ def _start(
 
     @functools.cache
     def weights() -> dict[str, torch.Tensor]:
-        with source.filled():
+        with source.filled(parts):
             whole = wrap()
             return {**taken_weights(whole), **dict(whole.named_buffers())}
 

@@ -15,7 +15,7 @@ from engines.manifest import EngineEntry
 from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stage_files import link
-from tmpdiff_export.bundling.stages import Kept
+from tmpdiff_export.bundling.stage_record import Kept
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.target import PreparedEngine
 
@@ -37,10 +37,10 @@ class StoredFile:
     entry: FileEntry
 
     @classmethod
-    def of(cls, kept: Kept, name: str, stored: str | None = None) -> StoredFile:
-        """A file of a stage, which will be `engines/<stored>` in the bundle (its own name if None)."""
+    def of(cls, kept: Kept, name: str) -> StoredFile:
+        """A file of a stage, which will be `engines/<name>` in the bundle."""
         entry = kept.files[name]
-        return cls(kept.folder / name, entry.model_copy(update={"path": f"{ENGINES}/{stored or name}"}))
+        return cls(kept.folder / name, entry.model_copy(update={"path": f"{ENGINES}/{name}"}))
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,10 @@ def start_trial(
 
     @functools.cache
     def keep() -> BuiltEngine:
+        entry = made.result()
         for path in inputs:
             (folder / path).unlink()
-        return built(site.stages.finish(folder, stage, whole, made.result().model_dump(mode="json")))
+        return built(site.stages.finish(folder, stage, whole, entry.model_dump(mode="json")))
 
     if made.done():
         keep()

@@ -147,7 +147,10 @@ def estimate(size: BuildSize) -> Estimate:
     host = {
         "libraries": LIBRARY_BYTES * (1 if size.workers == 1 else 1 + at_once),
         "a layer in FP32, four times": 4 * 4 * size.largest_layer,
-        "engines": _engine_host_bytes(size, largest_engine) * at_once,
+        # The models that are run for the ranges go before an engine of their size is made.
+        "engines, or the models beside the denoiser": max(
+            _engine_host_bytes(size, largest_engine) * at_once, 2 * size.component_parameters
+        ),
     }
     gpu = {}
     if size.range_device == "cuda":

@@ -17,28 +17,24 @@ from engines.manifest import (
     TextEntry,
     manifest_identity,
 )
-from engines.sampler import SamplerTable
 from engines.version import VERSION
 from tmpdiff_export.bundling.components import TEXT_ENCODER, VAE_DECODER
-from tmpdiff_export.pipelines.load import SourcePipeline
+from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.targets.target import file_entry
 
 
 def write_manifest(
     bundle: Path,
-    source: SourcePipeline,
-    table: SamplerTable,
+    site: Site,
     texts: Sequence[TextEntry],
     entries: Mapping[str, EngineEntry],
     range_calibration: RangeCalibrationEntry,
-    denoiser_sha256: str,
 ) -> Manifest:
     """Writes `sampler.json` and `manifest.json`.
 
     Args:
         bundle: bundle folder in the making; holds every other file.
-        source: the pipeline.
-        table: its sampler table.
+        site: the build.
         texts: from `write_tokenizers`.
         entries: of the text encoder, the VAE decoder and then the denoisers, in the order of their precisions.
         range_calibration: what the ranges were found on.
@@ -46,6 +42,7 @@ def write_manifest(
     Returns:
         What was written.
     """
+    source, table = site.source, site.table
     sampler = bundle / "sampler.json"
     atomic_write_text(sampler, table.to_json())
     denoisers = dict(entries)
@@ -56,7 +53,7 @@ def write_manifest(
         model=ModelEntry(
             pipeline_class=type(source.pipe).__name__,
             denoiser_class=source.denoiser_class,
-            denoiser_sha256=denoiser_sha256,
+            denoiser_sha256=site.denoiser_sha256,
             parameters=sum(item.numel() for item in source.denoiser.parameters()),
         ),
         sampling=SamplingEntry(

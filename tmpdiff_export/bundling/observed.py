@@ -13,7 +13,7 @@ import torch
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.site import Site
-from tmpdiff_export.bundling.stages import Kept
+from tmpdiff_export.bundling.stage_record import Kept
 from tmpdiff_export.devices import Batch, on
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.load import computing, gather_batches
@@ -88,7 +88,7 @@ def gather(site: Site, module: torch.nn.Module, read: OnDevice) -> Runs:
         site.report("load text encoders", 0, 1)
         batches: list[Batch] = []
         attention: dict[str, AttentionRange] = {}
-        with source.filled(), computing(source, read, options.range_device):
+        with source.filled(source.other_models), computing(source, read, options.range_device):
             with _attention_watched(site, attention):
                 observed = observe(
                     source.denoiser,

@@ -21,7 +21,7 @@ from tmpdiff_export.targets.target import EngineJob
 
 
 @dataclass(frozen=True, eq=False)
-class KeptJobs:
+class ModelJobs:
     """The engines of one model.
 
     Attributes:
@@ -35,7 +35,7 @@ class KeptJobs:
     weight: Callable[[str], torch.Tensor]
 
 
-def keep_graphs(site: Site, folder: Path, models: Sequence[KeptJobs]) -> None:
+def keep_graphs(site: Site, folder: Path, models: Sequence[ModelJobs]) -> None:
     """Writes `<engine>.onnx` and weight files into a folder, all of them or, on an error, none.
 
     Args:
@@ -49,27 +49,27 @@ def keep_graphs(site: Site, folder: Path, models: Sequence[KeptJobs]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
-        for kept in models:
-            _write(site, Path(scratch), kept)
+        for model in models:
+            _write(site, Path(scratch), model)
         for path in sorted(Path(scratch).iterdir()):
             os.replace(path, folder / path.name)
 
 
-def _write(site: Site, folder: Path, kept: KeptJobs) -> None:
+def _write(site: Site, folder: Path, model: ModelJobs) -> None:
     form = OnnxForm()
     graphs = {}
-    for job in kept.jobs:
+    for job in model.jobs:
         site.report(f"export {job.name}.onnx", 0, 1)
         graphs[job.name] = strong_graph(job)
-    tensors = {job.name: plain_tensors(job, graphs[job.name], form) for job in kept.jobs}
+    tensors = {job.name: plain_tensors(job, graphs[job.name], form) for job in model.jobs}
     plain = {
-        readers: store_plain(site, form, kept.jobs[0].model, readers, shared, kept.source)
+        readers: store_plain(site, form, model.jobs[0].model, readers, shared, model.source)
         for readers, shared in shared_tensors(tensors).items()
     }
-    for job in kept.jobs:
+    for job in model.jobs:
         files = [stored for readers, stored in plain.items() if job.name in readers]
         if job.precision is not REFERENCE:
-            files.append(store_codes(site, form, job.model, (job.precision, job.recipe), job.ranges, kept.weight))
+            files.append(store_codes(site, form, job.model, (job.precision, job.recipe), job.ranges, model.weight))
         paths = [_placed(stored, folder, copied=site.options.keep_stages) for stored in files]
         write_graph(graphs[job.name], folder / f"{job.name}.onnx", paths)
 

@@ -7,13 +7,11 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engines.errors import TmpDiffError
-from engines.files import sha256_file
+from engines.files import sha256_file, side_by_side
 
-_HASHING_THREADS = 8
 # The file system has no hard links, not for this file, or not to there.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
@@ -68,6 +66,5 @@ def entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 def hashes(folder: Path, names: Mapping[str, int]) -> dict[str, str]:
     """SHA-256 by path, of several files at once."""
     largest_first = sorted(names, key=lambda name: -names[name])
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        found = pool.map(sha256_file, (folder / name for name in largest_first))
-        return dict(zip(largest_first, found, strict=True))
+    found = side_by_side([folder / name for name in largest_first], sha256_file)
+    return dict(zip(largest_first, found, strict=True))

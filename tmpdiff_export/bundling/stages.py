@@ -8,64 +8,31 @@ The whole belongs to one process at a time.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from engines.documents import FileEntry, canonical_json, one_line, read_document, write_document
+from engines.documents import canonical_json
 from engines.errors import TmpDiffError, first_line
 from engines.files import fsync_folder, fsync_tree, sha256_bytes
 from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, discard, locked, remove_tree
-from tmpdiff_export.bundling.stage_files import entries, hashes, plain_files
+from tmpdiff_export.bundling.stage_files import entries
+from tmpdiff_export.bundling.stage_record import Kept, read_stage, record_stage
 from tmpdiff_export.memory import size_text
 
-DOCUMENT = "stage.json"
 CACHE = "compiler-cache"
-DOCUMENT_VERSION = 1
 
 Note = Callable[[str], None]
 """Called with a line for the user."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 _FOLDER = re.compile(rf"({_NAME.pattern})-[0-9a-f]{{16}}")
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A finished stage.
-
-    Attributes:
-        folder: where its files are; not to be changed.
-        result: what its maker returned, as JSON gives it back.
-        reused: whether it was found, and not made now.
-        digest: of its key, result and files; part of the key of a stage that is made from this one.
-        files: by path inside the folder.
-    """
-
-    folder: Path
-    result: Any
-    reused: bool
-    digest: str
-    files: Mapping[str, FileEntry]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    version: int
-    name: str
-    key: Any
-    result: Any
-    files: list[FileEntry]
 
 
 class Stages:
@@ -92,7 +59,7 @@ class Stages:
         if not os.path.lexists(folder):
             return None
         try:
-            kept = _read(folder, name, key)
+            kept = read_stage(folder, name, key)
         except (TmpDiffError, OSError) as error:
             self._note(f"stage {name} is damaged, and made anew: {first_line(error)}")
             discard(folder)
@@ -120,20 +87,7 @@ class Stages:
             OSError: the disk is full.
         """
         folder = self._place(name, key)
-        sizes = plain_files(path)
-        if DOCUMENT in sizes:
-            raise ValueError(f"stage {name} writes a file {DOCUMENT}, the name of its own record; choose another")
-        digests = hashes(path, sizes)
-        files = [FileEntry(path=name, sha256=digests[name], bytes=size) for name, size in sorted(sizes.items())]
-        data = {
-            "version": DOCUMENT_VERSION,
-            "name": name,
-            "key": key,
-            "result": result,
-            "files": [item.model_dump(mode="json") for item in files],
-        }
-        data = json.loads(canonical_json(data))  # what a later run reads, so that both go on with equal data
-        write_document(path / DOCUMENT, data)
+        kept = record_stage(path, name, key, result)
         fsync_tree(path)
         if os.path.lexists(folder):
             discard(folder)
@@ -143,7 +97,7 @@ class Stages:
             if other != folder and _stage_of(other) == name:
                 discard(other)
         self._used.add(folder)
-        return Kept(folder, data["result"], False, sha256_bytes(canonical_json(data)), _by_path(files))
+        return replace(kept, folder=folder)
 
     def keep(self, name: str, key: Any, make: Callable[[Path], Any]) -> Kept:
         """The stage as `find` has it, or made now.
@@ -268,40 +222,6 @@ def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool =
         for parent in made:  # those that are still empty
             with contextlib.suppress(OSError):
                 parent.rmdir()
-
-
-def _read(folder: Path, name: str, key: Any) -> Kept:
-    """A stage, checked.
-
-    Raises:
-        TmpDiffError: it is not what was finished; says why.
-        OSError: it cannot be read.
-    """
-    if folder.is_symlink() or not folder.is_dir():
-        raise TmpDiffError(f"{folder} is no folder")
-    sizes = plain_files(folder)
-    data = read_document(folder / DOCUMENT, "stage", DOCUMENT_VERSION, TmpDiffError)
-    try:
-        record = _Record.model_validate(data)
-    except ValidationError as error:
-        raise TmpDiffError(f"{folder / DOCUMENT} is malformed ({one_line(error)})") from None
-    if record.name != name or canonical_json(record.key) != canonical_json(key):
-        raise TmpDiffError(f"{folder / DOCUMENT} is of another stage")
-    files = _by_path(record.files)
-    del sizes[DOCUMENT]
-    if other := sorted(sizes.keys() ^ files.keys()):
-        raise TmpDiffError(f"{folder / other[0]} is {'not listed' if other[0] in sizes else 'missing'}")
-    for path, size in sizes.items():
-        if size != files[path].bytes:
-            raise TmpDiffError(f"{folder / path} has {size} bytes, expected {files[path].bytes}")
-    for path, digest in hashes(folder, sizes).items():
-        if digest != files[path].sha256:
-            raise TmpDiffError(f"{folder / path} was altered (its sha256 does not match)")
-    return Kept(folder, record.result, True, sha256_bytes(canonical_json(data)), files)
-
-
-def _by_path(files: list[FileEntry]) -> dict[str, FileEntry]:
-    return {item.path: item for item in files}
 
 
 def _stage_of(folder: Path) -> str:

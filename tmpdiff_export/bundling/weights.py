@@ -14,6 +14,7 @@ from engines.files import sha256_bytes
 from engines.precision import Precision
 from tmpdiff_export.bundling.engine import StoredFile
 from tmpdiff_export.bundling.site import Site
+from tmpdiff_export.onnx_graphs.stored import TRANSPOSED, plain_tensor
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.target import Form, SourceModel, layer_on_meta
@@ -64,10 +65,10 @@ def store_plain(
         with WeightFile(folder / file, tensors) as written:
             for index, (name, wanted) in enumerate(tensors.items()):
                 site.report(step, index, len(tensors))
-                tensor = form.plain(model, name, wanted)
+                tensor = plain_tensor(name, model.read, wanted.dtype)
                 if wanted.dtype is torch.float16 and not torch.isfinite(tensor).all():
                     raise BuildError(
-                        f"weight {name} reaches {float(model.read(name.removesuffix('^T')).abs().max()):g}, and float16, in "
+                        f"weight {name} reaches {float(model.read(name.removesuffix(TRANSPOSED)).abs().max()):g}, and float16, in "
                         f"which {', '.join(readers)} would have it, ends at 65504; this model cannot be built for backend "
                         f"{site.target.backend}"
                     )

@@ -41,7 +41,8 @@ def export_graph(
     """Exports `module` and returns its graph without weights.
 
     Its parameters and buffers are data-less initializers (`external.data_less`), called as in the module, and
-    `<name>^T` where the transposed weight is used. Their values do not count, so that they may be placeholders. What the module computes from constants alone is in the graph.
+    `<name>^T` where the transposed weight is used. Their values do not count, so that they may be placeholders. What the
+    module computes from constants alone is in the graph.
 
     Uses torch's TorchScript exporter without constant folding, because that keeps the name of every
     parameter, by which scales are attached later.

@@ -15,10 +15,10 @@ CODES, SCALE, BLOCK_SCALE = "weight_codes", "weight_scale", "weight_block_scale"
 
 
 def plain_tensor(name: str, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """An initializer that is not quantized.
+    """A tensor that is not quantized, as files have it for all backends.
 
     Args:
-        name: of the initializer: that of a parameter or buffer, or `<name>^T` of its transpose.
+        name: that of a parameter or buffer, or `<name>^T` of its transpose, which only graphs read.
         read: gives parameters and buffers by name.
         dtype: of the result.
     """

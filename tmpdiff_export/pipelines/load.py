@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,12 @@ from typing import Any
 
 import torch
 
-from engines.errors import BuildError, first_line
+from engines.errors import BuildError
 from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
-from tmpdiff_export.pipelines.models import hollow_model, is_model, loaded_model, require_classes
+from tmpdiff_export.pipelines.models import hollow_pipeline, loaded_model, require_classes
 from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
@@ -41,7 +39,7 @@ class SourceText:
 
 @dataclass(frozen=True)
 class SourcePipeline:
-    """A loaded pipeline and what the export needs to know of it.
+    """A pipeline folder that is open, and what the export needs to know of it.
 
     Attributes:
         folder: its folder.
@@ -102,9 +100,9 @@ class SourcePipeline:
         return loaded_model(self.pipe, self.folder, name, dtype)
 
     @contextlib.contextmanager
-    def filled(self) -> Iterator[None]:
-        """The text encoders and the VAE are loaded models for the length of a block, in the dtype of their files."""
-        hollow_ones = {name: getattr(self.pipe, name) for name in self.other_models}
+    def filled(self, names: Sequence[str]) -> Iterator[None]:
+        """Some of `other_models` are loaded models for the length of a block, in the dtype of their files."""
+        hollow_ones = {name: getattr(self.pipe, name) for name in names}
         try:
             for name in hollow_ones:
                 setattr(self.pipe, name, self.load(name))
@@ -160,7 +158,7 @@ def open_pipeline(
     require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are hashed
     require_classes(data)
     may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}
-    pipe = _opened(folder, data, [name for name in may_lack if data.get(name) == [None, None]])
+    pipe = hollow_pipeline(folder, data, [name for name in may_lack if data.get(name) == [None, None]])
     name, family = family_of(pipe)
     weights = SourceWeights.open(folder / family.component)
     denoiser = getattr(pipe, family.component)
@@ -278,27 +276,3 @@ def _denoiser_class(index: dict[str, Any]) -> str | None:
     """Class name of the transformer or unet that a model_index.json lists as [library, class]."""
     entries = [index.get(name) for name in ("transformer", "unet")]
     return next((str(entry[1]) for entry in entries if isinstance(entry, list) and entry[1:] and entry[1]), None)
-
-
-def _opened(folder: Path, index: dict[str, Any], absent: Sequence[str]) -> Any:
-    """The pipeline in a folder, its models hollow; diffusers wants to be told of components that it lacks."""
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            models = {name: hollow_model(folder, name, entry) for name, entry in index.items() if is_model(entry)}
-            pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **models, **dict.fromkeys(absent))
-    except BuildError:
-        raise
-    except Exception as error:  # diffusers and transformers raise many classes for a broken folder
-        raise BuildError(f"pipeline {folder} cannot be loaded: {first_line(error)}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

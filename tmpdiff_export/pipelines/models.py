@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,9 @@ def hollow_model(folder: Path, name: str, entry: list[str]) -> torch.nn.Module:
     try:
         data = json.loads((folder / name / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise BuildError(f"{folder / name / 'config.json'} is not readable: {error}") from error
+        raise BuildError(
+            f"{folder / name / 'config.json'} is not readable: {error}; save the pipeline again"
+        ) from error
     if data.get("quantization_config"):
         raise BuildError(
             f"{name} of {folder} is quantized already ({kind.__name__}); build from the pipeline as it was published in 16 bit"
@@ -76,6 +80,39 @@ def hollow_model(folder: Path, name: str, entry: list[str]) -> torch.nn.Module:
     if entry[0] == "transformers":
         model.tie_weights()  # which were untied when they were put on "meta"
     return model.eval()
+
+
+def hollow_pipeline(folder: Path, index: dict[str, Any], absent: Sequence[str]) -> Any:
+    """The diffusers pipeline in a folder, its models as `hollow_model` makes them.
+
+    Args:
+        folder: the pipeline's folder.
+        index: its `model_index.json`.
+        absent: components that it lacks; diffusers wants to be told of them.
+
+    Raises:
+        BuildError: it cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            models = {name: hollow_model(folder, name, entry) for name, entry in index.items() if is_model(entry)}
+            pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **models, **dict.fromkeys(absent))
+    except BuildError:
+        raise
+    except Exception as error:  # diffusers and transformers raise many classes for a broken folder
+        raise BuildError(f"pipeline {folder} cannot be loaded: {first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def loaded_model(pipe: Any, folder: Path, name: str, dtype: torch.dtype | None) -> torch.nn.Module:

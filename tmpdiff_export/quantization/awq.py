@@ -14,7 +14,7 @@ from tmpdiff_export.quantization.codes import CODE_MAX, largest
 from tmpdiff_export.quantization.observers import Observed
 from tmpdiff_export.quantization.recipes import Awq
 
-_LEAST_SCALE, _LARGEST_SCALE = 1e-4, 1e4
+LEAST_SCALE, LARGEST_SCALE = 1e-4, 1e4  # of what multiplies a channel
 _TINY = torch.finfo(torch.float32).tiny
 _ZERO_AMAX = 2.0**-24  # of a block: its codes are zero
 
@@ -107,7 +107,7 @@ def weight_share(weight: torch.Tensor, block_size: int) -> torch.Tensor:
 
 def channel_scale(mean: torch.Tensor, share: torch.Tensor, alpha: float) -> torch.Tensor:
     """What multiplies a channel's weights, float32 [K]: `mean^alpha / share^(1 - alpha)`, centred around 1."""
-    scale = (mean.pow(alpha) / (share.pow(1 - alpha) + _TINY)).clamp(_LEAST_SCALE, _LARGEST_SCALE)
+    scale = (mean.pow(alpha) / (share.pow(1 - alpha) + _TINY)).clamp(LEAST_SCALE, LARGEST_SCALE)
     return scale / (scale.max() * scale.min()).sqrt()
 
 

@@ -10,12 +10,10 @@ import torch
 
 from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export.quantization.awq import search_scales
+from tmpdiff_export.quantization.awq import LARGEST_SCALE, LEAST_SCALE, search_scales
 from tmpdiff_export.quantization.codes import LayerRange, largest
 from tmpdiff_export.quantization.observers import Observed
 from tmpdiff_export.quantization.recipes import RECIPES, Awq, Recipe, SmoothQuant, stays_high_precision
-
-_LEAST_SCALE, _LARGEST_SCALE = 1e-4, 1e4
 
 Weight = Callable[[str], torch.Tensor]
 """The weight of a layer by the layer's name, [N, K] or that of a convolution, floating, on any device."""
@@ -124,7 +122,7 @@ def smoothing_scales(
             continue
         scale = _channel_amax(weight(name)).pow(1 - smoothing.alpha) / inputs.pow(smoothing.alpha)
         # Not a number: a channel that is zero in the input and in the weight.
-        scales[name] = scale.nan_to_num(nan=1.0).clamp(_LEAST_SCALE, _LARGEST_SCALE)
+        scales[name] = scale.nan_to_num(nan=1.0).clamp(LEAST_SCALE, LARGEST_SCALE)
     return scales
 
 

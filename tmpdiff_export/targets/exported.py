@@ -15,7 +15,7 @@ from tmpdiff_export.onnx_graphs.external import data_less_tensors, refer, save_c
 from tmpdiff_export.onnx_graphs.fp32 import narrow_weights
 from tmpdiff_export.onnx_graphs.qdq import LayerInputs, insert_qdq
 from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
-from tmpdiff_export.onnx_graphs.stored import layer_tensors, plain_tensor
+from tmpdiff_export.onnx_graphs.stored import layer_tensors
 from tmpdiff_export.quantization.codes import QuantizedLayer
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.target import EngineJob, Form, SourceModel, layer_on_meta
@@ -28,10 +28,6 @@ class OnnxForm:
     """`tmpdiff_export.targets.target.Form`: tensors as the strongly typed graph has them."""
 
     name = "onnx"
-
-    def plain(self, model: SourceModel, name: str, wanted: torch.Tensor) -> torch.Tensor:
-        """See `Form.plain`."""
-        return plain_tensor(name, model.read, wanted.dtype)
 
     def codes(self, model: SourceModel, name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
         """See `Form.codes`."""

@@ -84,25 +84,27 @@ class EngineJob:
     attention: Mapping[str, AttentionRange] = field(default_factory=dict)
 
 
-class PreparedEngine(Protocol):
-    """An engine that is known as far as its weights need not be read for."""
+MakeTask = Callable[[Path, Sequence[FileEntry]], Callable[[], EngineEntry]]
+"""What writes an engine to `engines/` in a folder, loads it as the runtime would, and measures its SQNR.
 
-    @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """What its weight files have to hold, by name, but for the codes of its quantized layers; on the device "meta"."""
-        ...
+It is given a bundle folder, or one that stands for it, in which the weight files are already, and those that the engine
+reads, relative to the folder. The result is to be called once, in any process; it raises BackendError where the backend
+refuses the engine.
+"""
 
-    def task(self, folder: Path, weights: Sequence[FileEntry]) -> Callable[[], EngineEntry]:
-        """What writes the engine to `engines/` in a folder, loads it as the runtime would, and measures its SQNR.
 
-        Args:
-            folder: a bundle folder, or one that stands for it, in which the weight files are already.
-            weights: those that the engine reads, relative to the folder.
+@dataclass(frozen=True, eq=False)
+class PreparedEngine:
+    """An engine that is known as far as its weights need not be read for.
 
-        Returns:
-            To be called once, in any process. It raises BackendError where the backend refuses the engine.
-        """
-        ...
+    Attributes:
+        tensors: what its weight files have to hold, by name, but for the codes of its quantized layers; only shapes and
+            dtypes count.
+        task: see `MakeTask`.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    task: MakeTask
 
 
 class Target(Protocol):
@@ -120,7 +122,7 @@ class Target(Protocol):
 
     @property
     def form(self) -> Form:
-        """How it stores weights."""
+        """How it stores quantized layers."""
         ...
 
     def require_memory(self, parameters: int) -> None:
@@ -144,15 +146,11 @@ class Target(Protocol):
 
 
 class Form(Protocol):
-    """How a kind of engines stores weights."""
+    """How a kind of engines stores quantized layers; of what is not quantized they differ in names and dtypes only."""
 
     @property
     def name(self) -> str:
         """Of the form, for keys."""
-        ...
-
-    def plain(self, model: SourceModel, name: str, wanted: torch.Tensor) -> torch.Tensor:
-        """A tensor that is not quantized, under one of `PreparedEngine.tensors`, of the shape and dtype of `wanted`."""
         ...
 
     def codes(self, model: SourceModel, name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ class Place:
             while done < self.size_bytes:
                 count = stream.readinto(view[done:])
                 if not count:
-                    raise BuildError(f"{self.path} ends within a tensor: it is damaged; save the pipeline again")
+                    raise BuildError(f"{self.path} ends within a tensor: it is damaged; write it again")
                 done += count
         return data.view(self.dtype).view(self.shape)
 
@@ -88,7 +88,9 @@ def places(path: Path) -> dict[str, Place]:
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-            raise BuildError(f"{path} is no safetensors file, or is damaged: its header would have {length} bytes")
+            raise BuildError(
+                f"{path} is no safetensors file, or is damaged: its header would have {length} bytes; write it again"
+            )
         header = stream.read(length)
     try:
         data = json.loads(header)
@@ -98,7 +100,7 @@ def places(path: Path) -> dict[str, Place]:
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BuildError(f"{path} is no safetensors file, or is damaged: {error}") from error
+        raise BuildError(f"{path} is no safetensors file, or is damaged: {error}; write it again") from error
 
 
 class WeightFile:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engines.errors import BuildError
-from engines.files import sha256_bytes, sha256_file
+from engines.files import sha256_bytes, sha256_file, side_by_side
 from tmpdiff_export.weights.files import Place, places
 
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -48,7 +47,9 @@ class SourceWeights:
             found = {name: place for path in files for name, place in places(path).items()}
             configuration = sorted(path for path in folder.iterdir() if path.suffix == ".json")
         except OSError as error:
-            raise BuildError(f"weights in {folder} cannot be read: {error.strerror or error}") from error
+            raise BuildError(
+                f"weights in {folder} cannot be read: {error.strerror or error}; save the pipeline again"
+            ) from error
         return cls(folder, found, tuple(sorted((*configuration, *files))))
 
     @property
@@ -88,8 +89,7 @@ class SourceWeights:
 
     def sha256(self) -> str:
         """Hash over names and content of the files."""
-        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-            digests = list(pool.map(sha256_file, self.files))
+        digests = side_by_side(self.files, sha256_file)
         lines = (f"{path.name} {digest}\n" for path, digest in zip(self.files, digests, strict=True))
         return sha256_bytes("".join(lines).encode())
 
@@ -103,7 +103,9 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
                 if any(Path(name).name != name for name in names):
                     raise ValueError("it names files of other folders")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise BuildError(f"{index} does not say where the weights are: {error}") from error
+                raise BuildError(
+                    f"{index} does not say where the weights are: {error}; save the pipeline again"
+                ) from error
             return tuple(folder / name for name in sorted(names))
         if single.exists():
             return (single,)

@@ -28,6 +28,7 @@ from engines.precision import REFERENCE, Precision, parse_precisions
 from tmpdiff_export.bundling.engine import require_floor
 from tmpdiff_export.bundling.observed import with_larger_batch
 from tmpdiff_export.devices import CPU, Batch
+from tmpdiff_export.onnx_graphs.stored import plain_tensor
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.families.table import DENOISERS
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
@@ -183,7 +184,7 @@ def write_strong_graph(job: EngineJob, path: Path) -> Path:
 def store(job: EngineJob, plain: Mapping[str, torch.Tensor], form: Form, path: Path) -> Path:
     """Writes all that an engine reads into one file."""
     model = job.model
-    tensors = {name: form.plain(model, name, wanted) for name, wanted in plain.items()}
+    tensors = {name: plain_tensor(name, model.read, wanted.dtype) for name, wanted in plain.items()}
     for name, found in job.ranges.items():
         weight = model.read(f"{name}.weight").flatten(1)
         layer = quantize_layer(weight, found, job.precision, RECIPES[job.precision].block_size)

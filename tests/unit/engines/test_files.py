@@ -1,13 +1,14 @@
-"""Folders that appear whole are on the disk before they do."""
+"""Folders that appear whole are on the disk before they do; files that are gone through side by side."""
 
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from engines.files import staged_folder
+from engines.files import sha256_bytes, sha256_file, side_by_side, staged_folder
 
 
 def test_all_that_a_folder_holds_is_on_the_disk_before_it_appears(
@@ -33,3 +34,28 @@ def test_all_that_a_folder_holds_is_on_the_disk_before_it_appears(
         (folder / "manifest.json").write_text("{}")
         (folder / "elsewhere").symlink_to(tmp_path / "nothing")
     assert (target / "engines" / "fp16.onnx").read_bytes() == b"x"
+
+
+def test_files_are_hashed_side_by_side_in_their_order(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "cab"]
+    for path in paths:
+        path.write_text(path.name)
+    assert side_by_side(paths, sha256_file) == [sha256_bytes(path.name.encode()) for path in paths]
+
+
+@pytest.mark.parametrize("error", [OSError("damaged"), KeyboardInterrupt()])
+def test_after_a_failure_the_other_files_are_not_read_to_their_ends(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    ended = []
+
+    def work(item: int, stop: threading.Event) -> None:
+        if item == 0:
+            raise error
+        assert stop.wait(60.0), "nobody told it"
+        ended.append(item)
+
+    with pytest.raises(type(error)):
+        side_by_side(range(100), work)
+    assert len(ended) < 99

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine, version
 from engines.documents import FileEntry
 from engines.manifest import EngineEntry
 from engines.precision import Precision
-from tmpdiff_export.onnx_graphs.stored import BLOCK_SCALE, CODES, SCALE, layer_tensors, plain_tensor
+from tmpdiff_export.onnx_graphs.stored import BLOCK_SCALE, CODES, SCALE, layer_tensors
 from tmpdiff_export.quantization.codes import QuantizedLayer
 from tmpdiff_export.quantization.packing import pack
 from tmpdiff_export.targets.accuracy import AccuracyCheck
@@ -22,7 +22,7 @@ from tmpdiff_export.targets.exported import plain_tensors, typed_graph, write_gr
 from tmpdiff_export.targets.onnxruntime.convolution import taps_matrix
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
 from tmpdiff_export.targets.onnxruntime.nvfp4 import whole_codes
-from tmpdiff_export.targets.target import EngineJob, SourceModel, file_entry, tensor_specs
+from tmpdiff_export.targets.target import EngineJob, PreparedEngine, SourceModel, file_entry, tensor_specs
 
 
 class CpuTarget:
@@ -41,25 +41,16 @@ class CpuTarget:
         return CpuForm()
 
     def require_memory(self, parameters: int) -> None:
-        """Any model that could be loaded for export can be tried; see `Target.require_memory`."""
+        """Nothing beyond what is estimated for every build; see `Target.require_memory`."""
 
-    def prepare(self, job: EngineJob) -> PreparedCpuEngine:
+    def prepare(self, job: EngineJob) -> PreparedEngine:
         """Lowers the graph; see `Target.prepare`."""
         lowered, counts = lower_for_cpu(typed_graph(job), job.model.dtype if not job.model.half else torch.float16)
-        task = CpuTask(job.name, Path(), (), lowered, counts, job.model.check, job.recipe, job.floor_db)
-        return PreparedCpuEngine(task, plain_tensors(job, lowered, self.form))
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedCpuEngine:
-    """See `tmpdiff_export.targets.target.PreparedEngine`."""
-
-    engine: CpuTask
-    tensors: Mapping[str, torch.Tensor]
-
-    def task(self, folder: Path, weights: Sequence[FileEntry]) -> CpuTask:
-        """See `PreparedEngine.task`."""
-        return replace(self.engine, folder=folder, weights=tuple(weights))
+        check, recipe, floor_db = job.model.check, job.recipe, job.floor_db
+        return PreparedEngine(
+            plain_tensors(job, lowered, self.form),
+            lambda folder, weights: CpuTask(job.name, folder, tuple(weights), lowered, counts, check, recipe, floor_db),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +107,6 @@ class CpuForm:
     """`tmpdiff_export.targets.target.Form`: tensors as `lower_for_cpu` has them."""
 
     name = "onnxruntime-cpu"
-
-    def plain(self, model: SourceModel, name: str, wanted: torch.Tensor) -> torch.Tensor:
-        """See `Form.plain`."""
-        return plain_tensor(name, model.read, wanted.dtype)
 
     def codes(self, model: SourceModel, name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
         """See `Form.codes`."""

@@ -21,8 +21,8 @@ from engines.manifest import EngineEntry
 from engines.precision import Precision
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.exported import OnnxForm
-from tmpdiff_export.targets.onnxruntime.graph_copy import PreparedCopy, prepare_copy
-from tmpdiff_export.targets.target import EngineJob, file_entry, require_weights_fit, tensor_specs
+from tmpdiff_export.targets.onnxruntime.graph_copy import prepare_copy
+from tmpdiff_export.targets.target import EngineJob, PreparedEngine, file_entry, require_weights_fit, tensor_specs
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 
@@ -66,7 +66,7 @@ class OnnxCudaTarget:
         """See `Target.form`."""
         return OnnxForm()
 
-    def prepare(self, job: EngineJob) -> PreparedCopy:
+    def prepare(self, job: EngineJob) -> PreparedEngine:
         """Exports the graph; see `Target.prepare`."""
         check = job.model.check
         return prepare_copy(

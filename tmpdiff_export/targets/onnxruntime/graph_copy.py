@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from onnx import ModelProto
 
 from engines.documents import FileEntry
 from engines.files import sha256_file
 from engines.manifest import EngineEntry
 from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
-from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.targets.target import EngineJob, PreparedEngine, file_entry, tensor_specs
 
 Measure = Callable[[str, Path, EngineEntry], EngineEntry]
 """Loads an engine, by name, file and manifest entry, and returns the entry with its SQNR and lowering."""
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedCopy:
-    """See `tmpdiff_export.targets.target.PreparedEngine`."""
-
-    copy: GraphCopy
-    tensors: Mapping[str, torch.Tensor]
-
-    def task(self, folder: Path, weights: Sequence[FileEntry]) -> Callable[[], EngineEntry]:
-        """See `PreparedEngine.task`."""
-        return replace(self.copy, folder=folder, weights=tuple(weights))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +60,7 @@ class GraphCopy:
         return self.measure(self.name, path, entry)
 
 
-def prepare_copy(job: EngineJob, measure: Measure, *, backend: str, version: str, device: str) -> PreparedCopy:
+def prepare_copy(job: EngineJob, measure: Measure, *, backend: str, version: str, device: str) -> PreparedEngine:
     """Begins an engine: `engines/<name>.onnx` and weights in `OnnxForm`.
 
     Args:
@@ -96,5 +83,7 @@ def prepare_copy(job: EngineJob, measure: Measure, *, backend: str, version: str
         "sqnr_db": 0.0,
         "sqnr_floor_db": job.floor_db,
     }
-    copy = GraphCopy(job.name, Path(), (), graph, unmeasured, measure)
-    return PreparedCopy(copy, plain_tensors(job, graph, OnnxForm()))
+    return PreparedEngine(
+        plain_tensors(job, graph, OnnxForm()),
+        lambda folder, weights: GraphCopy(job.name, folder, tuple(weights), graph, unmeasured, measure),
+    )

@@ -8,8 +8,8 @@ from typing import Any
 from engines.backends.onnxruntime.tensorrt_rtx import COMPUTE_CAPABILITIES, TensorRtRtxEngine, require_device, version
 from engines.manifest import EngineEntry
 from tmpdiff_export.targets.exported import OnnxForm
-from tmpdiff_export.targets.onnxruntime.graph_copy import PreparedCopy, prepare_copy
-from tmpdiff_export.targets.target import EngineJob
+from tmpdiff_export.targets.onnxruntime.graph_copy import prepare_copy
+from tmpdiff_export.targets.target import EngineJob, PreparedEngine
 
 
 class RtxTarget:
@@ -38,7 +38,7 @@ class RtxTarget:
         """See `Target.form`."""
         return OnnxForm()
 
-    def prepare(self, job: EngineJob) -> PreparedCopy:
+    def prepare(self, job: EngineJob) -> PreparedEngine:
         """Exports the graph; see `Target.prepare`."""
         capabilities = ", ".join(f"{major}.{minor}" for major, minor in COMPUTE_CAPABILITIES)
         check = job.model.check

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from onnx import ModelProto
 
 from engines.backends.cuda.gpu import current_gpu
@@ -37,22 +36,10 @@ from engines.manifest import EngineEntry, PlanEntry, TensorSpec
 from engines.precision import BITS_PER_WEIGHT, REFERENCE, Precision
 from tmpdiff_export.memory import host_available_bytes
 from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
-from tmpdiff_export.targets.target import EngineJob, file_entry, tensor_specs
+from tmpdiff_export.targets.target import EngineJob, PreparedEngine, file_entry, tensor_specs
 from tmpdiff_export.targets.tensorrt.settings import BATCH, PlanSettings
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedPlan:
-    """See `tmpdiff_export.targets.target.PreparedEngine`."""
-
-    make: Callable[[Path, Sequence[FileEntry]], EngineEntry]
-    tensors: Mapping[str, torch.Tensor]
-
-    def task(self, folder: Path, weights: Sequence[FileEntry]) -> Callable[[], EngineEntry]:
-        """See `PreparedEngine.task`."""
-        return partial(self.make, folder, weights)
 
 
 class TensorRtTarget:
@@ -121,7 +108,7 @@ class TensorRtTarget:
         """See `Target.form`."""
         return OnnxForm()
 
-    def prepare(self, job: EngineJob) -> PreparedPlan:
+    def prepare(self, job: EngineJob) -> PreparedEngine:
         """Exports the graph; see `Target.prepare`.
 
         Raises:
@@ -130,9 +117,9 @@ class TensorRtTarget:
         graph = strong_graph(job)
         specs = tensor_specs(graph.graph.input)
         shapes = profile(specs, self._ranges(specs, job))
-        return PreparedPlan(
-            lambda folder, weights: self._make(job, graph, shapes, folder, weights),
+        return PreparedEngine(
             plain_tensors(job, graph, self.form),
+            lambda folder, weights: partial(self._make, job, graph, shapes, folder, weights),
         )
 
     def _make(

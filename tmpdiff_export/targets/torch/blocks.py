@@ -8,6 +8,7 @@ blocks that repeat becomes one package.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from engines.errors import BuildError, first_line
@@ -26,8 +27,6 @@ from tmpdiff_export.targets.torch.compile import Call, EngineModule, arguments_o
 from tmpdiff_export.targets.torch.segments import Block, Divided, cut
 
 LEAST_BLOCKS = 4  # of a kind: fewer are compiled with what surrounds them
-
-
 _TENSOR = object()
 
 
@@ -244,7 +243,7 @@ def _kinds(
         own = tuple(state[f"{site.name}.{name}"] for name in names)
         program = _export(_BlockCall(site, names), own, tuple(site.arguments.empty()))
         if not program.constants and not program.graph_signature.user_inputs_to_mutate:
-            form = "\n".join([*names, _form(program.graph)])
+            form = "\n".join([*names, _form(program.graph_module)])
             kinds.setdefault(form, _Kind(names, program, [])).sites.append(site)
 
     with _replaced({block: exporting(site) for block, site in sites.items()}), inputs[0].fake_mode:
@@ -263,13 +262,15 @@ def _replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterato
             vars(block).pop("forward", None)
 
 
-def _form(graph: Graph) -> str:
-    """A graph as text, the same for graphs that differ in names only."""
+def _form(module: GraphModule) -> str:
+    """A graph as text, with the graphs that its operators take; the same for graphs that differ in names only."""
     numbers: dict[Node, int] = {}
     lines = []
-    for node in graph.nodes:
+    for node in module.graph.nodes:
         numbers[node] = len(numbers)
         target = "" if node.op in ("placeholder", "output") else str(node.target)
+        if node.op == "get_attr" and isinstance(held := operator.attrgetter(target)(module), GraphModule):
+            target = f"({_form(held)})"  # what is computed under autocast, and the like
         arguments = pytree.tree_map_only(Node, lambda item: f"%{numbers[item]}", (node.args, node.kwargs))
         values = [
             (tuple(item.shape), item.stride(), item.dtype, item.device) if isinstance(item, torch.Tensor) else item

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from engines.precision import Precision
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.quantization.codes import QuantizedLayer
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE, narrow_type
-from tmpdiff_export.targets.target import EngineJob, SourceModel, layer_on_meta, require_weights_fit
+from tmpdiff_export.targets.target import EngineJob, PreparedEngine, SourceModel, layer_on_meta, require_weights_fit
 from tmpdiff_export.targets.torch.attention import attention_tensors
 from tmpdiff_export.targets.torch.compile import EngineModule, without_capturing_hooks
 from tmpdiff_export.targets.torch.layers import FP8_COMPUTE_CAPABILITY
@@ -101,7 +100,7 @@ class TorchTarget:
         if self.device != "cpu":
             require_weights_fit(parameters, self._memory_bytes)
 
-    def prepare(self, job: EngineJob) -> PreparedPackage:
+    def prepare(self, job: EngineJob) -> PreparedEngine:
         """Lowers a copy of the module on the device "meta"; see `Target.prepare`."""
         model = job.model
         module, counts, codes = on_meta(model.module), dict[str, int](), set[str]()
@@ -124,47 +123,35 @@ class TorchTarget:
         kept = [not model.half or item.keep_dtype for item in model.inputs]
         engine = EngineModule(module, dtype, kept).eval()
         low_floor = dtype is torch.bfloat16 and job.recipe == NO_RECIPE  # also below the floor of shared weights
-        task = PackageTask(
-            name=job.name,
-            folder=Path(),
-            module=engine,
-            weights=(),
-            device=self.device,
-            described=self._described,
-            batch=self._pictures * model.batch_per_picture,
-            dtype=_NAMES[dtype],
-            outputs=tuple(model.outputs),
-            check=model.check,
-            lowering=counts,
-            attention=scales,
-            blocks=self._blocks,
-            recipe=job.recipe,
-            floor_db=min(job.floor_db, _BFLOAT16_FLOOR_DB) if low_floor else job.floor_db,
-        )
+        batch, floor_db = self._pictures * model.batch_per_picture, job.floor_db
+
+        def task(folder: Path, weights: Sequence[FileEntry]) -> PackageTask:
+            return PackageTask(
+                name=job.name,
+                folder=folder,
+                module=engine,
+                weights=tuple(weights),
+                device=self.device,
+                described=self._described,
+                batch=batch,
+                dtype=_NAMES[dtype],
+                outputs=tuple(model.outputs),
+                check=model.check,
+                lowering=counts,
+                attention=scales,
+                blocks=self._blocks,
+                recipe=job.recipe,
+                floor_db=min(floor_db, _BFLOAT16_FLOOR_DB) if low_floor else floor_db,
+            )
+
         own = codes | set(scales)
-        return PreparedPackage(task, {name: item for name, item in engine.tensors.items() if name not in own})
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedPackage:
-    """See `tmpdiff_export.targets.target.PreparedEngine`."""
-
-    package: PackageTask
-    tensors: Mapping[str, torch.Tensor]
-
-    def task(self, folder: Path, weights: Sequence[FileEntry]) -> PackageTask:
-        """See `PreparedEngine.task`."""
-        return replace(self.package, folder=folder, weights=tuple(weights))
+        return PreparedEngine({name: item for name, item in engine.tensors.items() if name not in own}, task)
 
 
 class TorchForm:
     """`tmpdiff_export.targets.target.Form`: tensors as the lowered module has them, under the names of its layers."""
 
     name = "torch"
-
-    def plain(self, model: SourceModel, name: str, wanted: torch.Tensor) -> torch.Tensor:
-        """See `Form.plain`."""
-        return model.read(name).to(wanted.dtype)
 
     def codes(self, model: SourceModel, name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
         """See `Form.codes`."""

@@ -20,6 +20,7 @@ from tmpdiff_export.bundling.estimates import (
 )
 
 GB = 10**9
+ENGINES = "engines, or the models beside the denoiser"
 PLENTY = Available(host_bytes=10**15, gpu_bytes=10**15, disk_bytes=10**15)
 # FLUX.1-dev with small text encoders, as torch packages on an H200.
 FLUX = BuildSize(
@@ -50,7 +51,9 @@ def test_flux_in_figures() -> None:
     assert 26 * GB < found.gpu_bytes < 34 * GB
     assert 35.7 * GB < found.disk_bytes < 39 * GB
     assert found.onnx_bytes == 0
-    assert set(found.host) == {"libraries", "a layer in FP32, four times", "engines"}
+    with_t5 = estimate(replace(FLUX, component_parameters=4_900_000_000))
+    assert with_t5.host[ENGINES] == 9.8 * GB, "it runs for the ranges, from 16-bit weights"
+    assert set(found.host) == {"libraries", "a layer in FP32, four times", ENGINES}
     assert found.described(Available(125 * GB, 141 * GB, 42 * GB)) == (
         f"estimate: host memory {found.host_bytes / GB:.1f} GB (of 125.0 GB), GPU memory {found.gpu_bytes / GB:.1f} GB "
         f"(of 141.0 GB), disk {found.disk_bytes / GB:.1f} GB (of 42.0 GB)"
@@ -60,7 +63,7 @@ def test_flux_in_figures() -> None:
 def test_a_build_on_a_cpu_in_figures() -> None:
     found = require_fit(PIXART, replace(PLENTY, gpu_bytes=None))
     assert found.gpu_bytes == 0
-    assert found.host["engines"] == 4 * PIXART.parameters
+    assert found.host[ENGINES] == 4 * PIXART.parameters
     assert found.host["activations"] == PIXART.activation_bytes
     assert "GPU" not in found.described(replace(PLENTY, gpu_bytes=None, host_bytes=None))
     assert "host memory 7" in found.described(replace(PLENTY, host_bytes=None))
@@ -101,7 +104,7 @@ def test_workers_and_backends_take_their_own() -> None:
     assert two.gpu["engines"] == 2 * one.gpu["engines"]
     assert two.host["libraries"] == 3 * one.host["libraries"]
     plans = estimate(replace(FLUX, backend="tensorrt"))
-    assert plans.host["engines"] > 3 * 2 * FLUX.parameters, "network, engine and plan"
+    assert plans.host[ENGINES] > 3 * 2 * FLUX.parameters, "network, engine and plan"
     assert plans.disk["the backend's own layout"] > 35 * GB
 
 

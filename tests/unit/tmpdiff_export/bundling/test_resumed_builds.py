@@ -23,7 +23,8 @@ from helpers.tiny_pipeline import tiny_options
 from tmpdiff_export.bundling import bundle as bundle_build
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
-from tmpdiff_export.bundling.stages import Kept, Note, Stages
+from tmpdiff_export.bundling.stage_record import Kept
+from tmpdiff_export.bundling.stages import Note, Stages
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 WORDS = ("--backend", "onnxruntime", "--precisions", "fp16,int8", "--steps", "2")

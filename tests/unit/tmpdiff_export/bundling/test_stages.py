@@ -16,6 +16,7 @@ from helpers import fake_build
 from helpers.children import start, wait_for
 from helpers.paths import ROOT
 
+from engines.documents import write_document
 from engines.errors import TmpDiffError
 from tmpdiff_export.bundling import stages as module
 from tmpdiff_export.bundling.stage_files import link
@@ -210,7 +211,7 @@ def resigned(change):
         data = json.loads(path.read_text())
         del data["sha256"]
         change(data)
-        module.write_document(path, data)
+        write_document(path, data)
 
     return apply
 

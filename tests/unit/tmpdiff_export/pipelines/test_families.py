@@ -251,3 +251,12 @@ def test_denoisers_that_are_called_otherwise_are_refused(name: str, changes: dic
     refusals = [f"family {key}: {family.refusal(small.denoiser)}" for key, family in of_class.items()]
     assert not any(fits(small, key) for key in DENOISERS)
     assert reason in "; ".join(refusals)
+
+
+def test_only_the_models_that_are_asked_for_are_loaded(tiny_pipeline: Path) -> None:
+    source = open_pipeline(tiny_pipeline)
+    hollow = {name: getattr(source.pipe, name) for name in source.other_models}
+    with source.filled(["vae"]):
+        assert all(bool(item.isfinite().all()) for item in source.pipe.vae.parameters())
+        assert source.pipe.text_encoder is hollow["text_encoder"]
+    assert {name: getattr(source.pipe, name) for name in source.other_models} == hollow

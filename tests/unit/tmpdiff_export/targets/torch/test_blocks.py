@@ -26,6 +26,7 @@ from tmpdiff_export.targets.torch.blocks import LEAST_BLOCKS, compile_blocks, di
 from tmpdiff_export.targets.torch.compile import EngineModule
 from tmpdiff_export.targets.torch.lowering import lower_for_torch
 from tmpdiff_export.targets.torch.segments import Divided, runs
+from tmpdiff_export.weights.streamed import on_meta
 from tools.acceptance.random_pipeline import save_random_pipeline
 
 INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
@@ -96,6 +97,39 @@ def test_a_block_with_other_layers_is_no_equal() -> None:
     divided = divide(module, "cpu", flux_inputs())
     # Two segments, the kind; between the second and the fourth block lies the odd one.
     assert sorted(calls_of(divided, part) for part in range(len(divided.parts))) == [1, 1, 1, LEAST_BLOCKS]
+
+
+class Multiplied(torch.nn.Module):
+    """Multiplies in a graph within the graph: exported, an autocast region is one."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.layer = torch.nn.Linear(8, 8)
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            data = data.float() * self.factor
+        return data + self.layer(data)
+
+
+class Chain(torch.nn.Module):
+    def __init__(self, factors: list[float]) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Multiplied(factor) for factor in factors)
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            data = block(data)
+        return data
+
+
+@pytest.mark.parametrize(("factors", "kinds"), [([2.0] * 8, 1), ([2.0] * 4 + [3.0] * 4, 2)])
+def test_blocks_that_differ_under_autocast_are_no_equals(factors: list[float], kinds: int) -> None:
+    module = Chain(factors)
+    with torch.no_grad():
+        divided = divide(EngineModule(on_meta(module), torch.float32, [True]).eval(), "cpu", [torch.zeros(2, 8)])
+    assert len({call.package for call in divided.calls if len(call.weights)}) == kinds
 
 
 def test_a_module_without_repeated_blocks_is_one_part() -> None:

@@ -146,7 +146,10 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             except BaseException:
                 os.rename(retired, target)
                 raise
-            shutil.rmtree(retired, ignore_errors=True)
+            if retired.is_symlink():  # to a folder elsewhere, which stays
+                retired.unlink()
+            else:
+                shutil.rmtree(retired, ignore_errors=True)
         else:
             os.rename(scratch, target)
     except BaseException:

@@ -158,6 +158,29 @@ def require_folders(out: Path, onnx_dir: Path | None, *, force: bool) -> None:
     _require_writable("--onnx-dir", onnx_dir, Path(os.path.abspath(onnx_dir)))
 
 
+def require_apart(pipeline: Path, out: Path, onnx_dir: Path | None) -> None:
+    """Refuses folders that the build would remove at its end with what it was made from, or what it was asked to keep.
+
+    Args:
+        pipeline: that is built.
+        out: bundle folder to make.
+        onnx_dir: where ONNX files are kept, None for nowhere.
+
+    Raises:
+        TmpDiffError: the pipeline is inside the bundle, or the ONNX files would be among the stages.
+    """
+    if Path(os.path.realpath(pipeline)).is_relative_to(os.path.realpath(out)):
+        raise TmpDiffError(f"pipeline {pipeline} is inside the bundle {out}, which would be replaced; move one of them")
+    if onnx_dir is not None and Path(os.path.realpath(onnx_dir)).is_relative_to(os.path.realpath(stages_folder(out))):
+        raise TmpDiffError(f"--onnx-dir {onnx_dir} is among the stages of the build; name a folder beside the bundle")
+
+
+def stages_folder(out: Path) -> Path:
+    """Where the stages of a build lie: a hidden folder beside the bundle."""
+    target = Path(os.path.abspath(out))
+    return target.parent / f".{target.name}.stages"
+
+
 def existing_folder(path: Path) -> Path:
     """The path itself, or the nearest above it that exists."""
     absolute = Path(os.path.abspath(path))

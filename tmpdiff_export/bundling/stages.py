@@ -25,6 +25,7 @@ from engines.documents import FileEntry, canonical_json, one_line, read_document
 from engines.errors import TmpDiffError, first_line
 from engines.files import fsync_folder, fsync_tree, sha256_bytes
 from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, discard, locked, remove_tree
+from tmpdiff_export.bundling.preflight import stages_folder
 from tmpdiff_export.bundling.stage_files import entries, hashes, plain_files
 from tmpdiff_export.memory import size_text
 
@@ -237,7 +238,7 @@ def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool =
     """
     target = Path(os.path.abspath(target))
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
-    folder = target.parent / f".{target.name}.stages"
+    folder = stages_folder(target)
     try:
         with locked(folder):
             stages = Stages(folder, note)

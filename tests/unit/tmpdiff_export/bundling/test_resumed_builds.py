@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from helpers.tiny_pipeline import tiny_options
 from tmpdiff_export.bundling import bundle as bundle_build
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
+from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stages import Kept, Note, Stages
+from tmpdiff_export.pipelines.load import open_pipeline
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 WORDS = ("--backend", "onnxruntime", "--precisions", "fp16,int8", "--steps", "2")
@@ -232,3 +235,22 @@ def alter_last_byte(path: Path) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size
+
+
+def test_settings_in_a_linked_folder_count_and_a_bundle_inside_the_pipeline_does_not(
+    tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+    elsewhere = Path(shutil.move(folder / "scheduler", tmp_path / "elsewhere"))
+    (folder / "scheduler").symlink_to(elsewhere)
+
+    def settings() -> str:
+        return Site(open_pipeline(folder), *[None] * 6).settings_sha256
+
+    before = settings()
+    (folder / ".bundle.stages").mkdir()
+    (folder / ".bundle.stages" / "stage.json").write_text("{}")
+    assert settings() == before
+    config = elsewhere / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_train_timesteps": 900}))
+    assert settings() != before

@@ -70,6 +70,13 @@ def hollow_model(folder: Path, name: str, entry: list[str]) -> torch.nn.Module:
         raise BuildError(
             f"{name} of {folder} is quantized already ({kind.__name__}); build from the pipeline as it was published in 16 bit"
         )
+    tensors = len(SourceWeights.open(folder / name).places)
+    for key, value in data.items():  # they would be made one by one, for hours
+        if "layers" in key and isinstance(value, int) and value > tensors:
+            raise BuildError(
+                f"{folder / name / 'config.json'} has {key} {value}, and the weights beside it are {tensors} tensors; save the "
+                "pipeline again"
+            )
     with init_empty_weights(include_buffers=False):  # buffers are computed, and few
         if entry[0] == "diffusers":
             model: torch.nn.Module = kind.from_config(kind.load_config(folder / name, local_files_only=True))

@@ -59,6 +59,16 @@ def device(file: str) -> Damage:
     return damage
 
 
+def configured(**changes: object) -> Damage:
+    """The denoiser's configuration with other values."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "transformer/config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -82,6 +92,7 @@ def device(file: str) -> Damage:
         (lambda folder: (folder / "transformer/config.json").write_text(DEEP), "config.json is not valid JSON"),
         (lambda folder: (folder / "transformer/config.json").write_text("[]"), "config.json holds a JSON list"),
         (lambda folder: (folder / "transformer/config.json").unlink(), "config.json cannot be read: No such file"),
+        (configured(num_layers=10**9), "config.json has num_layers 1000000000, and the weights beside it are"),
         *((piped(file), f"{file} is no plain file") for file in (WEIGHTS, INDEX, "model_index.json", "vae/odd.json")),
         *((device(file), f"{file} is no plain file") for file in (WEIGHTS, "transformer/odd.json")),
     ],

@@ -148,7 +148,8 @@ def require_folders(out: Path, onnx_dir: Path | None, *, force: bool) -> None:
         raise TmpDiffError(
             f"output folder {out} is no bundle (it holds no {MANIFEST_NAME}); --force replaces bundles only"
         )
-    _require_writable("output folder", out, Path(os.path.abspath(out)).parent)
+    target = Path(os.path.abspath(out))
+    _require_writable("output folder", out, target.parent, f".{target.name}.")
     if onnx_dir is None:
         return
     if onnx_dir.exists() and not onnx_dir.is_dir():
@@ -187,15 +188,15 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (absolute, *absolute.parents) if os.path.lexists(folder))
 
 
-def _require_writable(what: str, path: Path, folder: Path) -> None:
-    """Makes a folder, where it can be made, and takes it away."""
+def _require_writable(what: str, path: Path, folder: Path, prefix: str = ".tmpdiff-") -> None:
+    """Makes a folder, where it can be made, and takes it away; its name is as long as that of `staged_folder`'s."""
     if path.is_symlink() and not path.exists():
         raise TmpDiffError(f"{what} {path} is a link to {os.readlink(path)}, which does not exist; name a folder")
     above = existing_folder(folder)
     if not above.is_dir():
         raise TmpDiffError(f"{what} {path} cannot be made: {above} is no folder; name another")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".tmpdiff-", dir=above))
+        os.rmdir(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=above))
     except OSError as error:
         raise TmpDiffError(f"{what} {path} cannot be written: {above}: {reason(error)}; name another") from error
 

@@ -145,6 +145,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
         (dangling / "bundle", "cannot be made: .*dangling is no folder"),
         (Path("/proc/bundle"), "output folder /proc/bundle cannot be written"),
         (file, "already exists"),
+        (tmp_path / ("n" * 240), "cannot be written: .*File name too long"),
     ):
         with pytest.raises(TmpDiffError, match=says):
             require_folders(out, None, force=False)

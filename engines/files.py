@@ -171,6 +171,8 @@ def inside(folder: Path, relative: str) -> Path:
     pure = PurePosixPath(relative)
     if not relative or pure.is_absolute() or "\\" in relative or "\0" in relative or ".." in pure.parts:
         raise BundleError(f"path {relative!r} leaves the bundle folder {folder}; paths must be relative and inside")
+    if str(pure) != relative:  # a file would have two names
+        raise BundleError(f"path {relative!r} is not in normal form, expected {str(pure)!r}; build the bundle again")
     path = folder / pure
     root = folder.resolve()
     try:

@@ -207,6 +207,9 @@ def guarded(program: str, command: Callable[[], int]) -> int:
     Returns:
         What `command` returns; 1 when it failed, 130 when it was interrupted.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell; no file of ours may get its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (for as long as the process lives)
     for stream in (sys.stdout, sys.stderr):  # a path need not be printable in the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

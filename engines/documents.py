@@ -31,7 +31,7 @@ class FileEntry(Document):
 
     path: str
     sha256: Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, lt=1 << 63)
 
 
 def canonical_json(data: Any) -> bytes:

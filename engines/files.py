@@ -174,7 +174,10 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             except BaseException:
                 os.rename(retired, target)
                 raise
-            shutil.rmtree(retired, ignore_errors=True)
+            if retired.is_symlink():  # to a folder elsewhere, which stays
+                retired.unlink()
+            else:
+                shutil.rmtree(retired, ignore_errors=True)
         else:
             os.rename(scratch, target)
     except BaseException:
@@ -196,6 +199,8 @@ def inside(folder: Path, relative: str) -> Path:
     pure = PurePosixPath(relative)
     if not relative or pure.is_absolute() or "\\" in relative or "\0" in relative or ".." in pure.parts:
         raise BundleError(f"path {relative!r} leaves the bundle folder {folder}; paths must be relative and inside")
+    if str(pure) != relative:  # a file would have two names
+        raise BundleError(f"path {relative!r} is not in normal form, expected {str(pure)!r}; build the bundle again")
     path = folder / pure
     root = folder.resolve()
     try:

@@ -31,7 +31,7 @@ from tmpdiff_export.bundling.manifest import write_manifest
 from tmpdiff_export.bundling.observed import Runs, denoiser_model, find_all_ranges, gather
 from tmpdiff_export.bundling.onnx_files import ModelJobs, keep_graphs
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
-from tmpdiff_export.bundling.preflight import Needs, device_of, require_modules
+from tmpdiff_export.bundling.preflight import Needs, device_of, require_apart, require_modules
 from tmpdiff_export.bundling.site import Progress, Site
 from tmpdiff_export.bundling.stage_files import link
 from tmpdiff_export.bundling.stages import Stages, open_stages
@@ -75,6 +75,7 @@ def build(
     backend = resolve_backend(options.backend)
     out = Path(out)
     require_buildable(options, out, backend)
+    require_apart(Path(pipeline), out, options.onnx_dir)
     stage = "load pipeline"
 
     def note(what: str, done: int, total: int) -> None:

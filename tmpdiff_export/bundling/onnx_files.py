@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from engines.errors import BuildError
+from engines.files import sha256_bytes
 from engines.precision import REFERENCE
 from tmpdiff_export.bundling.engine import StoredFile
+from tmpdiff_export.bundling.leftovers import discard
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stage_files import link
 from tmpdiff_export.bundling.weights import shared_tensors, store_codes, store_plain
@@ -44,15 +46,25 @@ def keep_graphs(site: Site, folder: Path, models: Sequence[ModelJobs]) -> None:
         models: all that the bundle has.
 
     Raises:
-        BuildError: a model cannot be exported, or a graph is not valid.
+        BuildError: a model cannot be exported, a graph is not valid, or a folder has the name of a file.
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
+    # Named after the bundle, of which there is one build at a time: what one that was killed has left is known by it.
+    scratch = folder / f".partial-{sha256_bytes(os.fsencode(site.stages.folder))[:8]}"
+    if os.path.lexists(scratch):
+        discard(scratch)
+    scratch.mkdir()
+    try:
         for model in models:
-            _write(site, Path(scratch), model)
-        for path in sorted(Path(scratch).iterdir()):
+            _write(site, scratch, model)
+        made = sorted(scratch.iterdir())
+        if taken := [path.name for path in made if (folder / path.name).is_dir()]:
+            raise BuildError(f"{folder / taken[0]} is a folder, where --onnx-dir is to have a file; remove it")
+        for path in made:
             os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write(site: Site, folder: Path, model: ModelJobs) -> None:

@@ -148,7 +148,8 @@ def require_folders(out: Path, onnx_dir: Path | None, *, force: bool) -> None:
         raise TmpDiffError(
             f"output folder {out} is no bundle (it holds no {MANIFEST_NAME}); --force replaces bundles only"
         )
-    _require_writable("output folder", out, Path(os.path.abspath(out)).parent)
+    target = Path(os.path.abspath(out))
+    _require_writable("output folder", out, target.parent, f".{target.name}.")
     if onnx_dir is None:
         return
     if onnx_dir.exists() and not onnx_dir.is_dir():
@@ -158,21 +159,44 @@ def require_folders(out: Path, onnx_dir: Path | None, *, force: bool) -> None:
     _require_writable("--onnx-dir", onnx_dir, Path(os.path.abspath(onnx_dir)))
 
 
+def require_apart(pipeline: Path, out: Path, onnx_dir: Path | None) -> None:
+    """Refuses folders that the build would remove at its end with what it was made from, or what it was asked to keep.
+
+    Args:
+        pipeline: that is built.
+        out: bundle folder to make.
+        onnx_dir: where ONNX files are kept, None for nowhere.
+
+    Raises:
+        TmpDiffError: the pipeline is inside the bundle, or the ONNX files would be among the stages.
+    """
+    if Path(os.path.realpath(pipeline)).is_relative_to(os.path.realpath(out)):
+        raise TmpDiffError(f"pipeline {pipeline} is inside the bundle {out}, which would be replaced; move one of them")
+    if onnx_dir is not None and Path(os.path.realpath(onnx_dir)).is_relative_to(os.path.realpath(stages_folder(out))):
+        raise TmpDiffError(f"--onnx-dir {onnx_dir} is among the stages of the build; name a folder beside the bundle")
+
+
+def stages_folder(out: Path) -> Path:
+    """Where the stages of a build lie: a hidden folder beside the bundle."""
+    target = Path(os.path.abspath(out))
+    return target.parent / f".{target.name}.stages"
+
+
 def existing_folder(path: Path) -> Path:
     """The path itself, or the nearest above it that exists."""
     absolute = Path(os.path.abspath(path))
     return next(folder for folder in (absolute, *absolute.parents) if os.path.lexists(folder))
 
 
-def _require_writable(what: str, path: Path, folder: Path) -> None:
-    """Makes a folder, where it can be made, and takes it away."""
+def _require_writable(what: str, path: Path, folder: Path, prefix: str = ".tmpdiff-") -> None:
+    """Makes a folder, where it can be made, and takes it away; its name is as long as that of `staged_folder`'s."""
     if path.is_symlink() and not path.exists():
         raise TmpDiffError(f"{what} {path} is a link to {os.readlink(path)}, which does not exist; name a folder")
     above = existing_folder(folder)
     if not above.is_dir():
         raise TmpDiffError(f"{what} {path} cannot be made: {above} is no folder; name another")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".tmpdiff-", dir=above))
+        os.rmdir(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=above))
     except OSError as error:
         raise TmpDiffError(f"{what} {path} cannot be written: {above}: {reason(error)}; name another") from error
 

@@ -65,7 +65,9 @@ class Site:
     def settings_sha256(self) -> str:
         """Hash of what is no weights: scheduler, tokenizers, configurations."""
         folder = self.source.folder
-        files = sorted(path for path in folder.rglob("*") if path.suffix in _SETTINGS and path.is_file())
+        parts = [folder, *(folder / name for name in self.source.pipe.components if (folder / name).is_dir())]
+        found = (path for part in parts for path in part.iterdir())  # `rglob` would not look into linked folders
+        files = sorted(path for path in found if path.suffix in _SETTINGS and path.is_file())
         lines = "".join(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n" for path in files)
         return sha256_bytes(lines.encode())
 

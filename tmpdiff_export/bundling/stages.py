@@ -22,6 +22,7 @@ from engines.documents import canonical_json
 from engines.errors import TmpDiffError, first_line
 from engines.files import fsync_folder, fsync_tree, sha256_bytes
 from tmpdiff_export.bundling.leftovers import LOCK, PARTIAL, clear_leftovers, discard, locked, remove_tree
+from tmpdiff_export.bundling.preflight import stages_folder
 from tmpdiff_export.bundling.stage_files import entries
 from tmpdiff_export.bundling.stage_record import Kept, read_stage, record_stage
 from tmpdiff_export.memory import size_text
@@ -191,7 +192,7 @@ def open_stages(target: Path, note: Note, *, restart: bool = False, keep: bool =
     """
     target = Path(os.path.abspath(target))
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
-    folder = target.parent / f".{target.name}.stages"
+    folder = stages_folder(target)
     try:
         with locked(folder):
             stages = Stages(folder, note)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
 from tmpdiff_export.pipelines.models import hollow_pipeline, loaded_model, require_classes
-from tmpdiff_export.weights.source import SourceWeights
+from tmpdiff_export.weights.source import SourceWeights, folder_json
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
 
@@ -148,11 +147,12 @@ def open_pipeline(
     if not folder.is_dir():
         raise BuildError(f"pipeline folder {folder} does not exist; pass a folder written by save_pretrained()")
     try:
-        data = json.loads(index.read_text())
+        _require_plain(folder)
+        data = folder_json(index)
     except FileNotFoundError:
         raise BuildError(f"folder {folder} is no diffusers pipeline: it holds no model_index.json") from None
-    except (ValueError, OSError) as error:
-        raise BuildError(f"{index} is not readable: {error}") from error
+    except OSError as error:
+        raise BuildError(f"{error.filename or index} cannot be read: {error.strerror or error}") from error
     if not isinstance(data, dict) or "_class_name" not in data:
         raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
     require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are hashed
@@ -162,7 +162,7 @@ def open_pipeline(
     name, family = family_of(pipe)
     weights = SourceWeights.open(folder / family.component)
     denoiser = getattr(pipe, family.component)
-    weights.require_names([name for name, _ in denoiser.named_parameters()], name)
+    weights.require_module(denoiser, name)
     for label, buffer in denoiser.named_buffers():
         if label in weights.places:
             buffer.copy_(weights.read(label))
@@ -185,6 +185,18 @@ def open_pipeline(
         texts=_texts(pipe, family),
         weights=weights,
     )
+
+
+def _require_plain(folder: Path) -> None:
+    """Refuses pipes and devices among the files of a pipeline, which diffusers would wait for.
+
+    Raises:
+        BuildError: names one.
+        OSError: a folder cannot be read.
+    """
+    for path in (*folder.iterdir(), *(path for part in folder.iterdir() if part.is_dir() for path in part.iterdir())):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise BuildError(f"{path} is no plain file; pass a folder written by save_pretrained()")
 
 
 def _guidance_scale(pipe: Any, family: Family, asked: float | None) -> float:

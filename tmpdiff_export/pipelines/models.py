@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 
 from engines.errors import BuildError, first_line
-from tmpdiff_export.weights.source import SourceWeights
+from tmpdiff_export.weights.source import SourceWeights, folder_json
 from tmpdiff_export.weights.streamed import hollow
 
 
@@ -62,15 +61,26 @@ def hollow_model(folder: Path, name: str, entry: list[str]) -> torch.nn.Module:
     """
     kind: Any = getattr(importlib.import_module(entry[0]), entry[1])
     try:
-        data = json.loads((folder / name / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        data = folder_json(folder / name / "config.json")
+    except OSError as error:
         raise BuildError(
-            f"{folder / name / 'config.json'} is not readable: {error}; save the pipeline again"
+            f"{folder / name / 'config.json'} cannot be read: {error.strerror or error}; save the pipeline again"
         ) from error
+    if not isinstance(data, dict):
+        raise BuildError(
+            f"{folder / name / 'config.json'} holds a JSON {type(data).__name__}, expected an object; save the pipeline again"
+        )
     if data.get("quantization_config"):
         raise BuildError(
             f"{name} of {folder} is quantized already ({kind.__name__}); build from the pipeline as it was published in 16 bit"
         )
+    tensors = len(SourceWeights.open(folder / name).places)
+    for key, value in data.items():  # they would be made one by one, for hours
+        if "layers" in key and isinstance(value, int) and value > tensors:
+            raise BuildError(
+                f"{folder / name / 'config.json'} has {key} {value}, and the weights beside it are {tensors} tensors; save the "
+                "pipeline again"
+            )
     with init_empty_weights(include_buffers=False):  # buffers are computed, and few
         if entry[0] == "diffusers":
             model: torch.nn.Module = kind.from_config(kind.load_config(folder / name, local_files_only=True))
@@ -132,9 +142,18 @@ def loaded_model(pipe: Any, folder: Path, name: str, dtype: torch.dtype | None) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: torch.nn.Module = kind.from_pretrained(
-                folder / name, local_files_only=True, torch_dtype=own if dtype is None else dtype
+            model: torch.nn.Module
+            model, loading = kind.from_pretrained(
+                folder / name,
+                local_files_only=True,
+                torch_dtype=own if dtype is None else dtype,
+                output_loading_info=True,
             )
     except Exception as error:  # diffusers and transformers raise many classes for a broken folder
         raise BuildError(f"{name} of {folder} cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # both libraries would draw them at random
+        raise BuildError(
+            f"weights in {folder / name} lack {len(missing)} tensors of {kind.__name__}, first {missing[0]}; save the pipeline "
+            "again"
+        )
     return model.eval().requires_grad_(False)

@@ -206,6 +206,10 @@ def _place(path: Path, item: dict[str, Any], begin: int, size: int) -> Place:
     if dtype is None:
         raise ValueError(f"it holds numbers of type {item['dtype']}; known are {', '.join(_DTYPES)}")
     shape, (first, last) = tuple(item["shape"]), item["data_offsets"]
+    if any(type(number) is not int for number in (*shape, first, last)) or any(
+        not 0 <= side < 1 << 63 for side in shape
+    ):
+        raise ValueError(f"a tensor of shape {list(shape)} at {first} to {last}")
     if not 0 <= first <= last <= size or math.prod(shape) * dtype.itemsize != last - first:
         raise ValueError(f"a tensor of shape {list(shape)} at {first} to {last} of {size} bytes")
     return Place(path, begin + first, last - first, dtype, shape)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from engines.errors import BuildError
+from engines.errors import BuildError, first_line
 from engines.files import sha256_bytes, sha256_file, side_by_side
 from tmpdiff_export.weights.files import Place, places
 
@@ -47,8 +48,9 @@ class SourceWeights:
             found = {name: place for path in files for name, place in places(path).items()}
             configuration = sorted(path for path in folder.iterdir() if path.suffix == ".json")
         except OSError as error:
+            where = error.filename or folder
             raise BuildError(
-                f"weights in {folder} cannot be read: {error.strerror or error}; save the pipeline again"
+                f"weights in {folder} cannot be read: {where}: {error.strerror or error}; save the pipeline again"
             ) from error
         return cls(folder, found, tuple(sorted((*configuration, *files))))
 
@@ -70,22 +72,37 @@ class SourceWeights:
         """A tensor in its stored dtype, on the CPU, in memory of its own."""
         return self.places[name].read()
 
-    def require_names(self, names: Sequence[str], what: str) -> None:
+    def require_module(self, module: torch.nn.Module, what: str) -> None:
         """Refuses weights that are not those of a module.
 
         Args:
-            names: of the module's parameters.
+            module: whose parameters they are to be, and its buffers where they are among them.
             what: the module, for the message.
 
         Raises:
-            BuildError: naming one that is missing.
+            BuildError: naming one that is missing, or has another shape, or holds no floating-point numbers.
         """
+        names = [name for name, _ in module.named_parameters()]
         missing = [name for name in names if name not in self.places]
         if missing:
             raise BuildError(
                 f"weights in {self.folder} lack {len(missing)} of the {len(names)} parameters of {what}, first "
                 f"{missing[0]}; load the pipeline with the installed diffusers and save it anew"
             )
+        for name, wanted in (*module.named_parameters(), *module.named_buffers()):
+            found = self.places.get(name)
+            if found is None:
+                continue
+            if found.shape != wanted.shape:
+                raise BuildError(
+                    f"{name} in {found.path} has the shape {list(found.shape)}, {what} with its config.json expects "
+                    f"{list(wanted.shape)}; save the pipeline again"
+                )
+            if wanted.is_floating_point() and not found.dtype.is_floating_point:
+                raise BuildError(
+                    f"{name} in {found.path} holds numbers of type {found.dtype}, expected floating-point ones; build from "
+                    "the pipeline as it was published in 16 bit"
+                )
 
     def sha256(self) -> str:
         """Hash over names and content of the files."""
@@ -94,13 +111,27 @@ class SourceWeights:
         return sha256_bytes("".join(lines).encode())
 
 
+def folder_json(path: Path) -> Any:
+    """What a JSON file of a pipeline's folder holds; NaN and infinities, which configurations have, among it.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        BuildError: it is no JSON.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BuildError(f"{path} is not valid JSON: {first_line(error)}; save the pipeline again") from error
+
+
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     for stem in _STEMS:
         index, single = folder / f"{stem}{_INDEX}", folder / f"{stem}.safetensors"
         if index.exists():
             try:
-                names = set(json.loads(index.read_text())["weight_map"].values())
-                if any(Path(name).name != name for name in names):
+                names = set(folder_json(index)["weight_map"].values())
+                if any(Path(name).name != name or "\0" in name for name in names):
                     raise ValueError("it names files of other folders")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise BuildError(

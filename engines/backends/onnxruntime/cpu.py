@@ -30,7 +30,7 @@ class OnnxRuntimeEngine:
             BackendError: ONNX Runtime refuses the file.
         """
         options = library().SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype] = {
 _FAILURE = re.compile(
     r"\b(?:CUDA|CUBLAS|CUDNN|CUFFT) failure \d+: [^;\n]*|Failed to allocate memory for requested buffer of size \d+"
 )
+_STATUS = "[ONNXRuntimeError]"  # a status wraps another behind C++ signatures
 
 
 class OnnxSession:
@@ -134,9 +135,9 @@ def axis_sizes(engine: str, specs: Sequence[TensorSpec], shapes: Mapping[str, tu
 
 
 def words(error: Exception) -> str:
-    """What the library said, cut to one line of a message: a failure of CUDA alone, else the beginning."""
+    """What the library said, cut to one line of a message: a failure of CUDA alone, else that of its innermost part."""
     failure = _FAILURE.search(str(error))
-    return failure.group().strip() if failure else first_line(error)[:300]
+    return failure.group().strip() if failure else first_line(error).rpartition(_STATUS)[2].strip(" :")[:300]
 
 
 def _dtype(name: str) -> np.dtype:

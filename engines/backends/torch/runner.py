@@ -53,7 +53,12 @@ def _of_calls(runners: Sequence[Runner], package: PackageEntry) -> Runner:
         for call, unneeded in zip(package.calls, done, strict=True):
             own = tuple(item for begin, end in call.weights for item in weights[begin:end])
             taken = tuple(_aligned(item) for value in call.inputs if (item := values[value]) is not None)
-            values += runners[call.package](own, taken)
+            returned = runners[call.package](own, taken)
+            if len(returned) != call.outputs:
+                raise BackendError(
+                    f"a package returns {len(returned)} values, the manifest says {call.outputs}; build the bundle again"
+                )
+            values += returned
             for value in unneeded:
                 values[value] = None
         return [item for value in package.results if (item := values[value]) is not None]

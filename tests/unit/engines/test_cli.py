@@ -223,6 +223,13 @@ def test_a_failing_disk_leaves_the_old_picture(small_bundle: Path, out: Path) ->
     assert out.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_the_shell_has_closed_are_done_without(small_bundle: Path, closed: str) -> None:
+    words = ["sh", "-c", f'exec "$0" -m engines verify "$1" {closed}', sys.executable, small_bundle]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_stdout_is_one_line(small_bundle: Path) -> None:
     with open("/dev/full", "w") as full:

@@ -59,3 +59,16 @@ def test_after_a_failure_the_other_files_are_not_read_to_their_ends(
     with pytest.raises(type(error)):
         side_by_side(range(100), work)
     assert len(ended) < 99
+
+
+def test_a_link_to_a_bundle_is_replaced_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "manifest.json").write_text("old")
+    target = tmp_path / "bundle"
+    target.symlink_to(tmp_path / "elsewhere")
+    with staged_folder(target, replace=True) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "elsewhere"]
+    assert (target / "manifest.json").read_text() == "new"
+    assert not target.is_symlink()
+    assert (tmp_path / "elsewhere" / "manifest.json").read_text() == "old"

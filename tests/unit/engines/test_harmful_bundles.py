@@ -135,6 +135,15 @@ def files_of(engine: Json) -> Json:
 HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "path with ..": (engine_path("../outside.onnx"), "leaves the bundle folder"),
     "path with .. inside": (engine_path("engines/../../outside.onnx"), "leaves the bundle folder"),
+    "one weight file by two names": (
+        edit(
+            lambda data: data["denoisers"]["int8"]["weights"].append(
+                {**data["denoisers"]["int8"]["weights"][0], "path": "engines/./int8.safetensors"}
+            )
+        ),
+        "is not in normal form",
+    ),
+    "size of 400 digits": (edit(lambda data: data["denoisers"]["int8"]["file"].update(bytes=10**400)), "bytes: "),
     "absolute path": (engine_path("/etc/passwd"), "leaves the bundle folder"),
     "path with backslashes": (engine_path("..\\outside.onnx"), "leaves the bundle folder"),
     "empty path": (engine_path(""), "leaves the bundle folder"),

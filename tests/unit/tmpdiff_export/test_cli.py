@@ -110,7 +110,7 @@ def test_a_newer_or_altered_manifest_is_refused(tiny_bundle: Path, copy_of) -> N
     path = bundle / "manifest.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "version": 99}))
-    refused("inspect", bundle, says="has format version 99, this release reads up to 4; upgrade tmpdiff-export")
+    refused("inspect", bundle, says="has format version 99, this release reads up to 5; upgrade tmpdiff-export")
     data["sampling"]["guidance_scale"] = 9.0
     path.write_text(json.dumps(data))
     refused("inspect", bundle, says="the manifest was altered")

@@ -16,7 +16,14 @@ from helpers.paths import ROOT
 
 from engines.errors import BackendError, BuildError, TmpDiffError
 from tmpdiff_export.bundling import preflight
-from tmpdiff_export.bundling.preflight import Needs, device_of, require_folders, require_modules
+from tmpdiff_export.bundling.preflight import (
+    Needs,
+    device_of,
+    require_apart,
+    require_folders,
+    require_modules,
+    stages_folder,
+)
 from tmpdiff_export.pipelines.load import open_pipeline
 
 CPU = Needs("onnxruntime", "cpu")
@@ -138,6 +145,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
         (dangling / "bundle", "cannot be made: .*dangling is no folder"),
         (Path("/proc/bundle"), "output folder /proc/bundle cannot be written"),
         (file, "already exists"),
+        (tmp_path / ("n" * 240), "cannot be written: .*File name too long"),
     ):
         with pytest.raises(TmpDiffError, match=says):
             require_folders(out, None, force=False)
@@ -162,6 +170,21 @@ def test_a_link_into_the_bundle_is_inside_it(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(bundle)
     with pytest.raises(TmpDiffError, match="is inside the bundle"):
         require_folders(bundle, tmp_path / "link" / "onnx", force=True)
+
+
+def test_what_the_end_of_a_build_would_remove(tmp_path: Path) -> None:
+    out, pipeline = tmp_path / "bundle", tmp_path / "pipeline"
+    (out / "pipeline").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(out)
+    for inside in (out, out / "pipeline", tmp_path / "link" / "pipeline"):
+        with pytest.raises(TmpDiffError, match=r"is inside the bundle .*, which would be replaced; move one of them"):
+            require_apart(inside, out, None)
+    for onnx in (stages_folder(out), stages_folder(out) / "runs-0123456789abcdef"):
+        with pytest.raises(TmpDiffError, match="is among the stages of the build; name a folder beside the bundle"):
+            require_apart(pipeline, out, onnx)
+    for fine in (None, tmp_path, tmp_path / "onnx", pipeline):
+        require_apart(pipeline, out, fine)
+        require_apart(pipeline, pipeline / "bundle", fine)
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root writes everywhere")

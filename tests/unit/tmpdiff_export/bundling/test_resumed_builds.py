@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,16 @@ from helpers.commands import EXPORT, save_prompts
 from helpers.paths import ROOT
 from helpers.tiny_pipeline import tiny_options
 
+from engines.errors import BuildError
+from engines.precision import Precision
 from tmpdiff_export.bundling import bundle as bundle_build
+from tmpdiff_export.bundling import onnx_files
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
+from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stage_record import Kept
 from tmpdiff_export.bundling.stages import Note, Stages
+from tmpdiff_export.pipelines.load import open_pipeline
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 WORDS = ("--backend", "onnxruntime", "--precisions", "fp16,int8", "--steps", "2")
@@ -233,3 +239,48 @@ def alter_last_byte(path: Path) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size
+
+
+def test_settings_in_a_linked_folder_count_and_a_bundle_inside_the_pipeline_does_not(
+    tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+    elsewhere = Path(shutil.move(folder / "scheduler", tmp_path / "elsewhere"))
+    (folder / "scheduler").symlink_to(elsewhere)
+
+    def settings() -> str:
+        return Site(open_pipeline(folder), *[None] * 6).settings_sha256
+
+    before = settings()
+    (folder / ".bundle.stages").mkdir()
+    (folder / ".bundle.stages" / "stage.json").write_text("{}")
+    assert settings() == before
+    config = elsewhere / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_train_timesteps": 900}))
+    assert settings() != before
+
+
+def test_what_a_killed_build_left_among_the_onnx_files_goes_and_a_folder_in_their_place_leaves_them_alone(
+    tmp_path: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx, out, scratches = tmp_path / "onnx", tmp_path / "bundle", []
+    options = replace(OPTIONS, precisions=(Precision.FP16,), onnx_dir=onnx)
+    (onnx / "vae_decoder.onnx").mkdir(parents=True)
+    real = onnx_files._write
+
+    def write(site: Site, folder: Path, kept: onnx_files.KeptJobs) -> None:
+        scratches.append(folder)
+        real(site, folder, kept)
+
+    monkeypatch.setattr(onnx_files, "_write", write)
+    with pytest.raises(
+        BuildError, match=r"vae_decoder\.onnx is a folder, where --onnx-dir is to have a file; remove it"
+    ):
+        build(tiny_pipeline, out, options)
+    assert [path.name for path in onnx.iterdir()] == ["vae_decoder.onnx"]
+    (onnx / "vae_decoder.onnx").rmdir()
+    scratches[0].mkdir()
+    (scratches[0] / "fp16.onnx").write_text("left")
+    build(tiny_pipeline, out, options)
+    assert {path.suffix for path in onnx.iterdir()} == {".onnx", ".safetensors"}
+    assert (onnx / "vae_decoder.onnx").is_file()

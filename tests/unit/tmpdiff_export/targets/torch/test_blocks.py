@@ -245,6 +245,14 @@ def test_calls_that_do_not_fit_are_refused(call: dict[str, object], message: str
         entry(calls=(), results=(), blocks=(entry().file,))
 
 
+def test_a_package_that_returns_another_number_of_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.backends.torch.runner.load_runner", lambda *_: lambda weights, inputs: list(inputs))
+    call = PackageCall(package=0, weights=(), inputs=(0,), outputs=2)
+    package = PackageEntry(batch=1, dtype="float32", weights_bytes=0, calls=(call,), results=(2,))
+    with pytest.raises(BackendError, match="returns 1 values, the manifest says 2; build the bundle again"):
+        load_package("engine", package, Path("x.pt2"), None)((), (torch.zeros(1),))
+
+
 class TextEncoder(torch.nn.Module):
     """A T5 encoder as an export wrapper calls it."""
 

@@ -94,7 +94,7 @@ def test_weights_in_another_folder_than_their_package_are_refused(torch_variants
     (copy / "manifest.json").write_text(json.dumps(data))
     with (
         DenoiseRuntime.load(copy) as loaded,
-        pytest.raises(BackendError, match=r"lie in another folder than engines/fp16\.pt2, expected the same"),
+        pytest.raises(BackendError, match=r"lies in another folder than engines/fp16\.pt2, expected the same"),
     ):
         loaded.denoiser("fp16")
 

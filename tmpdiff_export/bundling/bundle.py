@@ -31,7 +31,7 @@ from tmpdiff_export.bundling.manifest import write_manifest
 from tmpdiff_export.bundling.observed import Runs, denoiser_model, find_all_ranges, gather
 from tmpdiff_export.bundling.onnx_files import ModelJobs, keep_graphs
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
-from tmpdiff_export.bundling.preflight import Needs, device_of, require_apart, require_modules
+from tmpdiff_export.bundling.preflight import Needs, compiler_processes, device_of, require_apart, require_modules
 from tmpdiff_export.bundling.site import Progress, Site
 from tmpdiff_export.bundling.stage_files import link
 from tmpdiff_export.bundling.stages import Stages, open_stages
@@ -143,6 +143,7 @@ def build_size(source: SourcePipeline, options: BuildOptions, backend: str) -> B
         activation_bytes=activation_bytes(tokens, samples, largest, source.height, source.width),
         workers=options.workers,
         keeps_onnx=options.onnx_dir is not None,
+        compiler_processes=compiler_processes(backend, device_of(backend, options.device)),
     )
 
 

@@ -19,6 +19,8 @@ from tmpdiff_export.quantization.recipes import RECIPES
 _GIB = 1 << 30
 LIBRARY_BYTES = 2 * _GIB
 """A process with torch, diffusers and a compiler."""
+COMPILER_BYTES = _GIB // 2
+"""One of the processes that compile a GPU's kernels; 16 of them had 7.4 GB beside their parents at FLUX.1-dev's size."""
 WORKSPACE_BYTES = 2 * _GIB
 """On a GPU: kernels, and what a compiler tries."""
 CACHE_BYTES = _GIB // 2
@@ -43,6 +45,7 @@ class BuildSize:
         activation_bytes: see `activation_bytes`.
         workers: processes that make engines side by side.
         keeps_onnx: whether `--onnx-dir` receives the graphs and their weights.
+        compiler_processes: that torch starts for a GPU's kernels, of all workers together.
     """
 
     backend: str
@@ -55,6 +58,7 @@ class BuildSize:
     activation_bytes: int
     workers: int = 1
     keeps_onnx: bool = False
+    compiler_processes: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ def estimate(size: BuildSize) -> Estimate:
             _engine_host_bytes(size, largest_engine) * at_once, 2 * size.component_parameters
         ),
     }
+    if size.compiler_processes:
+        host["the compiler's processes"] = COMPILER_BYTES * size.compiler_processes
     gpu = {}
     if size.range_device == "cuda":
         gpu["16-bit weights, a layer in FP32 and activations"] = (

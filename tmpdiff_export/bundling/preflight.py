@@ -103,6 +103,14 @@ def _import(name: str) -> None:
         ) from error
 
 
+def compiler_processes(backend: str, device: str) -> int:
+    """How many processes torch starts to compile a GPU's kernels: one for each core, 32 at most, unless the user says."""
+    if backend != "torch" or device == "cpu":
+        return 0
+    asked = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "")
+    return int(asked) if asked.isdigit() else min(32, len(os.sched_getaffinity(0)))
+
+
 def _require_compilers(device: str) -> None:
     """Finds what torch's compiler, and for a GPU Triton, will start.
 

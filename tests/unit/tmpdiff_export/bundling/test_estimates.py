@@ -54,6 +54,8 @@ def test_flux_in_figures() -> None:
     with_t5 = estimate(replace(FLUX, component_parameters=4_900_000_000))
     assert with_t5.host[ENGINES] == 9.8 * GB, "it runs for the ranges, from 16-bit weights"
     assert set(found.host) == {"libraries", "a layer in FP32, four times", ENGINES}
+    with_compilers = require_fit(replace(FLUX, workers=2, compiler_processes=16), PLENTY)
+    assert 14 * GB < with_compilers.host_bytes < 19 * GB, "18.3 GB measured, shared pages counted per process"
     assert found.described(Available(125 * GB, 141 * GB, 42 * GB)) == (
         f"estimate: host memory {found.host_bytes / GB:.1f} GB (of 125.0 GB), GPU memory {found.gpu_bytes / GB:.1f} GB "
         f"(of 141.0 GB), disk {found.disk_bytes / GB:.1f} GB (of 42.0 GB)"

@@ -17,23 +17,10 @@ from typing import Any, Self
 
 import torch
 
+from engines.backends.torch.weights import DTYPES
 from engines.errors import BuildError
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Of the first tensor's place in the file; those behind it are ordered by the size of their numbers, largest first.
 _ALIGNMENT = 64
 _LARGEST_HEADER = 100 << 20  # what the library accepts
@@ -202,9 +189,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _place(path: Path, item: dict[str, Any], begin: int, size: int) -> Place:
-    dtype = _DTYPES.get(item["dtype"])
+    dtype = DTYPES.get(item["dtype"])
     if dtype is None:
-        raise ValueError(f"it holds numbers of type {item['dtype']}; known are {', '.join(_DTYPES)}")
+        raise ValueError(f"it holds numbers of type {item['dtype']}; known are {', '.join(DTYPES)}")
     shape, (first, last) = tuple(item["shape"]), item["data_offsets"]
     if any(type(number) is not int for number in (*shape, first, last)) or any(
         not 0 <= side < 1 << 63 for side in shape

@@ -20,7 +20,7 @@ Tensors = Mapping[str, torch.Tensor]
 _ALIGNMENT = 256  # of every tensor, as an allocation of its own would have
 # Page-locked, of each of the two buffers by way of which a file gets to a GPU: 7.4 GB/s on an H200, with 32 MiB 5.8.
 _STAGED_BYTES = 8 << 20
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -34,6 +34,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""By the names that safetensors files have for them."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Weights:
         self.path = path
         places, end = [], 0
         for name, dtype, shape, begin, stop in _header(path):
-            if dtype not in _DTYPES:
+            if dtype not in DTYPES:
                 raise BackendError(
-                    f"weights {path}: tensor {name} is of type {dtype}, expected one of {', '.join(_DTYPES)}; build the "
+                    f"weights {path}: tensor {name} is of type {dtype}, expected one of {', '.join(DTYPES)}; build the "
                     "bundle again"
                 )
-            places.append(_Place(name, begin, end, stop - begin, _DTYPES[dtype], shape))
+            places.append(_Place(name, begin, end, stop - begin, DTYPES[dtype], shape))
             end = -(-(end + stop - begin) // _ALIGNMENT) * _ALIGNMENT
         self._places = tuple(places)  # in the order of the file, and of the block
         self.names = frozenset(place.name for place in places)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,9 @@ def test_workers_see_gpus_in_turn_and_share_the_threads_out(monkeypatch: pytest.
     with open_build_workers(3, ["GPU-a", "5"]) as pool:
         # As many as there are workers and one more, which comes to one that is free again.
         made = [pool.submit(str(index), partial(slow, 4.0)) for index in range(3)]
+        deadline = time.monotonic() + 3.0  # the last one may not be known by its command line yet
+        while len(workers_left()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert len(workers_left()) == 3
         pool.submit("one more", partial(slow, 0.0))
         assert any(item.done() for item in made), "no more engines are in the making than there are workers"

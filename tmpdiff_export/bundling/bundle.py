@@ -190,6 +190,7 @@ class _Build:
             ]
             components = [ModelJobs([part.job], part.source, weight) for part in (text, vae)]
             keep_graphs(site, options.onnx_dir, [ModelJobs(jobs, site.denoiser_sha256, weight), *components])
+            read.free()  # codes in ONNX's layout were made from the weights once more
         return self._put_together(out, runs)
 
     def _put_together(self, out: Path, runs: Runs) -> Manifest:

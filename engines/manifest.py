@@ -18,6 +18,7 @@ from engines.files import sha256_bytes
 from engines.old_manifests import current_form, form_of_its_version
 from engines.package_entry import PackageEntry
 from engines.precision import REFERENCE
+from engines.text_entry import TextEntry
 
 MANIFEST_VERSION: Final = 5
 OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans, 2 no torch packages, 3 no operators of theirs, 4 one weight file
@@ -152,22 +153,6 @@ class SamplingEntry(Document):
     latents_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     height: int = Field(ge=1)
     width: int = Field(ge=1)
-
-
-class TextEntry(Document):
-    """How a prompt becomes token ids for one of the text encoders that the text encoder engine is made of.
-
-    Attributes:
-        tokenizer: file for the `tokenizers` library.
-        max_tokens: length that prompts are padded to; longer ones are refused.
-        pad_token_id: id of the padding token.
-        lowercase: whether prompts are lower-cased and stripped first, as PixArt pipelines do.
-    """
-
-    tokenizer: FileEntry
-    max_tokens: int = Field(ge=1)
-    pad_token_id: int = Field(ge=0, lt=1 << 31)
-    lowercase: bool
 
 
 class RangeCalibrationEntry(Document):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BackendError, BundleError, PromptError, first_line
-from engines.manifest import TextEntry
+from engines.text_entry import TextEntry
 
 SECTION = re.compile(r"\[(\w+)\]")
 SECTIONS = ("calibration", "validation")

@@ -13,9 +13,9 @@ from engines.manifest import (
     ModelEntry,
     RangeCalibrationEntry,
     SamplingEntry,
-    TextEntry,
     manifest_identity,
 )
+from engines.text_entry import TextEntry
 
 
 def manifest(found: Sensitivity) -> Manifest:

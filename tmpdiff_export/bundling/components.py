@@ -12,9 +12,10 @@ import torch
 from engines.documents import canonical_json
 from engines.errors import BuildError
 from engines.files import atomic_write_text, sha256_bytes
-from engines.manifest import LATENTS, TextEntry
+from engines.manifest import LATENTS
 from engines.precision import REFERENCE
 from engines.text import text_inputs
+from engines.text_entry import TextEntry
 from tmpdiff_export.bundling.engine import COMPONENT_FLOOR_DB, EngineName, StartedEngine, start_trial
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import shared_tensors, store_plain, tensors_digest

@@ -14,9 +14,9 @@ from engines.manifest import (
     ModelEntry,
     RangeCalibrationEntry,
     SamplingEntry,
-    TextEntry,
     manifest_identity,
 )
+from engines.text_entry import TextEntry
 from engines.version import VERSION
 from tmpdiff_export.bundling.components import TEXT_ENCODER, VAE_DECODER
 from tmpdiff_export.bundling.site import Site

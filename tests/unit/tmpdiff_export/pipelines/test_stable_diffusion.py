@@ -15,9 +15,9 @@ from helpers.whole_pipeline import whole_pipeline
 from engines import DenoiseRuntime
 from engines.documents import FileEntry
 from engines.errors import BuildError, BundleError
-from engines.manifest import TextEntry
 from engines.precision import Precision
 from engines.text import encode_prompts, load_tokenizer
+from engines.text_entry import TextEntry
 from tmpdiff_export import attach
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions

@@ -162,7 +162,7 @@ class _Build:
         text = start_text_encoder(site)
         self._add(text.engine)
         read = OnDevice(site.source.weights.read, options.range_device)
-        module = site.source.family.wrap(site.source.pipe, site.source.height, site.source.width).eval()
+        module = site.source.family.wrap(site.source.pipe).eval()
         runs = gather(site, module, read)
         vae = start_vae_decoder(site, runs.checks[-1][0][:1])  # of the last step kept, so close to a clean picture
         self._add(vae.engine)

@@ -15,7 +15,7 @@ from engines.precision import REFERENCE, Precision
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stage_record import Kept
 from tmpdiff_export.devices import Batch, on
-from tmpdiff_export.pipelines.families.family import DENOISER
+from tmpdiff_export.pipelines.families.family import DENOISER, LATENT_AXES
 from tmpdiff_export.pipelines.load import computing, gather_batches
 from tmpdiff_export.quantization.codes import AttentionRange, LayerRange
 from tmpdiff_export.quantization.observers import Observed, observe
@@ -181,7 +181,7 @@ def denoiser_model(site: Site, module: torch.nn.Module, runs: Runs, read: OnDevi
         module=module,
         read=_wrapped(source.weights.read, module),
         inputs=family.export_inputs(runs.search[0]),
-        outputs={MODEL_OUTPUT: {0: "batch"}},
+        outputs={MODEL_OUTPUT: LATENT_AXES},
         check=AccuracyCheck.load(kept.folder / _CHECK, list(family.inputs), MODEL_OUTPUT),
         checked=kept.digest,
         batch_per_picture=2 if source.doubled else 1,

@@ -195,7 +195,7 @@ def _torch_step(
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     component = source.family.component
     setattr(source.pipe, component, source.load(component, torch.float32))
-    module = source.family.wrap(source.pipe, source.height, source.width).eval()
+    module = source.family.wrap(source.pipe).eval()
     batch = conditioning.batch(sampling.guidance_scale)
     latents = runtime.table.model_input(runtime.table.initial(runtime.noise(range(conditioning.size))))
     size = len(next(iter(batch.values())))

@@ -42,7 +42,7 @@ def resolve(plan: Plan, inputs: dict[str, tuple[int, ...]]) -> dict[str, tuple[i
     """Shapes of all tensors from those of the inputs.
 
     Raises:
-        ValueError: two inputs disagree on a named dimension, or an output has one that is no input's, nor "8*" one.
+        ValueError: two inputs disagree on a named dimension, or an output has one that no input has.
     """
     sizes: dict[str, int] = {}
     for item in plan.tensors:
@@ -50,13 +50,7 @@ def resolve(plan: Plan, inputs: dict[str, tuple[int, ...]]) -> dict[str, tuple[i
             for dim, size in zip(item.dims, inputs[item.name], strict=True):
                 if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
                     raise ValueError(f"dimension {dim} of input {item.name} is {size}, of another input {sizes[dim]}")
-    unknown = []
-    for dim in {dim for item in plan.tensors for dim in item.dims if isinstance(dim, str)} - set(sizes):
-        factor, _, name = dim.partition("*")
-        if name in sizes:
-            sizes[dim] = int(factor) * sizes[name]
-        else:
-            unknown.append(dim)
+    unknown = [dim for item in plan.tensors for dim in item.dims if isinstance(dim, str) and dim not in sizes]
     if unknown:
         raise ValueError(f"the fake cannot infer the dimensions {unknown}; name them as an input's")
     return {item.name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in item.dims) for item in plan.tensors}

@@ -117,23 +117,25 @@ def start_text_encoder(site: Site) -> StartedComponent:
     )
 
 
-def start_vae_decoder(site: Site, latents: torch.Tensor) -> StartedComponent:
+def start_vae_decoder(site: Site, latents: Sequence[torch.Tensor], name: str = VAE_DECODER) -> StartedComponent:
     """Starts the VAE decoder, from latents [B, C, h, w] to pictures.
 
     Args:
         site: the build.
-        latents: one sample close to a clean picture, float32 [1, C, h, w], for the check.
+        latents: by picture size that it is to run, one sample close to a clean picture, float32 [1, C, h, w], for the
+            check.
+        name: of the engine.
 
     Raises:
         BuildError: the decoder cannot be exported.
     """
     return _start(
         site,
-        VAE_DECODER,
-        lambda: VaeDecoder(site.source.pipe.vae),
-        [ExportInput(LATENTS, latents, {0: "batch"})],
-        {_IMAGE: {0: "batch"}},
-        [(latents,), (torch.cat([latents, latents]),)],
+        name,
+        lambda: vae_decoder(site.source.pipe, site.source.family),
+        [ExportInput(LATENTS, latents[0], LATENT_AXES)],
+        {_IMAGE: LATENT_AXES},
+        [batch for item in latents for batch in ((item,), (torch.cat([item, item]),))],
     )
 
 
@@ -145,12 +147,13 @@ def _start(
     outputs: Mapping[str, Mapping[int, str]],
     batches: list[Batch],
 ) -> StartedComponent:
+    kind, _, shape = name.partition(".")
     source = site.source
-    parts = [part for part in source.other_models if (part == _VAE) == (name == VAE_DECODER)]
+    parts = [part for part in source.other_models if (part == _VAE) == (kind == VAE_DECODER)]
     digest = [site.models_sha256[part] for part in parts]
     largest = max((SourceWeights.open(source.folder / part) for part in parts), key=lambda item: item.parameters)
     module = wrap().eval()
-    site.report(f"build {name.replace('_', ' ')}", 0, 1)
+    site.report(f"build {kind.replace('_', ' ')} {shape}".rstrip(), 0, 1)
 
     @functools.cache
     def weights() -> dict[str, torch.Tensor]:
@@ -167,8 +170,12 @@ def _start(
         found = torch_outputs(module, read, batches, site.options.range_device)
         AccuracyCheck(tuple(names), output, tuple(batches), tuple(found)).save(folder / _CHECK)
 
-    size = [source.height, source.width, source.guidance_scale]
-    key = site.key(source=digest, size=size, inputs=tensors_digest(batches), device=site.options.range_device)
+    key = site.key(
+        source=digest,
+        inputs=tensors_digest(batches),
+        clip_skip=site.options.clip_skip,
+        device=site.options.range_device,
+    )
     kept = site.stages.keep(f"check-{name}", key, references)
     model = SourceModel(
         module=module,
@@ -177,16 +184,17 @@ def _start(
         outputs=outputs,
         check=AccuracyCheck.load(kept.folder / _CHECK, names, output),
         checked=kept.digest,
-        batch_per_picture=1 if name == VAE_DECODER else 2,
+        batch_per_picture=1 if kind == VAE_DECODER else 2,
         dtype=largest.dtype,
         half=False,
+        sizes=tuple(dict.fromkeys(tuple(b[0].shape[2:]) for b in batches)) if kind == VAE_DECODER else (),
     )
     job = EngineJob(name, model, NO_RECIPE, REFERENCE, {}, COMPONENT_FLOOR_DB)
     prepared = site.target.prepare(job)
     hashed = sha256_bytes(canonical_json(digest))
     stored = [
         store_plain(site, site.target.form, model, readers, tensors, hashed)
-        for readers, tensors in shared_tensors({name: prepared.tensors}).items()
+        for readers, tensors in shared_tensors({kind: prepared.tensors}).items()
     ]
     weights.cache_clear()  # they may be larger than all that the denoiser will need
     trial = start_trial(site, EngineName(name), prepared, stored, {"check": kept.digest})

@@ -90,8 +90,12 @@ class Family(DenoiserFamily):
         takes_guidance_scale: whether the scale of the pipeline's call has an effect, by classifier-free guidance or as
             the denoiser's input `guidance`.
         packing: side of the square of latents that the pipeline packs into one token, before it calls the denoiser.
-        sampler_options: `mu` and `sigmas` that the pipeline hands its scheduler, from (pipeline, number of inference
-            steps, shape (C, h, w) of the latents).
+        sampler_options: `mu` and `sigmas` that the pipeline hands its scheduler, from (scheduler, number of inference
+            steps, number of image tokens).
+        constants: denoiser inputs that are the same for every picture of a size, one row of each, from (height, width) in
+            pixels.
+        largest_side: most latents that height or width may have, from the denoiser's configuration; None for any number.
+        rescales_guidance: whether the pipeline's call has a `guidance_rescale`.
         returned: what the denoiser returns to the pipeline, from `model_output` [B, C, h, w] and the configuration.
         called_timesteps: what reaches `arguments` of the scheduler's timesteps (float32) in a pipeline of some dtype.
     """
@@ -106,7 +110,10 @@ class Family(DenoiserFamily):
     may_lack: tuple[str, ...] = ()
     takes_guidance_scale: bool = True
     packing: int = 1
-    sampler_options: Callable[[Any, int, tuple[int, int, int]], dict[str, Any]] = lambda pipe, steps, shape: {}
+    sampler_options: Callable[[Any, int, int], dict[str, Any]] = lambda scheduler, steps, tokens: {}
+    constants: Callable[[int, int], dict[str, tuple[float, ...]]] = lambda height, width: {}
+    largest_side: Callable[[Any], int | None] = lambda config: None
+    rescales_guidance: bool = False
     returned: Callable[[torch.Tensor, Any], torch.Tensor] = _with_learned_variance
     called_timesteps: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = lambda timesteps, dtype: timesteps
 

@@ -160,10 +160,8 @@ def _pipeline_refusal(pipe: Any) -> str | None:
     return clip_refusal(pipe.text_encoder) or t5_refusal(pipe.text_encoder_2)
 
 
-def _sampler_options(pipe: Any, num_steps: int, latents_shape: tuple[int, int, int]) -> dict[str, Any]:
-    scheduler = pipe.scheduler
-    _, rows, columns = (size // PACKING for size in latents_shape)
-    options: dict[str, Any] = {"mu": dynamic_shift(scheduler.config, rows * columns, max_shift=1.15)}
+def _sampler_options(scheduler: Any, num_steps: int, tokens: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"mu": dynamic_shift(scheduler.config, tokens, max_shift=1.15)}
     if not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
     missing = sorted(set(options) - set(inspect.signature(scheduler.set_timesteps).parameters))

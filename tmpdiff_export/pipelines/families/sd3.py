@@ -73,12 +73,9 @@ def _pipeline_refusal(pipe: Any) -> str | None:
     return clip if clip is not None or pipe.text_encoder_3 is None else t5_refusal(pipe.text_encoder_3)
 
 
-def _sampler_options(pipe: Any, num_steps: int, latents_shape: tuple[int, int, int]) -> dict[str, Any]:
-    config = pipe.scheduler.config
-    if not config.get("use_dynamic_shifting"):
-        return {}
-    _, rows, columns = (size // int(pipe.transformer.config.patch_size) for size in latents_shape)
-    return {"mu": dynamic_shift(config, rows * columns, max_shift=1.16)}
+def _sampler_options(scheduler: Any, num_steps: int, tokens: int) -> dict[str, Any]:
+    config = scheduler.config
+    return {"mu": dynamic_shift(config, tokens, max_shift=1.16)} if config.get("use_dynamic_shifting") else {}
 
 
 SD3 = Family(
@@ -97,4 +94,5 @@ SD3 = Family(
     pipeline_refusal=_pipeline_refusal,
     may_lack=("text_encoder_3", "tokenizer_3"),
     sampler_options=_sampler_options,
+    largest_side=lambda config: int(config.pos_embed_max_size) * int(config.patch_size),
 )

@@ -99,6 +99,7 @@ UNET = Family(
     lowercase=False,
     call_options={},
     pipeline_refusal=_pipeline_refusal,
+    rescales_guidance=True,
 )
 # Time ids are an input, so that a pipeline a bundle is attached to may pass others; they are pixels, up to thousands,
 # which FP16 rounds.

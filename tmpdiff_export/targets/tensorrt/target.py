@@ -49,6 +49,7 @@ class TensorRtTarget:
     """
 
     backend = "tensorrt"
+    fixed_shapes = False
 
     def __init__(self, settings: PlanSettings, precisions: Sequence[Precision], progress: Progress) -> None:
         """Checks everything that can be checked before work begins.

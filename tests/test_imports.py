@@ -52,7 +52,7 @@ ROOMS = {
         host
         loop
         engine
-        bundle sampler text pictures arguments
+        bundle sampler text noise pictures arguments
         manifest sampler_document schedule
         package_entry text_entry
         documents old_manifests precision

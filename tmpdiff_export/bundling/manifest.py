@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from engines.bundle import MANIFEST_NAME, SAMPLER_NAME, SCHEDULER_NAME, SETTINGS
+from engines.bundle import MANIFEST_NAME, SCHEDULER_NAME
 from engines.documents import canonical_json
 from engines.files import atomic_write_text
 from engines.manifest import (
@@ -16,12 +16,11 @@ from engines.manifest import (
     RangeCalibrationEntry,
     manifest_text,
 )
-from engines.setting_entry import SettingEntry
 from engines.text_entry import TextEntry
 from engines.version import VERSION
 from tmpdiff_export.bundling.components import TEXT_ENCODER, VAE_DECODER
 from tmpdiff_export.bundling.site import Site
-from tmpdiff_export.pipelines.settings import Setting
+from tmpdiff_export.pipelines.settings import write_setting
 from tmpdiff_export.targets.target import file_entry
 
 
@@ -76,23 +75,3 @@ def write_manifest(
     manifest = Manifest.model_validate_json(text)
     atomic_write_text(bundle / MANIFEST_NAME, text)
     return manifest
-
-
-def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
-    """Writes a setting's sampler table into a bundle; returns what the manifest is to say of the setting."""
-    path = bundle / SETTINGS / setting.name / SAMPLER_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, setting.table.to_json())
-    return SettingEntry(
-        name=setting.name,
-        scheduler=setting.table.scheduler,
-        num_inference_steps=setting.table.num_inference_steps,
-        num_steps=setting.table.num_steps,
-        guidance_scale=setting.guidance_scale,
-        latents_shape=setting.latents_shape,
-        height=setting.height,
-        width=setting.width,
-        text_length=setting.text_length,
-        constants=dict(setting.constants),
-        sampler=file_entry(bundle, path),
-    )

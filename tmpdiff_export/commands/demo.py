@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     options = BuildOptions(
         precisions=PRECISIONS,
         prompts=prompts.calibration[:BUILD_PROMPTS],
-        num_steps=NUM_STEPS,
+        steps=(NUM_STEPS,),
         seed=args.seed,
         onnx_dir=args.out / "onnx",
         force=True,
@@ -174,7 +174,7 @@ def summarise(
         "calibration_prompts": list(prompts.calibration),
         "validation_prompts": list(prompts.validation),
         "num_steps": found.num_steps,
-        "guidance_scale": manifest.sampling.guidance_scale,
+        "guidance_scale": manifest.settings[0].guidance_scale,
         "backend": manifest.denoisers[reference].backend,
         "engines": {
             name: {"recipe": entry.recipe, "sqnr_db": entry.sqnr_db, "bytes": entry.bytes}

@@ -10,11 +10,12 @@ from typing import Any
 
 import diffusers
 
-from engines.documents import canonical_json
+from engines.bundle import SAMPLER_NAME, SETTINGS
+from engines.documents import FileEntry, canonical_json
 from engines.errors import BuildError, first_line
-from engines.files import sha256_bytes
+from engines.files import atomic_write_text, sha256_bytes, sha256_file
 from engines.sampler import SamplerTable
-from engines.setting_entry import size_text
+from engines.setting_entry import SettingEntry, size_text
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 
@@ -120,8 +121,8 @@ def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
         str(request.num_steps),
         size_text(height, width),
         chosen,
-        "" if scale == facts.guidance_scale else f"g{scale:g}",
-        "" if text_length == facts.text_length else f"t{text_length}",
+        f"g{scale:g}" if facts.takes_guidance_scale else "",
+        "" if text_length is None else f"t{text_length}",
     ]
     return Setting(
         name="-".join(part for part in parts if part),
@@ -132,6 +133,28 @@ def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
         latents_shape=(facts.latent_channels, rows, columns),
         text_length=text_length,
         constants=facts.family.constants(height, width),
+    )
+
+
+def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
+    """Writes a setting's sampler table into a bundle; returns what the manifest is to say of the setting."""
+    path = bundle / SETTINGS / setting.name / SAMPLER_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, setting.table.to_json())
+    return SettingEntry(
+        name=setting.name,
+        scheduler=setting.table.scheduler,
+        num_inference_steps=setting.table.num_inference_steps,
+        num_steps=setting.table.num_steps,
+        guidance_scale=setting.guidance_scale,
+        latents_shape=setting.latents_shape,
+        height=setting.height,
+        width=setting.width,
+        text_length=setting.text_length,
+        constants=dict(setting.constants),
+        sampler=FileEntry(
+            path=path.relative_to(bundle).as_posix(), sha256=sha256_file(path), bytes=path.stat().st_size
+        ),
     )
 
 

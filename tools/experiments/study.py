@@ -201,10 +201,10 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                 f"(the prompts of {args.prompts.name})"
             )
     until = None if args.seconds_limit is None else time.monotonic() + args.seconds_limit
-    with DenoiseRuntime.load(args.bundle, threads=args.threads) as runtime:
+    with DenoiseRuntime.load(args.bundle, setting=setting_choice(args), threads=args.threads) as runtime:
         runtime.bundle.verify(runtime.manifest.files())
         precisions = _low_precisions(args.precisions, runtime.precisions)
-        scale = runtime.manifest.sampling.guidance_scale if args.guidance_scale is None else args.guidance_scale
+        scale = runtime.setting.guidance_scale if args.guidance_scale is None else args.guidance_scale
         # all prompts are samples, of which the first ones are used: more of them later reuse what was measured
         sets = BundleSamples(prompts, args.seed, scale).open(runtime)
         folder = runtime.bundle.folder / JOURNAL_FOLDER

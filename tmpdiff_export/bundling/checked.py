@@ -13,6 +13,7 @@ from tmpdiff_export.bundling.observed import CHECK_BATCHES, shape_name, wrapped
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import tensors_digest
 from tmpdiff_export.devices import Batch
+from tmpdiff_export.pipelines.families.family import LATENT_AXES
 from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.quantization.ranges import spread
 from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes, torch_outputs
@@ -76,7 +77,7 @@ def denoiser_model(
         module=module,
         read=wrapped(source.weights.read, module),
         inputs=family.export_inputs(example),
-        outputs={MODEL_OUTPUT: family.output_axes},
+        outputs={MODEL_OUTPUT: LATENT_AXES},
         check=AccuracyCheck.load(kept.folder / _CHECK, list(family.inputs), MODEL_OUTPUT),
         checked=kept.digest,
         batch_per_picture=2 if any(source.doubled(item.setting) for item in checks) else 1,

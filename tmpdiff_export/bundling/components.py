@@ -21,7 +21,8 @@ from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import shared_tensors, store_plain, tensors_digest
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
-from tmpdiff_export.pipelines.families.components import VaeDecoder
+from tmpdiff_export.pipelines.families.family import LATENT_AXES, PICTURE_AXES
+from tmpdiff_export.pipelines.families.vae import vae_decoder
 from tmpdiff_export.pipelines.load import SourcePipeline
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.accuracy import AccuracyCheck, torch_outputs
@@ -134,7 +135,7 @@ def start_vae_decoder(site: Site, latents: Sequence[torch.Tensor], name: str = V
         name,
         lambda: vae_decoder(site.source.pipe, site.source.family),
         [ExportInput(LATENTS, latents[0], LATENT_AXES)],
-        {_IMAGE: LATENT_AXES},
+        {_IMAGE: PICTURE_AXES},
         [batch for item in latents for batch in ((item,), (torch.cat([item, item]),))],
     )
 

@@ -1,4 +1,4 @@
-"""Text encoders and VAE decoders, shared by families: export wrappers, and which are refused."""
+"""Text encoders, shared by families: export wrappers, and which are refused."""
 
 from __future__ import annotations
 
@@ -148,21 +148,6 @@ def t5_states(encoder: torch.nn.Module, input_ids: torch.Tensor | None) -> torch
     """int64 [B, L] -> [B, L, D], with attention to every token, as without a mask."""
     mask = torch.ones_like(input_ids)  # passed, because the one that the encoder makes has the traced batch size
     return encoder(input_ids, attention_mask=mask, return_dict=False)[0]
-
-
-class VaeDecoder(torch.nn.Module):
-    """`AutoencoderKL.decode` from scaled latents to pictures in 0..1 (before clamping)."""
-
-    def __init__(self, vae: torch.nn.Module) -> None:
-        super().__init__()
-        self.vae = vae
-        self.factor = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.shift_factor or 0.0)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, C, h, w] -> [B, 3, H, W]."""
-        image = self.vae.decode(latents / self.factor + self.shift, return_dict=False)[0]
-        return image / 2 + 0.5
 
 
 def clip_refusal(encoder: torch.nn.Module) -> str | None:

@@ -18,6 +18,9 @@ Axes = Mapping[int, str]
 
 BATCH_AXES: Axes = {0: "batch"}
 TEXT_AXES: Axes = {0: "batch", 1: "text"}
+LATENT_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
+PICTURE_AXES: Axes = {0: "batch", 2: "picture_height", 3: "picture_width"}
+KL_VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +32,22 @@ class DenoiserFamily:
         component: the pipeline attribute that holds the denoiser.
         inputs: denoiser engine inputs in the wrapper's order, with their symbolic axes: latents [B, C, h, w], timestep
             [B] as the scheduler has it, then the conditioning.
-        wrap: makes the export wrapper from (pipeline, height, width), in pixels; of the pipeline it needs the denoiser
-            and `vae_scale_factor` only. The wrapper returns `model_output` [B, C, h, w].
+        wrap: makes the export wrapper of a pipeline, of which it needs the denoiser and `vae_scale_factor` only. The
+            wrapper returns `model_output` [B, C, h, w], at any size that `size_refusal` has nothing against.
         arguments: picks the wrapper's inputs out of the arguments the pipeline calls the denoiser with.
         refusal: why a denoiser of this class is not of this family, or None if it is.
+        size_refusal: why a denoiser takes no latents of a size, from (denoiser, h, w), or None if it does. That the
+            size divides into tokens is looked at elsewhere.
         float32_inputs: inputs that FP16 would round by too much; they are float32 in every graph.
     """
 
     denoiser_class: str
     component: str
     inputs: Mapping[str, Axes]
-    wrap: Callable[[Any, int, int], torch.nn.Module]
+    wrap: Callable[[Any], torch.nn.Module]
     arguments: Callable[[Mapping[str, Any]], Batch]
     refusal: Callable[[torch.nn.Module], str | None]
+    size_refusal: Callable[[torch.nn.Module, int, int], str | None] = lambda denoiser, height, width: None
     float32_inputs: frozenset[str] = frozenset({TIMESTEP})
 
     def export_inputs(self, batch: Batch) -> list[ExportInput]:
@@ -67,6 +73,22 @@ class Text:
     whole_sequence: bool = False
 
 
+@dataclass(frozen=True)
+class VaeCall:
+    """How a pipeline has its VAE decode latents; all of them divide by `scaling_factor` of the VAE's configuration.
+
+    Attributes:
+        classes: VAEs that it works with.
+        shifts: whether it adds `shift_factor`.
+        normalizes: whether it multiplies by `latents_std` and adds `latents_mean`, channel by channel, where the VAE has
+            both.
+    """
+
+    classes: tuple[str, ...] = KL_VAES
+    shifts: bool = False
+    normalizes: bool = False
+
+
 def _with_learned_variance(model_output: torch.Tensor, config: Any) -> torch.Tensor:
     """[B, C, h, w] -> [B, `out_channels`, h, w]: engines do not compute those channels, and zeros stand for them."""
     missing = (config.out_channels or model_output.shape[1]) - model_output.shape[1]
@@ -86,6 +108,7 @@ class Family(DenoiserFamily):
         lowercase: whether the pipeline lower-cases and strips prompts.
         call_options: arguments of the pipeline's call that keep it from resizing or rewriting.
         pipeline_refusal: what a pipeline has that a bundle would leave out, or None if there is nothing.
+        vae: what the pipeline does with latents before it decodes them.
         may_lack: components that may be None although the pipeline's class wants them.
         takes_guidance_scale: whether the scale of the pipeline's call has an effect, by classifier-free guidance or as
             the denoiser's input `guidance`.
@@ -107,6 +130,7 @@ class Family(DenoiserFamily):
     lowercase: bool
     call_options: Mapping[str, Any]
     pipeline_refusal: Callable[[Any], str | None]
+    vae: VaeCall
     may_lack: tuple[str, ...] = ()
     takes_guidance_scale: bool = True
     packing: int = 1
@@ -130,4 +154,4 @@ def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 def latents_and_timestep() -> dict[str, Axes]:
     """The inputs that every family has, first."""
-    return {LATENTS: BATCH_AXES, TIMESTEP: BATCH_AXES}
+    return {LATENTS: LATENT_AXES, TIMESTEP: BATCH_AXES}

@@ -14,6 +14,7 @@ from tmpdiff_export.pipelines.families.family import (
     TEXT_AXES,
     Family,
     Text,
+    VaeCall,
     latents_and_timestep,
     max_sequence_length,
 )
@@ -26,6 +27,7 @@ class Sd3Denoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.largest_latents = _largest_latents(denoiser)
 
     def forward(
         self,
@@ -51,6 +53,18 @@ def _arguments(call: Mapping[str, Any]) -> Batch:
         call["encoder_hidden_states"],
         call["pooled_projections"],
     )
+
+
+def _largest_latents(denoiser: torch.nn.Module) -> int:
+    """How many rows and columns of latents it has positions for."""
+    return int(denoiser.config.pos_embed_max_size) * int(denoiser.config.patch_size)
+
+
+def _size_refusal(denoiser: torch.nn.Module, height: int, width: int) -> str | None:
+    most = _largest_latents(denoiser)
+    if max(height, width) <= most:
+        return None
+    return f"latents are {height} x {width}, and the denoiser has positions for {most} rows and columns of them"
 
 
 def _wrap_text(pipe: Any, height: int, width: int) -> ClipT5TextEncoder:
@@ -82,9 +96,10 @@ SD3 = Family(
     denoiser_class="SD3Transformer2DModel",
     component="transformer",
     inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
-    wrap=lambda pipe, height, width: Sd3Denoiser(pipe.transformer),
+    wrap=lambda pipe: Sd3Denoiser(pipe.transformer),
     arguments=_arguments,
     refusal=lambda denoiser: None,
+    size_refusal=_size_refusal,
     pipelines=("StableDiffusion3Pipeline",),
     wrap_text=_wrap_text,
     texts=(Text(), Text(tokenizer="tokenizer_2"), Text(tokenizer="tokenizer_3", whole_sequence=True)),
@@ -92,6 +107,7 @@ SD3 = Family(
     lowercase=False,
     call_options={},
     pipeline_refusal=_pipeline_refusal,
+    vae=VaeCall(shifts=True),
     may_lack=("text_encoder_3", "tokenizer_3"),
     sampler_options=_sampler_options,
     largest_side=lambda config: int(config.pos_embed_max_size) * int(config.patch_size),

@@ -17,6 +17,7 @@ from tmpdiff_export.pipelines.families.pixart import PIXART
 from tmpdiff_export.pipelines.families.sana import SANA
 from tmpdiff_export.pipelines.families.sd3 import SD3
 from tmpdiff_export.pipelines.families.unet import UNET, UNET_SDXL
+from tmpdiff_export.pipelines.families.vae import vae_refusal
 
 DENOISERS: dict[str, DenoiserFamily] = {
     "pixart": PIXART,
@@ -72,7 +73,7 @@ def family_of(pipe: Any) -> tuple[str, Family]:
     families = {family.refusal(denoiser): family for family in FAMILIES[pipeline]}
     if None in families:
         family = families[None]
-        reason = family.pipeline_refusal(pipe)
+        reason = family.pipeline_refusal(pipe) or vae_refusal(pipe, family)
         if reason is None:
             return family.denoiser_class, family
         families = {reason: family}

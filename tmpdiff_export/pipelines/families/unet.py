@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from engines.manifest import TIMESTEP
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.pipelines.families.components import PlainTextEncoder, SdxlTextEncoder, clip_refusal
-from tmpdiff_export.pipelines.families.family import BATCH_AXES, TEXT_AXES, Family, Text, latents_and_timestep
+from tmpdiff_export.pipelines.families.family import BATCH_AXES, TEXT_AXES, Family, Text, VaeCall, latents_and_timestep
 
 TEXT_TIME = "text_time"  # SDXL's `addition_embed_type`
+_NO_SIZE = 30  # no latents can be halved so often
 
 
 class UNetDenoiser(torch.nn.Module):
@@ -33,9 +35,31 @@ class UNetDenoiser(torch.nn.Module):
     ) -> torch.Tensor:
         """latents [B, C, h, w], timestep [B], text [B, L, D]; SDXL: pooled text [B, P], ids [B, 6] -> [B, C, h, w]."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.denoiser(
-            latents, timestep, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )[0]
+        with _any_size(self.denoiser):
+            return self.denoiser(
+                latents,
+                timestep,
+                encoder_hidden_states=encoder_hidden_states,
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
+
+
+@contextlib.contextmanager
+def _any_size(denoiser: torch.nn.Module) -> Iterator[None]:
+    """Has a traced denoiser upsample to the sizes that it has downsampled from.
+
+    It does so only for latents that cannot be halved as often as it halves them, else it doubles sizes, and a graph
+    for all sizes would be that of the traced one.
+    """
+    if not torch.jit.is_tracing():
+        yield
+        return
+    upsamplers, denoiser.num_upsamplers = denoiser.num_upsamplers, _NO_SIZE
+    try:
+        yield
+    finally:
+        denoiser.num_upsamplers = upsamplers
 
 
 def _arguments(call: Mapping[str, Any]) -> Batch:
@@ -69,8 +93,6 @@ def _sdxl_pipeline_refusal(pipe: Any) -> str | None:
         return "it has one text encoder only (a refiner)"
     if pipe.tokenizer.get_vocab() != pipe.tokenizer_2.get_vocab():
         return "its two tokenizers have different vocabularies"
-    if getattr(pipe.vae.config, "latents_mean", None) is not None:
-        return "its VAE has latents_mean, which the VAE decoder engine does not apply"
     return clip_refusal(pipe.text_encoder) or clip_refusal(pipe.text_encoder_2)
 
 
@@ -89,7 +111,7 @@ UNET = Family(
     denoiser_class="UNet2DConditionModel",
     component="unet",
     inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES},
-    wrap=lambda pipe, height, width: UNetDenoiser(pipe.unet),
+    wrap=lambda pipe: UNetDenoiser(pipe.unet),
     arguments=_arguments,
     refusal=lambda denoiser: _refusal(denoiser, None),
     pipelines=("StableDiffusionPipeline",),
@@ -100,6 +122,7 @@ UNET = Family(
     call_options={},
     pipeline_refusal=_pipeline_refusal,
     rescales_guidance=True,
+    vae=VaeCall(),
 )
 # Time ids are an input, so that a pipeline a bundle is attached to may pass others; they are pixels, up to thousands,
 # which FP16 rounds.
@@ -116,4 +139,5 @@ UNET_SDXL = replace(
     wrap_text=_wrap_sdxl_text,
     text_outputs={"encoder_hidden_states": TEXT_AXES, "text_embeds": BATCH_AXES, "time_ids": BATCH_AXES},
     pipeline_refusal=_sdxl_pipeline_refusal,
+    vae=VaeCall(normalizes=True),
 )

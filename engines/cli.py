@@ -75,9 +75,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|uniform:PRECISION",
         help="which step runs at which precision (default: the calibrated schedule in the bundle)",
     )
-    parser.add_argument(
-        "--negative-prompt", type=parse_prompt, default="", metavar="TEXT", help="what guidance leads away from"
-    )
+    parser.add_argument("--negative-prompt", type=parse_prompt, metavar="TEXT", help="what guidance leads away from")
     parser.add_argument(
         "--guidance-scale",
         type=parse_guidance_scale,

@@ -143,7 +143,8 @@ class ModelEntry(Document):
 class SamplingEntry(Document):
     """How the loop runs by default; `T` is `num_steps`.
 
-    The guidance scale is that of classifier-free guidance, or of the denoisers' input `guidance` where they have one.
+    The guidance scale is that of classifier-free guidance, or of the denoisers' input `guidance` where they have one;
+    `constants` are denoiser inputs that are the same for all pictures, one sample each.
     """
 
     scheduler: str
@@ -153,6 +154,7 @@ class SamplingEntry(Document):
     latents_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     height: int = Field(ge=1)
     width: int = Field(ge=1)
+    constants: dict[str, tuple[float, ...]] = Field(default_factory=dict)
 
 
 class RangeCalibrationEntry(Document):
@@ -170,6 +172,7 @@ class Manifest(Document):
     Attributes:
         text: what the text encoder engine takes as `input_ids` and `attention_mask`.
         further_texts: what it takes as `input_ids_2`, `attention_mask_2`, `input_ids_3` and so on.
+        zero_absent_negative: whether zeros stand for a negative prompt that is absent.
     """
 
     version: Literal[1, 2, 3, 4, 5] = MANIFEST_VERSION
@@ -180,6 +183,7 @@ class Manifest(Document):
     sampler: FileEntry
     text: TextEntry
     further_texts: tuple[TextEntry, ...] = ()
+    zero_absent_negative: bool = False
     text_encoder: EngineEntry
     vae_decoder: EngineEntry
     denoisers: dict[str, EngineEntry]

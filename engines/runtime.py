@@ -18,7 +18,7 @@ from engines.loop import Loop, StepHook, host_step, named_output
 from engines.manifest import GUIDANCE, LATENTS, EngineEntry
 from engines.sampler import SamplerState, SamplerTable
 from engines.schedule import Schedule
-from engines.text import encode_prompts, load_tokenizer
+from engines.text import encode_texts, guided_text, load_tokenizer, require_whole
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,12 @@ class DenoiseRuntime:
         """
         return self._denoiser_host(precision).engine(precision)
 
-    def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
+    def encode(self, prompts: Sequence[str], negative_prompt: str | None = None) -> Conditioning:
         """Runs the text encoder on prompts and on the negative prompt.
+
+        Args:
+            prompts: N of them.
+            negative_prompt: None for none, which is not the same as an empty one for every bundle.
 
         Returns:
             Conditioning for N = len(prompts).
@@ -160,8 +164,15 @@ class DenoiseRuntime:
         if self._tokenizers is None:
             self._tokenizers = tuple(load_tokenizer(self.bundle.read(text.tokenizer)) for text in manifest.texts)
         arrays: dict[str, np.ndarray] = {}
+        halves = (prompts, [negative_prompt or ""])
         for position, (tokenizer, text) in enumerate(zip(self._tokenizers, manifest.texts, strict=True)):
-            arrays |= encode_prompts(tokenizer, [*prompts, negative_prompt], text).inputs(position)
+            length = text.max_tokens
+            width = length + max(text.positive.extra_tokens, text.negative.extra_tokens)
+            found = []
+            for written, reading in zip(halves, (text.positive, text.negative), strict=True):
+                require_whole(tokenizer, written, text, reading, length)
+                found.append(encode_texts(tokenizer, written, text, reading, length, width))
+            arrays |= found[0].followed_by(found[1]).inputs(position)
         wanted = [spec.name for spec in manifest.text_encoder.inputs]
         if unknown := [name for name in wanted if name not in arrays]:
             raise BundleError(
@@ -171,8 +182,10 @@ class DenoiseRuntime:
         encoder = self._engine("text encoder", manifest.text_encoder)
         outputs = encoder.run({name: arrays[name] for name in wanted})
         size = len(prompts)
-        order = [size] * size + list(range(size))
-        guided = {name: np.ascontiguousarray(values[order]) for name, values in outputs.items()}
+        zeros = negative_prompt is None and manifest.zero_absent_negative
+        guided = guided_text(outputs, size, zeros=zeros)
+        for name, values in manifest.sampling.constants.items():
+            guided[name] = np.tile(np.array(values, np.float32), (2 * size, 1))
         return Conditioning(guided, size, manifest.embeds_guidance)
 
     def noise(self, seeds: Sequence[int]) -> np.ndarray:
@@ -252,7 +265,7 @@ class DenoiseRuntime:
         seeds: Sequence[int],
         schedule: Schedule,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         guidance_scale: float | None = None,
         on_step: StepHook | None = None,
     ) -> np.ndarray:

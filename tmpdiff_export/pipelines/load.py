@@ -14,26 +14,12 @@ import torch
 from engines.errors import BuildError
 from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch
-from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
+from tmpdiff_export.pipelines.families.family import Family, bind_call
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
 from tmpdiff_export.pipelines.models import hollow_pipeline, loaded_model, require_classes
+from tmpdiff_export.pipelines.texts import SourceText, source_texts
 from tmpdiff_export.weights.source import SourceWeights, folder_json
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
-
-
-@dataclass(frozen=True)
-class SourceText:
-    """What one of the text encoders reads.
-
-    Attributes:
-        tokenizer: the transformers tokenizer.
-        max_tokens: length that prompts are padded to.
-        part: how the family describes it.
-    """
-
-    tokenizer: Any
-    max_tokens: int
-    part: Text
 
 
 @dataclass(frozen=True)
@@ -182,7 +168,7 @@ def open_pipeline(
         height=height,
         width=width,
         guidance_scale=_guidance_scale(pipe, family, guidance_scale),
-        texts=_texts(pipe, family),
+        texts=source_texts(pipe, family),
         weights=weights,
     )
 
@@ -209,20 +195,6 @@ def _guidance_scale(pipe: Any, family: Family, asked: float | None) -> float:
             "has no guidance embedding; leave the guidance scale out"
         )
     return 1.0
-
-
-def _texts(pipe: Any, family: Family) -> tuple[SourceText, ...]:
-    texts = []
-    for part in family.texts:
-        tokenizer = getattr(pipe, part.tokenizer)
-        if tokenizer is None:
-            continue
-        # Whatever its own tokenizer says, every CLIP text encoder gets the length of the first one's.
-        length = int((tokenizer if part.whole_sequence else pipe.tokenizer).model_max_length)
-        if part.whole_sequence:
-            length = min(length, max_sequence_length(pipe))
-        texts.append(SourceText(tokenizer, length, part))
-    return tuple(texts)
 
 
 @contextlib.contextmanager

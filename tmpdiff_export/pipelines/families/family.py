@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from engines.errors import BuildError
 from engines.manifest import LATENTS, TIMESTEP
+from engines.text import NEGATIVE
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
 
+HIDDEN = "encoder_hidden_states"
 DENOISER = "denoiser"  # attribute of every export wrapper that holds the diffusers module
 Axes = Mapping[int, str]
 
@@ -58,11 +61,13 @@ class Text:
 
     Attributes:
         tokenizer: the pipeline attribute that holds the tokenizer; one that is None is left out.
+        length_of: the tokenizer whose `model_max_length` the prompt is padded to, if that is another one's.
         masked: whether the text encoder takes the attention mask besides the token ids.
-        whole_sequence: padded to the `max_sequence_length` of the pipeline's call, not to the model's own length.
+        whole_sequence: padded to the `max_sequence_length` of the pipeline's call, not to a tokenizer's length.
     """
 
     tokenizer: str = "tokenizer"
+    length_of: str | None = None
     masked: bool = False
     whole_sequence: bool = False
 
@@ -79,13 +84,16 @@ class Family(DenoiserFamily):
 
     Attributes:
         pipelines: classes whose loop is plain guidance around the denoiser; others add to it.
-        wrap_text: makes the text encoder wrapper from (pipeline, height, width), in pixels; it takes the token ids (and
-            the mask) of each of `texts` in turn and returns `text_outputs`.
+        wrap_text: makes the text encoder wrapper from (pipeline, clip skip or None); it takes the token ids (and the mask)
+            of each of `texts` in turn and returns `text_outputs`, with a clip skip `with_clip_skip` of them.
         texts: what the text encoders read, in order.
         text_outputs: names of denoiser inputs, with their symbolic axes.
         lowercase: whether the pipeline lower-cases and strips prompts.
         call_options: arguments of the pipeline's call that keep it from resizing or rewriting.
         pipeline_refusal: what a pipeline has that a bundle would leave out, or None if there is nothing.
+        constants: denoiser inputs that are the same for all pictures, one sample each, from (height, width) in pixels.
+        zero_absent_negative: whether the pipeline takes zeros for a negative prompt that is absent.
+        deepest_clip_skip: the largest `clip_skip` of the pipeline's call, None where it has none.
         may_lack: components that may be None although the pipeline's class wants them.
         takes_guidance_scale: whether the scale of the pipeline's call has an effect, by classifier-free guidance or as
             the denoiser's input `guidance`.
@@ -97,12 +105,15 @@ class Family(DenoiserFamily):
     """
 
     pipelines: tuple[str, ...]
-    wrap_text: Callable[[Any, int, int], torch.nn.Module]
+    wrap_text: Callable[[Any, int | None], torch.nn.Module]
     texts: tuple[Text, ...]
     text_outputs: Mapping[str, Axes]
     lowercase: bool
     call_options: Mapping[str, Any]
     pipeline_refusal: Callable[[Any], str | None]
+    constants: Callable[[int, int], dict[str, tuple[float, ...]]] = lambda height, width: {}
+    zero_absent_negative: Callable[[Any], bool] = lambda pipe: False
+    deepest_clip_skip: Callable[[Any], int | None] = lambda pipe: None
     may_lack: tuple[str, ...] = ()
     takes_guidance_scale: bool = True
     packing: int = 1
@@ -114,6 +125,28 @@ class Family(DenoiserFamily):
 def max_sequence_length(pipe: Any) -> int:
     """The text length that the pipeline's call has by default."""
     return int(inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default)
+
+
+def with_clip_skip(text_outputs: Mapping[str, Axes], clip_skip: int | None) -> Mapping[str, Axes]:
+    """What the text encoder returns: with a clip skip, hidden states for negative prompts as well, which skip no layer."""
+    return text_outputs if not clip_skip else {**text_outputs, f"{NEGATIVE}{HIDDEN}": text_outputs[HIDDEN]}
+
+
+def require_clip_skip(family: Family, pipe: Any, clip_skip: int | None) -> None:
+    """Refuses a clip skip that the pipeline would not take.
+
+    Raises:
+        BuildError: says what it takes.
+    """
+    if clip_skip is None:
+        return
+    deepest = family.deepest_clip_skip(pipe)
+    if deepest is None:
+        raise BuildError(f"clip skip {clip_skip} would have no effect: {type(pipe).__name__} has none; leave it out")
+    if not 0 <= clip_skip <= deepest:
+        raise BuildError(
+            f"clip skip {clip_skip} is out of range: the text encoders of this {type(pipe).__name__} allow 0 to {deepest}"
+        )
 
 
 def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

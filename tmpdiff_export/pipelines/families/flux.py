@@ -183,7 +183,7 @@ FLUX_SCHNELL = Family(
     arguments=_arguments,
     refusal=lambda denoiser: _refusal(denoiser, guided=False),
     pipelines=("FluxPipeline",),
-    wrap_text=lambda pipe, height, width: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
+    wrap_text=lambda pipe, clip_skip: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
     texts=(Text(), Text(tokenizer="tokenizer_2", whole_sequence=True)),
     text_outputs={"encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
     lowercase=False,

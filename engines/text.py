@@ -71,6 +71,16 @@ def load_tokenizer(data: bytes) -> Any:
     return tokenizer
 
 
+def written_text(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading) -> str:
+    """What the tokenizer is given for a prompt: lower-cased, stripped, framed and expanded where the pipeline does so."""
+    text = f"{reading.prefix}{prompt.lower().strip() if entry.lowercase else prompt}{reading.suffix}"
+    if entry.expansions:
+        tokenizer.no_truncation()
+        for token in dict.fromkeys(tokenizer.encode(text, add_special_tokens=False).tokens):
+            text = text.replace(token, entry.expansions.get(token, token))
+    return text
+
+
 def encode_texts(
     tokenizer: Any, prompts: Sequence[str], entry: TextEntry, reading: Reading, length: int, width: int
 ) -> Tokens:
@@ -121,7 +131,7 @@ def cut_words(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading, l
     cut = whole[len(kept) :] if entry.truncation_side == "right" else whole[: len(whole) - len(kept)]
     if not cut:
         return ""
-    text = _written(tokenizer, prompt, entry, reading)
+    text = written_text(tokenizer, prompt, entry, reading)
     return text[min(start for start, _ in cut) : max(end for _, end in cut)].strip()
 
 
@@ -162,19 +172,9 @@ def guided_text(outputs: Mapping[str, np.ndarray], size: int, *, zeros: bool) ->
     return result
 
 
-def _written(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading) -> str:
-    """What the tokenizer is given for a prompt."""
-    text = f"{reading.prefix}{prompt.lower().strip() if entry.lowercase else prompt}{reading.suffix}"
-    if entry.expansions:
-        tokenizer.no_truncation()
-        for token in dict.fromkeys(tokenizer.encode(text, add_special_tokens=False).tokens):
-            text = text.replace(token, entry.expansions.get(token, token))
-    return text
-
-
 def _encoded(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading, size: int | None) -> Any:
     """A `tokenizers.Encoding`, cut to `size` tokens unless that is None."""
-    text = _written(tokenizer, prompt, entry, reading)
+    text = written_text(tokenizer, prompt, entry, reading)
     if size is None:
         tokenizer.no_truncation()
     else:

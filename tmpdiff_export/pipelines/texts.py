@@ -12,7 +12,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from engines.documents import FileEntry
 from engines.errors import BuildError
 from engines.files import sha256_bytes
-from engines.text import Tokens, encode_texts, load_tokenizer
+from engines.text import Tokens, encode_texts, load_tokenizer, written_text
 from engines.text_entry import TextEntry
 from tmpdiff_export.pipelines.families.family import Family, Text, max_sequence_length
 
@@ -62,10 +62,9 @@ class SourceText:
         """
         special = " ".join(["red", *map(str, self.tokenizer.all_special_tokens)])
         texts = [*prompts, *_ODD_TEXTS, special]
-        ours = self.tokens(texts)
-        lower = self.entry.lowercase
+        ours, plain = self.tokens(texts), load_tokenizer(self.json.encode())
         theirs = self.tokenizer(
-            [text.lower().strip() if lower else text for text in texts],
+            [written_text(plain, text, self.entry, self.entry.positive) for text in texts],
             padding="max_length", max_length=self.max_tokens, truncation=True, return_attention_mask=True,
         )  # fmt: skip
         for row, text in enumerate(texts):

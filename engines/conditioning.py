@@ -12,7 +12,7 @@ from engines.errors import BundleError, PromptError
 from engines.loaded import TEXT_ENCODER, LoadedEngines
 from engines.manifest import GUIDANCE, Manifest
 from engines.setting_entry import SettingEntry
-from engines.text import cut_words, encode_texts, kept_positions, load_tokenizer
+from engines.text import cut_words, encode_texts, guided_text, kept_positions, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,11 @@ class Encoder:
         """See `DenoiseRuntime.encode`."""
         manifest, size = self._bundle.manifest, len(prompts)
         absent = negative_prompts is None
-        negatives = _one_each(manifest, size, negative_prompts)
-        distinct = list(dict.fromkeys(negatives))
-        arrays, cut = self._tokens(prompts, distinct)
+        negatives = _negatives(manifest, size, negative_prompts)
+        arrays, cut = self._tokens(prompts, negatives)
         encoder = self._loaded.component(TEXT_ENCODER, self._setting)
         outputs = self._kept(encoder.run(arrays), size)
-        order = [size + distinct.index(item) for item in negatives] + list(range(size))
-        guided = {name: np.ascontiguousarray(values[order]) for name, values in outputs.items()}
-        if absent and manifest.zero_absent_negative:
-            for values in guided.values():
-                values[:size] = 0
+        guided = guided_text(outputs, size, zeros=absent and manifest.zero_absent_negative)
         for name, row in self._setting.constants.items():
             guided[name] = np.tile(np.array(row, np.float32), (2 * size, 1))
         return Conditioning(guided, size, manifest.embeds_guidance, cut)
@@ -127,14 +122,14 @@ class Encoder:
         return {name: kept(values) for name, values in outputs.items()}
 
 
-def _one_each(manifest: Manifest, size: int, negative_prompts: Sequence[str] | str | None) -> list[str]:
-    """A negative prompt for each of `size` prompts.
+def _negatives(manifest: Manifest, size: int, negative_prompts: Sequence[str] | str | None) -> list[str]:
+    """One negative prompt for `size` prompts, or one for each.
 
     Raises:
         PromptError: another number of them, or any where they have no effect.
     """
     if negative_prompts is None:
-        return [""] * size
+        return [""]
     given = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts)
     if any(given) and manifest.embeds_guidance:
         raise PromptError(
@@ -145,4 +140,4 @@ def _one_each(manifest: Manifest, size: int, negative_prompts: Sequence[str] | s
         raise PromptError(
             f"{len(given)} negative prompts for {size} prompts; give one for all, or one for each in their order"
         )
-    return given * size if len(given) == 1 else given
+    return given[:1] if len(set(given)) == 1 else given

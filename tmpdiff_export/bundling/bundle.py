@@ -40,7 +40,7 @@ from tmpdiff_export.bundling.site import Progress, Site
 from tmpdiff_export.bundling.stage_files import link
 from tmpdiff_export.bundling.stages import Stages, open_stages
 from tmpdiff_export.memory import return_large_blocks
-from tmpdiff_export.pipelines.families.family import DENOISER
+from tmpdiff_export.pipelines.families.family import DENOISER, require_clip_skip
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.settings import Setting, resolve
 from tmpdiff_export.targets.choose import open_start, open_target, resolve_backend
@@ -92,6 +92,7 @@ def build(
     return_large_blocks()
     note(stage, 0, 1)
     source = open_pipeline(Path(pipeline))
+    require_clip_skip(source.family, source.pipe, options.clip_skip)
     target.require_memory(source.weights.parameters)
     settings = tuple(resolve(source.facts, request) for request in options.requests())
     note(stage, 1, 1)

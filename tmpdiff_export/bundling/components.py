@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engines.documents import canonical_json
-from engines.errors import BuildError
 from engines.files import atomic_write_text, sha256_bytes
 from engines.manifest import LATENTS
 from engines.precision import REFERENCE
@@ -21,12 +20,13 @@ from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import shared_tensors, store_plain, tensors_digest
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
-from tmpdiff_export.pipelines.families.family import LATENT_AXES, PICTURE_AXES
+from tmpdiff_export.pipelines.families.family import LATENT_AXES, PICTURE_AXES, with_clip_skip
 from tmpdiff_export.pipelines.families.vae import vae_decoder
 from tmpdiff_export.pipelines.load import SourcePipeline
+from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.accuracy import AccuracyCheck, torch_outputs
-from tmpdiff_export.targets.target import EngineJob, SourceModel, file_entry
+from tmpdiff_export.targets.target import EngineJob, SourceModel
 from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import taken_weights
 
@@ -48,29 +48,10 @@ def write_tokenizers(source: SourcePipeline, bundle: Path) -> list[TextEntry]:
 
     Returns:
         Their manifest entries, in the order of the text encoders.
-
-    Raises:
-        BuildError: a tokenizer has no form that the runtime reads.
     """
-    texts = []
-    for position, text in enumerate(source.texts):
-        path = bundle / (f"tokenizer_{position + 1}.json" if position else "tokenizer.json")
-        try:
-            atomic_write_text(path, text.tokenizer.backend_tokenizer.to_str())
-        except AttributeError:
-            raise BuildError(
-                f"{text.part.tokenizer} {type(text.tokenizer).__name__} has no `tokenizers` form; load the pipeline "
-                "with a fast tokenizer"
-            ) from None
-        texts.append(
-            TextEntry(
-                tokenizer=file_entry(bundle, path),
-                max_tokens=text.max_tokens,
-                pad_token_id=int(text.tokenizer.pad_token_id),
-                lowercase=source.family.lowercase,
-            )
-        )
-    return texts
+    for text in source.texts:
+        atomic_write_text(bundle / text.entry.tokenizer.path, text.json)
+    return [text.entry for text in source.texts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,32 +69,35 @@ class StartedComponent:
     source: str
 
 
-def start_text_encoder(site: Site) -> StartedComponent:
-    """Starts all text encoders as one engine, checked on the tokens that the pipeline's own tokenizers give.
+def start_text_encoder(site: Site, setting: Setting, name: str = TEXT_ENCODER) -> StartedComponent:
+    """Starts all text encoders as one engine, checked on the tokens that the runtime will give them.
+
+    Args:
+        site: the build.
+        setting: one with the text length that it is for.
+        name: of the engine.
 
     Raises:
-        BuildError: a text encoder cannot be exported.
+        BuildError: a text encoder cannot be exported, or a tokenizer of the pipeline reads otherwise than the runtime.
     """
-    source, family = site.source, site.source.family
-    written = [*site.options.prompts[:_CHECK_PROMPTS], ""]
-    read = [prompt.lower().strip() if family.lowercase else prompt for prompt in written]
+    source, family, clip_skip = site.source, site.source.family, site.options.clip_skip
+    prompts = [*site.options.prompts[:_CHECK_PROMPTS], ""]
     arrays: dict[str, torch.Tensor] = {}
     for position, text in enumerate(source.texts):
-        tokens = text.tokenizer(
-            read, padding="max_length", max_length=text.max_tokens, truncation=True, return_tensors="pt"
-        )
+        text.require_same_reading(prompts)
+        tokens = text.tokens(prompts, setting.text_length)
         ids, mask = text_inputs(position)
-        arrays[ids] = tokens.input_ids
+        arrays[ids] = torch.from_numpy(tokens.input_ids)
         if text.part.masked:
-            arrays[mask] = tokens.attention_mask
+            arrays[mask] = torch.from_numpy(tokens.attention_mask)
     inputs = [ExportInput(name, tensor, {0: "batch"}) for name, tensor in arrays.items()]
     batch = tuple(arrays.values())
     return _start(
         site,
-        TEXT_ENCODER,
-        lambda: family.wrap_text(source.pipe, source.height, source.width),
+        name,
+        lambda: family.wrap_text(source.pipe, clip_skip),
         inputs,
-        family.text_outputs,
+        with_clip_skip(family.text_outputs, clip_skip),
         [batch, tuple(tensor[:1] for tensor in batch)],
     )
 

@@ -78,7 +78,7 @@ class BuildOptions:
         from tmpdiff_export.pipelines.settings import SettingRequest  # which imports torch
 
         return [
-            SettingRequest(steps, size, self.guidance_scale, text_length)
+            SettingRequest(steps, size, self.guidance_scale, text_length, clip_skip=self.clip_skip)
             for size in self.sizes or (None,)
             for text_length in self.text_lengths or (None,)
             for steps in self.steps

@@ -15,10 +15,11 @@ import torch
 from engines.errors import BuildError
 from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch
-from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
+from tmpdiff_export.pipelines.families.family import Family, bind_call
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
 from tmpdiff_export.pipelines.models import hollow_pipeline, loaded_model, require_classes
 from tmpdiff_export.pipelines.settings import PipelineFacts, Setting, scheduler_form
+from tmpdiff_export.pipelines.texts import SourceText, source_texts
 from tmpdiff_export.weights.source import SourceWeights, folder_json
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
@@ -27,20 +28,6 @@ LONGEST_TEXT = 512  # what T5 was trained on, and what FLUX and SD3 pipelines al
 
 
 @dataclass(frozen=True)
-class SourceText:
-    """What one of the text encoders reads.
-
-    Attributes:
-        tokenizer: the transformers tokenizer.
-        max_tokens: length that prompts are padded to.
-        part: how the family describes it.
-    """
-
-    tokenizer: Any
-    max_tokens: int
-    part: Text
-
-
 @dataclass(frozen=True, eq=False)
 class SourcePipeline:
     """A pipeline folder that is open, and what the export needs to know of it.
@@ -131,6 +118,8 @@ class SourcePipeline:
         }
         if setting.text_length is not None:
             options["max_sequence_length"] = setting.text_length
+        if setting.clip_skip is not None:
+            options["clip_skip"] = setting.clip_skip
         return options
 
 
@@ -171,7 +160,7 @@ def open_pipeline(folder: Path) -> SourcePipeline:
         pipe=pipe,
         denoiser_class=name,
         family=family,
-        texts=_texts(pipe, family),
+        texts=source_texts(pipe, family),
         weights=weights,
     )
 
@@ -197,20 +186,6 @@ def own_size(pipe: Any, config: Any) -> tuple[int, int]:
 
 def _own_guidance_scale(pipe: Any) -> float:
     return float(inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)
-
-
-def _texts(pipe: Any, family: Family) -> tuple[SourceText, ...]:
-    texts = []
-    for part in family.texts:
-        tokenizer = getattr(pipe, part.tokenizer)
-        if tokenizer is None:
-            continue
-        # Whatever its own tokenizer says, every CLIP text encoder gets the length of the first one's.
-        length = int((tokenizer if part.whole_sequence else pipe.tokenizer).model_max_length)
-        if part.whole_sequence:
-            length = min(length, max_sequence_length(pipe))
-        texts.append(SourceText(tokenizer, length, part))
-    return tuple(texts)
 
 
 @contextlib.contextmanager

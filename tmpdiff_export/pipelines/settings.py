@@ -31,6 +31,7 @@ class SettingRequest:
         text_length: of the text encoders whose length may vary, in tokens.
         scheduler: class name of a diffusers scheduler, made from the pipeline's configuration, or a
             `scheduler_config.json`.
+        clip_skip: last layers that CLIP text encoders leave out; of all settings of a bundle.
     """
 
     num_steps: int = 20
@@ -38,6 +39,7 @@ class SettingRequest:
     guidance_scale: float | None = None
     text_length: int | None = None
     scheduler: str | None = None
+    clip_skip: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class PipelineFacts:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """A setting; fields are those of `SettingEntry`, with the sampler table itself."""
+    """A setting; fields are those of `SettingEntry`, with the sampler table itself, and `SettingRequest.clip_skip`."""
 
     name: str
     table: SamplerTable
@@ -83,6 +85,7 @@ class Setting:
     latents_shape: tuple[int, int, int]
     text_length: int | None
     constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    clip_skip: int | None = None
 
     @property
     def shape(self) -> tuple[tuple[int, int, int], int | None]:
@@ -132,7 +135,8 @@ def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
         width=width,
         latents_shape=(facts.latent_channels, rows, columns),
         text_length=text_length,
-        constants=facts.family.constants(height, width),
+        constants={name: tuple(map(float, row)) for name, row in facts.family.constants(height, width).items()},
+        clip_skip=request.clip_skip,
     )
 
 

@@ -162,13 +162,6 @@ def _refusal(denoiser: torch.nn.Module, guided: bool) -> str | None:
     return None
 
 
-def _size_refusal(denoiser: torch.nn.Module, height: int, width: int) -> str | None:
-    most = PACKING * MOST_TOKENS
-    if max(height, width) <= most:
-        return None
-    return f"latents are {height} x {width}, and engines of FLUX.1 have positions for {most} rows and columns of them"
-
-
 def _pipeline_refusal(pipe: Any) -> str | None:
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
         if getattr(pipe, name) is None:
@@ -196,9 +189,8 @@ FLUX_SCHNELL = Family(
     wrap=lambda pipe: FluxDenoiser(pipe.transformer),
     arguments=_arguments,
     refusal=lambda denoiser: _refusal(denoiser, guided=False),
-    size_refusal=_size_refusal,
     pipelines=("FluxPipeline",),
-    wrap_text=lambda pipe, height, width: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
+    wrap_text=lambda pipe, clip_skip: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
     texts=(Text(), Text(tokenizer="tokenizer_2", whole_sequence=True)),
     text_outputs={"encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
     lowercase=False,
@@ -208,6 +200,7 @@ FLUX_SCHNELL = Family(
     takes_guidance_scale=False,
     packing=PACKING,
     sampler_options=_sampler_options,
+    largest_side=lambda config: PACKING * MOST_TOKENS,
     returned=lambda model_output, config: pack(model_output),
     called_timesteps=_called_timesteps,
 )

@@ -54,7 +54,7 @@ ROOMS = {
         engine
         bundle sampler text pictures arguments
         manifest sampler_document schedule
-        package_entry text_entry
+        package_entry plan_entry text_entry
         documents old_manifests precision
         files
         errors version

@@ -45,6 +45,7 @@ class SourceModel:
         dtype: what most of its numbers are stored in.
         half: whether its engines compute in a 16-bit type. Text encoder and VAE decoder do not: of them, only weights are
             stored in 16 bits.
+        sizes: (height, width) of the latents that its engines are for, the default first; () for those of the examples.
     """
 
     module: torch.nn.Module
@@ -56,6 +57,7 @@ class SourceModel:
     batch_per_picture: int
     dtype: torch.dtype
     half: bool
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,7 +98,9 @@ class Encoder:
                 f"the text encoder takes {', '.join(unknown)}; the manifest has {len(manifest.texts)} tokenizers, which "
                 f"give {', '.join(arrays)}; build the bundle again"
             )
-        return {name: arrays[name] for name in wanted}, tuple((prompt, words) for prompt, words in unread.items() if words)
+        return {name: arrays[name] for name in wanted}, tuple(
+            (prompt, words) for prompt, words in unread.items() if words
+        )
 
     def _length(self, position: int) -> int:
         """Text length of a text encoder in the setting."""

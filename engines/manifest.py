@@ -12,6 +12,7 @@ from engines.documents import Document, FileEntry, Sha256, canonical_json
 from engines.files import sha256_bytes
 from engines.old_manifests import current_form
 from engines.package_entry import PackageEntry
+from engines.plan_entry import PlanEntry
 from engines.precision import REFERENCE
 from engines.setting_entry import SettingEntry, size_text
 from engines.text_entry import TextEntry
@@ -30,44 +31,6 @@ class TensorSpec(Document):
     name: str
     dtype: Literal["float32", "float16", "int64"]
     shape: tuple[int | str, ...]
-
-
-class LayerShare(Document):
-    """How much of a plan runs at one layer precision.
-
-    Attributes:
-        layers: number of layers.
-        time_share: their part of the measured time, None if the plan was not profiled.
-    """
-
-    layers: int = Field(ge=0)
-    time_share: float | None = Field(default=None, ge=0, le=1)
-
-
-class PlanEntry(Document):
-    """What is particular to a TensorRT plan.
-
-    Attributes:
-        version_compatible: whether later TensorRT versions and the lean runtime run it.
-        hardware_compatibility: which GPUs run it besides the architecture it was built on.
-        profile: (min, opt, max) shape of every input.
-        weight_streaming: whether its weights may stay in host memory.
-        weights_bytes: device memory of its weights.
-        scratch_bytes: device memory of its activations at the largest shapes.
-        layers: by layer precision, from the engine inspector.
-        inspector: the engine inspector's JSON.
-        warnings: what the build had to say about it.
-    """
-
-    version_compatible: bool
-    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"]
-    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    weight_streaming: bool
-    weights_bytes: int = Field(ge=0)
-    scratch_bytes: int = Field(ge=0)
-    layers: dict[str, LayerShare]
-    inspector: FileEntry
-    warnings: tuple[str, ...] = ()
 
 
 class EngineEntry(Document):
@@ -122,6 +85,8 @@ class EngineEntry(Document):
 
     def runs(self, setting: SettingEntry) -> bool:
         """Whether it is for a setting's picture size and text length."""
+        if self.plan is not None and not self.plan.holds(LATENTS, setting.latents_shape):
+            return False
         return self.for_size in (None, setting.latents_shape[1:]) and self.for_text in (None, setting.text_length)
 
     @property

@@ -1,4 +1,8 @@
-"""Manifests of versions before 6, of one setting, and before 5, where an engine has one weight file or null."""
+"""Manifests of earlier versions.
+
+Up to version 5 there is one setting, one engine of a kind, and a plan's one optimization profile in `profile`. Before
+version 5 an engine has one weight file or null in place of a list of them.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +19,28 @@ def current_form(data: Any) -> Any:
     if type(version) is not int or not 1 <= version <= _ONE_SETTING:
         return data
     result = {**data, "version": _ONE_SETTING + 1, "settings_sha256": ""}
-    if version <= _ONE_WEIGHT_FILE:
-        result |= {key: _with_weights(data[key]) for key in _COMPONENTS if key in data}
-        if isinstance(data.get("denoisers"), dict):
-            result["denoisers"] = {name: _with_weights(entry) for name, entry in data["denoisers"].items()}
-    result |= {key: [result[key]] for key in _COMPONENTS if key in data}
-    if isinstance(result.get("denoisers"), dict):
-        result["denoisers"] = {name: [entry] for name, entry in result["denoisers"].items()}
-    if "text" in result:
-        result["texts"] = [result.pop("text"), *_listed(result.pop("further_texts", []))]
+    result |= {key: [_current_engine(data[key], version)] for key in _COMPONENTS if key in data}
+    if isinstance(data.get("denoisers"), dict):
+        result["denoisers"] = {name: [_current_engine(entry, version)] for name, entry in data["denoisers"].items()}
+    if "text" in data:
+        further = result.pop("further_texts", [])
+        result["texts"] = [result.pop("text"), *(further if isinstance(further, list) else [further])]
     sampling, sampler = result.pop("sampling", None), result.pop("sampler", None)
     if isinstance(sampling, dict) and sampler is not None:
         result["settings"] = [{**sampling, "sampler": sampler}]
     return result
 
 
-def _with_weights(entry: Any) -> Any:
-    if not isinstance(entry, dict) or "weights" not in entry:
+def _current_engine(entry: Any, version: int) -> Any:
+    if not isinstance(entry, dict):
         return entry
-    return {**entry, "weights": [] if entry["weights"] is None else [entry["weights"]]}
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    result = dict(entry)
+    if version <= _ONE_WEIGHT_FILE and "weights" in entry:
+        result["weights"] = [] if entry["weights"] is None else [entry["weights"]]
+    plan = entry.get("plan")
+    if isinstance(plan, dict) and "profile" in plan:
+        result["plan"] = {
+            **{key: value for key, value in plan.items() if key != "profile"},
+            "profiles": [plan["profile"]],
+        }
+    return result

@@ -70,7 +70,9 @@ class BundleEvaluator:
         self._seed = seed
         self._noise = runtime.noise([seed + index for index in range(len(prompts))])
         self._key = sha256_bytes(
-            canonical_json([runtime.manifest.bundle_id, runtime.setting.name, list(prompts), seed, float(guidance_scale)])
+            canonical_json(
+                [runtime.manifest.bundle_id, runtime.setting.name, list(prompts), seed, float(guidance_scale)]
+            )
         )
 
     def start(self, sample: int, nudged: bool = False) -> Row:

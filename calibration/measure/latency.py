@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from engines.backends.choose import backend_version
 from engines.bundle import UNIFORM_PREFIX
+from engines.conditioning import Conditioning
 from engines.manifest import EngineEntry
-from engines.runtime import Conditioning, DenoiseRuntime
+from engines.runtime import DenoiseRuntime
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -19,6 +19,7 @@ from engines.files import sha256_bytes, staged_folder
 from engines.manifest import EngineEntry, Manifest, RangeCalibrationEntry
 from engines.precision import REFERENCE
 from engines.setting_entry import size_text
+from tmpdiff_export.bundling.checked import Checks, denoiser_model
 from tmpdiff_export.bundling.components import (
     TEXT_ENCODER,
     VAE_DECODER,
@@ -31,7 +32,6 @@ from tmpdiff_export.bundling.denoiser import DenoiserEngines
 from tmpdiff_export.bundling.engine import BuiltEngine, StartedEngine
 from tmpdiff_export.bundling.estimates import BuildSize, activation_bytes, find_available, require_fit
 from tmpdiff_export.bundling.manifest import write_manifest
-from tmpdiff_export.bundling.checked import Checks, denoiser_model
 from tmpdiff_export.bundling.observed import Runs, find_all_ranges, gather, gather_checks, shape_name
 from tmpdiff_export.bundling.onnx_files import ModelJobs, keep_graphs
 from tmpdiff_export.bundling.options import BuildOptions, require_buildable
@@ -126,9 +126,7 @@ def compiler_cache(stages: Stages, backend: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def build_size(
-    source: SourcePipeline, settings: Sequence[Setting], options: BuildOptions, backend: str
-) -> BuildSize:
+def build_size(source: SourcePipeline, settings: Sequence[Setting], options: BuildOptions, backend: str) -> BuildSize:
     """What a build's memory and disk depend on."""
     others = [SourceWeights.open(source.folder / name) for name in source.other_models]
     layers = [place for weights in (source.weights, *others) for place in weights.places.values()]

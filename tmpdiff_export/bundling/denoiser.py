@@ -146,9 +146,7 @@ class DenoiserEngines:
             attention=self._attention(precision),
         )
 
-    def _prepare(
-        self, precision: Precision, coded: Precision | None, variant: str
-    ) -> tuple[EngineJob, PreparedEngine]:
+    def _prepare(self, precision: Precision, coded: Precision | None, variant: str) -> tuple[EngineJob, PreparedEngine]:
         job = self.job(precision, coded, variant)
         return job, self._site.target.prepare(job)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from engines.manifest import MODEL_OUTPUT
 from engines.precision import REFERENCE, Precision
 from engines.setting_entry import size_text
 from tmpdiff_export.bundling.site import Site
@@ -23,8 +22,6 @@ from tmpdiff_export.quantization.codes import AttentionRange, LayerRange
 from tmpdiff_export.quantization.observers import Observed, observe
 from tmpdiff_export.quantization.ranges import calibrate_ranges, observable_layers, quantizable_layers, spread
 from tmpdiff_export.quantization.recipes import RECIPES
-from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes, torch_outputs
-from tmpdiff_export.targets.target import SourceModel
 from tmpdiff_export.weights.files import places, write_tensors
 from tmpdiff_export.weights.streamed import OnDevice, Read, streamed
 

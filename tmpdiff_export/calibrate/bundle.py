@@ -108,14 +108,14 @@ def calibrate_bundle(
             found = read_calibration(calibrated, entry)
             carried = scores_from(calibrated, entry, found, runtime)
             return _calibrate(runtime, prompts, replace(options, carried=carried), how, report)
-        carried = own_scores(runtime) if options.method == "bisection" else None
-        if carried is not None:
+        own = own_scores(runtime) if options.method == "bisection" else None
+        if own is not None:
             try:
-                result = _calibrate(runtime, prompts, replace(options, carried=carried), how, report)
-                tell(f"scores were carried over from setting {carried.origin.setting}, which its checks confirm")
+                result = _calibrate(runtime, prompts, replace(options, carried=own), how, report)
+                tell(f"scores were carried over from setting {own.origin.setting}, which the checks here confirm")
                 return result
             except TransferError as error:
-                tell(f"scores of setting {carried.origin.setting} are not carried over: {error}")
+                tell(f"scores of setting {own.origin.setting} are not carried over, but searched for: {error}")
         return _calibrate(runtime, prompts, options, how, report)
 
 
@@ -133,7 +133,9 @@ def own_scores(runtime: DenoiseRuntime) -> CarriedScores | None:
             found = read_calibration(bundle, entry)
             if found.transfer is None:
                 return scores_from(bundle, entry, found, runtime)
-        except TmpDiffError:  # not calibrated, by an earlier release, or with a scheduler whose steps are not comparable
+        except (
+            TmpDiffError
+        ):  # not calibrated, by an earlier release, or with a scheduler whose steps are not comparable
             continue
     return None
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.bundle import MANIFEST_NAME, Bundle
@@ -30,7 +30,7 @@ class Wanted:
         scheduler: see `SettingRequest`; None for any.
     """
 
-    choice: SettingChoice = SettingChoice()
+    choice: SettingChoice = field(default_factory=SettingChoice)
     guidance_scale: float | None = None
     text_length: int | None = None
     scheduler: str | None = None

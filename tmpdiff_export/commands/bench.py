@@ -12,8 +12,9 @@ from typing import Any
 
 from calibration.measure.latency import ROUNDS, interleaved, machine, runs_on_gpu, step_latencies
 from engines.arguments import add_setting_arguments, parse_resident_engines, parse_threads, setting_choice
+from engines.conditioning import Conditioning
 from engines.errors import TmpDiffError
-from engines.runtime import Conditioning, DenoiseRuntime
+from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.setting_entry import SettingChoice
 from tmpdiff_export.commands.build import what_runs
@@ -107,9 +108,7 @@ def bench(bundle: Path, options: BenchOptions, report: Callable[[str, int, int],
         runtime = opened.enter_context(DenoiseRuntime.load(bundle, setting=setting, threads=threads))
         runtimes: dict[int | None, DenoiseRuntime] = {None: runtime}
         if resident_engines is not None:
-            limited = DenoiseRuntime.load(
-                bundle, setting=setting, threads=threads, resident_engines=resident_engines
-            )
+            limited = DenoiseRuntime.load(bundle, setting=setting, threads=threads, resident_engines=resident_engines)
             runtimes[resident_engines] = opened.enter_context(limited)
         scale = runtime.setting.guidance_scale
         conditioning = runtime.encode(["a bench mark"])
@@ -169,7 +168,8 @@ def _loops(
 
     def loop(runtime: DenoiseRuntime, precisions: tuple[str, ...]) -> Callable[[], object]:
         schedule = Schedule(
-            bundle_id=runtime.manifest.bundle_id, setting=runtime.setting.name, precisions=precisions, origin="bench")
+            bundle_id=runtime.manifest.bundle_id, setting=runtime.setting.name, precisions=precisions, origin="bench"
+        )
         return lambda: runtime.denoise(conditioning, schedule, noise)
 
     for other in others:

@@ -66,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: that of the pipeline's call"
     )
     group.add_argument(
-        "--clip-skip", type=int, metavar="N", help="last layers that CLIP text encoders leave out (default: as the pipeline)"
+        "--clip-skip",
+        type=int,
+        metavar="N",
+        help="last layers that CLIP text encoders leave out (default: as the pipeline)",
     )
     group.add_argument("--onnx-dir", type=_folder, metavar="DIR", help="keep the exported <precision>.onnx files there")
     group.add_argument("--force", action="store_true", help="replace an existing bundle")

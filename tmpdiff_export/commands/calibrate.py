@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_setting_arguments(parser)
     new = parser.add_argument_group("a setting that the bundle does not have yet is added, if its engines run it")
-    new.add_argument("--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: that of the first setting")
+    new.add_argument(
+        "--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: that of the first setting"
+    )
     new.add_argument("--text-length", type=int, metavar="TOKENS", help="default: that of the first setting")
     new.add_argument(
         "--scheduler",
@@ -119,8 +121,8 @@ def budget_of(args: argparse.Namespace) -> Budget | QualityBudget | None:
 def run(args: argparse.Namespace) -> int:
     """Calibrates, stores schedule and sensitivity in the bundle, and prints them."""
     from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
-    from tmpdiff_export.commands.tables import print_sensitivity
     from tmpdiff_export.calibrate.settings import Wanted, open_setting
+    from tmpdiff_export.commands.tables import print_sensitivity
     from tmpdiff_export.display import print_json, print_note, progress_bar
 
     options = CalibrationOptions(

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     setting = bundle.setting(setting_choice(args))
     prediction = _prediction(bundle, setting)
-    schedule = bundle.schedule(setting, args.schedule) if args.import_policy is None else _imported(bundle, setting, args)
+    schedule = (
+        bundle.schedule(setting, args.schedule) if args.import_policy is None else _imported(bundle, setting, args)
+    )
     if prediction:
         schedule = schedule.model_copy(
             update={

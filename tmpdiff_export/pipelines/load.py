@@ -23,11 +23,9 @@ from tmpdiff_export.pipelines.texts import SourceText, source_texts
 from tmpdiff_export.weights.source import SourceWeights, folder_json
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
-
 LONGEST_TEXT = 512  # what T5 was trained on, and what FLUX and SD3 pipelines allow
 
 
-@dataclass(frozen=True)
 @dataclass(frozen=True, eq=False)
 class SourcePipeline:
     """A pipeline folder that is open, and what the export needs to know of it.
@@ -65,7 +63,7 @@ class SourcePipeline:
             scheduler=scheduler_form(pipe.scheduler),
             size=own_size(pipe, config),
             pixels_per_latent=pixels,
-            size_step=pixels * int(getattr(config, "patch_size", 1) or 1) * family.packing,
+            size_step=pixels * family.token_side(config),
             largest_side=None if (side := family.largest_side(config)) is None else side * pixels,
             latent_channels=int(config.in_channels) // family.packing**2,
             guidance_scale=_own_guidance_scale(pipe) if family.takes_guidance_scale else 1.0,
@@ -211,6 +209,7 @@ def gather_batches(
     prompts: Sequence[str],
     seed: int,
     on_step: Callable[[], None],
+    num_steps: int | None = None,
 ) -> list[Batch]:
     """Runs the real pipeline and keeps every input its denoiser is handed.
 
@@ -220,6 +219,7 @@ def gather_batches(
         prompts: one run each; run i starts from seed + i.
         seed: seed of the first run.
         on_step: called after each denoiser call.
+        num_steps: `num_inference_steps`, None for the setting's.
 
     Returns:
         Inputs, on the CPU, in the order of `Family.inputs`, for every prompt and then every loop iteration.
@@ -237,7 +237,7 @@ def gather_batches(
             for index, prompt in enumerate(prompts):
                 source.pipe(
                     prompt,
-                    num_inference_steps=setting.table.num_inference_steps,
+                    num_inference_steps=num_steps or setting.table.num_inference_steps,
                     generator=torch.Generator().manual_seed(seed + index),
                     output_type="latent",
                     **source.call_options(setting),

@@ -211,8 +211,8 @@ def _scheduler(own: Mapping[str, Any], asked: str | None) -> tuple[Any, str]:
         called = f"{form['class']}.{sha256_bytes(canonical_json(form))[:6]}"
     else:
         form, called = {"class": asked, "config": own["config"]}, asked
-    kind = getattr(diffusers, str(form["class"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    kind: Any = getattr(diffusers, str(form["class"]), None)
+    if kind is None or not hasattr(kind, "set_timesteps"):
         raise BuildError(
             f"scheduler {form['class']!r} is no scheduler of diffusers {diffusers.__version__}; give a class name such as "
             "EulerDiscreteScheduler, or a scheduler_config.json"

@@ -75,7 +75,7 @@ def precisions(manifest: Manifest, found: Sensitivity) -> str:
     dropped = {item.precision: f"dropped: {item.reason}" for item in found.dropped}
     rows = []
     for name in found.precisions:
-        entry, latency = manifest.denoisers[name], found.latencies_ms[name]
+        entry, latency = manifest.denoisers[name][0], found.latencies_ms[name]
         used = "scored, in the schedule" if name in found.schedule else "scored, not in the schedule"
         measured = typical_cell(found.uniform[name]) + departures_cell(found.uniform_departures.get(name))
         figures = (f"{entry.sqnr_db:.1f}", f"{entry.bytes / 1e6:.1f}", escape(entry.recipe))

@@ -24,6 +24,7 @@ from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import picture_errors
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
+from engines.arguments import add_setting_arguments, setting_choice
 from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
@@ -160,6 +161,7 @@ class Study:
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what every experiment takes to measure."""
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="bundle folder")
+    add_setting_arguments(parser)
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="calibration and validation prompts")
     parser.add_argument("--precisions", metavar="LIST", help="low precisions, comma-separated (default: all built)")
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="calibration samples (default %(default)s)")
@@ -233,7 +235,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                     "num_steps": runtime.num_steps,
                     "reference": runtime.precisions[0],
                     "precisions": list(precisions),
-                    "backend": runtime.manifest.denoisers[runtime.precisions[0]].backend,
+                    "backend": runtime.manifest.reference.backend,
                     "machine": machine(runtime, args.threads),
                     "versions": {
                         "tmpdiff": VERSION,

@@ -146,6 +146,10 @@ class Family(DenoiserFamily):
     returned: Callable[[torch.Tensor, Any], torch.Tensor] = _with_learned_variance
     called_timesteps: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = lambda timesteps, dtype: timesteps
 
+    def token_side(self, config: Any) -> int:
+        """Side of the square of latents that is one image token, from the denoiser's configuration."""
+        return int(getattr(config, "patch_size", 1) or 1) * self.packing
+
 
 def max_sequence_length(pipe: Any) -> int:
     """The text length that the pipeline's call has by default."""

@@ -33,7 +33,7 @@ class Sd3Denoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.largest_latents = _largest_latents(denoiser)
+        self.largest_latents = _largest_side(denoiser.config)
 
     def forward(
         self,
@@ -50,6 +50,11 @@ class Sd3Denoiser(torch.nn.Module):
             timestep=timestep,
             return_dict=False,
         )[0]
+
+
+def _largest_side(config: Any) -> int:
+    """How many rows and columns of latents the denoiser has positions for."""
+    return int(config.pos_embed_max_size) * int(config.patch_size)
 
 
 def _arguments(call: Mapping[str, Any]) -> Batch:
@@ -112,5 +117,5 @@ SD3 = Family(
     deepest_clip_skip=lambda pipe: layers_of(pipe.text_encoder, pipe.text_encoder_2) - 1,
     may_lack=("text_encoder_3", "tokenizer_3"),
     sampler_options=_sampler_options,
-    largest_side=_largest_latents,
+    largest_side=_largest_side,
 )

@@ -20,7 +20,6 @@ from engines.setting_entry import SettingEntry, size_text
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 
-
 _DEFAULTED = "_use_default_values"  # what diffusers does not take over into schedulers of other classes
 
 

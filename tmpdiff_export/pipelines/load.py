@@ -20,6 +20,7 @@ from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require
 from tmpdiff_export.pipelines.models import hollow_pipeline, loaded_model, require_classes
 from tmpdiff_export.pipelines.settings import PipelineFacts, Setting, scheduler_form
 from tmpdiff_export.pipelines.texts import SourceText, source_texts
+from tmpdiff_export.pipelines.tokenizer_files import require_tokenizer_files
 from tmpdiff_export.weights.source import SourceWeights, folder_json
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
@@ -144,6 +145,7 @@ def open_pipeline(folder: Path) -> SourcePipeline:
         raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
     require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are hashed
     require_classes(data)
+    require_tokenizer_files(folder, data)
     may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}
     pipe = hollow_pipeline(folder, data, [name for name in may_lack if data.get(name) == [None, None]])
     name, family = family_of(pipe)

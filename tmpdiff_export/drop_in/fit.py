@@ -8,12 +8,24 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BundleError, SamplerError
+from engines.manifest import SamplingEntry, TensorSpec
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
+from tmpdiff_export.drop_in.refusals import AttachedError
 from tmpdiff_export.drop_in.step_finder import close, listed
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.families.table import FAMILIES
 from tmpdiff_export.pipelines.scheduler_table import TOLERANCE, sampler_table
+
+
+def setting_of(runtime: DenoiseRuntime) -> SamplingEntry:
+    """Picture size, latents' shape, number of steps and guidance scale that a runtime's `table` belongs to."""
+    return runtime.manifest.sampling
+
+
+def inputs_of(runtime: DenoiseRuntime, precision: str) -> tuple[TensorSpec, ...]:
+    """Names and dtypes of what the denoiser engine of a precision takes."""
+    return runtime.manifest.denoisers[precision].inputs
 
 
 def fitting_family(pipeline: str, denoisers: Mapping[str, Any], runtime: DenoiseRuntime) -> Family:
@@ -28,7 +40,7 @@ def fitting_family(pipeline: str, denoisers: Mapping[str, Any], runtime: Denoise
         BundleError: the bundle was built from another denoiser.
     """
     model = runtime.manifest.model
-    taken = {spec.name for spec in runtime.manifest.denoisers[runtime.precisions[0]].inputs}
+    taken = {spec.name for spec in inputs_of(runtime, runtime.precisions[0])}
     fitting = [family for family in FAMILIES.get(model.pipeline_class, ()) if set(family.inputs) == taken]
     wanted = model.denoiser_class
     if not fitting or fitting[0].denoiser_class != wanted:
@@ -54,6 +66,41 @@ def fitting_family(pipeline: str, denoisers: Mapping[str, Any], runtime: Denoise
     return family
 
 
+def require_plain(pipeline: str, component: str, denoiser: Any) -> None:
+    """Refuses a denoiser that does more than its weights and configuration say, which engines do not.
+
+    Args:
+        pipeline: class name of the pipeline.
+        component: attribute that holds the denoiser.
+        denoiser: the pipeline's own.
+
+    Raises:
+        AttachedError: it has adapters, FreeU, a cache, or is offloaded layer by layer.
+    """
+    extras = {
+        "LoRA adapters": (getattr(denoiser, "peft_config", None), "pipe.unload_lora_weights()"),
+        "an IP adapter": (
+            getattr(denoiser, "encoder_hid_proj", None) or getattr(denoiser, "image_proj", None),
+            "pipe.unload_ip_adapter()",
+        ),
+        "FreeU": (
+            any(getattr(block, "s1", None) for block in getattr(denoiser, "up_blocks", ())),
+            "pipe.disable_freeu()",
+        ),
+        "sequential offloading": (
+            denoiser.device.type == "meta" and hasattr(denoiser, "_hf_hook"),
+            "pipe.remove_all_hooks()",
+        ),
+        "a cache": (getattr(denoiser, "is_cache_enabled", False), f"pipe.{component}.disable_cache()"),
+    }
+    for what, (present, undo) in extras.items():
+        if present:
+            raise AttachedError(
+                f"the {component} of this {pipeline} has {what}, which a bundle's engines have not; call {undo} before the "
+                "bundle is attached"
+            )
+
+
 def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> None:
     """Refuses a scheduler that does not do what the bundle's sampler table does.
 
@@ -70,9 +117,7 @@ def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> Non
             "pipe.scheduler to the one the bundle was built with, or build a bundle from the pipeline as it is"
         )
     steps = expected.num_inference_steps
-    table = sampler_table(
-        scheduler, steps, **family.sampler_options(pipe, steps, runtime.manifest.sampling.latents_shape)
-    )
+    table = sampler_table(scheduler, steps, **family.sampler_options(pipe, steps, setting_of(runtime).latents_shape))
     if table.num_steps != expected.num_steps or not close(table.timesteps, expected.timesteps).all():
         differs = f"timesteps {listed(table.timesteps)}, the bundle's are {listed(expected.timesteps)}"
     elif (error := _trajectory_error(table, expected)) > TOLERANCE:

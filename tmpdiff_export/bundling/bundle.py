@@ -40,7 +40,6 @@ from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.targets.choose import open_start, open_target, resolve_backend
-from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import OnDevice
 
 
@@ -88,7 +87,11 @@ def build(
     return_large_blocks()
     note(stage, 0, 1)
     source = open_pipeline(
-        Path(pipeline), height=options.height, width=options.width, guidance_scale=options.guidance_scale
+        Path(pipeline),
+        height=options.height,
+        width=options.width,
+        guidance_scale=options.guidance_scale,
+        variant=options.variant,
     )
     target.require_memory(source.weights.parameters)
     table = sampler_table(source.pipe.scheduler, options.num_steps, **source.sampler_options(options.num_steps))
@@ -125,7 +128,7 @@ def compiler_cache(stages: Stages, backend: str) -> Iterator[None]:
 
 def build_size(source: SourcePipeline, options: BuildOptions, backend: str) -> BuildSize:
     """What a build's memory and disk depend on."""
-    others = [SourceWeights.open(source.folder / name) for name in source.other_models]
+    others = [source.stored(name) for name in source.other_models]
     layers = [place for weights in (source.weights, *others) for place in weights.places.values()]
     largest = max(math.prod(place.shape) for place in layers)
     _, rows, columns = source.latents_shape

@@ -9,6 +9,7 @@ from typing import Literal
 from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.bundling.preflight import require_folders
+from tmpdiff_export.pipelines.sizes import require_side
 from tmpdiff_export.targets.choose import require_own_settings
 from tmpdiff_export.targets.settings import MAX_BATCH
 from tmpdiff_export.targets.tensorrt.settings import PlanSettings
@@ -31,6 +32,7 @@ class BuildOptions:
         guidance_scale: None for the pipeline's default.
         height: picture height in pixels, None for the pipeline's own.
         width: picture width in pixels, None for the pipeline's own.
+        variant: of the weight files (`save_pretrained(variant=)`), None for those without one, or the only one there.
         onnx_dir: keep the strongly typed `<precision>.onnx` files here, None to drop them.
         force: replace an existing bundle.
         plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
@@ -56,6 +58,7 @@ class BuildOptions:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
+    variant: str | None = None
     onnx_dir: Path | None = None
     force: bool = False
     plans: PlanSettings = field(default_factory=PlanSettings)
@@ -87,7 +90,7 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
         backend: its name, resolved.
 
     Raises:
-        BuildError: too few prompts, or a number of steps or pictures out of range.
+        BuildError: too few prompts, or a number of steps, pixels or pictures out of range.
         BackendError: settings of another backend, or of an engine that is not built; or there is no such device.
         TmpDiffError: a folder stands where none should be replaced, or cannot be written.
     """
@@ -97,6 +100,9 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
         )
     if not 1 <= options.num_steps <= MAX_STEPS:
         raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
+    for label, pixels in (("height", options.height), ("width", options.width)):
+        if pixels is not None:
+            require_side(label, pixels)
     if options.plans.batch.max > MAX_BATCH:
         raise BuildError(f"--batch is {options.plans.batch}, expected {MAX_BATCH} pictures at most")
     packages = options.packages

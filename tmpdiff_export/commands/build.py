@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--height", type=int, metavar="PIXELS", help="default: the pipeline's own")
     group.add_argument("--width", type=int, metavar="PIXELS", help="default: the pipeline's own")
+    group.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="weight files that save_pretrained(variant=NAME) wrote, such as fp16 (default: those without a variant, or the only one)",
+    )
     group.add_argument("--onnx-dir", type=_folder, metavar="DIR", help="keep the exported <precision>.onnx files there")
     group.add_argument("--force", action="store_true", help="replace an existing bundle")
     group.add_argument(
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         guidance_scale=args.guidance_scale,
         height=args.height,
         width=args.width,
+        variant=args.variant,
         onnx_dir=args.onnx_dir,
         force=args.force,
         plans=tensorrt_settings.plan_settings(args),

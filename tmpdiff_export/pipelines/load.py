@@ -16,8 +16,10 @@ from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
-from tmpdiff_export.pipelines.models import hollow_pipeline, loaded_model, require_classes
-from tmpdiff_export.weights.source import SourceWeights, folder_json
+from tmpdiff_export.pipelines.folder import read_index, require_scheduler, require_variant
+from tmpdiff_export.pipelines.models import hollow_pipeline, is_model, loaded_model, require_classes
+from tmpdiff_export.pipelines.sizes import picture_size
+from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
 
@@ -50,6 +52,7 @@ class SourcePipeline:
         guidance_scale: of classifier-free guidance or of the denoiser's guidance embedding, 1 where it has neither.
         texts: what its text encoders read, in order.
         weights: the denoiser's.
+        variant: of the weight files, as for `SourceWeights.open`.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class SourcePipeline:
     guidance_scale: float
     texts: tuple[SourceText, ...]
     weights: SourceWeights
+    variant: str | None = None
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -86,6 +90,14 @@ class SourcePipeline:
         models = {name for name, item in self.pipe.components.items() if isinstance(item, torch.nn.Module)}
         return tuple(sorted(models - {self.family.component}))
 
+    def stored(self, name: str) -> SourceWeights:
+        """The stored weights of one of its models; reads their headers.
+
+        Raises:
+            BuildError: they cannot be read.
+        """
+        return SourceWeights.open(self.folder / name, self.variant)
+
     def load(self, name: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """One of its models with its weights, on the CPU, in evaluation mode.
 
@@ -96,7 +108,7 @@ class SourcePipeline:
         Raises:
             BuildError: it cannot be loaded.
         """
-        return loaded_model(self.pipe, self.folder, name, dtype)
+        return loaded_model(type(getattr(self.pipe, name)), self.folder / name, self.variant, dtype)
 
     @contextlib.contextmanager
     def filled(self, names: Sequence[str]) -> Iterator[None]:
@@ -129,7 +141,12 @@ class SourcePipeline:
 
 
 def open_pipeline(
-    folder: Path, *, height: int | None = None, width: int | None = None, guidance_scale: float | None = None
+    folder: Path,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_scale: float | None = None,
+    variant: str | None = None,
 ) -> SourcePipeline:
     """Opens a pipeline folder as written by `save_pretrained`, from the disk only; of weights, only headers are read.
 
@@ -138,42 +155,27 @@ def open_pipeline(
         height: picture height in pixels, None for the pipeline's own.
         width: picture width in pixels, None for the pipeline's own.
         guidance_scale: None for the default of the pipeline's call.
+        variant: of the weight files, as for `SourceWeights.open`.
 
     Raises:
-        BuildError: the folder is no pipeline, cannot be loaded, its denoiser is not supported, or a guidance scale was
-            given to one that has none.
+        BuildError: the folder is no pipeline, cannot be loaded, its denoiser is not supported, its weights are not
+            those of its models, a size does not fit, or a guidance scale was given to one that has none.
     """
-    index = folder / "model_index.json"
-    if not folder.is_dir():
-        raise BuildError(f"pipeline folder {folder} does not exist; pass a folder written by save_pretrained()")
-    try:
-        _require_plain(folder)
-        data = folder_json(index)
-    except FileNotFoundError:
-        raise BuildError(f"folder {folder} is no diffusers pipeline: it holds no model_index.json") from None
-    except OSError as error:
-        raise BuildError(f"{error.filename or index} cannot be read: {error.strerror or error}") from error
-    if not isinstance(data, dict) or "_class_name" not in data:
-        raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
-    require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are hashed
+    data = read_index(folder)
+    require_supported(data["_class_name"], _denoiser_class(data))  # before gigabytes are hashed
     require_classes(data)
+    require_scheduler(folder, data)
+    require_variant(folder, [name for name, entry in data.items() if is_model(entry)], variant)
     may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}
-    pipe = hollow_pipeline(folder, data, [name for name in may_lack if data.get(name) == [None, None]])
+    pipe = hollow_pipeline(folder, data, [name for name in may_lack if data.get(name) == [None, None]], variant)
     name, family = family_of(pipe)
-    weights = SourceWeights.open(folder / family.component)
+    weights = SourceWeights.open(folder / family.component, variant)
     denoiser = getattr(pipe, family.component)
-    weights.require_module(denoiser, name)
+    weights.require_names(denoiser, name)
     for label, buffer in denoiser.named_buffers():
         if label in weights.places:
             buffer.copy_(weights.read(label))
-    config = denoiser.config
-    size = int(getattr(pipe, "default_sample_size", None) or config.sample_size) * int(pipe.vae_scale_factor)
-    height = size if height is None else height
-    width = size if width is None else width
-    factor = int(pipe.vae_scale_factor) * int(getattr(config, "patch_size", 1) or 1) * family.packing
-    for label, value in (("height", height), ("width", width)):
-        if value <= 0 or value % factor:
-            raise BuildError(f"{label} {value} does not fit this pipeline; give a positive multiple of {factor}")
+    height, width = picture_size(pipe, family, height, width)
     return SourcePipeline(
         folder=folder,
         pipe=pipe,
@@ -184,19 +186,8 @@ def open_pipeline(
         guidance_scale=_guidance_scale(pipe, family, guidance_scale),
         texts=_texts(pipe, family),
         weights=weights,
+        variant=variant,
     )
-
-
-def _require_plain(folder: Path) -> None:
-    """Refuses pipes and devices among the files of a pipeline, which diffusers would wait for.
-
-    Raises:
-        BuildError: names one.
-        OSError: a folder cannot be read.
-    """
-    for path in (*folder.iterdir(), *(path for part in folder.iterdir() if part.is_dir() for path in part.iterdir())):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise BuildError(f"{path} is no plain file; pass a folder written by save_pretrained()")
 
 
 def _guidance_scale(pipe: Any, family: Family, asked: float | None) -> float:

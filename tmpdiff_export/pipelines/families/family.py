@@ -90,6 +90,7 @@ class Family(DenoiserFamily):
         takes_guidance_scale: whether the scale of the pipeline's call has an effect, by classifier-free guidance or as
             the denoiser's input `guidance`.
         packing: side of the square of latents that the pipeline packs into one token, before it calls the denoiser.
+        picture_multiple: what the pipeline's call wants height and width to be multiples of, whatever its VAE.
         sampler_options: `mu` and `sigmas` that the pipeline hands its scheduler, from (pipeline, number of inference
             steps, shape (C, h, w) of the latents).
         returned: what the denoiser returns to the pipeline, from `model_output` [B, C, h, w] and the configuration.
@@ -106,6 +107,7 @@ class Family(DenoiserFamily):
     may_lack: tuple[str, ...] = ()
     takes_guidance_scale: bool = True
     packing: int = 1
+    picture_multiple: int = 1
     sampler_options: Callable[[Any, int, tuple[int, int, int]], dict[str, Any]] = lambda pipe, steps, shape: {}
     returned: Callable[[torch.Tensor, Any], torch.Tensor] = _with_learned_variance
     called_timesteps: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = lambda timesteps, dtype: timesteps

@@ -98,6 +98,7 @@ UNET = Family(
     text_outputs={"encoder_hidden_states": TEXT_AXES},
     lowercase=False,
     call_options={},
+    picture_multiple=8,
     pipeline_refusal=_pipeline_refusal,
 )
 # Time ids are an input, so that a pipeline a bundle is attached to may pass others; they are pixels, up to thousands,

@@ -44,6 +44,7 @@ def vae(channels: int) -> Any:
     return AutoencoderKL(
         latent_channels=channels, block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=4, sample_size=64,
+        shift_factor=0.06 if channels == 16 else None,
     )  # fmt: skip
 
 

@@ -51,9 +51,9 @@ def attach(
     family = fitting_family(type(pipe).__name__, denoisers, runtime)
     require_scheduler(pipe, family, runtime)
     if isinstance(schedule, Schedule):
-        schedule.check(bundle_id=runtime.manifest.bundle_id, num_steps=runtime.num_steps, precisions=runtime.precisions)
+        schedule.check(bundle_id=runtime.manifest.bundle_id, setting=runtime.setting, precisions=runtime.precisions)
     else:
-        schedule = runtime.bundle.schedule(schedule)
+        schedule = runtime.bundle.schedule(runtime.setting, schedule)
     for precision in dict.fromkeys(schedule.precisions):
         runtime.denoiser(precision)
     component = family.component

@@ -113,7 +113,7 @@ class BundleDenoiser(torch.nn.Module):
         inputs[TIMESTEP] = torch.full((len(latents),), float(self.runtime.table.timesteps[step_index]))
         arrays = {
             spec.name: np.ascontiguousarray(inputs[spec.name].detach().to("cpu", getattr(torch, spec.dtype)).numpy())
-            for spec in self.runtime.manifest.denoisers[precision].inputs
+            for spec in self.runtime.manifest.denoisers[precision][0].inputs
         }
         values = torch.from_numpy(self.runtime.denoiser(precision).run(arrays)[MODEL_OUTPUT])
         self.last_run.append((step_index, precision))
@@ -140,7 +140,7 @@ class BundleDenoiser(torch.nn.Module):
                 f"{', '.join(sorted(needed))}"
             )
         inputs = dict(zip(self._family.inputs, self._family.arguments(call), strict=True))
-        sampling = self.runtime.manifest.sampling
+        sampling = self.runtime.setting
         shape = tuple(inputs[LATENTS].shape)
         if shape[1:] != sampling.latents_shape:
             raise ValueError(

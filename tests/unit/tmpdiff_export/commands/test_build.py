@@ -87,7 +87,7 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
         "250",
         says="height 250 does not fit this pipeline; give a positive multiple of 16",
     )
-    refused("build", demo_pipeline, *build, "--height", "0", says="height 0 is no size of a picture; give 1 to 16384")
+    refused("build", demo_pipeline, *build, "--height", "0", says="height 0 does not fit this pipeline")
     refused("build", demo_pipeline, *build, "--onnx-dir", blank, says="blank.txt is a file; name a folder")
     refused("build", demo_pipeline, *build, "--batch", 10**9, says="expected 1024 pictures at most")
     refused("build", demo_pipeline, *build, "--workers", 999_999, says="workers is 999999, expected 1 to 256")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from engines.errors import BuildError
 from tmpdiff_export.pipelines.load import open_pipeline
+from tmpdiff_export.pipelines.settings import SettingRequest, resolve
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -211,24 +213,34 @@ def configured(folder: Path, **changes: object) -> None:
 
 def test_a_sample_size_of_two_numbers_is_height_and_width(folder: Path) -> None:
     configured(folder, sample_size=[8, 16])
-    source = open_pipeline(folder)
-    assert (source.height, source.width) == (64, 128)
-    assert open_pipeline(folder, width=72).height == 64
+    setting = resolve(open_pipeline(folder).facts, SettingRequest(4))
+    assert (setting.height, setting.width, setting.latents_shape) == (64, 128, (4, 8, 16))
 
 
-@pytest.mark.parametrize("size", [None, [8], "8", [8, 8, 8]])
-def test_another_sample_size_asks_for_height_and_width(folder: Path, size: object) -> None:
+@pytest.mark.parametrize("size", [None, [8], "8", [8, 8, 8], 8.5])
+def test_another_sample_size_asks_for_one(folder: Path, size: object) -> None:
     configured(folder, sample_size=size)
-    with pytest.raises(BuildError, match=r"no picture size of its own .* give --height and --width"):
-        open_pipeline(folder)
+    facts = open_pipeline(folder).facts
+    with pytest.raises(BuildError, match=r"names no picture size \(sample_size\); name one with --size"):
+        resolve(facts, SettingRequest(4))
+    assert resolve(facts, SettingRequest(4, (64, 72))).width == 72
 
 
 @pytest.mark.parametrize(("name", "multiple"), [("sd", 8), ("sdxl", 8), ("pixart", 16), ("sd3", 16), ("flux", 16)])
 def test_a_size_that_does_not_fit_is_refused_by_its_multiple(saved: SaveOnce, name: str, multiple: int) -> None:
+    facts = open_pipeline(saved(name)).facts
     with pytest.raises(
-        BuildError, match=f"height 100 does not fit this pipeline; give a positive multiple of {multiple}$"
+        BuildError, match=f"height 100 does not fit this pipeline; give a positive multiple of {multiple},"
     ):
-        open_pipeline(saved(name), height=100)
+        resolve(facts, SettingRequest(4, (100, 64)))
     for absurd in (0, -8, 10**9):
-        with pytest.raises(BuildError, match=f"width {absurd} is no size of a picture; give 1 to 16384 pixels"):
-            open_pipeline(saved(name), width=absurd)
+        with pytest.raises(BuildError, match=f"width {absurd} is no size of a picture; name 1 to 65536 pixels"):
+            resolve(facts, SettingRequest(4, (64, absurd)))
+
+
+def test_a_multiple_that_only_the_pipeline_asks_for_counts(saved: SaveOnce) -> None:
+    facts = replace(open_pipeline(saved("sd")).facts, size_step=4, pixels_per_latent=4)  # a VAE of fewer levels
+    with pytest.raises(
+        BuildError, match="height 100 does not fit this pipeline; give a positive multiple of 8, such as 96"
+    ):
+        resolve(facts, SettingRequest(4, (100, 64)))

@@ -238,7 +238,7 @@ def test_an_exception_from_the_builder_leaves_nothing(bench: Bench) -> None:
 )
 def test_a_profile_that_does_not_fit_is_refused(bench: Bench, profile: Any, words: str) -> None:
     with pytest.raises(BuildError, match=words):
-        bench.build(profile=profile)
+        bench.build(profiles=(PROFILE, profile))
 
 
 def test_the_lean_runtime_cannot_build(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def build(rtx: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
     options = importlib.import_module("engines.backends.tensorrt.options")
     create = rtx.Builder.create_builder_config
 
-    def run(path: Path, shapes: Any = PROFILE, architecture: str = "SM89", progress: Any = None) -> Any:
+    def run(path: Path, profiles: Any = (PROFILE,), architecture: str = "SM89", progress: Any = None) -> Any:
         def for_architecture(self: Any) -> Any:
             config = create(self)
             config.num_compute_capabilities = 1
@@ -61,7 +61,7 @@ def build(rtx: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
 
         monkeypatch.setattr(rtx.Builder, "create_builder_config", for_architecture)
         cache = tmp_path / "timing.cache"
-        plan, warnings = builder.serialized_plan(path, shapes, options.PlanOptions(), cache, progress)
+        plan, warnings = builder.serialized_plan(path, profiles, options.PlanOptions(), cache, progress)
         return bytes(plan), warnings
 
     yield run

@@ -80,7 +80,6 @@ ROOMS = {
     """,
     "tmpdiff_export": """
         cli
-        run
         commands
         report demo drop_in
         calibrate bundling

@@ -39,7 +39,7 @@ def _require_files(folder: Path, own: dict[str, str]) -> None:
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if any(file.startswith("tokenizer.") and file.endswith(".json") for file in present):
         return
-    taken = [file for file in _TAKEN_BY_ANY if file in present]
+    taken: list[str] = [file for file in _TAKEN_BY_ANY if file in present]
     if not taken and own and present.issuperset(own.values()):
         taken = list(own.values())
     if not taken:

@@ -82,6 +82,7 @@ def start_text_encoder(site: Site, setting: Setting, name: str = TEXT_ENCODER) -
     source, family, clip_skip = site.source, site.source.family, site.options.clip_skip
     prompts = [*site.options.prompts[:_CHECK_PROMPTS], ""]
     arrays: dict[str, torch.Tensor] = {}
+    site.report("read prompts", 0, 1)
     for position, text in enumerate(source.texts):
         text.require_same_reading(prompts)
         tokens = text.tokens(prompts, setting.text_length)
@@ -136,8 +137,8 @@ def _start(
     parts = [part for part in source.other_models if (part == _VAE) == (kind == VAE_DECODER)]
     digest = [site.models_sha256[part] for part in parts]
     largest = max((source.stored(part) for part in parts), key=lambda item: item.parameters)
-    module = wrap().eval()
     site.report(f"build {kind.replace('_', ' ')} {shape}".rstrip(), 0, 1)
+    module = wrap().eval()
 
     @functools.cache
     def weights() -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from engines.manifest import LATENTS
 from engines.noise import gaussian_noise
 from engines.sampler import SamplerState, SamplerTable
 from engines.schedule import Schedule
-from engines.setting_entry import SettingChoice
+from engines.setting_choice import SettingChoice
 
 
 class DenoiseRuntime:

@@ -18,7 +18,7 @@ from engines.errors import BuildError, first_line
 from engines.files import sha256_bytes, staged_folder
 from engines.manifest import EngineEntry, Manifest, RangeCalibrationEntry
 from engines.precision import REFERENCE
-from engines.setting_entry import size_text
+from engines.setting_choice import size_text
 from tmpdiff_export.bundling.checked import Checks, denoiser_model
 from tmpdiff_export.bundling.components import (
     TEXT_ENCODER,
@@ -44,7 +44,6 @@ from tmpdiff_export.pipelines.families.family import DENOISER, require_clip_skip
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.settings import Setting, resolve
 from tmpdiff_export.targets.choose import open_start, open_target, resolve_backend
-from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import OnDevice
 
 
@@ -91,7 +90,7 @@ def build(
     require_modules(Needs(backend, device_of(backend, options.device), bool(options.fp8_attention)))
     return_large_blocks()
     note(stage, 0, 1)
-    source = open_pipeline(Path(pipeline))
+    source = open_pipeline(Path(pipeline), options.variant)
     require_clip_skip(source.family, source.pipe, options.clip_skip)
     target.require_memory(source.weights.parameters)
     settings = tuple(resolve(source.facts, request) for request in options.requests())
@@ -128,7 +127,7 @@ def compiler_cache(stages: Stages, backend: str) -> Iterator[None]:
 
 def build_size(source: SourcePipeline, settings: Sequence[Setting], options: BuildOptions, backend: str) -> BuildSize:
     """What a build's memory and disk depend on."""
-    others = [SourceWeights.open(source.folder / name) for name in source.other_models]
+    others = [source.stored(name) for name in source.other_models]
     layers = [place for weights in (source.weights, *others) for place in weights.places.values()]
     largest = max(math.prod(place.shape) for place in layers)
     drawn = max(settings, key=lambda setting: setting.height * setting.width)

@@ -27,7 +27,6 @@ from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.accuracy import AccuracyCheck, torch_outputs
 from tmpdiff_export.targets.target import EngineJob, SourceModel
-from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import taken_weights
 
 TEXT_ENCODER = "text_encoder"
@@ -136,7 +135,7 @@ def _start(
     source = site.source
     parts = [part for part in source.other_models if (part == _VAE) == (kind == VAE_DECODER)]
     digest = [site.models_sha256[part] for part in parts]
-    largest = max((SourceWeights.open(source.folder / part) for part in parts), key=lambda item: item.parameters)
+    largest = max((source.stored(part) for part in parts), key=lambda item: item.parameters)
     module = wrap().eval()
     site.report(f"build {kind.replace('_', ' ')} {shape}".rstrip(), 0, 1)
 

@@ -35,6 +35,7 @@ class BuildOptions:
         seed: seed of the first calibration run.
         backend: "auto" or a backend name.
         guidance_scale: None for the pipeline's default.
+        variant: of the weight files (`save_pretrained(variant=)`), None for those without one, or the only one there.
         onnx_dir: keep the strongly typed `<precision>.onnx` files here, None to drop them.
         force: replace an existing bundle.
         plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
@@ -61,6 +62,7 @@ class BuildOptions:
     seed: int = 0
     backend: str = "auto"
     guidance_scale: float | None = None
+    variant: str | None = None
     onnx_dir: Path | None = None
     force: bool = False
     plans: PlanSettings = field(default_factory=PlanSettings)

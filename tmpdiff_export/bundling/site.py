@@ -17,7 +17,6 @@ from tmpdiff_export.bundling.stages import Stages
 from tmpdiff_export.pipelines.load import SourcePipeline
 from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.targets.target import Start, Target
-from tmpdiff_export.weights.source import SourceWeights
 
 Progress = Callable[[str, int, int], None]
 _SETTINGS = (".json", ".txt", ".model")
@@ -68,8 +67,7 @@ class Site:
     @functools.cached_property
     def models_sha256(self) -> dict[str, str]:
         """Hash of the files of every other model, by name."""
-        folder = self.source.folder
-        return {name: SourceWeights.open(folder / name).sha256() for name in self.source.other_models}
+        return {name: self.source.stored(name).sha256() for name in self.source.other_models}
 
     @functools.cached_property
     def settings_sha256(self) -> str:

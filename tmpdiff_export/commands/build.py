@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="last layers that CLIP text encoders leave out (default: as the pipeline)",
     )
+    group.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="weight files that save_pretrained(variant=NAME) wrote, such as fp16 (default: those without a variant, or the only one)",
+    )
     group.add_argument("--onnx-dir", type=_folder, metavar="DIR", help="keep the exported <precision>.onnx files there")
     group.add_argument("--force", action="store_true", help="replace an existing bundle")
     group.add_argument(
@@ -125,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         backend=backend,
         guidance_scale=args.guidance_scale,
+        variant=args.variant,
         onnx_dir=args.onnx_dir,
         force=args.force,
         plans=tensorrt_settings.plan_settings(args),

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from engines.errors import BuildError
 from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.pipelines.families.family import Family, bind_call
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
-from tmpdiff_export.pipelines.models import hollow_pipeline, loaded_model, require_classes
+from tmpdiff_export.pipelines.folder import read_index, require_scheduler, require_variant
+from tmpdiff_export.pipelines.models import hollow_pipeline, is_model, loaded_model, require_classes
 from tmpdiff_export.pipelines.settings import PipelineFacts, Setting, scheduler_form
 from tmpdiff_export.pipelines.texts import SourceText, source_texts
-from tmpdiff_export.weights.source import SourceWeights, folder_json
+from tmpdiff_export.pipelines.tokenizer_files import require_tokenizer_files
+from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
 LONGEST_TEXT = 512  # what T5 was trained on, and what FLUX and SD3 pipelines allow
@@ -37,6 +38,7 @@ class SourcePipeline:
         family: how that class is exported.
         texts: what its text encoders read, in order.
         weights: the denoiser's.
+        variant: of the weight files, as for `SourceWeights.open`.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class SourcePipeline:
     family: Family
     texts: tuple[SourceText, ...]
     weights: SourceWeights
+    variant: str | None = None
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -82,6 +85,14 @@ class SourcePipeline:
         models = {name for name, item in self.pipe.components.items() if isinstance(item, torch.nn.Module)}
         return tuple(sorted(models - {self.family.component}))
 
+    def stored(self, name: str) -> SourceWeights:
+        """The stored weights of one of its models; reads their headers.
+
+        Raises:
+            BuildError: they cannot be read.
+        """
+        return SourceWeights.open(self.folder / name, self.variant)
+
     def load(self, name: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """One of its models with its weights, on the CPU, in evaluation mode.
 
@@ -92,7 +103,7 @@ class SourcePipeline:
         Raises:
             BuildError: it cannot be loaded.
         """
-        return loaded_model(self.pipe, self.folder, name, dtype)
+        return loaded_model(type(getattr(self.pipe, name)), self.folder / name, self.variant, dtype)
 
     @contextlib.contextmanager
     def filled(self, names: Sequence[str]) -> Iterator[None]:
@@ -121,35 +132,29 @@ class SourcePipeline:
         return options
 
 
-def open_pipeline(folder: Path) -> SourcePipeline:
+def open_pipeline(folder: Path, variant: str | None = None) -> SourcePipeline:
     """Opens a pipeline folder as written by `save_pretrained`, from the disk only; of weights, only headers are read.
 
     Args:
         folder: the folder with `model_index.json`.
+        variant: of the weight files, as for `SourceWeights.open`.
 
     Raises:
-        BuildError: the folder is no pipeline, cannot be loaded, or its denoiser is not supported.
+        BuildError: the folder is no pipeline, cannot be loaded, its denoiser is not supported, or its weights are not
+            those of its models.
     """
-    index = folder / "model_index.json"
-    if not folder.is_dir():
-        raise BuildError(f"pipeline folder {folder} does not exist; pass a folder written by save_pretrained()")
-    try:
-        _require_plain(folder)
-        data = folder_json(index)
-    except FileNotFoundError:
-        raise BuildError(f"folder {folder} is no diffusers pipeline: it holds no model_index.json") from None
-    except OSError as error:
-        raise BuildError(f"{error.filename or index} cannot be read: {error.strerror or error}") from error
-    if not isinstance(data, dict) or "_class_name" not in data:
-        raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
-    require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are hashed
+    data = read_index(folder)
+    require_supported(data["_class_name"], _denoiser_class(data))  # before gigabytes are hashed
     require_classes(data)
+    require_tokenizer_files(folder, data)
+    require_scheduler(folder, data)
+    require_variant(folder, [name for name, entry in data.items() if is_model(entry)], variant)
     may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}
-    pipe = hollow_pipeline(folder, data, [name for name in may_lack if data.get(name) == [None, None]])
+    pipe = hollow_pipeline(folder, data, [name for name in may_lack if data.get(name) == [None, None]], variant)
     name, family = family_of(pipe)
-    weights = SourceWeights.open(folder / family.component)
+    weights = SourceWeights.open(folder / family.component, variant)
     denoiser = getattr(pipe, family.component)
-    weights.require_module(denoiser, name)
+    weights.require_names(denoiser, name)
     for label, buffer in denoiser.named_buffers():
         if label in weights.places:
             buffer.copy_(weights.read(label))
@@ -160,26 +165,17 @@ def open_pipeline(folder: Path) -> SourcePipeline:
         family=family,
         texts=source_texts(pipe, family),
         weights=weights,
+        variant=variant,
     )
 
 
-def _require_plain(folder: Path) -> None:
-    """Refuses pipes and devices among the files of a pipeline, which diffusers would wait for.
-
-    Raises:
-        BuildError: names one.
-        OSError: a folder cannot be read.
-    """
-    for path in (*folder.iterdir(), *(path for part in folder.iterdir() if part.is_dir() for path in part.iterdir())):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise BuildError(f"{path} is no plain file; pass a folder written by save_pretrained()")
-
-
-def own_size(pipe: Any, config: Any) -> tuple[int, int]:
-    """(height, width) in pixels that a call of the pipeline has by default."""
+def own_size(pipe: Any, config: Any) -> tuple[int, int] | None:
+    """(height, width) in pixels that a call of the pipeline has by default; None where its configuration names none."""
     sample = getattr(pipe, "default_sample_size", None) or config.sample_size
-    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-    return int(height) * int(pipe.vae_scale_factor), int(width) * int(pipe.vae_scale_factor)
+    sides = sample if isinstance(sample, list | tuple) else (sample, sample)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        return None
+    return sides[0] * int(pipe.vae_scale_factor), sides[1] * int(pipe.vae_scale_factor)
 
 
 def _own_guidance_scale(pipe: Any) -> float:

@@ -11,15 +11,16 @@ from typing import Any
 
 import diffusers
 
+from engines.arguments import MAX_PIXELS
 from engines.bundle import SAMPLER_NAME, SETTINGS
 from engines.documents import FileEntry, canonical_json
 from engines.errors import BuildError, first_line
 from engines.files import atomic_write_text, sha256_bytes, sha256_file
 from engines.sampler import SamplerTable
-from engines.setting_entry import SettingEntry, size_text
+from engines.setting_choice import size_text
+from engines.setting_entry import SettingEntry
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
-
 
 _DEFAULTED = "_use_default_values"  # what diffusers does not take over into schedulers of other classes
 
@@ -53,7 +54,7 @@ class PipelineFacts:
     Attributes:
         family: of the denoiser.
         scheduler: the pipeline's own, as `scheduler_form` writes it.
-        size: (height, width) in pixels of its own.
+        size: (height, width) in pixels of its own, None where it has none.
         pixels_per_latent: side of the square of pixels that one latent stands for.
         size_step: height and width are multiples of it, in pixels.
         largest_side: most pixels that height or width may have, None for any number.
@@ -66,7 +67,7 @@ class PipelineFacts:
 
     family: Family
     scheduler: Mapping[str, Any]
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     pixels_per_latent: int
     size_step: int
     largest_side: int | None
@@ -117,7 +118,10 @@ def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
         BuildError: a size, guidance scale, text length or scheduler that the pipeline cannot have.
         SamplerError: the scheduler cannot be compiled to a table.
     """
-    height, width = request.size or facts.size
+    size = request.size or facts.size
+    if size is None:
+        raise BuildError("the pipeline's configuration names no picture size (sample_size); name one with --size")
+    height, width = size
     _require_size(facts, height, width)
     pixels = facts.pixels_per_latent
     rows, columns = height // pixels, width // pixels
@@ -170,11 +174,14 @@ def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
 
 
 def _require_size(facts: PipelineFacts, height: int, width: int) -> None:
+    step = math.lcm(facts.size_step, facts.family.picture_multiple)
     for label, value in (("height", height), ("width", width)):
-        if value <= 0 or value % facts.size_step:
-            near = max(round(value / facts.size_step), 1) * facts.size_step
+        if not 1 <= value <= MAX_PIXELS:
+            raise BuildError(f"{label} {value} is no size of a picture; name 1 to {MAX_PIXELS} pixels with --size")
+        if value % step:
+            near = max(round(value / step), 1) * step
             raise BuildError(
-                f"{label} {value} does not fit this pipeline; give a positive multiple of {facts.size_step}, such as {near}"
+                f"{label} {value} does not fit this pipeline; give a positive multiple of {step}, such as {near}"
             )
         if facts.largest_side is not None and value > facts.largest_side:
             raise BuildError(

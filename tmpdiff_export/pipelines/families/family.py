@@ -120,6 +120,7 @@ class Family(DenoiserFamily):
         packing: side of the square of latents that the pipeline packs into one token, before it calls the denoiser.
         sampler_options: `mu` and `sigmas` that the pipeline hands its scheduler, from (scheduler, number of inference
             steps, number of image tokens).
+        picture_multiple: what the pipeline's call wants height and width to be multiples of, whatever its VAE.
         largest_side: most latents that height or width may have, from the denoiser's configuration; None for any number.
         rescales_guidance: whether the pipeline's call has a `guidance_rescale`.
         returned: what the denoiser returns to the pipeline, from `model_output` [B, C, h, w] and the configuration.
@@ -141,6 +142,7 @@ class Family(DenoiserFamily):
     takes_guidance_scale: bool = True
     packing: int = 1
     sampler_options: Callable[[Any, int, int], dict[str, Any]] = lambda scheduler, steps, tokens: {}
+    picture_multiple: int = 1
     largest_side: Callable[[Any], int | None] = lambda config: None
     rescales_guidance: bool = False
     returned: Callable[[torch.Tensor, Any], torch.Tensor] = _with_learned_variance

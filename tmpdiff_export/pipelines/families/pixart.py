@@ -79,6 +79,7 @@ PIXART = Family(
     text_outputs={"encoder_hidden_states": TEXT_AXES, "encoder_attention_mask": TEXT_AXES},
     lowercase=True,
     call_options={"use_resolution_binning": False, "clean_caption": False},
+    picture_multiple=8,
     pipeline_refusal=lambda pipe: None,
     vae=VaeCall(),
 )

@@ -121,6 +121,7 @@ UNET = Family(
     text_outputs={"encoder_hidden_states": TEXT_AXES},
     lowercase=False,
     call_options={},
+    picture_multiple=8,
     pipeline_refusal=_pipeline_refusal,
     rescales_guidance=True,
     vae=VaeCall(),

@@ -144,10 +144,6 @@ class DenoiseRuntime:
             prompts: N of them.
             negative_prompts: one for all, or one each; None for none, which pipelines tell from an empty one.
 
-        Args:
-            prompts: N of them.
-            negative_prompt: None for none, which is not the same as an empty one for every bundle.
-
         Returns:
             Conditioning for N = len(prompts), with what was cut of prompts that are too long.
 

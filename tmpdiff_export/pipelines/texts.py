@@ -47,9 +47,11 @@ class SourceText:
     entry: TextEntry
 
     def tokens(self, prompts: Sequence[str]) -> Tokens:
-        """Token ids of prompts, int64 [N, `max_tokens`], as the runtime makes them."""
+        """Token ids of prompts, int64 [N, length of the text encoder engine], as the runtime makes them."""
+        entry = self.entry
+        width = self.max_tokens + max(entry.positive.extra_tokens, entry.negative.extra_tokens)
         tokenizer = load_tokenizer(self.json.encode())
-        return encode_texts(tokenizer, prompts, self.entry, self.entry.positive, self.max_tokens, self.max_tokens)
+        return encode_texts(tokenizer, prompts, entry, entry.positive, self.max_tokens, width)
 
     def require_same_reading(self, prompts: Sequence[str]) -> None:
         """Holds the runtime's reading to the tokenizer that the pipeline has.
@@ -63,12 +65,14 @@ class SourceText:
         special = " ".join(["red", *map(str, self.tokenizer.all_special_tokens)])
         texts = [*prompts, *_ODD_TEXTS, special]
         ours, plain = self.tokens(texts), load_tokenizer(self.json.encode())
+        reading = self.entry.positive
+        size = self.max_tokens + reading.extra_tokens
         theirs = self.tokenizer(
-            [written_text(plain, text, self.entry, self.entry.positive) for text in texts],
-            padding="max_length", max_length=self.max_tokens, truncation=True, return_attention_mask=True,
+            [written_text(plain, text, self.entry, reading) for text in texts],
+            padding="max_length", max_length=size, truncation=True, return_attention_mask=True,
         )  # fmt: skip
         for row, text in enumerate(texts):
-            found = (ours.input_ids[row], ours.attention_mask[row])
+            found = (ours.input_ids[row, :size], ours.attention_mask[row, :size])
             expected = (theirs["input_ids"][row], theirs["attention_mask"][row])
             if not all(map(np.array_equal, found, expected)):
                 raise BuildError(

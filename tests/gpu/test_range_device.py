@@ -45,7 +45,7 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
     )
     source = open_pipeline(tmp_path / "pipeline")
 
-    module = source.family.wrap(source.pipe, source.height, source.width).eval()
+    module = source.family.wrap(source.pipe).eval()
     layers = [name.removeprefix(f"{DENOISER}.") for name in observable_layers(module, DENOISER)]
     attention: list[dict] = [{}, {}]
 

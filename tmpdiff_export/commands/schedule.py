@@ -8,9 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.arguments import add_setting_arguments, setting_choice
 from engines.bundle import Bundle
 from engines.errors import ScheduleError
 from engines.schedule import Schedule
+from engines.setting_entry import SettingEntry
 
 if TYPE_CHECKING:
     from calibration.choose.stored_prediction import StoredPrediction
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    add_setting_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--schedule",
@@ -57,8 +60,11 @@ def run(args: argparse.Namespace) -> int:
     if args.nearest and args.export_policy is None:
         raise ValueError("--nearest says what to export; add --export-policy FILE")
     bundle = Bundle.open(args.bundle)
-    prediction = _prediction(bundle)
-    schedule = bundle.schedule(args.schedule) if args.import_policy is None else _imported(bundle, args)
+    setting = bundle.setting(setting_choice(args))
+    prediction = _prediction(bundle, setting)
+    schedule = (
+        bundle.schedule(setting, args.schedule) if args.import_policy is None else _imported(bundle, setting, args)
+    )
     if prediction:
         schedule = schedule.model_copy(
             update={
@@ -76,16 +82,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prediction(bundle: Bundle) -> StoredPrediction | None:
+def _prediction(bundle: Bundle, setting: SettingEntry) -> StoredPrediction | None:
     """What the bundle's calibration predicts; None without one, and with an outdated one, which is said on stderr."""
     from calibration.choose.stored_prediction import StoredPrediction
     from calibration.document import OutdatedCalibrationError
     from tmpdiff_export.calibrate.bundle import read_calibration
 
-    if not bundle.sensitivity_path.exists():
+    if not bundle.sensitivity_path(setting).exists():
         return None
     try:
-        return StoredPrediction(read_calibration(bundle))
+        return StoredPrediction(read_calibration(bundle, setting))
     except OutdatedCalibrationError as error:
         print(error, file=sys.stderr)
         return None
@@ -96,7 +102,7 @@ def _predicted_error(prediction: StoredPrediction, schedule: tuple[str, ...]) ->
     return prediction.error(schedule) if set(schedule) <= set(prediction.precisions) else None
 
 
-def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
+def _imported(bundle: Bundle, setting: SettingEntry, args: argparse.Namespace) -> Schedule:
     from tmpdiff_export.drop_in.step_policy import FORMATS, read_policy
 
     policy, native = read_policy(args.import_policy)
@@ -114,7 +120,8 @@ def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
         )
     return Schedule(
         bundle_id=bundle.manifest.bundle_id,
-        precisions=policy.precisions(bundle.manifest.sampling.num_steps, reference, native),
+        setting=setting.name,
+        precisions=policy.precisions(setting.num_steps, reference, native),
         origin=f"step policy: first {policy.first_steps} and last {policy.last_steps} at {reference}",
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from engines.bundle import Bundle
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
+from engines.setting_entry import SettingChoice
 from tmpdiff_export.drop_in.denoiser import OUTPUTS, BundleDenoiser, stand_in
 from tmpdiff_export.drop_in.fit import fitting_family, require_plain, require_scheduler
 from tmpdiff_export.drop_in.refusals import refuse_methods, restore_methods
@@ -17,6 +18,7 @@ def attach(
     pipe: Any,
     bundle: Path | str | Bundle | DenoiseRuntime,
     *,
+    setting: SettingChoice | None = None,
     schedule: Path | str | Schedule | None = None,
 ) -> Any:
     """Puts a bundle into a diffusers pipeline in place of its transformer or UNet.
@@ -41,6 +43,8 @@ def attach(
     Args:
         pipe: the pipeline; changed in place. Its denoiser stays in memory for `detach`.
         bundle: bundle folder, or one that is open already (a runtime's loaded engines are shared).
+        setting: which of the bundle's, None for its first (or the one that a runtime was opened for). The pipeline is to be
+            called with its number of steps and size.
         schedule: None for the calibrated one, a schedule file, "uniform:<precision>", or a schedule.
 
     Returns:
@@ -53,16 +57,16 @@ def attach(
         SamplerError: the pipeline's scheduler is not the one the bundle was built with.
         BackendError: an engine cannot be loaded.
     """
-    runtime = _runtime(bundle)
+    runtime = _runtime(bundle, setting)
     denoisers = {name: _original(module) for name in OUTPUTS if (module := getattr(pipe, name, None)) is not None}
     family = fitting_family(type(pipe).__name__, denoisers, runtime)
     component = family.component
     require_plain(type(pipe).__name__, component, denoisers[component])
     require_scheduler(pipe, family, runtime)
     if isinstance(schedule, Schedule):
-        schedule.check(bundle_id=runtime.manifest.bundle_id, num_steps=runtime.num_steps, precisions=runtime.precisions)
+        schedule.check(bundle_id=runtime.manifest.bundle_id, setting=runtime.setting, precisions=runtime.precisions)
     else:
-        schedule = runtime.bundle.schedule(schedule)
+        schedule = runtime.bundle.schedule(runtime.setting, schedule)
     for precision in dict.fromkeys(schedule.precisions):
         runtime.denoiser(precision)
     setattr(pipe, component, stand_in(pipe, denoisers[component], family, runtime, schedule))
@@ -103,7 +107,7 @@ def _uncompiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def _runtime(bundle: Path | str | Bundle | DenoiseRuntime) -> DenoiseRuntime:
+def _runtime(bundle: Path | str | Bundle | DenoiseRuntime, setting: SettingChoice | None) -> DenoiseRuntime:
     if isinstance(bundle, DenoiseRuntime):
-        return bundle
-    return DenoiseRuntime(bundle) if isinstance(bundle, Bundle) else DenoiseRuntime.load(bundle)
+        return bundle if setting is None else bundle.at(setting)
+    return DenoiseRuntime(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), setting=setting)

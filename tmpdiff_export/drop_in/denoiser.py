@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
-from tmpdiff_export.drop_in.fit import inputs_of, require_scheduler, setting_of
+from tmpdiff_export.drop_in.fit import require_scheduler
 from tmpdiff_export.drop_in.refusals import refuse
 from tmpdiff_export.drop_in.step_finder import StepFinder
 from tmpdiff_export.pipelines.families.family import Family, bind_call
@@ -182,7 +182,7 @@ class BundleDenoiser(torch.nn.Module):
         inputs[TIMESTEP] = torch.full((len(latents),), float(self.runtime.table.timesteps[step_index]))
         arrays = {
             spec.name: np.ascontiguousarray(inputs[spec.name].detach().to("cpu", getattr(torch, spec.dtype)).numpy())
-            for spec in inputs_of(self.runtime, precision)
+            for spec in self.runtime.manifest.denoisers[precision][0].inputs
         }
         values = torch.from_numpy(self.runtime.denoiser(precision).run(arrays)[MODEL_OUTPUT])
         self.last_run.append((step_index, precision))
@@ -209,13 +209,13 @@ class BundleDenoiser(torch.nn.Module):
                 f"{', '.join(sorted(needed))}"
             )
         inputs = dict(zip(self._family.inputs, self._family.arguments(call), strict=True))
-        setting = setting_of(self.runtime)
+        setting = self.runtime.setting
         shape = tuple(inputs[LATENTS].shape)
         if shape[1:] != setting.latents_shape:
             raise ValueError(
                 f"latents have shape {shape}, the bundle's engines take {('batch', *setting.latents_shape)}; call the "
                 f"pipeline with height={setting.height}, width={setting.width} (and use_resolution_binning=False "
-                "where it has that), or build a bundle of that size"
+                "where it has that), or attach with a setting of that size"
             )
         return inputs
 

@@ -8,24 +8,13 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BundleError, SamplerError
-from engines.manifest import SamplingEntry, TensorSpec
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from tmpdiff_export.drop_in.refusals import AttachedError
 from tmpdiff_export.drop_in.step_finder import close, listed
 from tmpdiff_export.pipelines.families.family import Family
-from tmpdiff_export.pipelines.families.table import FAMILIES
+from tmpdiff_export.pipelines.families.table import FAMILIES, family_of_bundle
 from tmpdiff_export.pipelines.scheduler_table import TOLERANCE, sampler_table
-
-
-def setting_of(runtime: DenoiseRuntime) -> SamplingEntry:
-    """Picture size, latents' shape, number of steps and guidance scale that a runtime's `table` belongs to."""
-    return runtime.manifest.sampling
-
-
-def inputs_of(runtime: DenoiseRuntime, precision: str) -> tuple[TensorSpec, ...]:
-    """Names and dtypes of what the denoiser engine of a precision takes."""
-    return runtime.manifest.denoisers[precision].inputs
 
 
 def fitting_family(pipeline: str, denoisers: Mapping[str, Any], runtime: DenoiseRuntime) -> Family:
@@ -40,15 +29,14 @@ def fitting_family(pipeline: str, denoisers: Mapping[str, Any], runtime: Denoise
         BundleError: the bundle was built from another denoiser.
     """
     model = runtime.manifest.model
-    taken = {spec.name for spec in inputs_of(runtime, runtime.precisions[0])}
-    fitting = [family for family in FAMILIES.get(model.pipeline_class, ()) if set(family.inputs) == taken]
+    taken = {spec.name for spec in runtime.manifest.reference.inputs}
+    family = family_of_bundle(runtime.manifest)
     wanted = model.denoiser_class
-    if not fitting or fitting[0].denoiser_class != wanted:
+    if family is None:
         raise BundleError(
             f"bundle {runtime.bundle.folder} was built from the {wanted} of a {model.pipeline_class}, and its engines take "
             f"{', '.join(sorted(taken))}; this release attaches bundles of {', '.join(FAMILIES)}"
         )
-    family = fitting[0]
     component = family.component
     denoiser = denoisers.get(component)
     if type(denoiser).__name__ != wanted:
@@ -116,8 +104,11 @@ def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> Non
             f"the pipeline's scheduler is a {name}, the bundle was built with a {expected.scheduler}; set "
             "pipe.scheduler to the one the bundle was built with, or build a bundle from the pipeline as it is"
         )
-    steps = expected.num_inference_steps
-    table = sampler_table(scheduler, steps, **family.sampler_options(pipe, steps, setting_of(runtime).latents_shape))
+    steps, (_, rows, columns) = expected.num_inference_steps, runtime.setting.latents_shape
+    config = getattr(pipe, family.component).config
+    table = sampler_table(
+        scheduler, steps, **family.sampler_options(scheduler, steps, rows * columns // family.token_side(config) ** 2)
+    )
     if table.num_steps != expected.num_steps or not close(table.timesteps, expected.timesteps).all():
         differs = f"timesteps {listed(table.timesteps)}, the bundle's are {listed(expected.timesteps)}"
     elif (error := _trajectory_error(table, expected)) > TOLERANCE:

@@ -2,7 +2,7 @@
 
 A traced transformer computes every reshape from Shape, Gather, Concat and the like: two thirds of its
 nodes, and on a small model a tenth of the time. Nearly all of those values do not depend on the symbolic
-axes. Instead of reasoning about them, ONNX Runtime works out all shapes at two settings of the symbolic axes: what
+axes. Instead of reasoning about them, ONNX Runtime works out all shapes at some settings of the symbolic axes: what
 comes out equal is a constant, and the target of a reshape copies (0) or infers (-1) the entries that differ.
 """
 
@@ -23,13 +23,18 @@ from tmpdiff_export.onnx_graphs.fp32 import retype
 
 # Larger "constants" are tables that were computed on purpose; storing them would grow the file.
 LARGEST_CONSTANT = 64
+# Of no two axes the sizes are the same in all settings, however often a UNet halves some of them; nor are products.
+_BATCHES, _TEXTS, _HEIGHTS, _WIDTHS = (11, 13, 17), (23, 41, 37), (1, 2, 3), (3, 1, 2)
+_UNIT, _SMALL_UNIT = 64, 8  # of heights and widths
 
 
-def fold_shapes(model: onnx.ModelProto) -> int:
+def fold_shapes(model: onnx.ModelProto, largest: int | None = None) -> int:
     """Replaces shape arithmetic by constants, in place; needs no weights.
 
     Args:
-        model: as exported; every graph input has known sizes but for its symbolic axes.
+        model: as exported; every graph input has known sizes but for its symbolic axes, of which it may have those of
+            a denoiser: batch, text, height and width.
+        largest: height and width that the graph takes, None for any.
 
     Returns:
         The number of nodes removed.
@@ -41,16 +46,14 @@ def fold_shapes(model: onnx.ModelProto) -> int:
     before = len(graph.node)
     reshapes = [node for node in graph.node if node.op_type == "Reshape" and node.input[1] in set(names)]
     ends = list(dict.fromkeys(name for node in reshapes for name in (node.input[0], node.output[0])))
-    first, second = (
-        _values(model, names, ends, sizes) for sizes in ({"batch": 2, "text": 23}, {"batch": 3, "text": 41})
-    )
+    runs = [_values(model, names, ends, sizes) for sizes in _settings(largest)]
     constants = {
-        name: first[name]
+        name: runs[0][name]
         for name in names
-        if first[name].size <= LARGEST_CONSTANT and np.array_equal(first[name], second[name])
+        if runs[0][name].size <= LARGEST_CONSTANT and all(np.array_equal(runs[0][name], run[name]) for run in runs)
     }
     for node in reshapes:
-        shapes = [(values[f"{node.input[0]}_size"], values[f"{node.output[0]}_size"]) for values in (first, second)]
+        shapes = [(values[f"{node.input[0]}_size"], values[f"{node.output[0]}_size"]) for values in runs]
         target = _reshape_target(*shapes)
         if target is not None:
             node.input[1] = f"{node.output[0]}_shape"
@@ -66,6 +69,15 @@ def fold_shapes(model: onnx.ModelProto) -> int:
     graph.node.extend(kept)
     drop_unused(graph)
     return before - len(graph.node)
+
+
+def _settings(largest: int | None) -> list[dict[str, int]]:
+    """Sizes of the symbolic axes that the graph is looked at with."""
+    unit = _UNIT if largest is None or largest >= 3 * _UNIT else _SMALL_UNIT
+    return [
+        {"batch": batch, "text": text, "height": height * unit, "width": width * unit}
+        for batch, text, height, width in zip(_BATCHES, _TEXTS, _HEIGHTS, _WIDTHS, strict=True)
+    ]
 
 
 def _shape_only(graph: onnx.GraphProto) -> list[str]:
@@ -148,17 +160,17 @@ def _session(model: onnx.ModelProto, wanted: Sequence[str], folded: Path | None 
 
 
 def _reshape_target(*runs: tuple[np.ndarray, np.ndarray]) -> np.ndarray | None:
-    """A constant target for a reshape whose (input, output) shapes in two runs are given, None if there is none.
+    """A constant target for a reshape whose (input, output) shapes in some runs are given, None if there is none.
 
-    An entry that differs is 0 where the input has the same size on that axis in both runs (it is copied), and
+    An entry that differs is 0 where the input has the same size on that axis in all runs (it is copied), and
     -1 once elsewhere (it is inferred).
     """
-    after, other = runs[0][1], runs[1][1]
-    if after.shape != other.shape:
+    after = runs[0][1]
+    if any(after.shape != other.shape for _, other in runs):
         return None
     target = after.astype(np.int64)
     inferred = 0
-    for axis in np.flatnonzero(after != other):
+    for axis in np.flatnonzero(np.any([after != other for _, other in runs], axis=0)):
         if all(axis < len(source) and source[axis] == result[axis] for source, result in runs):
             target[axis] = 0
         else:

@@ -43,7 +43,7 @@ def typed_graph(job: EngineJob) -> onnx.ModelProto:
     model = job.model
     if model not in _EXPORTED:
         graph = export_graph(model.module, model.inputs, model.outputs, half=model.half)
-        fold_shapes(graph)
+        fold_shapes(graph, getattr(model.module, "largest_latents", None))
         _EXPORTED[model] = graph
     if not job.ranges:
         result = onnx.ModelProto()

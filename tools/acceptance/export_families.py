@@ -25,11 +25,11 @@ from engines.errors import TmpDiffError
 from engines.files import atomic_write_text, sha256_file
 from engines.manifest import MODEL_OUTPUT, EngineEntry
 from engines.precision import REFERENCE, Precision, parse_precisions
+from tmpdiff_export.bundling.checked import with_larger_batch
 from tmpdiff_export.bundling.engine import require_floor
-from tmpdiff_export.bundling.observed import with_larger_batch
 from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.onnx_graphs.stored import plain_tensor
-from tmpdiff_export.pipelines.families.family import DENOISER
+from tmpdiff_export.pipelines.families.family import DENOISER, LATENT_AXES
 from tmpdiff_export.pipelines.families.table import DENOISERS
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.quantization.observers import observe
@@ -125,7 +125,7 @@ def family_model(small: Miniature, checks: Sequence[Batch]) -> SourceModel:
         module=module,
         read=weights.__getitem__,
         inputs=small.family.export_inputs(checks[0]),
-        outputs={MODEL_OUTPUT: {0: "batch"}},
+        outputs={MODEL_OUTPUT: LATENT_AXES},
         check=check,
         checked=small.name,
         batch_per_picture=2 if small.guided else 1,

@@ -58,7 +58,7 @@ class Miniature:
 
     def wrap(self) -> torch.nn.Module:
         """The export wrapper around its denoiser."""
-        return self.family.wrap(self.pipe, self.height, self.width).eval()
+        return self.family.wrap(self.pipe).eval()
 
     def calls(self, num_steps: int, seed: int) -> tuple[list[Batch], list[torch.Tensor]]:
         """Runs the pipeline on one random prompt.

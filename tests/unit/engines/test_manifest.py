@@ -98,6 +98,63 @@ def test_weights_in_the_form_of_another_version_are_refused(new: Json, version: 
         Manifest.model_validate(signed(new, version))
 
 
+PROFILE = {"latents": [[1, 4, 16, 16], [2, 4, 16, 16], [8, 4, 16, 16]], "timestep": [[1], [2], [8]]}
+WIDE = PROFILE | {"latents": [[1, 4, 16, 24], [2, 4, 16, 24], [8, 4, 16, 24]]}
+
+
+def with_plan(data: Json, **fields: Any) -> Json:
+    """The manifest data with a TensorRT plan for INT8."""
+    data["denoisers"]["int8"]["plan"] = {
+        "version_compatible": False,
+        "hardware_compatibility": "none",
+        "weight_streaming": False,
+        "weights_bytes": 1,
+        "scratch_bytes": 1,
+        "layers": {},
+        "inspector": {"path": "engines/int8.layers.json", "sha256": "c" * 64, "bytes": 2},
+        "warnings": [],
+        **fields,
+    }
+    return data
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_plan_with_one_profile_is_read_and_written_in_the_form_of_its_version(new: Json, version: int) -> None:
+    data = signed(with_plan(json.loads(OLD.read_text()) if version == 4 else new, profile=PROFILE), version)
+    manifest = Manifest.model_validate(data)
+    plan = manifest.denoisers["int8"].plan
+    assert plan is not None
+    assert plan.profiles == ({name: tuple(map(tuple, shapes)) for name, shapes in PROFILE.items()},)
+    assert manifest.model_dump(mode="json", exclude_unset=True) == data
+    assert Manifest.model_validate_json(manifest.model_dump_json(exclude_unset=True)) == manifest
+
+
+def test_a_plan_has_profiles_for_the_same_inputs(new: Json) -> None:
+    data = signed(with_plan(new, profiles=[PROFILE, WIDE]))
+    plan = Manifest.model_validate(data).denoisers["int8"].plan
+    assert plan is not None
+    assert [profile["latents"][1] for profile in plan.profiles] == [(2, 4, 16, 16), (2, 4, 16, 24)]
+    assert Manifest.model_validate(data).model_dump(mode="json", exclude_unset=True) == data
+
+
+@pytest.mark.parametrize(
+    ("profiles", "words"),
+    [
+        ([], "at least 1 item"),
+        ([PROFILE, {"latents": PROFILE["latents"]}], "optimization profiles are for different inputs"),
+        (
+            [PROFILE | {"timestep": [[2], [1], [8]]}],
+            r"profile of timestep is \(2,\), \(1,\), \(8,\), expected min <= opt",
+        ),
+        ([PROFILE | {"timestep": [[1], [2, 2], [8]]}], "expected min <= opt <= max"),
+        (PROFILE, "should be a valid tuple"),
+    ],
+)
+def test_profiles_that_no_plan_has_are_refused(new: Json, profiles: Any, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Manifest.model_validate(signed(with_plan(new, profiles=profiles)))
+
+
 def test_an_engine_may_have_no_onnx_file(new: Json) -> None:
     new["denoisers"]["fp16"]["onnx_sha256"] = None
     assert Manifest.model_validate(signed(new)).denoisers["fp16"].onnx_sha256 is None

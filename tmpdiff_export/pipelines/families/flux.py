@@ -16,34 +16,34 @@ from engines.errors import SamplerError
 from engines.manifest import GUIDANCE, TIMESTEP
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.pipelines.families.components import PooledT5TextEncoder, clip_refusal, t5_refusal
-from tmpdiff_export.pipelines.families.family import BATCH_AXES, TEXT_AXES, Family, Text, latents_and_timestep
+from tmpdiff_export.pipelines.families.family import BATCH_AXES, TEXT_AXES, Family, Text, VaeCall, latents_and_timestep
 from tmpdiff_export.pipelines.families.shifting import dynamic_shift
 
 # The pipeline divides timesteps by this and the denoiser multiplies them, and the guidance, by it again.
 TRAIN_TIMESTEPS = 1000
 PACKING = 2
+# Rows and columns of tokens that there are positions for; the tables of as many take a megabyte.
+MOST_TOKENS = 1024
 
 
 class FluxDenoiser(torch.nn.Module):
     """`FluxTransformer2DModel` as (latents, timestep, text, pooled text[, guidance]) -> flow prediction.
 
     The pipeline packs 2x2 latents into one token of 4 C channels; here that is done inside, so that latents are
-    [B, C, h, w] as everywhere. Positions depend on the picture's size only: their rotary table is a constant, in
-    float32 as diffusers rotates.
+    [B, C, h, w] as everywhere. Rotary tables depend on rows and columns only: they are joined from those of a square's
+    diagonal, which are constants, in float32 as diffusers rotates.
     """
 
     float32_buffers = ("cos", "sin")
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def __init__(self, denoiser: torch.nn.Module, rows: int, columns: int) -> None:
-        """rows, columns: tokens, that is h / 2 and w / 2."""
+    def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
-        ids = torch.zeros(rows, columns, 3)
-        ids[..., 1] += torch.arange(rows)[:, None]
-        ids[..., 2] += torch.arange(columns)[None, :]
-        for name, table in zip(self.float32_buffers, denoiser.pos_embed(ids.reshape(-1, 3)), strict=True):
+        self.before_columns = sum(denoiser.pos_embed.axes_dim[:2])
+        ids = torch.arange(MOST_TOKENS)[:, None] * torch.tensor([0, 1, 1])
+        for name, table in zip(self.float32_buffers, denoiser.pos_embed(ids), strict=True):
             self.register_buffer(name, table, persistent=False)
 
     def forward(
@@ -56,7 +56,9 @@ class FluxDenoiser(torch.nn.Module):
     ) -> torch.Tensor:
         """latents [B, C, h, w], timestep [B] 0..1000, text [B, L, D], pooled [B, P], guidance [B] -> [B, C, h, w]."""
         no_ids = torch.zeros(1, 3, device=latents.device)
-        with self._exportable(timestep, guidance, encoder_hidden_states.shape[1]):
+        rows, columns = latents.shape[2] // PACKING, latents.shape[3] // PACKING
+        rotary = self._rotary(encoder_hidden_states.shape[1], rows, columns)
+        with self._exportable(timestep, guidance, rotary):
             tokens = self.denoiser(
                 hidden_states=pack(latents),
                 timestep=timestep,
@@ -67,22 +69,34 @@ class FluxDenoiser(torch.nn.Module):
                 img_ids=no_ids,
                 return_dict=False,
             )[0]
-        return unpack(tokens, latents.shape[2] // 2, latents.shape[3] // 2)
+        return unpack(tokens, rows, columns)
+
+    def _rotary(self, text: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, both [text + rows columns, D]; text tokens are all at position 0."""
+
+        def joined(table: torch.Tensor) -> torch.Tensor:
+            down, across = table[:rows, : self.before_columns], table[:columns, self.before_columns :]
+            image = torch.cat(
+                [
+                    down[:, None].expand(rows, columns, down.shape[1]),
+                    across[None].expand(rows, columns, across.shape[1]),
+                ],
+                dim=-1,
+            )
+            return torch.cat([table[:1].expand(text, -1), image.flatten(0, 1)])
+
+        return joined(self.cos), joined(self.sin)
 
     @contextlib.contextmanager
-    def _exportable(self, timestep: torch.Tensor, guidance: torch.Tensor | None, text: int) -> Iterator[None]:
+    def _exportable(
+        self, timestep: torch.Tensor, guidance: torch.Tensor | None, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> Iterator[None]:
         """The denoiser, computing the same from what exports well.
 
-        Its embedders get FP32 timesteps and guidance, which it would round to its own type first. Its rotary table,
-        which it would compute in FP64, is the constant one; text tokens are all at position 0, where the rotation is
-        none. Its rotation reshapes by sizes that tracing would take for constants.
+        Its embedders get FP32 timesteps and guidance, which it would round to its own type first. Its rotary tables,
+        which it would compute in FP64, are given. Its rotation reshapes by sizes that tracing would take for constants.
         """
         scaled = () if guidance is None else (guidance * TRAIN_TIMESTEPS,)
-        size = self.cos.shape[1]
-        rotary = (
-            torch.cat([self.cos.new_ones(text, size), self.cos]),
-            torch.cat([self.sin.new_zeros(text, size), self.sin]),
-        )
         handles = [
             self.denoiser.time_text_embed.register_forward_pre_hook(lambda _, args: (timestep, *scaled, args[-1])),
             self.denoiser.pos_embed.register_forward_hook(lambda *_: rotary),
@@ -117,11 +131,6 @@ def unpack(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     batch, _, channels = tokens.shape
     blocks = tokens.reshape(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return blocks.reshape(batch, channels // 4, 2 * rows, 2 * columns)
-
-
-def _wrap(pipe: Any, height: int, width: int) -> FluxDenoiser:
-    pixels = 2 * int(pipe.vae_scale_factor)
-    return FluxDenoiser(pipe.transformer, height // pixels, width // pixels)
 
 
 def _arguments(call: Mapping[str, Any]) -> Batch:
@@ -160,10 +169,8 @@ def _pipeline_refusal(pipe: Any) -> str | None:
     return clip_refusal(pipe.text_encoder) or t5_refusal(pipe.text_encoder_2)
 
 
-def _sampler_options(pipe: Any, num_steps: int, latents_shape: tuple[int, int, int]) -> dict[str, Any]:
-    scheduler = pipe.scheduler
-    _, rows, columns = (size // PACKING for size in latents_shape)
-    options: dict[str, Any] = {"mu": dynamic_shift(scheduler.config, rows * columns, max_shift=1.15)}
+def _sampler_options(scheduler: Any, num_steps: int, tokens: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"mu": dynamic_shift(scheduler.config, tokens, max_shift=1.15)}
     if not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
     missing = sorted(set(options) - set(inspect.signature(scheduler.set_timesteps).parameters))
@@ -179,19 +186,21 @@ FLUX_SCHNELL = Family(
     denoiser_class="FluxTransformer2DModel",
     component="transformer",
     inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
-    wrap=_wrap,
+    wrap=lambda pipe: FluxDenoiser(pipe.transformer),
     arguments=_arguments,
     refusal=lambda denoiser: _refusal(denoiser, guided=False),
     pipelines=("FluxPipeline",),
-    wrap_text=lambda pipe, height, width: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
+    wrap_text=lambda pipe, clip_skip: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
     texts=(Text(), Text(tokenizer="tokenizer_2", whole_sequence=True)),
     text_outputs={"encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
     lowercase=False,
     call_options={},
     pipeline_refusal=_pipeline_refusal,
+    vae=VaeCall(shifts=True),
     takes_guidance_scale=False,
     packing=PACKING,
     sampler_options=_sampler_options,
+    largest_side=lambda config: PACKING * MOST_TOKENS,
     returned=lambda model_output, config: pack(model_output),
     called_timesteps=_called_timesteps,
 )

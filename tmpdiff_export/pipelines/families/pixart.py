@@ -9,23 +9,25 @@ import torch
 
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.pipelines.families.components import MaskedTextEncoder
-from tmpdiff_export.pipelines.families.family import TEXT_AXES, Family, Text, latents_and_timestep
+from tmpdiff_export.pipelines.families.family import TEXT_AXES, Family, Text, VaeCall, latents_and_timestep
+from tmpdiff_export.pipelines.families.positions import adding, computed_positions
 
 
 class PixArtDenoiser(torch.nn.Module):
     """`PixArtTransformer2DModel` as (latents, timestep, text, mask) -> noise prediction.
 
-    The second half of the output channels (the learned variance) is cut off, as the pipelines do.
+    The second half of the output channels (the learned variance) is cut off, as the pipelines do. Where the denoiser
+    is told the picture's size, that is the size of the latents in pixels.
     """
 
-    def __init__(self, denoiser: torch.nn.Module, height: int, width: int) -> None:
+    def __init__(self, denoiser: torch.nn.Module, vae_scale_factor: int) -> None:
         super().__init__()
         self.denoiser = denoiser
         # The module resolves a configured None by its size; the configuration does not.
         self.extra = bool(denoiser.use_additional_conditions)
         self.halve = denoiser.config.out_channels // 2 == denoiser.config.in_channels
-        self.register_buffer("resolution", torch.tensor([[float(height), float(width)]]), persistent=False)
-        self.register_buffer("aspect_ratio", torch.tensor([[height / width]]), persistent=False)
+        self.vae_scale_factor = vae_scale_factor
+        self.positions = computed_positions(denoiser.pos_embed)
 
     def forward(
         self,
@@ -35,20 +37,23 @@ class PixArtDenoiser(torch.nn.Module):
         encoder_attention_mask: torch.Tensor,
     ) -> torch.Tensor:
         """latents [B, C, h, w], timestep [B], text [B, L, D], mask [B, L] -> [B, C, h, w]."""
-        size = latents.shape[0]
-        conditions = {
-            "resolution": self.resolution.expand(size, -1) if self.extra else None,
-            "aspect_ratio": self.aspect_ratio.expand(size, -1) if self.extra else None,
-        }
-        output = self.denoiser(
-            latents,
-            encoder_hidden_states=encoder_hidden_states,
-            timestep=timestep,
-            encoder_attention_mask=encoder_attention_mask,
-            added_cond_kwargs=conditions,
-            return_dict=False,
-        )[0]
+        with adding(self.positions, self.denoiser.pos_embed, latents):
+            output = self.denoiser(
+                latents,
+                encoder_hidden_states=encoder_hidden_states,
+                timestep=timestep,
+                encoder_attention_mask=encoder_attention_mask,
+                added_cond_kwargs=self._size(latents) if self.extra else {"resolution": None, "aspect_ratio": None},
+                return_dict=False,
+            )[0]
         return output.chunk(2, dim=1)[0] if self.halve else output
+
+    def _size(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The picture's height and width [B, 2] and their ratio [B, 1], in float32: FP16 rounds most ratios."""
+        one = latents.new_ones(latents.shape[0], 1, dtype=torch.float32)
+        height, width = one * latents.shape[2], one * latents.shape[3]
+        resolution = torch.cat([height, width], dim=1) * self.vae_scale_factor
+        return {"resolution": resolution, "aspect_ratio": height / width}
 
 
 def masked_arguments(call: Mapping[str, Any]) -> Batch:
@@ -65,14 +70,16 @@ PIXART = Family(
     denoiser_class="PixArtTransformer2DModel",
     component="transformer",
     inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES, "encoder_attention_mask": TEXT_AXES},
-    wrap=lambda pipe, height, width: PixArtDenoiser(pipe.transformer, height, width),
+    wrap=lambda pipe: PixArtDenoiser(pipe.transformer, int(pipe.vae_scale_factor)),
     arguments=masked_arguments,
     refusal=lambda denoiser: None,
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-    wrap_text=lambda pipe, height, width: MaskedTextEncoder(pipe.text_encoder),
+    wrap_text=lambda pipe, clip_skip: MaskedTextEncoder(pipe.text_encoder),
     texts=(Text(masked=True, whole_sequence=True),),
     text_outputs={"encoder_hidden_states": TEXT_AXES, "encoder_attention_mask": TEXT_AXES},
     lowercase=True,
     call_options={"use_resolution_binning": False, "clean_caption": False},
+    picture_multiple=8,
     pipeline_refusal=lambda pipe: None,
+    vae=VaeCall(),
 )

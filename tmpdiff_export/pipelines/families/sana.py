@@ -6,6 +6,7 @@ import torch
 
 from tmpdiff_export.pipelines.families.family import TEXT_AXES, DenoiserFamily, latents_and_timestep
 from tmpdiff_export.pipelines.families.pixart import masked_arguments
+from tmpdiff_export.pipelines.families.positions import adding, computed_positions
 
 
 class SanaDenoiser(torch.nn.Module):
@@ -14,6 +15,7 @@ class SanaDenoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.positions = computed_positions(denoiser.patch_embed)
 
     def forward(
         self,
@@ -23,13 +25,14 @@ class SanaDenoiser(torch.nn.Module):
         encoder_attention_mask: torch.Tensor,
     ) -> torch.Tensor:
         """latents [B, C, h, w], timestep [B], text [B, L, D], mask [B, L] (1 on real tokens) -> [B, C, h, w]."""
-        return self.denoiser(
-            latents,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            timestep=timestep,
-            return_dict=False,
-        )[0]
+        with adding(self.positions, self.denoiser.patch_embed, latents):
+            return self.denoiser(
+                latents,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                timestep=timestep,
+                return_dict=False,
+            )[0]
 
 
 def _refusal(denoiser: torch.nn.Module) -> str | None:
@@ -43,7 +46,7 @@ SANA = DenoiserFamily(
     denoiser_class="SanaTransformer2DModel",
     component="transformer",
     inputs={**latents_and_timestep(), "encoder_hidden_states": TEXT_AXES, "encoder_attention_mask": TEXT_AXES},
-    wrap=lambda pipe, height, width: SanaDenoiser(pipe.transformer),
+    wrap=lambda pipe: SanaDenoiser(pipe.transformer),
     arguments=masked_arguments,
     refusal=_refusal,
 )

@@ -42,7 +42,7 @@ def real_check(demo_pipeline: Path):
     batches = gather_batches(
         source, ["a large yellow triangle in the center"], NUM_STEPS, seed=77, on_step=lambda: None
     )
-    module = source.family.wrap(source.pipe, source.height, source.width).eval()
+    module = source.family.wrap(source.pipe).eval()
     return check_of(module, list(source.family.inputs), MODEL_OUTPUT, batches[::2])
 
 

@@ -16,7 +16,7 @@ from engines import DenoiseRuntime
 from engines.documents import FileEntry
 from engines.errors import BuildError, BundleError
 from engines.precision import Precision
-from engines.text import encode_prompts, load_tokenizer
+from engines.text import encode_texts, load_tokenizer
 from engines.text_entry import TextEntry
 from tmpdiff_export import attach
 from tmpdiff_export.bundling.bundle import build
@@ -194,7 +194,8 @@ def test_prompts_become_the_tokens_of_the_clip_tokenizer(pad_token: str) -> None
         lowercase=False,
     )
     prompts = ["a red circle", "", " It's  RED: 12 rings! "]
-    tokens = encode_prompts(load_tokenizer(tokenizer.backend_tokenizer.to_str().encode()), prompts, text)
+    ours = load_tokenizer(tokenizer.backend_tokenizer.to_str().encode())
+    tokens = encode_texts(ours, prompts, text, text.positive, 77, 77)
     expected = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="np")
     np.testing.assert_array_equal(tokens.input_ids, expected.input_ids)
 

@@ -130,7 +130,7 @@ def test_a_build_weighs_its_check_by_the_bundle_s_own_sampler(built, tiny_pipeli
     seed = ranges.seed + ranges.num_prompts
     calls = gather_batches(source, PROMPTS[-1:], sampling.num_inference_steps, seed, lambda: None)
     checked = spread(range(len(calls)), CHECK_BATCHES)
-    module = source.family.wrap(source.pipe, source.height, source.width).eval()
+    module = source.family.wrap(source.pipe).eval()
     batches = with_larger_batch([calls[index] for index in checked])
     sizes = step_sizes(runtime.table)
     weights = [np.full(len(calls[index][0]), sizes[index]) for index in checked]

@@ -1,0 +1,69 @@
+"""VAE decoders: export wrappers, and which are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tmpdiff_export.pipelines.families.family import Family, VaeCall
+
+
+class VaeDecoder(torch.nn.Module):
+    """A VAE as latents of a pipeline -> pictures in 0..1 (before clamping), at any size."""
+
+    mean: torch.Tensor | None
+    std: torch.Tensor | None
+
+    def __init__(self, vae: torch.nn.Module, call: VaeCall) -> None:
+        super().__init__()
+        self.vae = vae
+        self.factor = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.shift_factor) if call.shifts else None
+        mean, std = _normalization(vae, call) or (None, None)
+        self.register_buffer(
+            "mean", None if mean is None else torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False
+        )
+        self.register_buffer("std", None if std is None else torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, C, h, w] -> [B, 3, H, W]."""
+        scaled = (latents if self.std is None else latents * self.std) / self.factor
+        if self.shift is not None:
+            scaled = scaled + self.shift
+        if self.mean is not None:
+            scaled = scaled + self.mean
+        return self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5
+
+
+def vae_decoder(pipe: Any, family: Family) -> VaeDecoder:
+    """The export wrapper around a pipeline's VAE, which `vae_refusal` has nothing against."""
+    return VaeDecoder(pipe.vae, family.vae)
+
+
+def vae_refusal(pipe: Any, family: Family) -> str | None:
+    """Why a pipeline's VAE is not exported, or None if it is."""
+    vae, call = pipe.vae, family.vae
+    if vae is None:
+        return "its vae is None, and without it the pipeline draws no picture"
+    name, config = type(vae).__name__, vae.config
+    if name == "ConsistencyDecoderVAE":
+        return f"its VAE is a {name}, which draws noise of its own"
+    if name not in call.classes:
+        return f"its VAE is a {name}, not one of {', '.join(call.classes)}"
+    for factor in ("scaling_factor", *(["shift_factor"] if call.shifts else [])):
+        if getattr(config, factor, None) is None:
+            return f"its VAE, a {name}, has no {factor}, which the pipeline reads"
+    channels = int(getattr(pipe, family.component).config.in_channels) // family.packing**2
+    if config.latent_channels != channels:
+        return f"its VAE takes latents of {config.latent_channels} channels, and the denoiser's have {channels}"
+    lengths = {len(values) for values in _normalization(vae, call) or ()}
+    if lengths - {channels}:
+        return f"its VAE has latents_mean and latents_std of {sorted(lengths)} channels, and latents have {channels}"
+    return None
+
+
+def _normalization(vae: torch.nn.Module, call: VaeCall) -> tuple[list[float], list[float]] | None:
+    """`latents_mean` and `latents_std` where the pipeline reads them."""
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    return (list(mean), list(std)) if call.normalizes and mean is not None and std is not None else None

@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         guidance_scale = args.guidance_scale
         if guidance_scale is None:
             guidance_scale = runtime.setting.guidance_scale
-        if args.negative_prompt and guidance_scale <= 1.0 and not runtime.manifest.embeds_guidance:
+        if any(args.negative_prompt or ()) and guidance_scale <= 1.0 and not runtime.manifest.embeds_guidance:
             raise TmpDiffError(
                 f"--negative-prompt has no effect at guidance scale {guidance_scale:g}; "
                 "pass --guidance-scale above 1, or no negative prompt"

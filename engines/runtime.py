@@ -19,7 +19,7 @@ from engines.manifest import LATENTS
 from engines.noise import gaussian_noise
 from engines.sampler import SamplerState, SamplerTable
 from engines.schedule import Schedule
-from engines.setting_entry import SettingChoice
+from engines.setting_choice import SettingChoice
 
 
 class DenoiseRuntime:
@@ -143,10 +143,6 @@ class DenoiseRuntime:
         Args:
             prompts: N of them.
             negative_prompts: one for all, or one each; None for none, which pipelines tell from an empty one.
-
-        Args:
-            prompts: N of them.
-            negative_prompt: None for none, which is not the same as an empty one for every bundle.
 
         Returns:
             Conditioning for N = len(prompts), with what was cut of prompts that are too long.

@@ -60,6 +60,7 @@ ROOMS = {
         plan_entry package_entry text_entry setting_entry
         documents old_manifests precision
         files
+        setting_choice
         errors version
     """,
     "engines.backends": """

@@ -18,7 +18,7 @@ from engines.errors import BuildError, first_line
 from engines.files import sha256_bytes, staged_folder
 from engines.manifest import EngineEntry, Manifest, RangeCalibrationEntry
 from engines.precision import REFERENCE
-from engines.setting_entry import size_text
+from engines.setting_choice import size_text
 from tmpdiff_export.bundling.checked import Checks, denoiser_model
 from tmpdiff_export.bundling.components import (
     TEXT_ENCODER,
@@ -79,7 +79,7 @@ def build(
     out = Path(out)
     require_buildable(options, out, backend)
     require_apart(Path(pipeline), out, options.onnx_dir)
-    stage = "load pipeline"
+    subject, stage = str(pipeline), "load pipeline"
 
     def note(what: str, done: int, total: int) -> None:
         nonlocal stage
@@ -90,22 +90,33 @@ def build(
     require_modules(Needs(backend, device_of(backend, options.device), bool(options.fp8_attention)))
     return_large_blocks()
     note(stage, 0, 1)
-    source = open_pipeline(Path(pipeline), options.variant)
-    require_clip_skip(source.family, source.pipe, options.clip_skip)
-    target.require_memory(source.weights.parameters)
-    settings = tuple(resolve(source.facts, request) for request in options.requests())
-    note(stage, 1, 1)
-    tell = say or (lambda line: None)
-    with open_stages(out, tell, restart=options.restart, keep=options.keep_stages) as stages:
-        available = find_available(out, options.onnx_dir, stages.used_bytes)
-        tell(require_fit(build_size(source, settings, options, backend), available).described(available))
-        try:
+    with _in_one_line(lambda: f"{subject}: {stage}"):
+        source = open_pipeline(Path(pipeline), options.variant)
+        subject = source.denoiser_class
+        require_clip_skip(source.family, source.pipe, options.clip_skip)
+        target.require_memory(source.weights.parameters)
+        note("make sampler tables", 0, 1)
+        settings = tuple(resolve(source.facts, request) for request in options.requests())
+        note("compare sizes with memory and disk", 0, 1)
+        tell = say or (lambda line: None)
+        with open_stages(out, tell, restart=options.restart, keep=options.keep_stages) as stages:
+            available = find_available(out, options.onnx_dir, stages.used_bytes)
+            tell(require_fit(build_size(source, settings, options, backend), available).described(available))
             with compiler_cache(stages, backend), open_start(target, options.workers) as start:
                 return _Build(Site(source, settings, target, options, stages, start, note)).run(out)
-        except _MODEL_ERRORS as error:  # somebody else's model, run, traced and quantized by others' code
-            raise BuildError(
-                f"{source.denoiser_class}: {stage} failed: {type(error).__name__}: {first_line(error)}"
-            ) from error
+
+
+@contextlib.contextmanager
+def _in_one_line(doing: Callable[[], str]) -> Iterator[None]:
+    """Somebody else's model, loaded, run, traced and quantized by others' code: what that raises is said in one line.
+
+    Args:
+        doing: whose model it is, and what is being done with it.
+    """
+    try:
+        yield
+    except _MODEL_ERRORS as error:
+        raise BuildError(f"{doing()} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -313,4 +324,13 @@ class _Build:
 
 
 _COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-_MODEL_ERRORS = (RuntimeError, AttributeError, LookupError, TypeError, ValueError, onnx.checker.ValidationError)
+_MODEL_ERRORS = (
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    onnx.checker.ValidationError,
+)

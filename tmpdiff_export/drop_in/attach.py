@@ -8,7 +8,7 @@ from typing import Any
 from engines.bundle import Bundle
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
-from engines.setting_entry import SettingChoice
+from engines.setting_choice import SettingChoice
 from tmpdiff_export.drop_in.denoiser import OUTPUTS, BundleDenoiser, stand_in
 from tmpdiff_export.drop_in.fit import fitting_family, require_plain, require_scheduler
 from tmpdiff_export.drop_in.refusals import refuse_methods, restore_methods

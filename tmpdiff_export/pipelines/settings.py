@@ -17,7 +17,8 @@ from engines.documents import FileEntry, canonical_json
 from engines.errors import BuildError, first_line
 from engines.files import atomic_write_text, sha256_bytes, sha256_file
 from engines.sampler import SamplerTable
-from engines.setting_entry import SettingEntry, size_text
+from engines.setting_choice import size_text
+from engines.setting_entry import SettingEntry
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 

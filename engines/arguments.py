@@ -6,7 +6,7 @@ import argparse
 import math
 import re
 
-from engines.setting_entry import SettingChoice
+from engines.setting_choice import SettingChoice
 
 MAX_SEED = (1 << 63) - 1
 MAX_THREADS = 1024

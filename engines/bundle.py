@@ -14,7 +14,8 @@ from engines.errors import BundleError, ScheduleError
 from engines.files import inside, sha256_bytes, sha256_file, side_by_side
 from engines.manifest import MANIFEST_VERSION, OLDEST_MANIFEST_VERSION, Manifest
 from engines.schedule import Schedule
-from engines.setting_entry import SettingChoice, SettingEntry, choose_setting
+from engines.setting_choice import SettingChoice
+from engines.setting_entry import SettingEntry, choose_setting
 
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"

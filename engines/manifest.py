@@ -14,7 +14,8 @@ from engines.old_manifests import current_form
 from engines.package_entry import PackageEntry
 from engines.plan_entry import PlanEntry
 from engines.precision import REFERENCE
-from engines.setting_entry import SettingEntry, size_text
+from engines.setting_choice import size_text
+from engines.setting_entry import SettingEntry
 from engines.text_entry import TextEntry
 
 MANIFEST_VERSION: Final = 6

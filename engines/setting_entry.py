@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from pydantic import Field, PositiveInt, field_validator
 
 from engines.documents import Document, FileEntry
 from engines.errors import BundleError
+from engines.setting_choice import SettingChoice, size_text
 
 
 class SettingEntry(Document):
@@ -68,38 +68,13 @@ class SettingEntry(Document):
             f"{self.scheduler}, {self.num_inference_steps} steps, {self.size}, guidance {self.guidance_scale:g}{text}"
         )
 
-
-@dataclass(frozen=True)
-class SettingChoice:
-    """Which setting of a bundle is meant; what is None may be anything.
-
-    Attributes:
-        steps: `num_inference_steps`.
-        size: (height, width) in pixels.
-        named: its name, or the class name of its scheduler.
-    """
-
-    steps: int | None = None
-    size: tuple[int, int] | None = None
-    named: str | None = None
-
-    def fits(self, entry: SettingEntry) -> bool:
-        """Whether an entry is meant."""
+    def fits(self, choice: SettingChoice) -> bool:
+        """Whether it is meant."""
         return (
-            self.steps in (None, entry.num_inference_steps)
-            and self.size in (None, (entry.height, entry.width))
-            and self.named in (None, entry.name, entry.scheduler)
+            choice.steps in (None, self.num_inference_steps)
+            and choice.size in (None, (self.height, self.width))
+            and choice.named in (None, self.name, self.scheduler)
         )
-
-    @property
-    def described(self) -> str:
-        """As on the command line."""
-        parts = [
-            "" if self.steps is None else f"--steps {self.steps}",
-            "" if self.size is None else f"--size {size_text(*self.size)}",
-            "" if self.named is None else f"--scheduler-setting {self.named}",
-        ]
-        return " ".join(part for part in parts if part)
 
 
 def choose_setting(settings: Sequence[SettingEntry], choice: SettingChoice) -> SettingEntry:
@@ -109,15 +84,10 @@ def choose_setting(settings: Sequence[SettingEntry], choice: SettingChoice) -> S
         BundleError: none is; the settings that there are are listed.
     """
     for entry in settings:
-        if choice.fits(entry):
+        if entry.fits(choice):
             return entry
     listed = "; ".join(f"{entry.name} ({entry.described})" for entry in settings)
     raise BundleError(
         f"the bundle has no setting for {choice.described}; it has {listed}; add one with `tmpdiff-export calibrate BUNDLE "
         f"--prompts FILE {choice.described}`"
     )
-
-
-def size_text(height: int, width: int) -> str:
-    """A picture size as the command line has it: width, then height."""
-    return f"{width}x{height}"

@@ -109,8 +109,8 @@ def encode_texts(
         found = _encoded(tokenizer, prompt, entry, reading, size).ids
         if len(found) > size:
             raise BundleError(
-                f"text length {length} leaves no room for the {len(found)} special tokens of {entry.tokenizer.path}; "
-                "use a longer one"
+                f"text length {length} leaves no room for the {tokenizer.num_special_tokens_to_add(False)} special tokens "
+                f"of {entry.tokenizer.path}; use a longer one"
             )
         start = size - len(found) if entry.padding_side == "left" else 0
         ids[row, start : start + len(found)] = found

@@ -60,6 +60,7 @@ ROOMS = {
         plan_entry package_entry text_entry setting_entry
         documents old_manifests precision
         files
+        setting_choice
         errors version
     """,
     "engines.backends": """
@@ -80,7 +81,6 @@ ROOMS = {
     """,
     "tmpdiff_export": """
         cli
-        run
         commands
         report demo drop_in
         calibrate bundling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import weakref
@@ -146,8 +147,9 @@ class IExecutionContext:
             return Dims(())
         if item.is_input:
             return Dims(self._shapes.get(name, item.shape))
-        if not self.infer_shapes():
-            return Dims(self._all_shapes()[name])
+        if all(other.name in self._shapes for other in self._engine.fake_plan.tensors if other.is_input):
+            with contextlib.suppress(ValueError):  # shapes that contradict each other
+                return Dims(self._all_shapes()[name])
         sizes: dict[int | str, int] = {}
         for other in self._engine.fake_plan.tensors:
             if other.name in self._shapes:

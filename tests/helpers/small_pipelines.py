@@ -1,4 +1,4 @@
-"""A pipeline of every family, random and as small as the export takes it, for tests of opening folders."""
+"""A pipeline of every family, random and as small as the export takes it, for tests of opening and attaching."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def clip_encoder(width: int, *, projection: bool = False) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def t5_encoder() -> Any:
+def t5_encoder(width: int = TEXT_WIDTH) -> Any:
     """A T5 encoder of two layers; `shared` and `encoder.embed_tokens` are one tensor."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
         T5Config(
-            vocab_size=len(t5_tokenizer(T5_TOKENS)), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+            vocab_size=len(t5_tokenizer(T5_TOKENS)), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
             is_encoder_decoder=False, use_cache=False,
         )
     )  # fmt: skip
@@ -44,7 +44,7 @@ def vae(channels: int) -> Any:
     return AutoencoderKL(
         latent_channels=channels, block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=4, sample_size=64,
-        shift_factor=0.06 if channels == 16 else None,
+        shift_factor=0.0609 if channels == 16 else None,
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def sd3() -> Any:
         transformer=denoiser, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(16),
         text_encoder=clip_encoder(TEXT_WIDTH, projection=True), tokenizer=clip_tokenizer(),
         text_encoder_2=clip_encoder(TEXT_WIDTH, projection=True), tokenizer_2=clip_tokenizer("!</w>"),
-        text_encoder_3=t5_encoder(), tokenizer_3=t5_tokenizer(T5_TOKENS),
+        text_encoder_3=t5_encoder(2 * TEXT_WIDTH), tokenizer_3=t5_tokenizer(T5_TOKENS),
     )  # fmt: skip
 
 

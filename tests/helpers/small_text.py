@@ -31,6 +31,17 @@ def t5_tokenizer(max_tokens: int, **options: Any) -> Any:
     return T5TokenizerFast(vocab=[*special, *letters], extra_ids=0, model_max_length=max_tokens, **options)
 
 
+def gemma_tokenizer() -> Any:
+    """A GemmaTokenizer of single ASCII letters, bytes and the word "red", which pads on the left unless told."""
+    from transformers import GemmaTokenizer
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*special, *(f"<0x{code:02X}>" for code in range(256)), "\u2581", *letters, "re", "red"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return GemmaTokenizer(vocab=vocab, merges=[("r", "e"), ("re", "d")], add_bos_token=True, add_eos_token=False)
+
+
 class SecondLastHidden(torch.nn.Module):
     """A small CLIP text encoder as SD3 uses it: ids int64 [B, N] -> its last but one hidden state."""
 

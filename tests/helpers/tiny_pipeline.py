@@ -78,7 +78,7 @@ def denoiser_inputs(runtime: DenoiseRuntime, rows: int) -> dict[str, np.ndarray]
     rng = np.random.default_rng(1)
     text = runtime.encode(list(PROMPTS)).guided
     whole = {name: np.concatenate([values, values])[:rows] for name, values in text.items()}
-    shape = (rows, *runtime.manifest.sampling.latents_shape)
+    shape = (rows, *runtime.setting.latents_shape)
     return {
         LATENTS: rng.standard_normal(shape, dtype=np.float32),
         TIMESTEP: np.full(rows, runtime.table.timesteps[1], np.float32),

@@ -18,7 +18,7 @@ from engines.errors import BuildError, first_line
 from engines.files import sha256_bytes, staged_folder
 from engines.manifest import EngineEntry, Manifest, RangeCalibrationEntry
 from engines.precision import REFERENCE
-from engines.setting_entry import size_text
+from engines.setting_choice import size_text
 from tmpdiff_export.bundling.checked import Checks, denoiser_model
 from tmpdiff_export.bundling.components import (
     TEXT_ENCODER,

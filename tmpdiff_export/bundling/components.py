@@ -20,8 +20,8 @@ from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import shared_tensors, store_plain, tensors_digest
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
-from tmpdiff_export.pipelines.families.family import LATENT_AXES, PICTURE_AXES, with_clip_skip
-from tmpdiff_export.pipelines.families.vae import vae_decoder
+from tmpdiff_export.pipelines.families.family import LATENT_AXES, with_clip_skip
+from tmpdiff_export.pipelines.families.vae import picture_axes, vae_decoder
 from tmpdiff_export.pipelines.load import SourcePipeline
 from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
@@ -119,7 +119,7 @@ def start_vae_decoder(site: Site, latents: Sequence[torch.Tensor], name: str = V
         name,
         lambda: vae_decoder(site.source.pipe, site.source.family),
         [ExportInput(LATENTS, latents[0], LATENT_AXES)],
-        {_IMAGE: PICTURE_AXES},
+        {_IMAGE: picture_axes(site.source.pipe)},
         [batch for item in latents for batch in ((item,), (torch.cat([item, item]),))],
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engines.precision import REFERENCE, Precision
-from engines.setting_entry import size_text
+from engines.setting_choice import size_text
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stage_record import Kept
 from tmpdiff_export.devices import Batch, on

@@ -21,7 +21,8 @@ from engines.bundle import Bundle
 from engines.errors import BudgetError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
-from engines.setting_entry import SettingChoice, SettingEntry
+from engines.setting_choice import SettingChoice
+from engines.setting_entry import SettingEntry
 from engines.text import PromptFile
 from tmpdiff_export.calibrate.workers import open_workers, require_workers
 from tmpdiff_export.targets.settings import MAX_BATCH

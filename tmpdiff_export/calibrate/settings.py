@@ -14,7 +14,8 @@ from engines.documents import read_json
 from engines.errors import BuildError, BundleError
 from engines.files import atomic_write_text
 from engines.manifest import Manifest, engine_for, manifest_text
-from engines.setting_entry import SettingChoice, SettingEntry, choose_setting
+from engines.setting_choice import SettingChoice
+from engines.setting_entry import SettingEntry, choose_setting
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of_bundle
 from tmpdiff_export.pipelines.settings import PipelineFacts, SettingRequest, resolve, write_setting
 
@@ -52,7 +53,7 @@ def open_setting(folder: Path, wanted: Wanted) -> tuple[SettingEntry, bool]:
     if wanted.scheduler is None:
         for entry in settings:
             if (
-                choice.fits(entry)
+                entry.fits(choice)
                 and wanted.guidance_scale in (None, entry.guidance_scale)
                 and wanted.text_length in (None, entry.text_length)
             ):

@@ -15,7 +15,7 @@ from calibration.measure.sample_batches import SampleBatches
 from engines.backends.cuda.gpu import VISIBLE_DEVICES, visible_gpus
 from engines.errors import BackendError, TmpDiffError
 from engines.runtime import DenoiseRuntime
-from engines.setting_entry import SettingChoice
+from engines.setting_choice import SettingChoice
 
 if TYPE_CHECKING:
     from tmpdiff_export.calibrate.dask_pool import SampleWorkers

@@ -16,7 +16,7 @@ from engines.conditioning import Conditioning
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
-from engines.setting_entry import SettingChoice
+from engines.setting_choice import SettingChoice
 from tmpdiff_export.commands.build import what_runs
 
 

@@ -18,7 +18,7 @@ from engines.arguments import (
     parse_threads,
     setting_choice,
 )
-from engines.setting_entry import SettingChoice
+from engines.setting_choice import SettingChoice
 from engines.text import PromptFile, read_prompts
 
 

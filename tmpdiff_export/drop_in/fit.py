@@ -10,6 +10,7 @@ import numpy as np
 from engines.errors import BundleError, SamplerError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
+from tmpdiff_export.drop_in.refusals import AttachedError
 from tmpdiff_export.drop_in.step_finder import close, listed
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of_bundle
@@ -51,6 +52,41 @@ def fitting_family(pipeline: str, denoisers: Mapping[str, Any], runtime: Denoise
             "build a bundle from this pipeline"
         )
     return family
+
+
+def require_plain(pipeline: str, component: str, denoiser: Any) -> None:
+    """Refuses a denoiser that does more than its weights and configuration say, which engines do not.
+
+    Args:
+        pipeline: class name of the pipeline.
+        component: attribute that holds the denoiser.
+        denoiser: the pipeline's own.
+
+    Raises:
+        AttachedError: it has adapters, FreeU, a cache, or is offloaded layer by layer.
+    """
+    extras = {
+        "LoRA adapters": (getattr(denoiser, "peft_config", None), "pipe.unload_lora_weights()"),
+        "an IP adapter": (
+            getattr(denoiser, "encoder_hid_proj", None) or getattr(denoiser, "image_proj", None),
+            "pipe.unload_ip_adapter()",
+        ),
+        "FreeU": (
+            any(getattr(block, "s1", None) for block in getattr(denoiser, "up_blocks", ())),
+            "pipe.disable_freeu()",
+        ),
+        "sequential offloading": (
+            denoiser.device.type == "meta" and hasattr(denoiser, "_hf_hook"),
+            "pipe.remove_all_hooks()",
+        ),
+        "a cache": (getattr(denoiser, "is_cache_enabled", False), f"pipe.{component}.disable_cache()"),
+    }
+    for what, (present, undo) in extras.items():
+        if present:
+            raise AttachedError(
+                f"the {component} of this {pipeline} has {what}, which a bundle's engines have not; call {undo} before the "
+                "bundle is attached"
+            )
 
 
 def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> None:

@@ -115,7 +115,8 @@ def _values(
             if axis.dim_param:
                 axis.dim_value = sizes[axis.dim_param]
     probe.graph.node.extend(helper.make_node("Shape", [name], [f"{name}_size"]) for name in ends)
-    found = _constants(probe, [*shapes, *(f"{name}_size" for name in ends)])
+    wanted = [*shapes, *(f"{name}_size" for name in ends)]
+    found = _constants(probe, wanted) if wanted else {}
 
     rest = onnx.ModelProto()
     rest.CopyFrom(model)

@@ -20,6 +20,7 @@ from tmpdiff_export.pipelines.folder import read_index, require_scheduler, requi
 from tmpdiff_export.pipelines.models import hollow_pipeline, is_model, loaded_model, require_classes
 from tmpdiff_export.pipelines.settings import PipelineFacts, Setting, scheduler_form
 from tmpdiff_export.pipelines.texts import SourceText, source_texts
+from tmpdiff_export.pipelines.tokenizer_files import require_tokenizer_files
 from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
@@ -145,6 +146,7 @@ def open_pipeline(folder: Path, variant: str | None = None) -> SourcePipeline:
     data = read_index(folder)
     require_supported(data["_class_name"], _denoiser_class(data))  # before gigabytes are hashed
     require_classes(data)
+    require_tokenizer_files(folder, data)
     require_scheduler(folder, data)
     require_variant(folder, [name for name, entry in data.items() if is_model(entry)], variant)
     may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}

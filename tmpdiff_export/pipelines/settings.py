@@ -18,9 +18,12 @@ from engines.documents import FileEntry, canonical_json
 from engines.errors import BuildError, first_line
 from engines.files import atomic_write_text, sha256_bytes, sha256_file
 from engines.sampler import SamplerTable
-from engines.setting_entry import SettingEntry, size_text
+from engines.setting_choice import size_text
+from engines.setting_entry import SettingEntry
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
+
+_DEFAULTED = "_use_default_values"  # what diffusers does not take over into schedulers of other classes
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,16 @@ class Setting:
 
 
 def scheduler_form(scheduler: Any) -> dict[str, Any]:
-    """A scheduler as data: class name and configuration."""
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-    return {"class": type(scheduler).__name__, "config": json.loads(json.dumps(config, default=_plain))}
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist()  # arrays of trained betas
+    """A scheduler as JSON data: class name and configuration, without infinite numbers, which are its class's defaults."""
+    config = {
+        key: value
+        for key, value in json.loads(scheduler.to_json_string()).items()
+        if (not key.startswith("_") or key == _DEFAULTED)
+        and not (isinstance(value, float) and not math.isfinite(value))
+    }
+    if _DEFAULTED in config:  # from a set, in any order
+        config[_DEFAULTED] = sorted(config[_DEFAULTED])
+    return {"class": type(scheduler).__name__, "config": config}
 
 
 def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:

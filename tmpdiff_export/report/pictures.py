@@ -15,7 +15,8 @@ from PIL import Image
 from calibration.measure.metrics import picture_mse, picture_ssim, psnr_db
 from engines.bundle import Bundle
 from engines.runtime import DenoiseRuntime
-from engines.setting_entry import SettingChoice, SettingEntry
+from engines.setting_choice import SettingChoice
+from engines.setting_entry import SettingEntry
 from tmpdiff_export.display import Report, number
 
 SCHEDULE = "schedule"

@@ -9,7 +9,7 @@ from typing import Any
 from engines.bundle import Bundle
 from engines.errors import TmpDiffError
 from engines.files import atomic_write_text, reason, require_writable
-from engines.setting_entry import SettingChoice
+from engines.setting_choice import SettingChoice
 from tmpdiff_export.calibrate.bundle import read_calibration
 from tmpdiff_export.display import Report
 from tmpdiff_export.report.page import page

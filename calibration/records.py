@@ -271,12 +271,14 @@ class TransferRecord(Record):
 
     Attributes:
         bundle_id: of the bundle that was calibrated.
+        setting: name of the setting that was; None in documents of earlier releases.
         num_steps: its T.
         guidance_scale: of its calibration.
         checks: one for every precision scored.
     """
 
     bundle_id: str
+    setting: str | None = None
     num_steps: int
     guidance_scale: float
     checks: tuple[CheckRecord, ...]
@@ -287,6 +289,7 @@ class CalibrationSettings(Record):
 
     Attributes:
         bundle_id: of the bundle.
+        setting: name of the setting in it; None in documents of earlier releases, whose bundles have one.
         machine: what the step latencies were measured on.
         batch: pictures at once that they were measured with.
         guidance_scale: of every run.
@@ -296,6 +299,7 @@ class CalibrationSettings(Record):
     """
 
     bundle_id: str
+    setting: str | None = None
     machine: str
     batch: int = 1
     guidance_scale: float

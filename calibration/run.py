@@ -42,11 +42,12 @@ class CalibrationResult:
 
     sensitivity: Sensitivity
 
-    def schedule(self, bundle_id: str) -> Schedule:
-        """The chosen schedule, bound to a bundle."""
+    def schedule(self, bundle_id: str, setting: str) -> Schedule:
+        """The chosen schedule, bound to a setting of a bundle."""
         found = self.sensitivity
         return Schedule(
             bundle_id=bundle_id,
+            setting=setting,
             precisions=found.schedule,
             origin=f"{found.method}, {found.budget}"
             + (f": {found.guard.candidates[0].names[-1]}" if found.guard else ""),

@@ -14,9 +14,14 @@ from engines.errors import BundleError, ScheduleError
 from engines.files import inside, sha256_bytes, sha256_file, side_by_side
 from engines.manifest import MANIFEST_VERSION, OLDEST_MANIFEST_VERSION, Manifest
 from engines.schedule import Schedule
+from engines.setting_choice import SettingChoice
+from engines.setting_entry import SettingEntry, choose_setting
 
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
+SAMPLER_NAME = "sampler.json"
+SCHEDULER_NAME = "scheduler.json"
+SETTINGS = "settings"
 SENSITIVITY_NAME = "sensitivity.json"
 UNIFORM_PREFIX = "uniform:"
 
@@ -115,56 +120,67 @@ class Bundle:
         return data
 
     def verify(self, entries: Iterable[FileEntry] | None = None) -> int:
-        """Checks files (all by default) and the stored schedule; returns how many.
+        """Checks files (all by default) and the stored schedules; returns how many.
 
         Raises:
             BundleError: a file is missing, truncated or altered.
-            ScheduleError: the stored schedule does not belong to this bundle.
+            ScheduleError: a stored schedule does not belong to this bundle.
         """
         files = tuple(self.manifest.files() if entries is None else entries)
         self.paths_of(files)
-        if self.schedule_path.exists():
-            self.schedule()
-            return len(files) + 1
-        return len(files)
+        stored = [setting for setting in self.manifest.settings if self.schedule_path(setting).exists()]
+        for setting in stored:
+            self.schedule(setting)
+        return len(files) + len(stored)
 
-    @property
-    def schedule_path(self) -> Path:
-        """Where `calibrate` stores the schedule."""
-        return self.folder / SCHEDULE_NAME
+    def setting(self, choice: SettingChoice | None = None) -> SettingEntry:
+        """The setting that is meant, by default the bundle's first.
 
-    @property
-    def sensitivity_path(self) -> Path:
-        """Where `calibrate` stores what it measured."""
-        return self.folder / SENSITIVITY_NAME
+        Raises:
+            BundleError: there is none; the text lists them.
+        """
+        return choose_setting(self.manifest.settings, choice or SettingChoice())
 
-    def schedule(self, choice: str | Path | None = None) -> Schedule:
+    def schedule_path(self, setting: SettingEntry) -> Path:
+        """Where `calibrate` stores the schedule of a setting."""
+        return inside(self.folder, setting.folder) / SCHEDULE_NAME
+
+    def sensitivity_path(self, setting: SettingEntry) -> Path:
+        """Where `calibrate` stores what it measured of a setting."""
+        return inside(self.folder, setting.folder) / SENSITIVITY_NAME
+
+    def schedule(self, setting: SettingEntry, choice: str | Path | None = None) -> Schedule:
         """The schedule to run.
 
         Args:
+            setting: of this bundle.
             choice: a schedule file, "uniform:<precision>", or None for the calibrated one.
 
         Raises:
-            ScheduleError: malformed, or for another bundle, T or set of precisions.
-            BundleError: None was given and the bundle was not calibrated.
+            ScheduleError: malformed, or for another bundle, setting, T or set of precisions.
+            BundleError: None was given and the setting was not calibrated.
         """
         manifest = self.manifest
-        num_steps = manifest.sampling.num_steps
         if isinstance(choice, str) and choice.startswith(UNIFORM_PREFIX):
             precision = choice.removeprefix(UNIFORM_PREFIX)
             if precision not in manifest.precisions:
                 raise ScheduleError(
                     f"schedule {choice!r} asks for precision {precision!r}; the bundle holds {', '.join(manifest.precisions)}"
                 )
-            schedule = Schedule.uniform(manifest.bundle_id, precision, num_steps)
+            schedule = Schedule.uniform(manifest.bundle_id, setting, precision)
         elif choice is not None:
             schedule = Schedule.load(Path(choice))
-        elif self.schedule_path.exists():
-            schedule = Schedule.load(self.schedule_path)
+        elif self.schedule_path(setting).exists():
+            schedule = Schedule.load(self.schedule_path(setting))
         else:
             raise BundleError(
-                f"bundle {self.folder} has no schedule yet; run `tmpdiff-export calibrate {self.folder} --prompts FILE`, "
+                f"bundle {self.folder} has no schedule for its setting {setting.name} yet; run `{self.how_to_calibrate(setting)}`, "
                 f"or pass --schedule uniform:{manifest.precisions[0]}"
             )
-        schedule.check(bundle_id=manifest.bundle_id, num_steps=num_steps, precisions=manifest.precisions)
+        schedule.check(bundle_id=manifest.bundle_id, setting=setting, precisions=manifest.precisions)
         return schedule
+
+    def how_to_calibrate(self, setting: SettingEntry) -> str:
+        """The command that calibrates a setting."""
+        named = "" if setting == self.manifest.settings[0] else f" --scheduler-setting {setting.name}"
+        return f"tmpdiff-export calibrate {self.folder} --prompts FILE{named}"

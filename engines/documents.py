@@ -45,8 +45,10 @@ def write_document(path: Path, data: dict[str, Any]) -> None:
     atomic_write_text(path, json.dumps({**data, "sha256": digest}, indent=1, allow_nan=False) + "\n")
 
 
-def read_document(path: Path, kind: str, version: int, error: type[TmpDiffError]) -> dict[str, Any]:
-    """Reads a document written by `write_document`, checks its digest and version.
+def read_document(
+    path: Path, kind: str, version: int, error: type[TmpDiffError], *, oldest: int | None = None
+) -> dict[str, Any]:
+    """Reads a document written by `write_document`, checks its digest and version (`check_version`).
 
     Returns:
         The data without its digest; fields are not validated yet.
@@ -55,7 +57,7 @@ def read_document(path: Path, kind: str, version: int, error: type[TmpDiffError]
         TmpDiffError: (as the class `error`) missing, not JSON, altered, or of another version.
     """
     data = read_json(path, kind, error)
-    check_version(data, path, kind, version, error)
+    check_version(data, path, kind, version, error, oldest=oldest)
     digest = data.pop("sha256", None)
     try:
         found = sha256_bytes(canonical_json(data))

@@ -10,6 +10,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def shortened(text: str) -> str:
+    """A text of somebody's for a message, cut to 60 characters."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 class TmpDiffError(Exception):
     """Root of every error this project raises on purpose; its text is one actionable line."""
 

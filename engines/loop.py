@@ -28,8 +28,10 @@ class Loop:
             (the unconditional half first), N without.
         noise: unit normal, float32 [N, C, h, w]; not changed.
         guidance_scale: classifier-free guidance scale; at most 1 turns guidance off.
-        on_step: called with step index, precision and seconds of each step, in order; a host that runs
+        on_step: called with step index, engine and seconds of each step, in order; a host that runs
             the loop on a device calls it when the loop has ended.
+        guidance_rescale: how much of the guided output is brought to the standard deviation of the conditional one, 0
+            to 1; Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4.
     """
 
     table: SamplerTable
@@ -38,6 +40,7 @@ class Loop:
     noise: NDArray[np.float32]
     guidance_scale: float
     on_step: StepHook | None = None
+    guidance_rescale: float = 0.0
 
     @property
     def guided(self) -> bool:
@@ -46,7 +49,12 @@ class Loop:
 
 
 def host_step(
-    table: SamplerTable, state: SamplerState, engine: Engine, conditioning: Arrays, guidance_scale: float
+    table: SamplerTable,
+    state: SamplerState,
+    engine: Engine,
+    conditioning: Arrays,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
 ) -> SamplerState:
     """One loop iteration: one denoiser call (with guidance: one batch of 2 N) and the sampler update.
 
@@ -56,6 +64,7 @@ def host_step(
         engine: the denoiser.
         conditioning: as in `Loop`.
         guidance_scale: as in `Loop`.
+        guidance_rescale: as in `Loop`.
 
     Returns:
         The next state; its arrays are new.
@@ -73,6 +82,8 @@ def host_step(
     if guided:
         unconditional, conditional = np.split(output, 2)
         output = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
+        if guidance_rescale:
+            output = _rescaled(output, conditional, guidance_rescale)
     return table.advance(state, output)
 
 
@@ -91,10 +102,19 @@ def host_loop(loop: Loop, engine_of: Callable[[str], Engine]) -> NDArray[np.floa
     state = loop.table.initial(loop.noise)
     for step_index, precision in enumerate(loop.precisions):
         begin = time.perf_counter()
-        state = host_step(loop.table, state, engines[precision], loop.conditioning, loop.guidance_scale)
+        state = host_step(
+            loop.table, state, engines[precision], loop.conditioning, loop.guidance_scale, loop.guidance_rescale
+        )
         if loop.on_step is not None:
             loop.on_step(step_index, precision, time.perf_counter() - begin)
     return state.latents.copy()
+
+
+def _rescaled(guided: NDArray[np.float32], conditional: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Outputs [N, C, h, w], each partly at the standard deviation of its conditional one."""
+    axes = tuple(range(1, guided.ndim))
+    wanted, found = (np.std(item, axis=axes, keepdims=True, ddof=1, dtype=np.float64) for item in (conditional, guided))
+    return np.asarray(guided * (share * wanted / found + (1.0 - share)), np.float32)
 
 
 def named_output(outputs: dict[str, np.ndarray], name: str) -> np.ndarray:

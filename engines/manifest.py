@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    Field,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, PositiveInt, model_validator
 
 from engines.documents import Document, FileEntry, Sha256, canonical_json
 from engines.files import sha256_bytes
-from engines.old_manifests import current_form, form_of_its_version
+from engines.old_manifests import current_form
 from engines.package_entry import PackageEntry
+from engines.plan_entry import PlanEntry
 from engines.precision import REFERENCE
+from engines.setting_choice import size_text
+from engines.setting_entry import SettingEntry
 from engines.text_entry import TextEntry
 
-MANIFEST_VERSION: Final = 5
-OLDEST_MANIFEST_VERSION: Final = 1  # knows no plans, 2 no torch packages, 3 no operators of theirs, 4 one weight file
+MANIFEST_VERSION: Final = 6
+OLDEST_MANIFEST_VERSION: Final = (
+    1  # knows no plans, 2 no torch packages, 3 no operators of theirs, 4 one weight file, 5 one setting
+)
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
 GUIDANCE = "guidance"  # input of denoisers that embed the guidance scale: float32 [B]
 
@@ -32,44 +32,6 @@ class TensorSpec(Document):
     name: str
     dtype: Literal["float32", "float16", "int64"]
     shape: tuple[int | str, ...]
-
-
-class LayerShare(Document):
-    """How much of a plan runs at one layer precision.
-
-    Attributes:
-        layers: number of layers.
-        time_share: their part of the measured time, None if the plan was not profiled.
-    """
-
-    layers: int = Field(ge=0)
-    time_share: float | None = Field(default=None, ge=0, le=1)
-
-
-class PlanEntry(Document):
-    """What is particular to a TensorRT plan.
-
-    Attributes:
-        version_compatible: whether later TensorRT versions and the lean runtime run it.
-        hardware_compatibility: which GPUs run it besides the architecture it was built on.
-        profile: (min, opt, max) shape of every input.
-        weight_streaming: whether its weights may stay in host memory.
-        weights_bytes: device memory of its weights.
-        scratch_bytes: device memory of its activations at the largest shapes.
-        layers: by layer precision, from the engine inspector.
-        inspector: the engine inspector's JSON.
-        warnings: what the build had to say about it.
-    """
-
-    version_compatible: bool
-    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"]
-    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    weight_streaming: bool
-    weights_bytes: int = Field(ge=0)
-    scratch_bytes: int = Field(ge=0)
-    layers: dict[str, LayerShare]
-    inspector: FileEntry
-    warnings: tuple[str, ...] = ()
 
 
 class EngineEntry(Document):
@@ -90,6 +52,8 @@ class EngineEntry(Document):
         outputs: what it returns.
         plan: for TensorRT plans only.
         package: for torch packages only.
+        for_size: (h, w) of the latents that it runs, None for any that the denoiser can have.
+        for_text: text length that it runs, None for any.
     """
 
     file: FileEntry
@@ -106,6 +70,8 @@ class EngineEntry(Document):
     outputs: tuple[TensorSpec, ...]
     plan: PlanEntry | None = None
     package: PackageEntry | None = None
+    for_size: tuple[PositiveInt, PositiveInt] | None = None
+    for_text: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _calls_fit(self) -> EngineEntry:
@@ -118,10 +84,26 @@ class EngineEntry(Document):
         blocks = () if self.package is None else self.package.blocks
         return (self.file, *blocks, *self.weights)
 
+    def runs(self, setting: SettingEntry) -> bool:
+        """Whether it is for a setting's picture size and text length."""
+        if self.plan is not None and not self.plan.holds(LATENTS, setting.latents_shape):
+            return False
+        return self.for_size in (None, setting.latents_shape[1:]) and self.for_text in (None, setting.text_length)
+
+    @property
+    def shapes(self) -> str:
+        """What it is for, in words."""
+        size = [] if self.for_size is None else [f"latents {size_text(*self.for_size)}"]
+        text = [] if self.for_text is None else [f"{self.for_text} text tokens"]
+        return ", ".join(size + text) or "any size"
+
     @property
     def bytes(self) -> int:
         """Size of the engine on disk; other engines may share some of it."""
         return sum(entry.bytes for entry in self.files())
+
+
+Engines = Annotated[tuple[EngineEntry, ...], Field(min_length=1)]
 
 
 class ModelEntry(Document):
@@ -132,27 +114,20 @@ class ModelEntry(Document):
         denoiser_class: diffusers class of the denoiser.
         denoiser_sha256: hash of the denoiser's weight files.
         parameters: number of denoiser parameters.
+        pixels_per_latent: side of the square of pixels that one latent stands for; None in old bundles, as below.
+        size_step: height and width of a picture are multiples of it.
+        largest_side: most pixels that height or width may have, None for any number.
+        rescales_guidance: whether the pipeline's call has a `guidance_rescale`.
     """
 
     pipeline_class: str
     denoiser_class: str
     denoiser_sha256: Sha256
     parameters: int
-
-
-class SamplingEntry(Document):
-    """How the loop runs by default; `T` is `num_steps`.
-
-    The guidance scale is that of classifier-free guidance, or of the denoisers' input `guidance` where they have one.
-    """
-
-    scheduler: str
-    num_inference_steps: int = Field(ge=1)
-    num_steps: int = Field(ge=1)
-    guidance_scale: float = Field(ge=0)
-    latents_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
+    pixels_per_latent: PositiveInt | None = None
+    size_step: PositiveInt | None = None
+    largest_side: PositiveInt | None = None
+    rescales_guidance: bool = False
 
 
 class RangeCalibrationEntry(Document):
@@ -165,40 +140,53 @@ class RangeCalibrationEntry(Document):
 
 
 class Manifest(Document):
-    """`manifest.json`; `bundle_id` is the hash of everything else in it.
+    """`manifest.json`.
+
+    `bundle_id` is the hash of everything else in it but the settings, which have a hash of their own: a setting is added
+    without changing what schedules of others are bound to.
 
     Attributes:
-        text: what the text encoder engine takes as `input_ids` and `attention_mask`.
-        further_texts: what it takes as `input_ids_2`, `attention_mask_2`, `input_ids_3` and so on.
+        settings: what pictures can be drawn with; the first is the default.
+        settings_sha256: hash of `settings`.
+        scheduler: the pipeline's, for tables of further settings; None in bundles of earlier releases, which have one.
+        texts: what the text encoder engines take as `input_ids` and `attention_mask`, then as `input_ids_2`,
+            `attention_mask_2` and so on.
+        zero_absent_negative: whether zeros stand for a negative prompt that is not given, in place of the empty one.
+        text_encoder: engines by text length.
+        vae_decoder: engines by picture size.
+        denoisers: by precision, the reference first, engines by picture size and text length.
     """
 
-    version: Literal[1, 2, 3, 4, 5] = MANIFEST_VERSION
+    version: Literal[6] = MANIFEST_VERSION
     created_with: str
     bundle_id: str
+    settings_sha256: str
     model: ModelEntry
-    sampling: SamplingEntry
-    sampler: FileEntry
-    text: TextEntry
-    further_texts: tuple[TextEntry, ...] = ()
-    text_encoder: EngineEntry
-    vae_decoder: EngineEntry
-    denoisers: dict[str, EngineEntry]
+    settings: tuple[SettingEntry, ...] = Field(min_length=1)
+    scheduler: FileEntry | None = None
+    texts: tuple[TextEntry, ...] = Field(min_length=1)
+    zero_absent_negative: bool = False
+    text_encoder: Engines
+    vae_decoder: Engines
+    denoisers: dict[str, Engines]
     range_calibration: RangeCalibrationEntry
 
     @model_validator(mode="before")
     @classmethod
-    def _read_old(cls, data: Any) -> Any:
+    def _as_it_is_written(cls, data: Any) -> Any:
+        """Hashes are of what the file says, in the form of its version."""
+        if isinstance(data, dict) and isinstance(data.get("bundle_id"), str):
+            if data["bundle_id"] != manifest_identity(data):
+                raise ValueError("bundle_id does not match the manifest's content; the manifest was altered")
+            if "settings" in data and data.get("settings_sha256") != settings_identity(data["settings"]):
+                raise ValueError("settings_sha256 does not match the manifest's settings; the manifest was altered")
         return current_form(data)
-
-    @model_serializer(mode="wrap")
-    def _write_old(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return form_of_its_version(handler(self))
 
     @model_validator(mode="after")
     def _whole(self) -> Manifest:
         if REFERENCE.value not in self.denoisers:
             raise ValueError(f"denoisers lack the reference precision {REFERENCE.value}")
-        backends = {entry.backend for entry in self.denoisers.values()}
+        backends = {entry.backend for entries in self.denoisers.values() for entry in entries}
         if len(backends) > 1:
             raise ValueError(f"denoisers are of several backends ({', '.join(sorted(backends))}), expected one")
         named: dict[str, FileEntry] = {}
@@ -208,13 +196,10 @@ class Manifest(Document):
         for name, engine in self.engines().items():
             if len({file.path for file in engine.files()}) < len(engine.files()):
                 raise ValueError(f"{name} names one of its files twice, expected each once")
-        if self.bundle_id != self.identity():
-            raise ValueError("bundle_id does not match the manifest's content; the manifest was altered")
+        for what in ("name", "folder"):
+            if len({getattr(entry, what) for entry in self.settings}) < len(self.settings):
+                raise ValueError(f"two settings have the same {what}, expected different ones")
         return self
-
-    def identity(self) -> str:
-        """Hex SHA-256 of the canonical JSON of everything but `bundle_id`; fields that the file lacks do not count."""
-        return manifest_identity(self.model_dump(mode="json", exclude_unset=True))
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -222,21 +207,23 @@ class Manifest(Document):
         return tuple(self.denoisers)
 
     @property
-    def texts(self) -> tuple[TextEntry, ...]:
-        """How a prompt is read, for each text encoder in turn."""
-        return (self.text, *self.further_texts)
-
-    @property
     def embeds_guidance(self) -> bool:
         """Whether the guidance scale is an input of the denoisers; classifier-free guidance is off then."""
-        return any(spec.name == GUIDANCE for entry in self.denoisers.values() for spec in entry.inputs)
+        return any(spec.name == GUIDANCE for spec in self.reference.inputs)
+
+    @property
+    def reference(self) -> EngineEntry:
+        """The denoiser engine of the reference precision, for the default setting."""
+        return self.denoisers[self.precisions[0]][0]
 
     def engines(self) -> dict[str, EngineEntry]:
         """Every engine by a name for messages: the denoisers by precision, then the others."""
+        named = {**{f"denoiser {name}": entries for name, entries in self.denoisers.items()}}
+        named |= {"text encoder": self.text_encoder, "VAE decoder": self.vae_decoder}
         return {
-            **{f"denoiser {name}": entry for name, entry in self.denoisers.items()},
-            "text encoder": self.text_encoder,
-            "VAE decoder": self.vae_decoder,
+            name if len(entries) == 1 else f"{name} ({entry.shapes})": entry
+            for name, entries in named.items()
+            for entry in entries
         }
 
     def files(self) -> tuple[FileEntry, ...]:
@@ -245,13 +232,32 @@ class Manifest(Document):
 
     def _mentions(self) -> Iterator[FileEntry]:
         """Every file, as often as it is named."""
-        yield self.sampler
+        yield from (setting.sampler for setting in self.settings)
+        if self.scheduler is not None:
+            yield self.scheduler
         yield from (text.tokenizer for text in self.texts)
         for entry in self.engines().values():
             yield from entry.files()
         yield from (entry.plan.inspector for entry in self.engines().values() if entry.plan is not None)
 
 
+def engine_for(entries: Engines, setting: SettingEntry) -> EngineEntry | None:
+    """The one of several engines that runs a setting; None where none does."""
+    return next((entry for entry in entries if entry.runs(setting)), None)
+
+
 def manifest_identity(data: dict[str, Any]) -> str:
     """The `bundle_id` that belongs to a manifest's JSON data."""
-    return sha256_bytes(canonical_json({key: value for key, value in data.items() if key != "bundle_id"}))
+    own = {"bundle_id", "settings", "settings_sha256"}
+    return sha256_bytes(canonical_json({key: value for key, value in data.items() if key not in own}))
+
+
+def settings_identity(settings: list[dict[str, Any]]) -> str:
+    """The `settings_sha256` that belongs to the JSON data of settings."""
+    return sha256_bytes(canonical_json(settings))
+
+
+def manifest_text(data: dict[str, Any]) -> str:
+    """The file of a manifest's JSON data, whose hashes are set anew."""
+    whole = {**data, "bundle_id": manifest_identity(data), "settings_sha256": settings_identity(data["settings"])}
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engines.documents import one_line, read_document, write_document
 from engines.errors import ScheduleError
+from engines.setting_entry import SettingEntry
 
-SCHEDULE_VERSION: Final = 1
+SCHEDULE_VERSION: Final = 2  # 1 names no setting
 
 
 class Schedule(BaseModel):
@@ -19,6 +20,7 @@ class Schedule(BaseModel):
 
     Attributes:
         bundle_id: `Manifest.bundle_id` of the bundle the schedule belongs to.
+        setting: name of the setting in the bundle; None in schedules of earlier releases, whose bundles have one.
         precisions: one name per step index, length T.
         origin: how it came about, for a reader ("bisection, --high-steps 8", "uniform:fp16").
         predicted_error: predicted E of the final latents, None where nothing was predicted.
@@ -27,8 +29,9 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = SCHEDULE_VERSION
+    version: Literal[1, 2] = SCHEDULE_VERSION
     bundle_id: str = Field(min_length=1)
+    setting: str | None = None
     precisions: tuple[str, ...] = Field(min_length=1)
     origin: str
     predicted_error: float | None = Field(default=None, ge=0)
@@ -47,9 +50,14 @@ class Schedule(BaseModel):
         return len(self.precisions)
 
     @classmethod
-    def uniform(cls, bundle_id: str, precision: str, num_steps: int) -> Schedule:
-        """Every one of `num_steps` steps at one precision."""
-        return cls(bundle_id=bundle_id, precisions=(precision,) * num_steps, origin=f"uniform:{precision}")
+    def uniform(cls, bundle_id: str, setting: SettingEntry, precision: str) -> Schedule:
+        """Every step of a setting at one precision."""
+        return cls(
+            bundle_id=bundle_id,
+            setting=setting.name,
+            precisions=(precision,) * setting.num_steps,
+            origin=f"uniform:{precision}",
+        )
 
     @classmethod
     def load(cls, path: Path) -> Schedule:
@@ -58,7 +66,7 @@ class Schedule(BaseModel):
         Raises:
             ScheduleError: the file is missing, not a schedule, altered, or of a newer version.
         """
-        data = read_document(path, "schedule", SCHEDULE_VERSION, ScheduleError)
+        data = read_document(path, "schedule", SCHEDULE_VERSION, ScheduleError, oldest=1)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -68,21 +76,26 @@ class Schedule(BaseModel):
         """Writes the document atomically."""
         write_document(path, self.model_dump(mode="json"))
 
-    def check(self, *, bundle_id: str, num_steps: int, precisions: Sequence[str]) -> None:
-        """Refuses a schedule that does not fit a bundle.
+    def check(self, *, bundle_id: str, setting: SettingEntry, precisions: Sequence[str]) -> None:
+        """Refuses a schedule that does not fit a setting of a bundle.
 
         Raises:
-            ScheduleError: another bundle, another T, or a precision the bundle does not hold.
+            ScheduleError: another bundle, setting or T, or a precision the bundle does not hold.
         """
-        if self.num_steps != num_steps:
+        if self.num_steps != setting.num_steps:
             raise ScheduleError(
-                f"schedule has {self.num_steps} steps, the bundle's loop has {num_steps}; "
-                "calibrate this bundle again or build one with that many steps"
+                f"schedule has {self.num_steps} steps, the bundle's loop has {setting.num_steps} in its setting "
+                f"{setting.name}; pick a setting of that many steps, or calibrate one with --steps"
             )
         if self.bundle_id != bundle_id:
             raise ScheduleError(
                 f"schedule was made for bundle {self.bundle_id[:12]}, this one is {bundle_id[:12]}; "
                 "run `tmpdiff-export calibrate` on this bundle"
+            )
+        if self.setting not in (None, setting.name):
+            raise ScheduleError(
+                f"schedule was made for setting {self.setting}, the one that runs is {setting.name}; pick that setting, or "
+                "calibrate this one"
             )
         for name in dict.fromkeys(self.precisions):
             if name not in precisions:

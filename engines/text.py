@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BackendError, BundleError, PromptError, first_line
-from engines.text_entry import TextEntry
+from engines.text_entry import Reading, TextEntry
 
 SECTION = re.compile(r"\[(\w+)\]")
 SECTIONS = ("calibration", "validation")
+NEGATIVE = "negative_"
+"""Before the name of a text encoder output that only negative prompts have."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and mask of N prompts, both int64 [N, max_tokens]; the mask is 1 on real tokens."""
+    """Token ids and mask of N prompts, both int64 [N, L]; the mask is 1 on real tokens."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -32,6 +34,13 @@ class Tokens:
         """
         ids, mask = text_inputs(position)
         return {ids: self.input_ids, mask: self.attention_mask}
+
+    def followed_by(self, other: Tokens) -> Tokens:
+        """Both in one batch, [N1 + N2, L]."""
+        return Tokens(
+            np.concatenate([self.input_ids, other.input_ids]),
+            np.concatenate([self.attention_mask, other.attention_mask]),
+        )
 
 
 def text_inputs(position: int) -> tuple[str, str]:
@@ -62,26 +71,121 @@ def load_tokenizer(data: bytes) -> Any:
     return tokenizer
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], text: TextEntry) -> Tokens:
-    """Token ids of prompts, padded to the bundle's length.
+def written_text(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading) -> str:
+    """What the tokenizer is given for a prompt: lower-cased, stripped, framed and expanded where the pipeline does so."""
+    text = f"{reading.prefix}{prompt.lower().strip() if entry.lowercase else prompt}{reading.suffix}"
+    if entry.expansions:
+        tokenizer.no_truncation()
+        for token in dict.fromkeys(tokenizer.encode(text, add_special_tokens=False).tokens):
+            text = text.replace(token, entry.expansions.get(token, token))
+    return text
+
+
+def encode_texts(
+    tokenizer: Any, prompts: Sequence[str], entry: TextEntry, reading: Reading, length: int, width: int
+) -> Tokens:
+    """Token ids of prompts as the pipeline makes them: cut to `length + reading.extra_tokens` and padded to it.
+
+    Special tokens stay when a prompt is cut.
+
+    Args:
+        tokenizer: from `load_tokenizer`; its truncation is set.
+        prompts: as the user wrote them.
+        entry: how the text encoder reads.
+        reading: its reading of this kind of prompt, positive or negative.
+        length: the text length.
+        width: length of the result, L; what is missing is padding on the right, whatever the padding side.
 
     Raises:
-        PromptError: no prompts, or one with more tokens than the text encoder takes.
+        PromptError: no prompts.
+        BundleError: the special tokens alone are more than the length.
     """
     if not prompts:
         raise PromptError("no prompt given; pass at least one")
-    ids = np.full((len(prompts), text.max_tokens), text.pad_token_id, np.int64)
+    size = length + reading.extra_tokens
+    ids = np.full((len(prompts), width), entry.pad_token_id, np.int64)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        encoded = tokenizer.encode(prompt.lower().strip() if text.lowercase else prompt).ids
-        if len(encoded) > text.max_tokens:
-            raise PromptError(
-                f"prompt {_shorten(prompt)!r} has {len(encoded)} tokens, this bundle takes at most {text.max_tokens}; "
-                "shorten it"
+        found = _encoded(tokenizer, prompt, entry, reading, size).ids
+        if len(found) > size:
+            raise BundleError(
+                f"text length {length} leaves no room for the {tokenizer.num_special_tokens_to_add(False)} special tokens "
+                f"of {entry.tokenizer.path}; use a longer one"
             )
-        ids[row, : len(encoded)] = encoded
-        mask[row, : len(encoded)] = 1
+        start = size - len(found) if entry.padding_side == "left" else 0
+        ids[row, start : start + len(found)] = found
+        mask[row, start : start + len(found)] = 1
     return Tokens(ids, mask)
+
+
+def kept_positions(reading: Reading, length: int) -> np.ndarray:
+    """Which positions of the text encoder's outputs the denoiser gets, int64 [length]."""
+    head, size = min(reading.head, length), length + reading.extra_tokens
+    return np.concatenate([np.arange(head), np.arange(size - (length - head), size)])
+
+
+def cut_words(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading, length: int) -> str:
+    """What `encode_texts` cuts of a prompt, as it is written there (lower-cased where the pipeline does); "" for nothing."""
+    kept = _words(_encoded(tokenizer, prompt, entry, reading, length + reading.extra_tokens))
+    whole = _words(_encoded(tokenizer, prompt, entry, reading, None))
+    cut = whole[len(kept) :] if entry.truncation_side == "right" else whole[: len(whole) - len(kept)]
+    if not cut:
+        return ""
+    text = written_text(tokenizer, prompt, entry, reading)
+    return text[min(start for start, _ in cut) : max(end for _, end in cut)].strip()
+
+
+def require_whole(tokenizer: Any, prompts: Sequence[str], entry: TextEntry, reading: Reading, length: int) -> None:
+    """Refuses prompts that would be cut.
+
+    Raises:
+        PromptError: names the first one.
+    """
+    size = length + reading.extra_tokens
+    for prompt in prompts:
+        count = len(_encoded(tokenizer, prompt, entry, reading, None).ids)
+        if count > size:
+            raise PromptError(
+                f"prompt {_shorten(prompt)!r} has {count} tokens, this bundle takes at most {size}; shorten it"
+            )
+
+
+def guided_text(outputs: Mapping[str, np.ndarray], size: int, *, zeros: bool) -> dict[str, np.ndarray]:
+    """The denoiser's text inputs with classifier-free guidance, the negative prompts' half first.
+
+    Args:
+        outputs: of the text encoder, each [N + M, ...]: N prompts, then M negative ones, one for all or N. Where there is
+            an output `negative_...`, the negative prompts have that one.
+        size: N.
+        zeros: whether zeros stand for the negative prompts.
+
+    Returns:
+        Arrays [2 N, ...] by denoiser input name, owned by the caller.
+    """
+    result = {}
+    for name, values in outputs.items():
+        if name.startswith(NEGATIVE):
+            continue
+        half = outputs.get(f"{NEGATIVE}{name}", values)[size:]
+        half = np.zeros_like(values[:size]) if zeros else np.broadcast_to(half, values[:size].shape)
+        result[name] = np.concatenate([half, values[:size]])
+    return result
+
+
+def _encoded(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading, size: int | None) -> Any:
+    """A `tokenizers.Encoding`, cut to `size` tokens unless that is None."""
+    text = written_text(tokenizer, prompt, entry, reading)
+    if size is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(size, direction=entry.truncation_side)
+    return tokenizer.encode(text)
+
+
+def _words(encoding: Any) -> list[tuple[int, int]]:
+    """Where in the text its tokens stand, without those that the tokenizer has put around them."""
+    marks = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+    return [offset for offset, special in marks if not special]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class TextEntry(Document):
         pad_token_id: id of the padding token.
         lowercase: whether prompts are lower-cased and stripped first, as PixArt and Sana pipelines do.
         padding_side: where the padding goes.
+        truncation_side: where a prompt that is too long is cut.
+        expansions: what stands in the place of a token that a prompt names (textual inversion with several vectors).
         variable: whether a setting may have another text length.
         positive: of prompts.
         negative: of negative prompts.
@@ -47,6 +49,8 @@ class TextEntry(Document):
     pad_token_id: int = Field(ge=0, lt=1 << 31)
     lowercase: bool
     padding_side: Literal["left", "right"] = "right"
+    truncation_side: Literal["left", "right"] = "right"
+    expansions: dict[str, str] = Field(default_factory=dict)
     variable: bool = False
     positive: Reading = Reading()
     negative: Reading = Reading()

@@ -47,16 +47,20 @@ ROOMS = {
     "engines": """
         __main__
         cli
+        run
         runtime
+        conditioning
+        loaded
         backends
         host
         loop
         engine
-        bundle sampler text pictures arguments
+        bundle sampler text pictures noise arguments terminal
         manifest sampler_document schedule
-        package_entry text_entry
+        plan_entry package_entry text_entry setting_entry
         documents old_manifests precision
         files
+        setting_choice
         errors version
     """,
     "engines.backends": """

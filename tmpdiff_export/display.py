@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from engines.cli import printable
+from engines.terminal import printable
 from tmpdiff_export.memory import PeakMemory
 
 if TYPE_CHECKING:

@@ -70,7 +70,9 @@ class BundleEvaluator:
         self._seed = seed
         self._noise = runtime.noise([seed + index for index in range(len(prompts))])
         self._key = sha256_bytes(
-            canonical_json([runtime.manifest.bundle_id, list(prompts), seed, float(guidance_scale)])
+            canonical_json(
+                [runtime.manifest.bundle_id, runtime.setting.name, list(prompts), seed, float(guidance_scale)]
+            )
         )
 
     def start(self, sample: int, nudged: bool = False) -> Row:
@@ -110,7 +112,7 @@ class BundleEvaluator:
         return latents
 
     def key(self) -> str:
-        """Digest of the bundle, the prompts, the seed and the guidance scale."""
+        """Digest of the bundle, its setting, the prompts, the seed and the guidance scale."""
         return self._key
 
 
@@ -142,7 +144,7 @@ class BundleSamples:
 
 def samples_per_call(runtime: DenoiseRuntime, guidance_scale: float) -> int:
     """How many samples one call of the denoisers is compiled for; 1 where fewer rows take less time."""
-    package = runtime.manifest.denoisers[runtime.precisions[0]].package
+    package = runtime.manifest.reference.package
     if package is None:
         return 1
     guided = guidance_scale > 1.0 and not runtime.manifest.embeds_guidance

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from engines.backends.choose import backend_version
 from engines.bundle import UNIFORM_PREFIX
+from engines.conditioning import Conditioning
 from engines.manifest import EngineEntry
-from engines.runtime import Conditioning, DenoiseRuntime
+from engines.runtime import DenoiseRuntime
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -97,7 +98,7 @@ def _device_step_latencies(
     noise = runtime.noise(range(conditioning.size))
     for number in range(WARM_UP_ROUNDS + rounds):
         for name, kept in times.items():
-            schedule = runtime.bundle.schedule(f"{UNIFORM_PREFIX}{name}")
+            schedule = runtime.bundle.schedule(runtime.setting, f"{UNIFORM_PREFIX}{name}")
             steps: list[float] = []
             runtime.denoise(
                 conditioning,
@@ -136,4 +137,4 @@ def machine(runtime: DenoiseRuntime, threads: int | None) -> str:
 
 
 def _reference(runtime: DenoiseRuntime) -> EngineEntry:
-    return runtime.manifest.denoisers[runtime.precisions[0]]
+    return runtime.manifest.reference

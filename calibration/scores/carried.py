@@ -74,6 +74,7 @@ def carried_scores(found: Sensitivity, source: StepAxis, target: StepAxis) -> Ca
         )
     origin = TransferRecord(
         bundle_id=found.settings.bundle_id,
+        setting=found.settings.setting,
         num_steps=found.num_steps,
         guidance_scale=found.settings.guidance_scale,
         checks=(),

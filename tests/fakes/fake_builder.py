@@ -26,7 +26,7 @@ INT_MAX = 2**63 - 1
 
 
 class IOptimizationProfile:
-    """Shape ranges of the dynamic inputs."""
+    """Shape ranges of the dynamic inputs; `extra_memory_target` counts for all profiles of a plan but the first."""
 
     def __init__(self) -> None:
         self.extra_memory_target = 1.0
@@ -333,10 +333,20 @@ class Builder:
             tensors=network.fake_tensors,
             layers=layers,
             profiles=tuple(static | item for item in profiles),
-            weights=fake_onnx.weight_bytes(model),
+            weights=_weights(fake_onnx.weight_bytes(model), config.fake_profiles),
             missing=missing,
             model=data,
         )
+
+
+def _weights(weights: dict[str, int], profiles: list[IOptimizationProfile]) -> dict[str, int]:
+    """With the copies that further profiles make where they may: laid out anew for the kernels of their shapes."""
+    copies = {
+        f"{name} [profile {index}]": int(size * profile.extra_memory_target)
+        for index, profile in enumerate(profiles[1:], 1)
+        for name, size in weights.items()
+    }
+    return weights | {name: size for name, size in copies.items() if size}
 
 
 def _flag_names(flags: int) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import weakref
 from typing import Any
@@ -16,6 +18,7 @@ from fakes.fake_trt_base import Dims, ILogger, IProfiler, flag
 
 ALIGNMENT = 256
 SCRATCH_PATTERN = 0xEE  # what an execution leaves in its scratch
+_own_addresses = itertools.count(-1, -1)  # below all memory: what a switch of profiles writes and executions read
 
 
 class IExecutionContext:
@@ -32,6 +35,7 @@ class IExecutionContext:
         context._engine, context._strategy, context._reserved = engine, strategy, reserved
         context._cuda = engine.fake_here.cuda
         context._profile_index = 0
+        context._profile_data = (next(_own_addresses), 1)
         context._shapes = {}
         context._addresses = {}
         context._scratch = None
@@ -74,14 +78,23 @@ class IExecutionContext:
         return self._profile_index
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        self._cuda.record("set_optimization_profile_async", profile_index, int(stream_handle))
-        if not 0 <= profile_index < self._engine.num_optimization_profiles:
-            return self._error(f"setOptimizationProfileAsync: invalid profile {profile_index}")
-        if profile_index != self._profile_index:
-            self._profile_index = profile_index
-            self._reset_shapes()
-            self._cuda.scheduler.enqueue(self._cuda.stream(stream_handle), "profile switch")
-        return True
+        """Copies to the device on the stream: what runs on another one has to wait for it."""
+        with self._cuda.lock:
+            self._cuda.record("set_optimization_profile_async", profile_index, int(stream_handle))
+            fault = self._cuda.fault("set_optimization_profile_async")
+            stream = self._cuda.stream(stream_handle)
+            if fault is not None:
+                return self._error(f"setOptimizationProfileAsync: {fault}")
+            if stream.capture is not None:
+                return self._error("setOptimizationProfileAsync: operation not permitted when stream is capturing")
+            if not 0 <= profile_index < self._engine.num_optimization_profiles:
+                return self._error(f"setOptimizationProfileAsync: invalid profile {profile_index}")
+            if profile_index != self._profile_index:
+                self._profile_index = profile_index
+                self._settled_shapes = None
+                self._reset_shapes()
+                self._cuda.scheduler.enqueue(stream, "profile switch", writes=(self._profile_data,))
+            return True
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
         self._cuda.record("set_input_shape", name, tuple(shape))
@@ -134,6 +147,9 @@ class IExecutionContext:
             return Dims(())
         if item.is_input:
             return Dims(self._shapes.get(name, item.shape))
+        if all(other.name in self._shapes for other in self._engine.fake_plan.tensors if other.is_input):
+            with contextlib.suppress(ValueError):  # shapes that contradict each other
+                return Dims(self._all_shapes()[name])
         sizes: dict[int | str, int] = {}
         for other in self._engine.fake_plan.tensors:
             if other.name in self._shapes:
@@ -279,7 +295,7 @@ class IExecutionContext:
             stream,
             f"execute {plan.name}",
             action,
-            reads=tuple(spans[item.name] for item in plan.tensors if item.is_input),
+            reads=(self._profile_data, *(spans[item.name] for item in plan.tensors if item.is_input)),
             writes=outputs if scratch is None else (*outputs, scratch),
             milliseconds=sum(self._engine.fake_here.layer_ms.get(layer.compute, 0.02) for layer in plan.layers),
         )

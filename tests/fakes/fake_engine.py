@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from fakes import fake_onnx
 from fakes.fake_context import IExecutionContext
 from fakes.fake_inspector import EngineInspector
 from fakes.fake_plan import Plan, PlanFormatError, TensorInfo, decode, encode
@@ -39,10 +40,10 @@ def scratch_bytes(plan: Plan, shape_of: Callable[[TensorInfo], tuple[int, ...]])
 
 
 def resolve(plan: Plan, inputs: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors from those of the inputs.
+    """Shapes of all tensors from those of the inputs; of outputs with dimensions that no input names, by running it.
 
     Raises:
-        ValueError: two inputs disagree on a named dimension, or an output has one that no input has.
+        ValueError: two inputs disagree on a named dimension.
     """
     sizes: dict[str, int] = {}
     for item in plan.tensors:
@@ -50,9 +51,10 @@ def resolve(plan: Plan, inputs: dict[str, tuple[int, ...]]) -> dict[str, tuple[i
             for dim, size in zip(item.dims, inputs[item.name], strict=True):
                 if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
                     raise ValueError(f"dimension {dim} of input {item.name} is {size}, of another input {sizes[dim]}")
-    unknown = [dim for item in plan.tensors for dim in item.dims if isinstance(dim, str) and dim not in sizes]
-    if unknown:
-        raise ValueError(f"the fake cannot infer the dimensions {unknown}; name them as an input's")
+    if any(isinstance(dim, str) and dim not in sizes for item in plan.tensors for dim in item.dims):
+        kinds = {item.name: item.dtype for item in plan.tensors}
+        given = tuple((name, kinds[name], tuple(shape)) for name, shape in sorted(inputs.items()))
+        return {**inputs, **fake_onnx.output_shapes(plan.model, given)}
     return {item.name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in item.dims) for item in plan.tensors}
 
 

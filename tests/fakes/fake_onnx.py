@@ -5,6 +5,7 @@ Running is real: ONNX Runtime on the CPU, without the optimizers that miscompute
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -207,6 +208,13 @@ def refit(stripped: bytes, names: tuple[str, ...], source: onnx.ModelProto) -> b
             raise ValueError(f"weights {item.name} are missing or of another shape or type")
         item.CopyFrom(other)
     return model.SerializeToString()
+
+
+@functools.lru_cache
+def output_shapes(model: bytes, inputs: tuple[tuple[str, str, tuple[int, ...]], ...]) -> dict[str, tuple[int, ...]]:
+    """Output name -> shape for inputs of a name, DataType and shape each: as ONNX Runtime returns them."""
+    results = run(model, {name: np.zeros(shape, NUMPY[dtype]) for name, dtype, shape in inputs})
+    return {name: result.shape for name, result in results.items()}
 
 
 def run(model: bytes, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

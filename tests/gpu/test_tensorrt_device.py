@@ -24,7 +24,8 @@ from helpers.paths import ROOT
 from engines.documents import FileEntry
 from engines.errors import BackendError
 from engines.loop import Loop, host_loop
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, PlanEntry, TensorSpec
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry, TensorSpec
+from engines.plan_entry import PlanEntry
 from engines.sampler import SamplerRow, SamplerTable
 
 pytestmark = needs_gpu
@@ -237,7 +238,7 @@ def entry_of(dtype: type[Any]) -> EngineEntry:
         plan=PlanEntry(
             version_compatible=True,
             hardware_compatibility="none",
-            profile={},
+            profiles=({},),
             weight_streaming=False,
             weights_bytes=0,
             scratch_bytes=0,

@@ -29,11 +29,11 @@ class Bench:
         self, precision: str = "fp16", onnx: Path | None = None, target: Path | None = None, **options: Any
     ) -> Any:
         progress = options.pop("progress", None)
-        profile = options.pop("profile", PROFILE)
+        profiles = options.pop("profiles", (PROFILE,))
         asked = self.code.plan_store.PlanRequest(
             onnx or save_model(self.folder / f"{precision}.onnx", precision),
             precision,
-            profile,
+            profiles,
             self.code.options.PlanOptions(**options),
             self.gpu,
         )

@@ -16,7 +16,13 @@ Opened = Callable[..., Any]
 
 
 def loop_of(
-    sampler: SamplerTable, precisions: tuple[str, ...], *, samples: int = 2, guidance_scale: float = 4.5, **options: Any
+    sampler: SamplerTable,
+    precisions: tuple[str, ...],
+    *,
+    samples: int = 2,
+    size: tuple[int, int] = (SIDE, SIDE),
+    guidance_scale: float = 4.5,
+    **options: Any,
 ) -> Loop:
     random = np.random.default_rng(5)
     batch = 2 * samples if guidance_scale > 1 else samples
@@ -24,7 +30,7 @@ def loop_of(
         table=sampler,
         precisions=precisions,
         conditioning={"hidden_states": random.standard_normal((batch, TOKENS, WIDTH)).astype(np.float32)},
-        noise=random.standard_normal((samples, CHANNELS, SIDE, SIDE)).astype(np.float32),
+        noise=random.standard_normal((samples, CHANNELS, *size)).astype(np.float32),
         guidance_scale=guidance_scale,
         **options,
     )

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.documents import FileEntry
 from engines.files import sha256_bytes
-from engines.manifest import EngineEntry, PlanEntry, TensorSpec
+from engines.manifest import EngineEntry, TensorSpec
+from engines.plan_entry import PlanEntry
 from engines.sampler import SamplerRow, SamplerTable
 
 CHANNELS, SIDE, TOKENS, WIDTH = 3, 4, 5, 6
@@ -35,8 +36,11 @@ class SmallModel:
 
 
 @functools.cache
-def denoiser(seed: int, dtype: str = "float16", *, weights: int = 64) -> SmallModel:
-    """model_output = tanh(latents * w + mean(hidden_states) + timestep / 1000), in `dtype`; `weights` pads its size."""
+def denoiser(seed: int, dtype: str = "float16", *, weights: int = 64, any_size: bool = False) -> SmallModel:
+    """model_output = tanh(latents * w + mean(hidden_states) + timestep / 1000), in `dtype`; `weights` pads its size.
+
+    Height and width of the latents are `SIDE`, or symbolic with `any_size`.
+    """
     random = np.random.default_rng(seed)
     kind = KINDS[dtype]
     constants = {
@@ -58,12 +62,13 @@ def denoiser(seed: int, dtype: str = "float16", *, weights: int = 64) -> SmallMo
         helper.make_node("Add", ["scaled", "shift_column"], ["shifted"]),
         helper.make_node("Tanh", ["shifted"], ["model_output"]),
     ]
+    shape = ("batch", CHANNELS, *(("height", "width") if any_size else (SIDE, SIDE)))
     inputs = (
-        TensorSpec(name="latents", dtype=dtype, shape=("batch", CHANNELS, SIDE, SIDE)),
+        TensorSpec(name="latents", dtype=dtype, shape=shape),
         TensorSpec(name="timestep", dtype="float32", shape=("batch",)),
         TensorSpec(name="hidden_states", dtype=dtype, shape=("batch", TOKENS, WIDTH)),
     )
-    outputs = (TensorSpec(name="model_output", dtype=dtype, shape=("batch", CHANNELS, SIDE, SIDE)),)
+    outputs = (TensorSpec(name="model_output", dtype=dtype, shape=shape),)
     return _small(f"denoiser{seed}", nodes, inputs, outputs, constants)
 
 
@@ -76,11 +81,11 @@ def embedder() -> SmallModel:
     return _small("embedder", nodes, inputs, outputs, {"table": table})
 
 
-def inputs(batch: int = 2) -> dict[str, np.ndarray]:
+def inputs(batch: int = 2, size: tuple[int, int] = (SIDE, SIDE)) -> dict[str, np.ndarray]:
     """For one call of a small denoiser."""
     random = np.random.default_rng(3)
     return {
-        "latents": random.standard_normal((batch, CHANNELS, SIDE, SIDE)).astype(np.float32),
+        "latents": random.standard_normal((batch, CHANNELS, *size)).astype(np.float32),
         "timestep": np.full(batch, 500, np.float32),
         "hidden_states": random.standard_normal((batch, TOKENS, WIDTH)).astype(np.float32),
     }
@@ -93,24 +98,32 @@ def entry(
     name: str,
     *,
     batch: tuple[int, int, int] = (1, 2, 4),
+    sizes: Sequence[tuple[int, int]] = ((SIDE, SIDE),),
     flags: Sequence[str] = (),
     **changed: Any,
 ) -> tuple[EngineEntry, Path]:
-    """Builds a plan; its manifest entry (fields of the plan's can be changed) and its file."""
-    shapes = {
-        spec.name: tuple(tuple(size if axis == "batch" else axis for axis in spec.shape) for size in batch)
-        for spec in small.inputs
-    }
+    """Builds a plan with a profile per size; its manifest entry (fields of the plan's can be changed) and its file."""
+
+    def shapes_of(size: tuple[int, int]) -> dict[str, tuple[Any, ...]]:
+        axes = [{"batch": samples, "height": size[0], "width": size[1]} for samples in batch]
+        return {
+            spec.name: tuple(tuple(fixed.get(axis, axis) for axis in spec.shape) for fixed in axes)
+            for spec in small.inputs
+        }
+
+    profiles = tuple(map(shapes_of, sizes))
     major, minor = fakes.cuda.compute_capability
     machine = (fakes.tensorrt.__version__, fakes.cuda.name, major, minor)
-    data = _plan(machine, small.model.SerializeToString(), tuple(shapes.items()), tuple(flags))
+    data = _plan(
+        machine, small.model.SerializeToString(), tuple(tuple(shapes.items()) for shapes in profiles), tuple(flags)
+    )
     path = folder / f"{name}.plan"
     path.write_bytes(data)
     file = FileEntry(path=path.name, sha256=sha256_bytes(data), bytes=len(data))
     plan = {
         "version_compatible": "VERSION_COMPATIBLE" in flags,
         "hardware_compatibility": "none",
-        "profile": shapes,
+        "profiles": profiles,
         "weight_streaming": "WEIGHT_STREAMING" in flags,
         "weights_bytes": 1,
         "scratch_bytes": 1,
@@ -137,17 +150,19 @@ def entry(
 
 
 @functools.cache
-def _plan(machine: tuple[Any, ...], model: bytes, shapes: tuple[tuple[str, Any], ...], flags: tuple[str, ...]) -> bytes:
+def _plan(machine: tuple[Any, ...], model: bytes, profiles: tuple[Any, ...], flags: tuple[str, ...]) -> bytes:
     """What the fakes that are installed, which are those of `machine`, build of a model."""
     trt: Any = sys.modules["tensorrt"]
     log = trt.Logger()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     assert trt.OnnxParser(network, log).parse(model)
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    for input_name, ranges in shapes:
-        profile.set_shape(input_name, *ranges)
-    config.add_optimization_profile(profile)
+    config = builder.create_builder_config()
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for input_name, ranges in shapes:
+            profile.set_shape(input_name, *ranges)
+        config.add_optimization_profile(profile)
     for flag in flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

@@ -18,7 +18,7 @@ from engines.backends.tensorrt import builder
 from engines.backends.tensorrt.build_progress import BuildProgress
 from engines.backends.tensorrt.options import PlanOptions
 
-SHAPES = {"latents": ((1, 4, 32, 32), (2, 4, 32, 32), (4, 4, 32, 32))}
+PROFILES = [{"latents": tuple((batch, 4, *size) for batch in (1, 2, 4))} for size in ((32, 32), (24, 40))]
 
 
 class Strict:
@@ -33,7 +33,8 @@ class Strict:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.noted.append([name, [spelled(value) for value in (*args, *kwargs.values())]])
-            return self.answers.get(name)
+            answer = self.answers.get(name)
+            return answer() if inspect.isfunction(answer) else answer
 
         return call
 
@@ -59,13 +60,19 @@ def spelled(value: Any) -> str:
 
 def main() -> None:
     """Prints the calls for the options in the first argument."""
-    tensor = Strict(trt.ITensor, name="latents", is_shape_tensor=False, dtype=trt.float16, shape=(-1, 4, 32, 32))
+    tensor = Strict(trt.ITensor, name="latents", is_shape_tensor=False, dtype=trt.float16, shape=(-1, 4, -1, -1))
     network = Strict(trt.INetworkDefinition, num_inputs=1, get_input=tensor)
-    config = Strict(trt.IBuilderConfig, create_timing_cache="cache", get_timing_cache="cache")
     profile = Strict(trt.IOptimizationProfile)
+    indices = iter(range(len(PROFILES)))
+    config = Strict(
+        trt.IBuilderConfig,
+        create_timing_cache="cache",
+        get_timing_cache="cache",
+        add_optimization_profile=lambda: next(indices),
+    )
     made = Strict(trt.Builder, create_builder_config=config, create_optimization_profile=profile)
     options = PlanOptions(**json.loads(sys.argv[1]))
-    builder._configuration(made, network, SHAPES, options, BuildProgress(None))
+    builder._configuration(made, network, PROFILES, options, BuildProgress(None))
     print(json.dumps([*profile.noted, *config.noted]))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engines.documents import canonical_json
-from engines.errors import BuildError
 from engines.files import atomic_write_text, sha256_bytes
 from engines.manifest import LATENTS
 from engines.precision import REFERENCE
@@ -21,13 +20,13 @@ from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import shared_tensors, store_plain, tensors_digest
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
-from tmpdiff_export.pipelines.families.family import LATENT_AXES
+from tmpdiff_export.pipelines.families.family import LATENT_AXES, with_clip_skip
 from tmpdiff_export.pipelines.families.vae import picture_axes, vae_decoder
 from tmpdiff_export.pipelines.load import SourcePipeline
+from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.accuracy import AccuracyCheck, torch_outputs
-from tmpdiff_export.targets.target import EngineJob, SourceModel, file_entry
-from tmpdiff_export.weights.source import SourceWeights
+from tmpdiff_export.targets.target import EngineJob, SourceModel
 from tmpdiff_export.weights.streamed import taken_weights
 
 TEXT_ENCODER = "text_encoder"
@@ -48,29 +47,10 @@ def write_tokenizers(source: SourcePipeline, bundle: Path) -> list[TextEntry]:
 
     Returns:
         Their manifest entries, in the order of the text encoders.
-
-    Raises:
-        BuildError: a tokenizer has no form that the runtime reads.
     """
-    texts = []
-    for position, text in enumerate(source.texts):
-        path = bundle / (f"tokenizer_{position + 1}.json" if position else "tokenizer.json")
-        try:
-            atomic_write_text(path, text.tokenizer.backend_tokenizer.to_str())
-        except AttributeError:
-            raise BuildError(
-                f"{text.part.tokenizer} {type(text.tokenizer).__name__} has no `tokenizers` form; load the pipeline "
-                "with a fast tokenizer"
-            ) from None
-        texts.append(
-            TextEntry(
-                tokenizer=file_entry(bundle, path),
-                max_tokens=text.max_tokens,
-                pad_token_id=int(text.tokenizer.pad_token_id),
-                lowercase=source.family.lowercase,
-            )
-        )
-    return texts
+    for text in source.texts:
+        atomic_write_text(bundle / text.entry.tokenizer.path, text.json)
+    return [text.entry for text in source.texts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,53 +68,59 @@ class StartedComponent:
     source: str
 
 
-def start_text_encoder(site: Site) -> StartedComponent:
-    """Starts all text encoders as one engine, checked on the tokens that the pipeline's own tokenizers give.
+def start_text_encoder(site: Site, setting: Setting, name: str = TEXT_ENCODER) -> StartedComponent:
+    """Starts all text encoders as one engine, checked on the tokens that the runtime will give them.
+
+    Args:
+        site: the build.
+        setting: one with the text length that it is for.
+        name: of the engine.
 
     Raises:
-        BuildError: a text encoder cannot be exported.
+        BuildError: a text encoder cannot be exported, or a tokenizer of the pipeline reads otherwise than the runtime.
     """
-    source, family = site.source, site.source.family
-    written = [*site.options.prompts[:_CHECK_PROMPTS], ""]
-    read = [prompt.lower().strip() if family.lowercase else prompt for prompt in written]
+    source, family, clip_skip = site.source, site.source.family, site.options.clip_skip
+    prompts = [*site.options.prompts[:_CHECK_PROMPTS], ""]
     arrays: dict[str, torch.Tensor] = {}
+    site.report("read prompts", 0, 1)
     for position, text in enumerate(source.texts):
-        tokens = text.tokenizer(
-            read, padding="max_length", max_length=text.max_tokens, truncation=True, return_tensors="pt"
-        )
+        text.require_same_reading(prompts)
+        tokens = text.tokens(prompts, setting.text_length)
         ids, mask = text_inputs(position)
-        arrays[ids] = tokens.input_ids
+        arrays[ids] = torch.from_numpy(tokens.input_ids)
         if text.part.masked:
-            arrays[mask] = tokens.attention_mask
+            arrays[mask] = torch.from_numpy(tokens.attention_mask)
     inputs = [ExportInput(name, tensor, {0: "batch"}) for name, tensor in arrays.items()]
     batch = tuple(arrays.values())
     return _start(
         site,
-        TEXT_ENCODER,
-        lambda: family.wrap_text(source.pipe, source.height, source.width),
+        name,
+        lambda: family.wrap_text(source.pipe, clip_skip),
         inputs,
-        family.text_outputs,
+        with_clip_skip(family.text_outputs, clip_skip),
         [batch, tuple(tensor[:1] for tensor in batch)],
     )
 
 
-def start_vae_decoder(site: Site, latents: torch.Tensor) -> StartedComponent:
+def start_vae_decoder(site: Site, latents: Sequence[torch.Tensor], name: str = VAE_DECODER) -> StartedComponent:
     """Starts the VAE decoder, from latents [B, C, h, w] to pictures.
 
     Args:
         site: the build.
-        latents: one sample close to a clean picture, float32 [1, C, h, w], for the check.
+        latents: by picture size that it is to run, one sample close to a clean picture, float32 [1, C, h, w], for the
+            check.
+        name: of the engine.
 
     Raises:
         BuildError: the decoder cannot be exported.
     """
     return _start(
         site,
-        VAE_DECODER,
+        name,
         lambda: vae_decoder(site.source.pipe, site.source.family),
-        [ExportInput(LATENTS, latents, LATENT_AXES)],
+        [ExportInput(LATENTS, latents[0], LATENT_AXES)],
         {_IMAGE: picture_axes(site.source.pipe)},
-        [(latents,), (torch.cat([latents, latents]),)],
+        [batch for item in latents for batch in ((item,), (torch.cat([item, item]),))],
     )
 
 
@@ -146,12 +132,13 @@ def _start(
     outputs: Mapping[str, Mapping[int, str]],
     batches: list[Batch],
 ) -> StartedComponent:
+    kind, _, shape = name.partition(".")
     source = site.source
-    parts = [part for part in source.other_models if (part == _VAE) == (name == VAE_DECODER)]
+    parts = [part for part in source.other_models if (part == _VAE) == (kind == VAE_DECODER)]
     digest = [site.models_sha256[part] for part in parts]
-    largest = max((SourceWeights.open(source.folder / part) for part in parts), key=lambda item: item.parameters)
+    largest = max((source.stored(part) for part in parts), key=lambda item: item.parameters)
+    site.report(f"build {kind.replace('_', ' ')} {shape}".rstrip(), 0, 1)
     module = wrap().eval()
-    site.report(f"build {name.replace('_', ' ')}", 0, 1)
 
     @functools.cache
     def weights() -> dict[str, torch.Tensor]:
@@ -168,8 +155,12 @@ def _start(
         found = torch_outputs(module, read, batches, site.options.range_device)
         AccuracyCheck(tuple(names), output, tuple(batches), tuple(found)).save(folder / _CHECK)
 
-    size = [source.height, source.width, source.guidance_scale]
-    key = site.key(source=digest, size=size, inputs=tensors_digest(batches), device=site.options.range_device)
+    key = site.key(
+        source=digest,
+        inputs=tensors_digest(batches),
+        clip_skip=site.options.clip_skip,
+        device=site.options.range_device,
+    )
     kept = site.stages.keep(f"check-{name}", key, references)
     model = SourceModel(
         module=module,
@@ -178,16 +169,17 @@ def _start(
         outputs=outputs,
         check=AccuracyCheck.load(kept.folder / _CHECK, names, output),
         checked=kept.digest,
-        batch_per_picture=1 if name == VAE_DECODER else 2,
+        batch_per_picture=1 if kind == VAE_DECODER else 2,
         dtype=largest.dtype,
         half=False,
+        sizes=tuple(dict.fromkeys(tuple(b[0].shape[2:]) for b in batches)) if kind == VAE_DECODER else (),
     )
     job = EngineJob(name, model, NO_RECIPE, REFERENCE, {}, COMPONENT_FLOOR_DB)
     prepared = site.target.prepare(job)
     hashed = sha256_bytes(canonical_json(digest))
     stored = [
         store_plain(site, site.target.form, model, readers, tensors, hashed)
-        for readers, tensors in shared_tensors({name: prepared.tensors}).items()
+        for readers, tensors in shared_tensors({kind: prepared.tensors}).items()
     ]
     weights.cache_clear()  # they may be larger than all that the denoiser will need
     trial = start_trial(site, EngineName(name), prepared, stored, {"check": kept.digest})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engines.precision import REFERENCE, Precision
-from tmpdiff_export.bundling.engine import EngineName, StartedEngine, StoredFile, start_trial
+from tmpdiff_export.bundling.engine import EngineName, StartedEngine, StoredFile, Trial, start_trial
 from tmpdiff_export.bundling.observed import Ranges
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import ranges_digest, shared_tensors, store_codes, store_plain
@@ -23,6 +23,7 @@ class _Variant:
     """A precision by one variant of its recipe; NO_RECIPE for the reference."""
 
     name: str
+    job: EngineJob
     prepared: PreparedEngine
     ranges: Mapping[str, LayerRange]
     codes: StoredFile | None
@@ -55,23 +56,24 @@ class DenoiserEngines:
         self._ranges, self._attended = ranges, attention
         form, shared = site.target.form, site.options.share_weights
         self._variants: dict[Precision, list[_Variant]] = {}
+        self._started: dict[Precision, list[_Variant]] = {}
         for precision in site.options.precisions:
             if precision is REFERENCE:
                 continue
             self._variants[precision] = [
                 _Variant(
                     variant,
-                    self._prepare(precision, precision, variant),
+                    *self._prepare(precision, precision, variant),
                     found,
                     store_codes(site, form, model, (precision, variant), found, weight),
                 )
                 for variant, found in ranges[precision].items()
             ]
         if shared is None:
-            self._variants[REFERENCE] = [_Variant(NO_RECIPE, self._prepare(REFERENCE, None, NO_RECIPE), {}, None)]
+            self._variants[REFERENCE] = [_Variant(NO_RECIPE, *self._prepare(REFERENCE, None, NO_RECIPE), {}, None)]
             of_reference = self._variants[REFERENCE][0].prepared
         else:  # which of its variants is kept is not known yet; what is not quantized is the same for all
-            of_reference = self._prepare(REFERENCE, shared, self._variants[shared][0].name)
+            _, of_reference = self._prepare(REFERENCE, shared, self._variants[shared][0].name)
         engines = {
             item.value: (of_reference if item is REFERENCE else self._variants[item][0].prepared).tensors
             for item in site.options.precisions
@@ -92,28 +94,43 @@ class DenoiserEngines:
         if precision is REFERENCE and shared is not None:
             assert shared_variant is not None
             (other,) = (item for item in self._variants[shared] if item.name == shared_variant)
-            variants = [replace(other, name=NO_RECIPE, prepared=self._prepare(REFERENCE, shared, shared_variant))]
+            job, prepared = self._prepare(REFERENCE, shared, shared_variant)
+            variants = [replace(other, name=NO_RECIPE, job=job, prepared=prepared)]
         else:
             variants = self._variants[precision]
-        plain = [file for readers, file in self._plain.items() if precision.value in readers]
+        self._started[precision] = variants
         return StartedEngine(
-            precision.value,
-            [
-                start_trial(
-                    self._site,
-                    EngineName(precision.value, item.name),
-                    item.prepared,
-                    [*plain, *([] if item.codes is None else [item.codes])],
-                    {
-                        "check": self._model.checked,
-                        "guided": self._model.batch_per_picture,
-                        "ranges": ranges_digest(item.ranges),
-                        "sixteen_bit": precision is REFERENCE,
-                        "attention": {name: list(item.scales) for name, item in self._attention(precision).items()},
-                    },
-                )
-                for item in variants
-            ],
+            precision.value, [self._trial(precision, item, self._model, precision.value) for item in variants]
+        )
+
+    def start_other(self, precision: Precision, recipe: str, model: SourceModel, name: str) -> StartedEngine:
+        """Starts an engine of another picture size or text length, which reads the same weight files.
+
+        Args:
+            precision: of the engine; `start` was called for it.
+            recipe: of the variant that was kept of it.
+            model: the denoiser, with a check at that size and text length.
+            name: of the engine.
+        """
+        (kept,) = (item for item in self._started[precision] if item.name == recipe)
+        job = replace(kept.job, model=model, name=name)
+        prepared = self._site.target.prepare(job)
+        return StartedEngine(name, [self._trial(precision, replace(kept, prepared=prepared), model, name)])
+
+    def _trial(self, precision: Precision, item: _Variant, model: SourceModel, name: str) -> Trial:
+        plain = [file for readers, file in self._plain.items() if precision.value in readers]
+        return start_trial(
+            self._site,
+            EngineName(name, item.name),
+            item.prepared,
+            [*plain, *([] if item.codes is None else [item.codes])],
+            {
+                "check": model.checked,
+                "guided": model.batch_per_picture,
+                "ranges": ranges_digest(item.ranges),
+                "sixteen_bit": precision is REFERENCE,
+                "attention": {layer: list(found.scales) for layer, found in self._attention(precision).items()},
+            },
         )
 
     def job(self, precision: Precision, coded: Precision | None, variant: str) -> EngineJob:
@@ -129,8 +146,9 @@ class DenoiserEngines:
             attention=self._attention(precision),
         )
 
-    def _prepare(self, precision: Precision, coded: Precision | None, variant: str) -> PreparedEngine:
-        return self._site.target.prepare(self.job(precision, coded, variant))
+    def _prepare(self, precision: Precision, coded: Precision | None, variant: str) -> tuple[EngineJob, PreparedEngine]:
+        job = self.job(precision, coded, variant)
+        return job, self._site.target.prepare(job)
 
     def _attention(self, precision: Precision) -> Mapping[str, AttentionRange]:
         return self._attended if precision in self._site.options.fp8_attention else {}

@@ -174,7 +174,7 @@ def require_floor(name: str, entry: EngineEntry) -> None:
         BuildError: naming the measured SQNR and the floor.
     """
     if not entry.sqnr_db >= entry.sqnr_floor_db:
-        quantized = name in {precision.value for precision in Precision} - {REFERENCE.value}
+        quantized = name.partition(".")[0] in {precision.value for precision in Precision} - {REFERENCE.value}
         fix = (
             "leave this precision out of --precisions, or give more varied --prompts"
             if quantized

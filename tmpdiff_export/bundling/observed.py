@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 
-from engines.manifest import MODEL_OUTPUT
 from engines.precision import REFERENCE, Precision
+from engines.setting_choice import size_text
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stage_record import Kept
 from tmpdiff_export.devices import Batch, on
-from tmpdiff_export.pipelines.families.family import DENOISER, LATENT_AXES
+from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.load import computing, gather_batches
+from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.quantization.codes import AttentionRange, LayerRange
 from tmpdiff_export.quantization.observers import Observed, observe
 from tmpdiff_export.quantization.ranges import calibrate_ranges, observable_layers, quantizable_layers, spread
 from tmpdiff_export.quantization.recipes import RECIPES
-from tmpdiff_export.targets.accuracy import AccuracyCheck, step_sizes, torch_outputs
-from tmpdiff_export.targets.target import SourceModel
 from tmpdiff_export.weights.files import places, write_tensors
 from tmpdiff_export.weights.streamed import OnDevice, Read, streamed
 
@@ -30,6 +29,9 @@ from tmpdiff_export.weights.streamed import OnDevice, Read, streamed
 RANGE_PROMPTS = 3
 SEARCH_BATCHES = 6
 CHECK_BATCHES = 6
+# Steps that a prompt is run for at other sizes and text lengths, and the inputs that are kept of them.
+OTHER_STEPS = 4
+OTHER_CHECKS = 2
 _PREFIX = f"{DENOISER}."
 _CHECK = "check.safetensors"
 _BATCHES = "batches.safetensors"
@@ -61,7 +63,7 @@ class Runs:
 
 
 def gather(site: Site, module: torch.nn.Module, read: OnDevice) -> Runs:
-    """Runs the pipeline, or finds what it once gave.
+    """Runs the pipeline in the default setting, or finds what it once gave.
 
     Args:
         site: the build.
@@ -74,7 +76,7 @@ def gather(site: Site, module: torch.nn.Module, read: OnDevice) -> Runs:
     source, options = site.source, site.options
     prompts = options.prompts[: min(RANGE_PROMPTS, len(options.prompts) - 1)]
     last = options.prompts[-1]
-    inputs, steps = list(source.family.inputs), site.table.num_steps
+    inputs, steps = list(source.family.inputs), site.setting.table.num_steps
     layers = observable_layers(module, DENOISER)
     searched = spread(range(steps * len(prompts)), SEARCH_BATCHES)
     seen = 0
@@ -89,24 +91,17 @@ def gather(site: Site, module: torch.nn.Module, read: OnDevice) -> Runs:
         batches: list[Batch] = []
         attention: dict[str, AttentionRange] = {}
         with source.filled(source.other_models), computing(source, read, options.range_device):
+            site.report("run pipeline", seen, steps * (len(prompts) + 1))
             with _attention_watched(site, attention):
                 observed = observe(
                     source.denoiser,
                     [name.removeprefix(_PREFIX) for name in layers],
-                    lambda: batches.extend(gather_batches(source, prompts, options.num_steps, options.seed, on_step)),
+                    lambda: batches.extend(gather_batches(source, site.setting, prompts, options.seed, on_step)),
                     searched,
                 )
-            checks = gather_batches(source, [last], options.num_steps, options.seed + len(prompts), on_step)
+            checks = gather_batches(source, site.setting, [last], options.seed + len(prompts), on_step)
         kept = {"search": [batches[index] for index in searched], "check": spread(checks, CHECK_BATCHES)}
-        write_tensors(
-            folder / _BATCHES,
-            {
-                f"{kind}/{index}/{name}": item
-                for kind, chosen in kept.items()
-                for index, batch in enumerate(chosen)
-                for name, item in zip(inputs, batch, strict=True)
-            },
-        )
+        _write_batches(folder, inputs, kept)
         write_tensors(folder / _READ, observed.tensors())
         return {
             "search": len(searched),
@@ -117,19 +112,15 @@ def gather(site: Site, module: torch.nn.Module, read: OnDevice) -> Runs:
 
     key = site.key(
         source=site.pipeline_sha256,
-        call=source.call_options(),
-        steps=options.num_steps,
+        call=source.call_options(site.setting),
+        steps=site.setting.table.num_inference_steps,
         seed=options.seed,
         prompts=[*prompts, last],
         attention=bool(options.fp8_attention),
         device=options.range_device,
     )
     stage = site.stages.keep("runs", key, run)
-    tensors = {name: place.read() for name, place in places(stage.folder / _BATCHES).items()}
-    found = {
-        kind: [tuple(tensors[f"{kind}/{index}/{name}"] for name in inputs) for index in range(stage.result[kind])]
-        for kind in ("search", "check")
-    }
+    found = _read_batches(stage, inputs)
     observed = Observed.of(
         {name: place.read() for name, place in places(stage.folder / _READ).items()}, stage.result["groups"]
     )
@@ -142,6 +133,73 @@ def gather(site: Site, module: torch.nn.Module, read: OnDevice) -> Runs:
         steps * len(prompts),
         stage.digest,
     )
+
+
+def gather_checks(site: Site, setting: Setting, read: OnDevice) -> list[Batch]:
+    """Inputs of the denoiser at another size or text length, which only check engines: a few steps of the last prompt.
+
+    Args:
+        site: the build.
+        setting: one of `Site.shapes`.
+        read: the denoiser's weights.
+    """
+    source, options = site.source, site.options
+    inputs, prompt = list(source.family.inputs), options.prompts[-1]
+    step = f"run pipeline at {size_text(setting.height, setting.width)}"
+    seen = 0
+
+    def on_step() -> None:
+        nonlocal seen
+        seen += 1
+        site.report(step, seen, max(seen, OTHER_STEPS))
+
+    def run(folder: Path) -> dict[str, Any]:
+        site.report("load text encoders", 0, 1)
+        with source.filled(source.other_models), computing(source, read, options.range_device):
+            site.report(step, seen, OTHER_STEPS)
+            batches = gather_batches(source, setting, [prompt], options.seed, on_step, OTHER_STEPS)
+        kept = {"check": spread(batches, OTHER_CHECKS)}
+        _write_batches(folder, inputs, kept)
+        return {"check": len(kept["check"])}
+
+    key = site.key(
+        source=site.pipeline_sha256,
+        call=source.call_options(setting),
+        seed=options.seed,
+        prompt=prompt,
+        device=options.range_device,
+    )
+    return _read_batches(site.stages.keep(f"runs-{shape_name(site, setting)}", key, run), inputs)["check"]
+
+
+def shape_name(site: Site, setting: Setting) -> str:
+    """What tells engines of a picture size and text length from those of others, "" for the default ones."""
+    parts = [
+        "" if setting.latents_shape == site.setting.latents_shape else size_text(setting.height, setting.width),
+        "" if setting.text_length == site.setting.text_length else f"t{setting.text_length}",
+    ]
+    return ".".join(part for part in parts if part)
+
+
+def _write_batches(folder: Path, inputs: Sequence[str], kinds: Mapping[str, Sequence[Batch]]) -> None:
+    write_tensors(
+        folder / _BATCHES,
+        {
+            f"{kind}/{index}/{name}": item
+            for kind, chosen in kinds.items()
+            for index, batch in enumerate(chosen)
+            for name, item in zip(inputs, batch, strict=True)
+        },
+    )
+
+
+def _read_batches(kept: Kept, inputs: Sequence[str]) -> dict[str, list[Batch]]:
+    tensors = {name: place.read() for name, place in places(kept.folder / _BATCHES).items()}
+    return {
+        kind: [tuple(tensors[f"{kind}/{index}/{name}"] for name in inputs) for index in range(kept.result[kind])]
+        for kind in ("search", "check")
+        if kind in kept.result
+    }
 
 
 @contextlib.contextmanager
@@ -157,39 +215,6 @@ def _attention_watched(site: Site, found: dict[str, AttentionRange]) -> Iterator
     require_ranges(site.source.denoiser, found)
 
 
-def denoiser_model(site: Site, module: torch.nn.Module, runs: Runs, read: OnDevice) -> SourceModel:
-    """The denoiser with its check.
-
-    FP32 torch says what it makes of the inputs that range calibration has not seen. Samples count for as much as the
-    steps that they are from move the latents.
-    """
-    source, family = site.source, site.source.family
-    weights = _wrapped(read, module)
-    batches = with_larger_batch(runs.checks)
-    sizes = spread(step_sizes(site.table).tolist(), CHECK_BATCHES)
-    rows = [(torch.full((len(batch[0]),), size),) for batch, size in zip(runs.checks, sizes, strict=True)]
-    counts = tuple(item.numpy() for (item,) in with_larger_batch(rows))
-
-    def references(folder: Path) -> None:
-        site.report("run FP32 denoiser", 0, 1)
-        found = torch_outputs(module, weights, batches, site.options.range_device)
-        AccuracyCheck(tuple(family.inputs), MODEL_OUTPUT, tuple(batches), tuple(found), counts).save(folder / _CHECK)
-
-    key = site.key(runs=runs.digest, device=site.options.range_device)
-    kept = site.stages.keep("check-denoiser", key, references)
-    return SourceModel(
-        module=module,
-        read=_wrapped(source.weights.read, module),
-        inputs=family.export_inputs(runs.search[0]),
-        outputs={MODEL_OUTPUT: LATENT_AXES},
-        check=AccuracyCheck.load(kept.folder / _CHECK, list(family.inputs), MODEL_OUTPUT),
-        checked=kept.digest,
-        batch_per_picture=2 if source.doubled else 1,
-        dtype=source.weights.dtype,
-        half=True,
-    )
-
-
 Ranges = Mapping[Precision, Mapping[str, Mapping[str, LayerRange]]]
 """By precision, variant of its recipe and layer."""
 
@@ -203,7 +228,7 @@ def find_all_ranges(site: Site, runs: Runs, module: torch.nn.Module, read: OnDev
     device = site.options.range_device
     wanted = [item for item in site.options.precisions if item is not REFERENCE]
     names = {item: quantizable_layers(module, DENOISER, RECIPES[item]) for item in wanted}
-    weights = _wrapped(read, module)
+    weights = wrapped(read, module)
 
     def search() -> None:
         with torch.inference_mode(), streamed(module, weights, device):
@@ -251,13 +276,7 @@ def _read(kept: Kept) -> Ranges:
     return layers
 
 
-def _wrapped(read: Read, module: torch.nn.Module) -> Read:
+def wrapped(read: Read, module: torch.nn.Module) -> Read:
     """The tensors of an export wrapper by name: buffers are its own, parameters those of its denoiser."""
     buffers = dict(module.named_buffers())
     return lambda name: buffers[name] if name in buffers else read(name.removeprefix(_PREFIX))
-
-
-def with_larger_batch(batches: Sequence[Batch]) -> list[Batch]:
-    """`batches` and one of twice the size: a batch size baked into a graph shows there."""
-    first, last = batches[0], batches[-1]
-    return [*batches, tuple(torch.cat(pair) for pair in zip(first, last, strict=True))]

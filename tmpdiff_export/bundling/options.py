@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engines.errors import BuildError
 from engines.precision import Precision
@@ -13,6 +13,9 @@ from tmpdiff_export.targets.choose import require_own_settings
 from tmpdiff_export.targets.settings import MAX_BATCH
 from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 from tmpdiff_export.targets.torch.settings import PackageSettings
+
+if TYPE_CHECKING:
+    from tmpdiff_export.pipelines.settings import SettingRequest
 
 # As many as schedulers are trained on; a table of more would only be slow to make.
 MAX_STEPS = 1000
@@ -25,12 +28,14 @@ class BuildOptions:
     Attributes:
         precisions: engines to build, the reference among them.
         prompts: prompts for range calibration and the accuracy check; two at least.
-        num_steps: `num_inference_steps` of the loop.
+        steps: `num_inference_steps` of the settings; the first is the default, as for `sizes` and `text_lengths`.
+        sizes: picture sizes of the settings, (height, width) in pixels; empty for the pipeline's own.
+        text_lengths: of the text encoders whose length may vary; empty for the pipeline's own.
+        clip_skip: how many of the last layers CLIP text encoders leave out, None for what the pipeline does.
         seed: seed of the first calibration run.
         backend: "auto" or a backend name.
         guidance_scale: None for the pipeline's default.
-        height: picture height in pixels, None for the pipeline's own.
-        width: picture width in pixels, None for the pipeline's own.
+        variant: of the weight files (`save_pretrained(variant=)`), None for those without one, or the only one there.
         onnx_dir: keep the strongly typed `<precision>.onnx` files here, None to drop them.
         force: replace an existing bundle.
         plans: settings of TensorRT plans; refused by other backends unless left alone, but for the batch, which torch
@@ -50,12 +55,14 @@ class BuildOptions:
 
     precisions: tuple[Precision, ...]
     prompts: tuple[str, ...]
-    num_steps: int = 20
+    steps: tuple[int, ...] = (20,)
+    sizes: tuple[tuple[int, int], ...] = ()
+    text_lengths: tuple[int, ...] = ()
+    clip_skip: int | None = None
     seed: int = 0
     backend: str = "auto"
     guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
+    variant: str | None = None
     onnx_dir: Path | None = None
     force: bool = False
     plans: PlanSettings = field(default_factory=PlanSettings)
@@ -67,6 +74,17 @@ class BuildOptions:
     range_device: str = "cpu"
     restart: bool = False
     keep_stages: bool = False
+
+    def requests(self) -> list[SettingRequest]:
+        """A setting for every number of steps, size and text length; the default one first."""
+        from tmpdiff_export.pipelines.settings import SettingRequest  # which imports torch
+
+        return [
+            SettingRequest(steps, size, self.guidance_scale, text_length, clip_skip=self.clip_skip)
+            for size in self.sizes or (None,)
+            for text_length in self.text_lengths or (None,)
+            for steps in self.steps
+        ]
 
     @property
     def packages(self) -> PackageSettings:
@@ -95,8 +113,12 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
         raise BuildError(
             f"a build needs at least 2 calibration prompts (one checks what the others calibrate), got {len(options.prompts)}"
         )
-    if not 1 <= options.num_steps <= MAX_STEPS:
-        raise BuildError(f"number of steps is {options.num_steps}, expected 1 to {MAX_STEPS}")
+    if not options.steps or not all(1 <= steps <= MAX_STEPS for steps in options.steps):
+        listed = ", ".join(map(str, options.steps)) or "none"
+        raise BuildError(f"number of steps is {listed}, expected 1 to {MAX_STEPS}")
+    for name, given in (("steps", options.steps), ("size", options.sizes), ("text-length", options.text_lengths)):
+        if len(set(given)) < len(given):
+            raise BuildError(f"--{name} names the same twice; name each once")
     if options.plans.batch.max > MAX_BATCH:
         raise BuildError(f"--batch is {options.plans.batch}, expected {MAX_BATCH} pictures at most")
     packages = options.packages

@@ -11,13 +11,12 @@ from typing import Any
 
 import engines
 from engines.files import sha256_bytes, sha256_file
-from engines.sampler import SamplerTable
 from engines.version import VERSION
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.bundling.stages import Stages
 from tmpdiff_export.pipelines.load import SourcePipeline
+from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.targets.target import Start, Target
-from tmpdiff_export.weights.source import SourceWeights
 
 Progress = Callable[[str, int, int], None]
 _SETTINGS = (".json", ".txt", ".model")
@@ -30,7 +29,7 @@ class Site:
 
     Attributes:
         source: the pipeline.
-        table: its scheduler.
+        settings: what the bundle will have, the default one first.
         target: what engines are built for.
         options: what was asked.
         stages: what is finished.
@@ -39,7 +38,7 @@ class Site:
     """
 
     source: SourcePipeline
-    table: SamplerTable
+    settings: tuple[Setting, ...]
     target: Target
     options: BuildOptions
     stages: Stages
@@ -50,6 +49,16 @@ class Site:
         """The key of a stage: the code that makes it, and what else shapes it."""
         return {"code": code_digest(), "libraries": versions(), **more}
 
+    @property
+    def setting(self) -> Setting:
+        """The default one, whose runs give the ranges."""
+        return self.settings[0]
+
+    @functools.cached_property
+    def shapes(self) -> tuple[Setting, ...]:
+        """The first setting of every picture size and text length."""
+        return tuple({setting.shape: setting for setting in reversed(self.settings)}.values())[::-1]
+
     @functools.cached_property
     def denoiser_sha256(self) -> str:
         """Hash of the denoiser's files."""
@@ -58,8 +67,7 @@ class Site:
     @functools.cached_property
     def models_sha256(self) -> dict[str, str]:
         """Hash of the files of every other model, by name."""
-        folder = self.source.folder
-        return {name: SourceWeights.open(folder / name).sha256() for name in self.source.other_models}
+        return {name: self.source.stored(name).sha256() for name in self.source.other_models}
 
     @functools.cached_property
     def settings_sha256(self) -> str:

@@ -75,9 +75,7 @@ def store_plain(
                 written.write(name, tensor)
         site.report(step, len(tensors), len(tensors))
 
-    key = site.key(
-        source=source, form=form.name, size=[site.source.height, site.source.width], tensors=_described(tensors)
-    )
+    key = site.key(source=source, form=form.name, tensors=_described(tensors))
     return StoredFile.of(site.stages.keep(f"weights-{stem}-{form.name}", key, write), file)
 
 

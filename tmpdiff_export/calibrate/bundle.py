@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,8 @@ from engines.bundle import Bundle
 from engines.errors import BudgetError, TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
+from engines.setting_choice import SettingChoice
+from engines.setting_entry import SettingEntry
 from engines.text import PromptFile
 from tmpdiff_export.calibrate.workers import open_workers, require_workers
 from tmpdiff_export.targets.settings import MAX_BATCH
@@ -34,11 +36,13 @@ class RunOptions:
 
     Attributes:
         seed: of the first sample's noise.
-        guidance_scale: of every run; None for the bundle's.
         batch: pictures at once, for which latencies are measured; scores do not depend on it.
         threads: of a CPU backend, and for comparing pictures; shared out among the workers; None for one per core.
         workers: processes that share the samples out, each with a GPU of its own where the bundle runs on one; 1 does
             everything in this process. Latencies are measured before they start, by this process alone.
+        setting: which one, None for the first; `calibrate.settings.open_setting` adds one.
+        source: a calibrated bundle, whose default setting scores are carried from, in place of a search; see
+            `calibration.scores.transfer`.
         fresh_latencies: measure step latencies even where the journal has some of this machine and batch.
 
     Raises:
@@ -46,11 +50,12 @@ class RunOptions:
     """
 
     seed: int = 0
-    guidance_scale: float | None = None
     batch: int = 1
     threads: int | None = None
     workers: int = 1
     fresh_latencies: bool = False
+    setting: SettingChoice | None = None
+    source: Path | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -67,11 +72,13 @@ def calibrate_bundle(
     prompts: PromptFile,
     options: CalibrationOptions = DEFAULT_OPTIONS,
     how: RunOptions = ONE_PROCESS,
-    *,
-    source: Path | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Sensitivity:
-    """Calibrates the bundle and writes `schedule.json` and `sensitivity.json` into it.
+    """Calibrates a setting of the bundle and writes its `schedule.json` and `sensitivity.json`.
+
+    Where the setting has no scores yet and another one of the bundle has, those are carried over if they hold here, and
+    searched for anew if not; `say` is told which.
 
     Every finished measurement is kept in a journal inside the bundle; the same call after an interruption
     goes on from there and gives the same result. Latencies are kept as well, but those that a budget was refused for are
@@ -83,9 +90,8 @@ def calibrate_bundle(
         prompts: calibration and validation prompts, one sample each.
         options: what is asked for.
         how: the bundle is run.
-        source: a calibrated bundle to carry scores from, in place of a search; see `calibration.scores.transfer`. It
-            may be `bundle` itself, for another guidance scale.
         progress: called with (stage, done, total).
+        say: called with a line for the user.
 
     Raises:
         BackendError: what runs worker processes is not installed.
@@ -94,46 +100,82 @@ def calibrate_bundle(
         TmpDiffError: the bundle is damaged, or a run gave latents that are not finite.
     """
     report = progress or (lambda stage, done, total: None)
-    with DenoiseRuntime.load(bundle, threads=how.threads) as runtime:
+    tell = say or (lambda line: None)
+    with DenoiseRuntime.load(bundle, setting=how.setting, threads=how.threads) as runtime:
         require_workers(runtime, how.workers, how.threads)
-        if source is not None:
-            calibrated = Bundle.open(source)
-            options = replace(options, carried=scores_from(calibrated, read_calibration(calibrated), runtime))
+        if how.source is not None:
+            calibrated = Bundle.open(how.source)
+            entry = calibrated.setting()
+            found = read_calibration(calibrated, entry)
+            carried = scores_from(calibrated, entry, found, runtime)
+            return _calibrate(runtime, prompts, replace(options, carried=carried), how, report)
+        own = own_scores(runtime) if options.method == "bisection" else None
+        if own is not None:
+            try:
+                result = _calibrate(runtime, prompts, replace(options, carried=own), how, report)
+                tell(f"scores were carried over from setting {own.origin.setting}, which the checks here confirm")
+                return result
+            except TransferError as error:
+                tell(f"scores of setting {own.origin.setting} are not carried over, but searched for: {error}")
         return _calibrate(runtime, prompts, options, how, report)
 
 
-def read_calibration(bundle: Bundle) -> Sensitivity:
-    """The sensitivity document, checked against the schedule and the manifest it is shown beside.
+def own_scores(runtime: DenoiseRuntime) -> CarriedScores | None:
+    """Scores of another setting of the bundle, carried to a setting that has none; None where there are none to carry.
+
+    Of several settings that were searched, the one is taken whose number of steps is nearest.
+    """
+    bundle, setting = runtime.bundle, runtime.setting
+    if bundle.sensitivity_path(setting).exists():
+        return None
+    near = sorted(bundle.manifest.settings, key=lambda entry: abs(entry.num_steps - setting.num_steps))
+    for entry in near:
+        try:
+            found = read_calibration(bundle, entry)
+            if found.transfer is None:
+                return scores_from(bundle, entry, found, runtime)
+        except (
+            TmpDiffError
+        ):  # not calibrated, by an earlier release, or with a scheduler whose steps are not comparable
+            continue
+    return None
+
+
+def read_calibration(bundle: Bundle, setting: SettingEntry) -> Sensitivity:
+    """The sensitivity document of a setting, checked against the schedule and the manifest it is shown beside.
 
     Raises:
         TmpDiffError: not calibrated, or the documents contradict each other.
     """
-    remedy = f"run `tmpdiff-export calibrate {bundle.folder} --prompts FILE`"
-    for path in (bundle.sensitivity_path, bundle.schedule_path):
-        if not path.exists():
-            raise TmpDiffError(f"bundle {bundle.folder} is not calibrated: it holds no {path.name}; {remedy}")
-    found = Sensitivity.load(bundle.sensitivity_path)
-    if found.precisions != bundle.manifest.precisions or found.num_steps != bundle.manifest.sampling.num_steps:
+    remedy = f"run `{bundle.how_to_calibrate(setting)}`"
+    path, schedule = bundle.sensitivity_path(setting), bundle.schedule_path(setting)
+    for needed in (path, schedule):
+        if not needed.exists():
+            raise TmpDiffError(
+                f"setting {setting.name} of bundle {bundle.folder} is not calibrated: there is no {needed.name}; {remedy}"
+            )
+    found = Sensitivity.load(path)
+    if found.precisions != bundle.manifest.precisions or found.num_steps != setting.num_steps:
         raise TmpDiffError(
-            f"sensitivity {bundle.sensitivity_path} has {found.num_steps} steps at {', '.join(found.precisions)}, the "
-            f"bundle {bundle.manifest.sampling.num_steps} at {', '.join(bundle.manifest.precisions)}; {remedy}"
+            f"sensitivity {path} has {found.num_steps} steps at {', '.join(found.precisions)}, the setting "
+            f"{setting.num_steps} at {', '.join(bundle.manifest.precisions)}; {remedy}"
         )
     if found.settings is None or found.settings.bundle_id != bundle.manifest.bundle_id:
-        raise TmpDiffError(f"sensitivity {bundle.sensitivity_path} was measured on another bundle; {remedy}")
-    if found.schedule != bundle.schedule().precisions:
-        raise TmpDiffError(
-            f"{bundle.schedule_path.name} of {bundle.folder} is not the schedule that {bundle.sensitivity_path.name} "
-            f"describes; {remedy}"
-        )
+        raise TmpDiffError(f"sensitivity {path} was measured on another bundle; {remedy}")
+    if found.settings.setting not in (None, setting.name):
+        raise TmpDiffError(f"sensitivity {path} was measured on setting {found.settings.setting}; {remedy}")
+    if found.schedule != bundle.schedule(setting).precisions:
+        raise TmpDiffError(f"{schedule} is not the schedule that {path.name} beside it describes; {remedy}")
     return found
 
 
-def scores_from(source: Bundle, found: Sensitivity, target: DenoiseRuntime) -> CarriedScores:
+def scores_from(source: Bundle, entry: SettingEntry, found: Sensitivity, target: DenoiseRuntime) -> CarriedScores:
     """Carries the scores of a calibration to the steps of `target`.
 
     Args:
-        source: the bundle that was calibrated; it may be that of `target`, for another guidance scale.
-        found: its sensitivity document.
+        source: the bundle that was calibrated; it may be that of `target`, for another setting.
+        entry: its setting.
+        found: the sensitivity document of that.
         target: where the scores are wanted.
 
     Raises:
@@ -144,7 +186,7 @@ def scores_from(source: Bundle, found: Sensitivity, target: DenoiseRuntime) -> C
             f"bundle {source.folder} was built from another denoiser than {target.bundle.folder}; its scores say "
             "nothing here, calibrate without --from"
         )
-    table = SamplerTable.from_json(source.read(source.manifest.sampler))
+    table = SamplerTable.from_json(source.read(entry.sampler))
     return carried_scores(found, *step_axes(table, target.table))
 
 
@@ -152,7 +194,7 @@ def _calibrate(
     runtime: DenoiseRuntime, prompts: PromptFile, options: CalibrationOptions, how: RunOptions, report: Progress
 ) -> Sensitivity:
     runtime.bundle.verify(runtime.manifest.files())
-    scale = runtime.manifest.sampling.guidance_scale if how.guidance_scale is None else how.guidance_scale
+    scale = runtime.setting.guidance_scale
     samples = BundleSamples(prompts, how.seed, scale)
     sets = samples.open(runtime)
     folder = runtime.bundle.folder / JOURNAL_FOLDER
@@ -185,9 +227,10 @@ def _calibrate(
         except BudgetError:
             journal.doubt(remembered)
             raise
-    bundle_id = runtime.manifest.bundle_id
+    bundle_id, name = runtime.manifest.bundle_id, runtime.setting.name
     settings = CalibrationSettings(
         bundle_id=bundle_id,
+        setting=name,
         machine=machine(runtime, how.threads),
         batch=how.batch,
         guidance_scale=scale,
@@ -196,8 +239,8 @@ def _calibrate(
         validation_prompts=prompts.validation,
     )
     found = result.sensitivity.model_copy(update={"settings": settings})
-    found.save(runtime.bundle.sensitivity_path)
-    result.schedule(bundle_id).save(runtime.bundle.schedule_path)
+    found.save(runtime.bundle.sensitivity_path(runtime.setting))
+    result.schedule(bundle_id, name).save(runtime.bundle.schedule_path(runtime.setting))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from calibration.measure.sample_batches import SampleBatches
 from engines.backends.cuda.gpu import VISIBLE_DEVICES, visible_gpus
 from engines.errors import BackendError, TmpDiffError
 from engines.runtime import DenoiseRuntime
+from engines.setting_choice import SettingChoice
 
 if TYPE_CHECKING:
     from tmpdiff_export.calibrate.dask_pool import SampleWorkers
@@ -85,22 +87,30 @@ def open_workers(
         share = max(_threads(threads) // workers, 1)
         environments = [{"OMP_NUM_THREADS": str(share)}] * workers
     bundle = runtime.bundle.folder.absolute()
-    open_samples = partial(bundle_samples, bundle, runtime.manifest.bundle_id, samples, share, at_once)
+    which = OpenedBundle(bundle, runtime.manifest.bundle_id, SettingChoice(named=runtime.setting.name))
+    open_samples = partial(bundle_samples, which, samples, share, at_once)
     return SampleWorkers(open_samples, environments, at_once)
 
 
-def bundle_samples(
-    bundle: Path, bundle_id: str, samples: BundleSamples, threads: int | None, at_once: int
-) -> SampleBatches:
+@dataclass(frozen=True)
+class OpenedBundle:
+    """A bundle and setting that a process has opened, for others to open: folder, `bundle_id`, and which setting."""
+
+    folder: Path
+    bundle_id: str
+    setting: SettingChoice
+
+
+def bundle_samples(which: OpenedBundle, samples: BundleSamples, threads: int | None, at_once: int) -> SampleBatches:
     """The samples of a bundle, for as long as the process lives; what a worker calls.
 
     Raises:
         BundleError: a file of the bundle is damaged.
         TmpDiffError: the folder holds another bundle by now.
     """
-    runtime = DenoiseRuntime.load(bundle, threads=threads)
-    if runtime.manifest.bundle_id != bundle_id:
-        raise TmpDiffError(f"bundle {bundle} was replaced while it was calibrated; run the command again")
+    runtime = DenoiseRuntime.load(which.folder, setting=which.setting, threads=threads)
+    if runtime.manifest.bundle_id != which.bundle_id:
+        raise TmpDiffError(f"bundle {which.folder} was replaced while it was calibrated; run the command again")
     return SampleBatches(samples.open(runtime).named(), at_once, threads)
 
 

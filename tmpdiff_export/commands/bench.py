@@ -6,20 +6,24 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calibration.measure.latency import ROUNDS, interleaved, machine, runs_on_gpu, step_latencies
-from engines.arguments import parse_resident_engines, parse_threads
+from engines.arguments import add_setting_arguments, parse_resident_engines, parse_threads, setting_choice
+from engines.conditioning import Conditioning
 from engines.errors import TmpDiffError
-from engines.runtime import Conditioning, DenoiseRuntime
+from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
+from engines.setting_choice import SettingChoice
 from tmpdiff_export.commands.build import what_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    add_setting_arguments(parser)
     parser.add_argument("--pipeline", type=Path, metavar="DIR", help="also time this pipeline's denoiser in FP32 torch")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"timed rounds (default {ROUNDS})")
     parser.add_argument("--threads", type=parse_threads, metavar="N", help="worker threads (default: one per core)")
@@ -39,12 +43,13 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise ValueError(f"--rounds is {args.rounds}, expected 1 or more")
     with progress_bar() as report:
-        result = bench(args.bundle, args.pipeline, args.rounds, args.threads, report, args.resident_engines)
+        asked = BenchOptions(setting_choice(args), args.pipeline, args.rounds, args.threads, args.resident_engines)
+        result = bench(args.bundle, asked, report)
     if args.json:
         print_json(result)
         return 0
     print_table(
-        f"One denoiser step, batch {result['batch']}, {result['machine']}",
+        f"One denoiser step, setting {result['setting']}, batch {result['batch']}, {result['machine']}",
         ["what", "median ms", "min ms", "speed-up over FP16", ""],
         [
             [row["name"], f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}", f"{row['speedup']:.2f}", row["remark"]]
@@ -64,37 +69,48 @@ def _limit_words(loop: dict[str, Any]) -> str:
     return "" if limit is None else f", at most {limit} engine{'s' * (limit > 1)} resident"
 
 
-def bench(
-    bundle: Path,
-    pipeline: Path | None,
-    rounds: int,
-    threads: int | None,
-    report: Callable[[str, int, int], None],
-    resident_engines: int | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is timed.
+
+    Attributes:
+        setting: of the bundle, None for the first.
+        pipeline: the pipeline it was built from, to time its denoiser in FP32 torch in the same turns.
+        rounds: timed rounds.
+        threads: worker threads, None for one per core; torch gets as many.
+        resident_engines: on a GPU, a limit under which mixed loops are timed as well; every engine has to fit beside
+            the limited ones.
+    """
+
+    setting: SettingChoice | None = None
+    pipeline: Path | None = None
+    rounds: int = ROUNDS
+    threads: int | None = None
+    resident_engines: int | None = None
+
+
+def bench(bundle: Path, options: BenchOptions, report: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Step latencies and loop overhead of a bundle.
 
     Args:
         bundle: bundle folder.
-        pipeline: the pipeline it was built from, to time its denoiser in FP32 torch in the same turns.
-        rounds: timed rounds.
-        threads: worker threads, None for one per core; torch gets as many.
+        options: what is timed.
         report: called with (stage, done, total).
-        resident_engines: on a GPU, a limit under which mixed loops are timed as well; every engine has to fit beside
-            the limited ones.
 
     Returns:
-        JSON data: "machine", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for torch:
+        JSON data: "machine", "setting", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for torch:
         median and least ms, speed-up over the FP16 engine, and what the engine runs, in words) and "loops" (whole loops
         that swap at every step, with a limit also once, against uniform ones).
     """
+    setting, pipeline, threads, rounds = options.setting, options.pipeline, options.threads, options.rounds
+    resident_engines = options.resident_engines
     with ExitStack() as opened:
-        runtime = opened.enter_context(DenoiseRuntime.load(bundle, threads=threads))
+        runtime = opened.enter_context(DenoiseRuntime.load(bundle, setting=setting, threads=threads))
         runtimes: dict[int | None, DenoiseRuntime] = {None: runtime}
         if resident_engines is not None:
-            limited = DenoiseRuntime.load(bundle, threads=threads, resident_engines=resident_engines)
+            limited = DenoiseRuntime.load(bundle, setting=setting, threads=threads, resident_engines=resident_engines)
             runtimes[resident_engines] = opened.enter_context(limited)
-        scale = runtime.manifest.sampling.guidance_scale
+        scale = runtime.setting.guidance_scale
         conditioning = runtime.encode(["a bench mark"])
         also: dict[str, Callable[[], object]] = {}
         if pipeline is not None:
@@ -117,12 +133,13 @@ def bench(
                     "median_ms": timing.median_ms,
                     "min_ms": timing.min_ms,
                     "speedup": speedup,
-                    "runs": what_runs(runtime.manifest.denoisers[name]) if name in runtime.precisions else "",
+                    "runs": what_runs(runtime.manifest.denoisers[name][0]) if name in runtime.precisions else "",
                     "remark": f"no gain over {runtime.precisions[0]} on this backend" if no_gain else "",
                 }
             )
         return {
             "machine": machine(runtime, threads),
+            "setting": runtime.setting.name,
             "batch": len(next(iter(conditioning.batch(scale).values()))),
             "rows": rows,
             "loops": _loops(runtimes, conditioning, rounds, report),
@@ -150,7 +167,9 @@ def _loops(
     results = []
 
     def loop(runtime: DenoiseRuntime, precisions: tuple[str, ...]) -> Callable[[], object]:
-        schedule = Schedule(bundle_id=runtime.manifest.bundle_id, precisions=precisions, origin="bench")
+        schedule = Schedule(
+            bundle_id=runtime.manifest.bundle_id, setting=runtime.setting.name, precisions=precisions, origin="bench"
+        )
         return lambda: runtime.denoise(conditioning, schedule, noise)
 
     for other in others:
@@ -188,15 +207,14 @@ def _torch_step(
 
     from tmpdiff_export.pipelines.load import open_pipeline
 
-    sampling = runtime.manifest.sampling
-    source = open_pipeline(pipeline, height=sampling.height, width=sampling.width)
+    source = open_pipeline(pipeline)
     if source.weights.sha256() != runtime.manifest.model.denoiser_sha256:
         raise TmpDiffError(f"the bundle was not built from pipeline {pipeline}; pass the pipeline it was built from")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     component = source.family.component
     setattr(source.pipe, component, source.load(component, torch.float32))
     module = source.family.wrap(source.pipe).eval()
-    batch = conditioning.batch(sampling.guidance_scale)
+    batch = conditioning.batch(runtime.setting.guidance_scale)
     latents = runtime.table.model_input(runtime.table.initial(runtime.noise(range(conditioning.size))))
     size = len(next(iter(batch.values())))
     arrays = {

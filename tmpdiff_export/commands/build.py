@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from engines.arguments import parse_guidance_scale, parse_seed
+from engines.arguments import parse_guidance_scale, parse_seed, parse_size, parse_steps
 from engines.backends.table import BACKENDS
 from engines.files import require_replaceable
 from engines.manifest import EngineEntry, Manifest
@@ -39,15 +41,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the pipeline runs in FP32, for the ranges and for what engines are checked against (default cpu)",
     )
     group.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="prompts for range calibration")
-    group.add_argument("--steps", type=int, default=20, metavar="N", help="num_inference_steps (default 20)")
+    group.add_argument(
+        "--steps", type=_several(parse_steps), default=(20,), metavar="N,...", help="num_inference_steps (default 20)"
+    )
+    group.add_argument(
+        "--size",
+        type=_several(parse_size),
+        default=(),
+        metavar="WIDTHxHEIGHT,...",
+        help="picture sizes in pixels (default: the pipeline's own). There is a setting for every size, text length and number "
+        "of steps, the first of each by default",
+    )
+    group.add_argument(
+        "--text-length",
+        type=_several(_tokens),
+        default=(),
+        metavar="TOKENS,...",
+        help="of text encoders whose length may vary, such as FLUX.1's T5 (default: the pipeline's own)",
+    )
     group.add_argument(
         "--seed", type=parse_seed, default=0, metavar="S", help="seed of the first calibration run (default 0)"
     )
     group.add_argument(
         "--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: that of the pipeline's call"
     )
-    group.add_argument("--height", type=int, metavar="PIXELS", help="default: the pipeline's own")
-    group.add_argument("--width", type=int, metavar="PIXELS", help="default: the pipeline's own")
+    group.add_argument(
+        "--clip-skip",
+        type=int,
+        metavar="N",
+        help="last layers that CLIP text encoders leave out (default: as the pipeline)",
+    )
+    group.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="weight files that save_pretrained(variant=NAME) wrote, such as fp16 (default: those without a variant, or the only one)",
+    )
     group.add_argument("--onnx-dir", type=_folder, metavar="DIR", help="keep the exported <precision>.onnx files there")
     group.add_argument("--force", action="store_true", help="replace an existing bundle")
     group.add_argument(
@@ -62,6 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print the result as JSON")
     for settings in (shared_settings, torch_settings, tensorrt_settings):
         settings.add_arguments(parser)
+
+
+def _several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """An argument of several values with commas between them."""
+    return lambda text: tuple(parse(part) for part in text.split(","))
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:6]) <= 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of tokens")
+    return int(text)
 
 
 def _folder(text: str) -> Path:
@@ -84,12 +123,14 @@ def run(args: argparse.Namespace) -> int:
     options = BuildOptions(
         precisions=precisions,
         prompts=prompts,
-        num_steps=args.steps,
+        steps=args.steps,
+        sizes=args.size,
+        text_lengths=args.text_length,
+        clip_skip=args.clip_skip,
         seed=args.seed,
         backend=backend,
         guidance_scale=args.guidance_scale,
-        height=args.height,
-        width=args.width,
+        variant=args.variant,
         onnx_dir=args.onnx_dir,
         force=args.force,
         plans=tensorrt_settings.plan_settings(args),
@@ -132,14 +173,17 @@ def print_engines(manifest: Manifest) -> None:
         ]
         for name, entry in manifest.engines().items()
     ]
-    sampling, model = manifest.sampling, manifest.model
+    model = manifest.model
     print_table(
-        f"{model.denoiser_class}, {model.parameters / 1e6:.1f} M parameters, {sampling.scheduler}, T = {sampling.num_steps}, "
-        f"{sampling.width}x{sampling.height}, guidance {sampling.guidance_scale:g}",
+        f"{model.denoiser_class}, {model.parameters / 1e6:.1f} M parameters",
         ["engine", "backend", "recipe", "MB", "SQNR dB", "floor dB"],
         rows,
         [
-            *(f"{name}: {entry.backend} runs {what_runs(entry)}" for name, entry in manifest.denoisers.items()),
+            *(
+                f"{name}: {entries[0].backend} runs {what_runs(entries[0])}"
+                for name, entries in manifest.denoisers.items()
+            ),
+            *(f"setting {setting.name}: {setting.described}" for setting in manifest.settings),
             f"bundle id {manifest.bundle_id[:12]}, built with {manifest.created_with}",
         ],
     )

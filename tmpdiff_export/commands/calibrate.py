@@ -10,7 +10,15 @@ from calibration import CalibrationOptions, ErrorBudget, HighSteps, LatencyBudge
 from calibration.choose.allocation import Budget
 from calibration.choose.costs import AllocationCosts
 from calibration.choose.picture_budget import METRICS, QualityBudget
-from engines.arguments import parse_guidance_scale, parse_resident_engines, parse_seed, parse_threads
+from engines.arguments import (
+    add_setting_arguments,
+    parse_guidance_scale,
+    parse_resident_engines,
+    parse_seed,
+    parse_threads,
+    setting_choice,
+)
+from engines.setting_choice import SettingChoice
 from engines.text import PromptFile, read_prompts
 
 
@@ -19,6 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
     parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="calibration and validation prompts"
+    )
+    add_setting_arguments(parser)
+    new = parser.add_argument_group("a setting that the bundle does not have yet is added, if its engines run it")
+    new.add_argument(
+        "--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: that of the first setting"
+    )
+    new.add_argument("--text-length", type=int, metavar="TOKENS", help="default: that of the first setting")
+    new.add_argument(
+        "--scheduler",
+        metavar="CLASS|FILE.json",
+        help="diffusers scheduler, made from the pipeline's configuration, or a scheduler_config.json (default: the pipeline's)",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget-latency", type=float, metavar="R", help="mean step latency, as a fraction of FP16's")
@@ -50,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="calibration prompts used (default 8)")
     parser.add_argument("--validation-samples", type=int, default=8, metavar="N", help="validation prompts (default 8)")
     parser.add_argument("--seed", type=parse_seed, default=0, metavar="S", help="seed of the first sample (default 0)")
-    parser.add_argument("--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: the bundle's")
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="pictures at once that latencies are measured for (default 1)"
     )
@@ -103,24 +121,37 @@ def budget_of(args: argparse.Namespace) -> Budget | QualityBudget | None:
 def run(args: argparse.Namespace) -> int:
     """Calibrates, stores schedule and sensitivity in the bundle, and prints them."""
     from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
+    from tmpdiff_export.calibrate.settings import Wanted, open_setting
     from tmpdiff_export.commands.tables import print_sensitivity
-    from tmpdiff_export.display import print_json, progress_bar
+    from tmpdiff_export.display import print_json, print_note, progress_bar
 
     options = CalibrationOptions(
         budget=budget_of(args),
         method=args.method,
         costs=AllocationCosts(args.swap_ms, args.resident_engines),
     )
-    how = RunOptions(args.seed, args.guidance_scale, args.batch, args.threads, args.workers, args.fresh_latencies)
     prompts = read_prompts(args.prompts)
     for name, count in (("--samples", args.samples), ("--validation-samples", args.validation_samples)):
         if count < 1:
             raise ValueError(f"{name} is {count}, expected 1 or more")
     chosen = PromptFile(prompts.calibration[: args.samples], prompts.validation[: args.validation_samples])
+    wanted = Wanted(setting_choice(args), args.guidance_scale, args.text_length, args.scheduler)
+    setting, added = open_setting(args.bundle, wanted)
+    if added:
+        print_note(f"setting {setting.name} was added to the bundle: {setting.described}")
+    how = RunOptions(
+        seed=args.seed,
+        batch=args.batch,
+        threads=args.threads,
+        workers=args.workers,
+        fresh_latencies=args.fresh_latencies,
+        setting=SettingChoice(named=setting.name),
+        source=args.source,
+    )
     begin = time.perf_counter()
     try:
         with progress_bar() as report:
-            found = calibrate_bundle(args.bundle, chosen, options, how, source=args.source, progress=report)
+            found = calibrate_bundle(args.bundle, chosen, options, how, report, print_note)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished measurements are kept, and the same command goes on from them") from None
     if args.json:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     options = BuildOptions(
         precisions=PRECISIONS,
         prompts=prompts.calibration[:BUILD_PROMPTS],
-        num_steps=NUM_STEPS,
+        steps=(NUM_STEPS,),
         seed=args.seed,
         onnx_dir=args.out / "onnx",
         force=True,
@@ -118,7 +118,7 @@ def write_report(path: Path, manifest: Manifest, found: Sensitivity, gallery: Ga
         drawn = {name: picture for (row, name), picture in gallery.drawn.items() if row == index}
         reference = drawn[REFERENCE]
         rows.append(Row(prompt, seed, tuple(compare(name, picture, reference) for name, picture in drawn.items())))
-    atomic_write_text(path, page(manifest, found, rows))
+    atomic_write_text(path, page(manifest, manifest.settings[0], found, rows))
 
 
 def print_found(found: Sensitivity) -> None:
@@ -168,17 +168,17 @@ def summarise(
     "typical" is the typical error with its interval, "departures" their count with the interval of their share, "against"
     the schedule's typical error over the row's; "error" is the plain mean of E.
     """
-    reference = found.precisions[0]
+
     return {
         "prompt_set": prompt_set,
         "calibration_prompts": list(prompts.calibration),
         "validation_prompts": list(prompts.validation),
         "num_steps": found.num_steps,
-        "guidance_scale": manifest.sampling.guidance_scale,
-        "backend": manifest.denoisers[reference].backend,
+        "guidance_scale": manifest.settings[0].guidance_scale,
+        "backend": manifest.reference.backend,
         "engines": {
             name: {"recipe": entry.recipe, "sqnr_db": entry.sqnr_db, "bytes": entry.bytes}
-            for name, entry in manifest.denoisers.items()
+            for name, (entry, *_) in manifest.denoisers.items()
         },
         "latencies_ms": found.latencies_ms,
         "schedule": list(found.schedule),

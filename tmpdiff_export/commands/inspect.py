@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from engines.bundle import Bundle
+from engines.terminal import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,33 +18,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the manifest, and schedule and sensitivity where the bundle was calibrated."""
-    from calibration.document import OutdatedCalibrationError
+    from calibration.document import OutdatedCalibrationError, Sensitivity
     from tmpdiff_export.calibrate.bundle import read_calibration
     from tmpdiff_export.commands.build import print_engines
     from tmpdiff_export.commands.tables import print_sensitivity
     from tmpdiff_export.display import print_json, schedule_strip
 
     bundle = Bundle.open(args.bundle)
-    calibrated = bundle.schedule_path.exists() or bundle.sensitivity_path.exists()
-    found = None
-    try:
-        found = read_calibration(bundle) if calibrated else None
-    except OutdatedCalibrationError as error:  # the schedule runs all the same
-        print(error, file=sys.stderr)
+    found: dict[str, Sensitivity | None] = {}
+    for setting in bundle.manifest.settings:
+        if bundle.schedule_path(setting).exists() or bundle.sensitivity_path(setting).exists():
+            try:
+                found[setting.name] = read_calibration(bundle, setting)
+            except OutdatedCalibrationError as error:  # the schedule runs all the same
+                print(printable(str(error)), file=sys.stderr)
+                found[setting.name] = None
     if args.json:
         print_json(
             {
                 "manifest": bundle.manifest.model_dump(mode="json"),
-                "schedule": bundle.schedule().model_dump(mode="json") if calibrated else None,
-                "sensitivity": found.model_dump(mode="json") if found else None,
+                "settings": {
+                    setting.name: {
+                        "schedule": bundle.schedule(setting).model_dump(mode="json"),
+                        "sensitivity": known.model_dump(mode="json") if (known := found[setting.name]) else None,
+                    }
+                    for setting in bundle.manifest.settings
+                    if setting.name in found
+                },
             }
         )
         return 0
     print_engines(bundle.manifest)
-    if found is not None:
-        print_sensitivity(found)
-    elif calibrated:
-        print(f"schedule: {schedule_strip(bundle.schedule().precisions)}")
-    else:
-        print(f"not calibrated yet: tmpdiff-export calibrate {args.bundle} --prompts FILE")
+    for setting in bundle.manifest.settings:
+        if setting.name not in found:
+            print(f"setting {setting.name}: not calibrated yet: {bundle.how_to_calibrate(setting)}")
+            continue
+        print(f"setting {setting.name}:")
+        if known := found[setting.name]:
+            print_sensitivity(known)
+        else:
+            print(f"schedule: {schedule_strip(bundle.schedule(setting).precisions)}")
     return 0

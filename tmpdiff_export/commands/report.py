@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engines.arguments import parse_prompt
+from engines.arguments import add_setting_arguments, parse_prompt, setting_choice
 
 PICTURES = 2
 
@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="calibrated bundle folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="page to write, self-contained")
+    add_setting_arguments(parser)
     parser.add_argument(
         "--prompt",
         type=parse_prompt,
@@ -44,7 +45,14 @@ def run(args: argparse.Namespace) -> int:
             f"--pictures {count} was given without a prompt; a bundle stores none, add --prompt TEXT (repeatable)"
         )
     with progress_bar() as report:
-        result = write_report(args.bundle, args.out, prompts=args.prompt, pictures=count, progress=report)
+        result = write_report(
+            args.bundle,
+            args.out,
+            setting=setting_choice(args),
+            prompts=args.prompt,
+            pictures=count,
+            progress=report,
+        )
     if args.json:
         print_json(result)
         return 0

@@ -8,9 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.arguments import add_setting_arguments, setting_choice
 from engines.bundle import Bundle
 from engines.errors import ScheduleError
 from engines.schedule import Schedule
+from engines.setting_entry import SettingEntry
 
 if TYPE_CHECKING:
     from calibration.choose.stored_prediction import StoredPrediction
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    add_setting_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--schedule",
@@ -57,8 +60,11 @@ def run(args: argparse.Namespace) -> int:
     if args.nearest and args.export_policy is None:
         raise ValueError("--nearest says what to export; add --export-policy FILE")
     bundle = Bundle.open(args.bundle)
-    prediction = _prediction(bundle)
-    schedule = bundle.schedule(args.schedule) if args.import_policy is None else _imported(bundle, args)
+    setting = bundle.setting(setting_choice(args))
+    prediction = _prediction(bundle, setting)
+    schedule = (
+        bundle.schedule(setting, args.schedule) if args.import_policy is None else _imported(bundle, setting, args)
+    )
     if prediction:
         schedule = schedule.model_copy(
             update={
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                 "predicted_latency": prediction.latency(schedule.precisions),
             }
         )
-    exported = _export(args, bundle, schedule, prediction) if args.export_policy else None
+    exported = _export(args, bundle, schedule, prediction, _calls(bundle, setting)) if args.export_policy else None
     if args.out:
         schedule.save(args.out)
     if args.json:
@@ -76,16 +82,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prediction(bundle: Bundle) -> StoredPrediction | None:
+def _prediction(bundle: Bundle, setting: SettingEntry) -> StoredPrediction | None:
     """What the bundle's calibration predicts; None without one, and with an outdated one, which is said on stderr."""
     from calibration.choose.stored_prediction import StoredPrediction
     from calibration.document import OutdatedCalibrationError
     from tmpdiff_export.calibrate.bundle import read_calibration
 
-    if not bundle.sensitivity_path.exists():
+    if not bundle.sensitivity_path(setting).exists():
         return None
     try:
-        return StoredPrediction(read_calibration(bundle))
+        return StoredPrediction(read_calibration(bundle, setting))
     except OutdatedCalibrationError as error:
         print(error, file=sys.stderr)
         return None
@@ -96,7 +102,7 @@ def _predicted_error(prediction: StoredPrediction, schedule: tuple[str, ...]) ->
     return prediction.error(schedule) if set(schedule) <= set(prediction.precisions) else None
 
 
-def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
+def _imported(bundle: Bundle, setting: SettingEntry, args: argparse.Namespace) -> Schedule:
     from tmpdiff_export.drop_in.step_policy import FORMATS, read_policy
 
     policy, native = read_policy(args.import_policy)
@@ -112,20 +118,37 @@ def _imported(bundle: Bundle, args: argparse.Namespace) -> Schedule:
             f"the native steps of {args.import_policy} run at {native}; the bundle's low precisions are "
             f"{', '.join(low) or 'none'}: pass one with --precision, or build a bundle with {native}"
         )
+    calls = _calls(bundle, setting)
     return Schedule(
         bundle_id=bundle.manifest.bundle_id,
-        precisions=policy.precisions(bundle.manifest.sampling.num_steps, reference, native),
-        origin=f"step policy: first {policy.first_steps} and last {policy.last_steps} at {reference}",
+        setting=setting.name,
+        precisions=policy.precisions(calls, reference, native),
+        origin=policy.described(calls, reference, native),
     )
 
 
+def _calls(bundle: Bundle, setting: SettingEntry) -> tuple[int, ...]:
+    """How often every step of the setting's scheduler calls the denoiser."""
+    if setting.num_steps == setting.num_inference_steps:
+        return (1,) * setting.num_steps
+
+    from engines.sampler import SamplerTable
+    from tmpdiff_export.drop_in.step_policy import calls_of_steps
+
+    return calls_of_steps(SamplerTable.from_json(bundle.read(setting.sampler)))
+
+
 def _export(
-    args: argparse.Namespace, bundle: Bundle, schedule: Schedule, prediction: StoredPrediction | None
+    args: argparse.Namespace,
+    bundle: Bundle,
+    schedule: Schedule,
+    prediction: StoredPrediction | None,
+    calls: tuple[int, ...],
 ) -> dict[str, Any]:
     """Writes the policy file; returns what is in it, for display."""
     from tmpdiff_export.drop_in.step_policy import exact_policy, nearest_policy, write_policy
 
-    exact = exact_policy(schedule.precisions, bundle.manifest.precisions[0])
+    exact = exact_policy(schedule.precisions, bundle.manifest.precisions[0], calls)
     if exact:
         write_policy(args.export_policy, *exact)
         return {"exact": True, **asdict(exact[0]), "native": exact[1]}
@@ -134,7 +157,7 @@ def _export(
             "the schedule is no step policy (the first N and last M steps in 16 bit, the others at one low precision), "
             f"and without a calibration none can be said to be near it; run `tmpdiff-export calibrate {args.bundle}`"
         )
-    nearest = nearest_policy(prediction, schedule.precisions)
+    nearest = nearest_policy(prediction, schedule.precisions, calls)
     if nearest is None:
         raise ScheduleError(
             "the schedule is no step policy, and no policy of fp8 or nvfp4 is as fast; export another schedule"

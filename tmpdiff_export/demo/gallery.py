@@ -63,7 +63,7 @@ class Gallery:
         with DenoiseRuntime.load(self._bundle) as runtime:
             for done, (index, name) in enumerate(missing):
                 report("pictures", done, len(missing))
-                schedule = runtime.bundle.schedule(None if name == SCHEDULE else f"uniform:{name}")
+                schedule = runtime.bundle.schedule(runtime.setting, None if name == SCHEDULE else f"uniform:{name}")
                 pictures = runtime.generate([self.prompts[index]], [self.seeds[index]], schedule)
                 write_pictures([self.path(index, name)], pictures)
                 self.drawn[index, name] = pictures[0]

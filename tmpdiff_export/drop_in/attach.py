@@ -8,14 +8,17 @@ from typing import Any
 from engines.bundle import Bundle
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
-from tmpdiff_export.drop_in.denoiser import OUTPUTS, BundleDenoiser
-from tmpdiff_export.drop_in.fit import fitting_family, require_scheduler
+from engines.setting_choice import SettingChoice
+from tmpdiff_export.drop_in.denoiser import OUTPUTS, BundleDenoiser, stand_in
+from tmpdiff_export.drop_in.fit import fitting_family, require_plain, require_scheduler
+from tmpdiff_export.drop_in.refusals import refuse_methods, restore_methods
 
 
 def attach(
     pipe: Any,
     bundle: Path | str | Bundle | DenoiseRuntime,
     *,
+    setting: SettingChoice | None = None,
     schedule: Path | str | Schedule | None = None,
 ) -> Any:
     """Puts a bundle into a diffusers pipeline in place of its transformer or UNet.
@@ -29,12 +32,19 @@ def attach(
     engines get the same inputs but for the last bits (the pipeline's text encoder and scheduler compute in
     torch). Where an engine quantizes activations, such bits can flip a rounding, and the flips add up.
 
+    What needs the denoiser's own layers (LoRA and IP adapters, FreeU, attention processors and slicing, caches,
+    deep copies) is refused until `detach`. `save_pretrained` writes the pipeline with its own denoiser;
+    offloading moves the other components. A pipeline made by `from_pipe` runs the engines as well, as long as it
+    keeps the scheduler; attach a bundle to it where it gets another one.
+
     The weights of the pipeline's denoiser are not compared with those the bundle was built from: a
     bundle of one checkpoint attaches to a pipeline of another one of the same architecture.
 
     Args:
         pipe: the pipeline; changed in place. Its denoiser stays in memory for `detach`.
         bundle: bundle folder, or one that is open already (a runtime's loaded engines are shared).
+        setting: which of the bundle's, None for its first (or the one that a runtime was opened for). The pipeline is to be
+            called with its number of steps and size.
         schedule: None for the calibrated one, a schedule file, "uniform:<precision>", or a schedule.
 
     Returns:
@@ -42,22 +52,25 @@ def attach(
 
     Raises:
         BundleError: the bundle is damaged, was not calibrated, or was built from another denoiser class.
+        AttachedError: the denoiser has something that engines would leave out, such as LoRA adapters.
         ScheduleError: the schedule belongs to another bundle.
         SamplerError: the pipeline's scheduler is not the one the bundle was built with.
         BackendError: an engine cannot be loaded.
     """
-    runtime = _runtime(bundle)
+    runtime = _runtime(bundle, setting)
     denoisers = {name: _original(module) for name in OUTPUTS if (module := getattr(pipe, name, None)) is not None}
     family = fitting_family(type(pipe).__name__, denoisers, runtime)
+    component = family.component
+    require_plain(type(pipe).__name__, component, denoisers[component])
     require_scheduler(pipe, family, runtime)
     if isinstance(schedule, Schedule):
-        schedule.check(bundle_id=runtime.manifest.bundle_id, num_steps=runtime.num_steps, precisions=runtime.precisions)
+        schedule.check(bundle_id=runtime.manifest.bundle_id, setting=runtime.setting, precisions=runtime.precisions)
     else:
-        schedule = runtime.bundle.schedule(schedule)
+        schedule = runtime.bundle.schedule(runtime.setting, schedule)
     for precision in dict.fromkeys(schedule.precisions):
         runtime.denoiser(precision)
-    component = family.component
-    setattr(pipe, component, BundleDenoiser(pipe, denoisers[component], family, runtime, schedule))
+    setattr(pipe, component, stand_in(pipe, denoisers[component], family, runtime, schedule))
+    refuse_methods(pipe, component)
     return pipe
 
 
@@ -66,7 +79,7 @@ def detach(pipe: Any) -> Any:
 
     Args:
         pipe: changed in place. Its denoiser comes back as it was when the bundle was attached, on the same
-            device: a pipeline that was moved since then has to be moved again with `pipe.to()`.
+            device and without torch.compile(): a pipeline that was moved, offloaded or compiled since then has to be so again.
 
     Returns:
         `pipe`.
@@ -75,19 +88,26 @@ def detach(pipe: Any) -> Any:
         ValueError: no bundle is attached to the pipeline.
     """
     for component in OUTPUTS:
-        denoiser = getattr(pipe, component, None)
+        denoiser = _uncompiled(getattr(pipe, component, None))
         if isinstance(denoiser, BundleDenoiser):
             setattr(pipe, component, denoiser.original)
+            restore_methods(pipe)
             return pipe
     raise ValueError(f"{type(pipe).__name__} has no bundle attached; nothing to detach")
 
 
 def _original(denoiser: Any) -> Any:
     """A pipeline's own denoiser, also where a bundle stands in its place."""
+    denoiser = _uncompiled(denoiser)
     return denoiser.original if isinstance(denoiser, BundleDenoiser) else denoiser
 
 
-def _runtime(bundle: Path | str | Bundle | DenoiseRuntime) -> DenoiseRuntime:
+def _uncompiled(module: Any) -> Any:
+    """What torch.compile() was called with, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _runtime(bundle: Path | str | Bundle | DenoiseRuntime, setting: SettingChoice | None) -> DenoiseRuntime:
     if isinstance(bundle, DenoiseRuntime):
-        return bundle
-    return DenoiseRuntime(bundle) if isinstance(bundle, Bundle) else DenoiseRuntime.load(bundle)
+        return bundle if setting is None else bundle.at(setting)
+    return DenoiseRuntime(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), setting=setting)

@@ -6,17 +6,19 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from tmpdiff_export.drop_in.fit import require_scheduler
+from tmpdiff_export.drop_in.refusals import refuse
 from tmpdiff_export.drop_in.step_finder import StepFinder
 from tmpdiff_export.pipelines.families.family import Family, bind_call
 
@@ -26,9 +28,17 @@ LATENTS_ARGUMENTS = {"hidden_states", "sample"}  # of transformers, of UNets
 # The picture size is part of the engine; of FLUX, so are the positions of its tokens.
 CONSTANT_ARGUMENTS = {"return_dict", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
 
+# Attributes of these types are read off the replaced denoiser; nothing that is done with them could need its layers.
+PLAIN = (bool, int, float, str, list, tuple, torch.dtype, type(None))
+IP_ADAPTER_LOADER = "_load_ip_adapter_weights"  # the one private method of a denoiser that pipelines call to change it
+
 
 class BundleDenoiser(torch.nn.Module):
     """Takes the place of a pipeline's denoiser and runs a bundle's engines; made by `attach`. Not thread-safe.
+
+    To be read it is like the denoiser it replaces: plain attributes, `config`, `state_dict()` and `save_pretrained` are
+    that one's. What would change or run the denoiser's layers raises `AttachedError`, which names it. It cannot be
+    pickled or copied deeply, as engines cannot.
 
     Attributes:
         config: the configuration of the denoiser it replaces.
@@ -52,8 +62,10 @@ class BundleDenoiser(torch.nn.Module):
         self._pipe = weakref.ref(pipe)
         self._scheduler = pipe.scheduler
         self._timesteps: torch.Tensor | None = None
-        # Pipelines read dtype and device of a denoiser and set them with to(); this buffer holds them.
-        self.register_buffer("_place", torch.empty(0, dtype=denoiser.dtype, device=denoiser.device), persistent=False)
+        # Pipelines read dtype and device of a denoiser and set them with to(); this buffer holds them. A denoiser
+        # without weights is on "meta", where no tensor comes back from.
+        device = "cpu" if denoiser.device.type == "meta" else denoiser.device
+        self.register_buffer("_place", torch.empty(0, dtype=denoiser.dtype, device=device), persistent=False)
         self.eval()
 
     @property
@@ -76,6 +88,62 @@ class BundleDenoiser(torch.nn.Module):
         """The replaced UNet's; SDXL pipelines read its width."""
         return self.original.add_embedding
 
+    @property
+    def save_pretrained(self) -> Any:
+        """The replaced denoiser's: `save_pretrained` of an attached pipeline writes the denoiser it was loaded with."""
+        return self.original.save_pretrained
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.Tensor]:
+        """One empty tensor, off which dtype and device can be read, as offloading does."""
+        yield self._place
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The replaced denoiser's weights."""
+        return self.original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `AttachedError`: engines have their weights from the build."""
+        self._refuse("load_state_dict")
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Raises `AttachedError`: engines are compiled already."""
+        self._refuse("compile")
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves engines where their backend has them; the pipeline's other components are offloaded."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What the replaced denoiser has and this module has not: plain values are returned, the rest is refused.
+
+        Raises:
+            AttachedError: a method, layer or tensor of the replaced denoiser.
+            AttributeError: it has no such attribute either, or a private one, such as the hooks of other libraries.
+        """
+        if "_original" not in self.__dict__ or (name.startswith("_") and name != IP_ADAPTER_LOADER):
+            return super().__getattr__(name)
+        value = getattr(self.original, name)
+        if isinstance(value, PLAIN):
+            return value
+        self._refuse(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises `AttachedError` for a layer, which no engine would run."""
+        if isinstance(value, torch.nn.Module):
+            self._refuse(f"a new {name}")
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises `AttachedError`: pickling and deep copies."""
+        self._refuse("a pickle or deep copy")
+
+    def _refuse(self, asked: str) -> NoReturn:
+        component = self._family.component
+        refuse(f"{asked} of the {component}", component)
+
+    def extra_repr(self) -> str:
+        """What runs, for the representation of the module, whose class is named after the denoiser it replaces."""
+        return f"run by the engines of {self.runtime.bundle.folder}"
+
     @contextlib.contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """What FLUX pipelines call their denoiser in; engines cache nothing between calls."""
@@ -86,6 +154,7 @@ class BundleDenoiser(torch.nn.Module):
         """Denoiser calls of `last_run` per precision."""
         return Counter(precision for _, precision in self.last_run)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One denoiser call, at the precision that the schedule has for its timestep.
 
@@ -113,7 +182,7 @@ class BundleDenoiser(torch.nn.Module):
         inputs[TIMESTEP] = torch.full((len(latents),), float(self.runtime.table.timesteps[step_index]))
         arrays = {
             spec.name: np.ascontiguousarray(inputs[spec.name].detach().to("cpu", getattr(torch, spec.dtype)).numpy())
-            for spec in self.runtime.manifest.denoisers[precision].inputs
+            for spec in self.runtime.manifest.denoisers[precision][0].inputs
         }
         values = torch.from_numpy(self.runtime.denoiser(precision).run(arrays)[MODEL_OUTPUT])
         self.last_run.append((step_index, precision))
@@ -140,13 +209,13 @@ class BundleDenoiser(torch.nn.Module):
                 f"{', '.join(sorted(needed))}"
             )
         inputs = dict(zip(self._family.inputs, self._family.arguments(call), strict=True))
-        sampling = self.runtime.manifest.sampling
+        setting = self.runtime.setting
         shape = tuple(inputs[LATENTS].shape)
-        if shape[1:] != sampling.latents_shape:
+        if shape[1:] != setting.latents_shape:
             raise ValueError(
-                f"latents have shape {shape}, the bundle's engines take {('batch', *sampling.latents_shape)}; call the "
-                f"pipeline with height={sampling.height}, width={sampling.width} (and use_resolution_binning=False "
-                "where it has that), or build a bundle of that size"
+                f"latents have shape {shape}, the bundle's engines take {('batch', *setting.latents_shape)}; call the "
+                f"pipeline with height={setting.height}, width={setting.width} (and use_resolution_binning=False "
+                "where it has that), or attach with a setting of that size"
             )
         return inputs
 
@@ -175,9 +244,8 @@ class BundleDenoiser(torch.nn.Module):
     def _follow_scheduler(self) -> None:
         """Begins a run when the pipeline's scheduler was set up for one, after checking what it will run."""
         pipe = self._pipe()
-        if pipe is None:  # its components live on in another pipeline
-            return
-        scheduler = pipe.scheduler
+        # None: its components live on in another pipeline, made by from_pipe()
+        scheduler = self._scheduler if pipe is None else pipe.scheduler
         if scheduler is not self._scheduler:
             require_scheduler(pipe, self._family, self.runtime)
             self._scheduler = scheduler
@@ -188,3 +256,16 @@ class BundleDenoiser(torch.nn.Module):
         self._finder.begin_run(start + (getattr(scheduler, "begin_index", None) or 0))
         self._timesteps = scheduler.timesteps
         self.last_run = []
+
+
+def stand_in(pipe: Any, denoiser: torch.nn.Module, family: Family, runtime: DenoiseRuntime, schedule: Schedule) -> Any:
+    """A `BundleDenoiser` that diffusers takes for one of the replaced denoiser's class by its name.
+
+    So the index of a saved pipeline, also of one made by from_pipe(), names the denoiser that is saved. It is no
+    subclass of it: from_pipe() leaves out models of a subclass.
+    """
+    replaced = type(denoiser)
+    kind = type(replaced.__name__, (BundleDenoiser,), {"__module__": replaced.__module__, "__doc__": replaced.__doc__})
+    # Without it save_pretrained() of a pipeline leaves the component out and only warns.
+    LOADABLE_CLASSES.setdefault(__name__, {BundleDenoiser.__name__: ["save_pretrained", "from_pretrained"]})
+    return kind(pipe, denoiser, family, runtime, schedule)

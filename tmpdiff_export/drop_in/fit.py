@@ -10,9 +10,10 @@ import numpy as np
 from engines.errors import BundleError, SamplerError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
+from tmpdiff_export.drop_in.refusals import AttachedError
 from tmpdiff_export.drop_in.step_finder import close, listed
 from tmpdiff_export.pipelines.families.family import Family
-from tmpdiff_export.pipelines.families.table import FAMILIES
+from tmpdiff_export.pipelines.families.table import FAMILIES, family_of_bundle
 from tmpdiff_export.pipelines.scheduler_table import TOLERANCE, sampler_table
 
 
@@ -28,15 +29,14 @@ def fitting_family(pipeline: str, denoisers: Mapping[str, Any], runtime: Denoise
         BundleError: the bundle was built from another denoiser.
     """
     model = runtime.manifest.model
-    taken = {spec.name for spec in runtime.manifest.denoisers[runtime.precisions[0]].inputs}
-    fitting = [family for family in FAMILIES.get(model.pipeline_class, ()) if set(family.inputs) == taken]
+    taken = {spec.name for spec in runtime.manifest.reference.inputs}
+    family = family_of_bundle(runtime.manifest)
     wanted = model.denoiser_class
-    if not fitting or fitting[0].denoiser_class != wanted:
+    if family is None:
         raise BundleError(
             f"bundle {runtime.bundle.folder} was built from the {wanted} of a {model.pipeline_class}, and its engines take "
             f"{', '.join(sorted(taken))}; this release attaches bundles of {', '.join(FAMILIES)}"
         )
-    family = fitting[0]
     component = family.component
     denoiser = denoisers.get(component)
     if type(denoiser).__name__ != wanted:
@@ -54,6 +54,41 @@ def fitting_family(pipeline: str, denoisers: Mapping[str, Any], runtime: Denoise
     return family
 
 
+def require_plain(pipeline: str, component: str, denoiser: Any) -> None:
+    """Refuses a denoiser that does more than its weights and configuration say, which engines do not.
+
+    Args:
+        pipeline: class name of the pipeline.
+        component: attribute that holds the denoiser.
+        denoiser: the pipeline's own.
+
+    Raises:
+        AttachedError: it has adapters, FreeU, a cache, or is offloaded layer by layer.
+    """
+    extras = {
+        "LoRA adapters": (getattr(denoiser, "peft_config", None), "pipe.unload_lora_weights()"),
+        "an IP adapter": (
+            getattr(denoiser, "encoder_hid_proj", None) or getattr(denoiser, "image_proj", None),
+            "pipe.unload_ip_adapter()",
+        ),
+        "FreeU": (
+            any(getattr(block, "s1", None) for block in getattr(denoiser, "up_blocks", ())),
+            "pipe.disable_freeu()",
+        ),
+        "sequential offloading": (
+            denoiser.device.type == "meta" and hasattr(denoiser, "_hf_hook"),
+            "pipe.remove_all_hooks()",
+        ),
+        "a cache": (getattr(denoiser, "is_cache_enabled", False), f"pipe.{component}.disable_cache()"),
+    }
+    for what, (present, undo) in extras.items():
+        if present:
+            raise AttachedError(
+                f"the {component} of this {pipeline} has {what}, which a bundle's engines have not; call {undo} before the "
+                "bundle is attached"
+            )
+
+
 def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> None:
     """Refuses a scheduler that does not do what the bundle's sampler table does.
 
@@ -69,9 +104,10 @@ def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> Non
             f"the pipeline's scheduler is a {name}, the bundle was built with a {expected.scheduler}; set "
             "pipe.scheduler to the one the bundle was built with, or build a bundle from the pipeline as it is"
         )
-    steps = expected.num_inference_steps
+    steps, (_, rows, columns) = expected.num_inference_steps, runtime.setting.latents_shape
+    config = getattr(pipe, family.component).config
     table = sampler_table(
-        scheduler, steps, **family.sampler_options(pipe, steps, runtime.manifest.sampling.latents_shape)
+        scheduler, steps, **family.sampler_options(scheduler, steps, rows * columns // family.token_side(config) ** 2)
     )
     if table.num_steps != expected.num_steps or not close(table.timesteps, expected.timesteps).all():
         differs = f"timesteps {listed(table.timesteps)}, the bundle's are {listed(expected.timesteps)}"

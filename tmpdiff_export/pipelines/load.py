@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,32 +12,22 @@ from typing import Any
 
 import torch
 
-from engines.errors import BuildError
 from engines.manifest import GUIDANCE
 from tmpdiff_export.devices import CPU, Batch
-from tmpdiff_export.pipelines.families.family import Family, Text, bind_call, max_sequence_length
+from tmpdiff_export.pipelines.families.family import Family, bind_call
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of, require_supported
-from tmpdiff_export.pipelines.models import hollow_pipeline, loaded_model, require_classes
-from tmpdiff_export.weights.source import SourceWeights, folder_json
+from tmpdiff_export.pipelines.folder import read_index, require_scheduler, require_variant
+from tmpdiff_export.pipelines.models import hollow_pipeline, is_model, loaded_model, require_classes
+from tmpdiff_export.pipelines.settings import PipelineFacts, Setting, scheduler_form
+from tmpdiff_export.pipelines.texts import SourceText, source_texts
+from tmpdiff_export.pipelines.tokenizer_files import require_tokenizer_files
+from tmpdiff_export.weights.source import SourceWeights
 from tmpdiff_export.weights.streamed import Read, streamed, taken_weights
 
-
-@dataclass(frozen=True)
-class SourceText:
-    """What one of the text encoders reads.
-
-    Attributes:
-        tokenizer: the transformers tokenizer.
-        max_tokens: length that prompts are padded to.
-        part: how the family describes it.
-    """
-
-    tokenizer: Any
-    max_tokens: int
-    part: Text
+LONGEST_TEXT = 512  # what T5 was trained on, and what FLUX and SD3 pipelines allow
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SourcePipeline:
     """A pipeline folder that is open, and what the export needs to know of it.
 
@@ -45,22 +36,18 @@ class SourcePipeline:
         pipe: the diffusers pipeline; its models are hollow (`weights.streamed`), float32, on the CPU, in evaluation mode.
         denoiser_class: class name of its denoiser.
         family: how that class is exported.
-        height: picture height in pixels.
-        width: picture width in pixels.
-        guidance_scale: of classifier-free guidance or of the denoiser's guidance embedding, 1 where it has neither.
         texts: what its text encoders read, in order.
         weights: the denoiser's.
+        variant: of the weight files, as for `SourceWeights.open`.
     """
 
     folder: Path
     pipe: Any
     denoiser_class: str
     family: Family
-    height: int
-    width: int
-    guidance_scale: float
     texts: tuple[SourceText, ...]
     weights: SourceWeights
+    variant: str | None = None
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -68,23 +55,43 @@ class SourcePipeline:
         module: torch.nn.Module = getattr(self.pipe, self.family.component)
         return module
 
-    @property
-    def latents_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one sample's latents."""
-        factor = int(self.pipe.vae_scale_factor)
-        channels = int(self.denoiser.config.in_channels) // self.family.packing**2
-        return channels, self.height // factor, self.width // factor
+    @functools.cached_property
+    def facts(self) -> PipelineFacts:
+        """What its settings depend on."""
+        pipe, family, config = self.pipe, self.family, self.denoiser.config
+        pixels = int(pipe.vae_scale_factor)
+        variable = [text for text in self.texts if text.part.whole_sequence]
+        return PipelineFacts(
+            family=family,
+            scheduler=scheduler_form(pipe.scheduler),
+            size=own_size(pipe, config),
+            pixels_per_latent=pixels,
+            size_step=pixels * family.token_side(config),
+            largest_side=None if (side := family.largest_side(config)) is None else side * pixels,
+            latent_channels=int(config.in_channels) // family.packing**2,
+            guidance_scale=_own_guidance_scale(pipe) if family.takes_guidance_scale else 1.0,
+            takes_guidance_scale=family.takes_guidance_scale,
+            text_length=max((text.max_tokens for text in variable), default=None),
+            longest_text=max((max(text.max_tokens, LONGEST_TEXT) for text in variable), default=None),
+        )
 
-    @property
-    def doubled(self) -> bool:
+    def doubled(self, setting: Setting) -> bool:
         """Whether classifier-free guidance doubles the batch of every denoiser call."""
-        return self.guidance_scale > 1.0 and GUIDANCE not in self.family.inputs
+        return setting.guidance_scale > 1.0 and GUIDANCE not in self.family.inputs
 
     @property
     def other_models(self) -> tuple[str, ...]:
         """Names of its models but for the denoiser: text encoders and VAE."""
         models = {name for name, item in self.pipe.components.items() if isinstance(item, torch.nn.Module)}
         return tuple(sorted(models - {self.family.component}))
+
+    def stored(self, name: str) -> SourceWeights:
+        """The stored weights of one of its models; reads their headers.
+
+        Raises:
+            BuildError: they cannot be read.
+        """
+        return SourceWeights.open(self.folder / name, self.variant)
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """One of its models with its weights, on the CPU, in evaluation mode.
@@ -96,7 +103,7 @@ class SourcePipeline:
         Raises:
             BuildError: it cannot be loaded.
         """
-        return loaded_model(self.pipe, self.folder, name, dtype)
+        return loaded_model(type(getattr(self.pipe, name)), self.folder / name, self.variant, dtype)
 
     @contextlib.contextmanager
     def filled(self, names: Sequence[str]) -> Iterator[None]:
@@ -110,119 +117,69 @@ class SourcePipeline:
             for name, model in hollow_ones.items():
                 setattr(self.pipe, name, model)
 
-    def sampler_options(self, num_steps: int) -> dict[str, Any]:
-        """`mu` and `sigmas` of its scheduler, for `sampler_table`."""
-        return self.family.sampler_options(self.pipe, num_steps, self.latents_shape)
-
-    def call_options(self) -> dict[str, Any]:
-        """Arguments for a plain call of the pipeline at the bundle's resolution and guidance."""
+    def call_options(self, setting: Setting) -> dict[str, Any]:
+        """Arguments for a plain call of the pipeline in a setting but for the number of steps."""
         options = {
             **self.family.call_options,
-            "height": self.height,
-            "width": self.width,
-            "guidance_scale": self.guidance_scale,
+            "height": setting.height,
+            "width": setting.width,
+            "guidance_scale": setting.guidance_scale,
         }
-        for text in self.texts:
-            if text.part.whole_sequence:
-                options["max_sequence_length"] = text.max_tokens
+        if setting.text_length is not None:
+            options["max_sequence_length"] = setting.text_length
+        if setting.clip_skip is not None:
+            options["clip_skip"] = setting.clip_skip
         return options
 
 
-def open_pipeline(
-    folder: Path, *, height: int | None = None, width: int | None = None, guidance_scale: float | None = None
-) -> SourcePipeline:
+def open_pipeline(folder: Path, variant: str | None = None) -> SourcePipeline:
     """Opens a pipeline folder as written by `save_pretrained`, from the disk only; of weights, only headers are read.
 
     Args:
         folder: the folder with `model_index.json`.
-        height: picture height in pixels, None for the pipeline's own.
-        width: picture width in pixels, None for the pipeline's own.
-        guidance_scale: None for the default of the pipeline's call.
+        variant: of the weight files, as for `SourceWeights.open`.
 
     Raises:
-        BuildError: the folder is no pipeline, cannot be loaded, its denoiser is not supported, or a guidance scale was
-            given to one that has none.
+        BuildError: the folder is no pipeline, cannot be loaded, its denoiser is not supported, or its weights are not
+            those of its models.
     """
-    index = folder / "model_index.json"
-    if not folder.is_dir():
-        raise BuildError(f"pipeline folder {folder} does not exist; pass a folder written by save_pretrained()")
-    try:
-        _require_plain(folder)
-        data = folder_json(index)
-    except FileNotFoundError:
-        raise BuildError(f"folder {folder} is no diffusers pipeline: it holds no model_index.json") from None
-    except OSError as error:
-        raise BuildError(f"{error.filename or index} cannot be read: {error.strerror or error}") from error
-    if not isinstance(data, dict) or "_class_name" not in data:
-        raise BuildError(f"{index} names no pipeline class; pass a folder written by save_pretrained()")
-    require_supported(str(data["_class_name"]), _denoiser_class(data))  # before gigabytes are hashed
+    data = read_index(folder)
+    require_supported(data["_class_name"], _denoiser_class(data))  # before gigabytes are hashed
     require_classes(data)
+    require_tokenizer_files(folder, data)
+    require_scheduler(folder, data)
+    require_variant(folder, [name for name, entry in data.items() if is_model(entry)], variant)
     may_lack = {name for family in FAMILIES[data["_class_name"]] for name in family.may_lack}
-    pipe = hollow_pipeline(folder, data, [name for name in may_lack if data.get(name) == [None, None]])
+    pipe = hollow_pipeline(folder, data, [name for name in may_lack if data.get(name) == [None, None]], variant)
     name, family = family_of(pipe)
-    weights = SourceWeights.open(folder / family.component)
+    weights = SourceWeights.open(folder / family.component, variant)
     denoiser = getattr(pipe, family.component)
-    weights.require_module(denoiser, name)
+    weights.require_names(denoiser, name)
     for label, buffer in denoiser.named_buffers():
         if label in weights.places:
             buffer.copy_(weights.read(label))
-    config = denoiser.config
-    size = int(getattr(pipe, "default_sample_size", None) or config.sample_size) * int(pipe.vae_scale_factor)
-    height = size if height is None else height
-    width = size if width is None else width
-    factor = int(pipe.vae_scale_factor) * int(getattr(config, "patch_size", 1) or 1) * family.packing
-    for label, value in (("height", height), ("width", width)):
-        if value <= 0 or value % factor:
-            raise BuildError(f"{label} {value} does not fit this pipeline; give a positive multiple of {factor}")
     return SourcePipeline(
         folder=folder,
         pipe=pipe,
         denoiser_class=name,
         family=family,
-        height=height,
-        width=width,
-        guidance_scale=_guidance_scale(pipe, family, guidance_scale),
-        texts=_texts(pipe, family),
+        texts=source_texts(pipe, family),
         weights=weights,
+        variant=variant,
     )
 
 
-def _require_plain(folder: Path) -> None:
-    """Refuses pipes and devices among the files of a pipeline, which diffusers would wait for.
-
-    Raises:
-        BuildError: names one.
-        OSError: a folder cannot be read.
-    """
-    for path in (*folder.iterdir(), *(path for part in folder.iterdir() if part.is_dir() for path in part.iterdir())):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise BuildError(f"{path} is no plain file; pass a folder written by save_pretrained()")
+def own_size(pipe: Any, config: Any) -> tuple[int, int] | None:
+    """(height, width) in pixels that a call of the pipeline has by default; None where its configuration names none."""
+    sample = getattr(pipe, "default_sample_size", None) or config.sample_size
+    sides = sample if isinstance(sample, list | tuple) else (sample, sample)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        return None
+    return sides[0] * int(pipe.vae_scale_factor), sides[1] * int(pipe.vae_scale_factor)
 
 
-def _guidance_scale(pipe: Any, family: Family, asked: float | None) -> float:
-    if family.takes_guidance_scale:
-        default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-        return float(default if asked is None else asked)
-    if asked not in (None, 1.0):
-        raise BuildError(
-            f"guidance scale {asked:g} would have no effect: the {family.denoiser_class} of this {type(pipe).__name__} "
-            "has no guidance embedding; leave the guidance scale out"
-        )
-    return 1.0
-
-
-def _texts(pipe: Any, family: Family) -> tuple[SourceText, ...]:
-    texts = []
-    for part in family.texts:
-        tokenizer = getattr(pipe, part.tokenizer)
-        if tokenizer is None:
-            continue
-        # Whatever its own tokenizer says, every CLIP text encoder gets the length of the first one's.
-        length = int((tokenizer if part.whole_sequence else pipe.tokenizer).model_max_length)
-        if part.whole_sequence:
-            length = min(length, max_sequence_length(pipe))
-        texts.append(SourceText(tokenizer, length, part))
-    return tuple(texts)
+def _own_guidance_scale(pipe: Any) -> float:
+    return float(inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)
 
 
 @contextlib.contextmanager
@@ -244,19 +201,21 @@ def computing(source: SourcePipeline, read: Read, device: str) -> Iterator[None]
 
 def gather_batches(
     source: SourcePipeline,
+    setting: Setting,
     prompts: Sequence[str],
-    num_steps: int,
     seed: int,
     on_step: Callable[[], None],
+    num_steps: int | None = None,
 ) -> list[Batch]:
     """Runs the real pipeline and keeps every input its denoiser is handed.
 
     Args:
         source: the pipeline, `computing`; noise is drawn on the CPU.
+        setting: of every run; its scheduler has to be the pipeline's own.
         prompts: one run each; run i starts from seed + i.
-        num_steps: `num_inference_steps` of every run.
         seed: seed of the first run.
         on_step: called after each denoiser call.
+        num_steps: `num_inference_steps`, None for the setting's.
 
     Returns:
         Inputs, on the CPU, in the order of `Family.inputs`, for every prompt and then every loop iteration.
@@ -274,10 +233,10 @@ def gather_batches(
             for index, prompt in enumerate(prompts):
                 source.pipe(
                     prompt,
-                    num_inference_steps=num_steps,
+                    num_inference_steps=num_steps or setting.table.num_inference_steps,
                     generator=torch.Generator().manual_seed(seed + index),
                     output_type="latent",
-                    **source.call_options(),
+                    **source.call_options(setting),
                 )
     finally:
         handle.remove()

@@ -7,6 +7,7 @@ from html import escape
 
 from calibration.document import Sensitivity
 from engines.manifest import Manifest
+from engines.setting_entry import SettingEntry
 from tmpdiff_export.display import departures, interval
 from tmpdiff_export.report import sections
 from tmpdiff_export.report.fit import fit
@@ -69,16 +70,17 @@ ul{margin:.4rem 0;padding-left:1.2rem;max-width:48rem;font-size:.9rem}
 """
 
 
-def page(manifest: Manifest, found: Sensitivity, rows: Sequence[Row] = ()) -> str:
+def page(manifest: Manifest, setting: SettingEntry, found: Sensitivity, rows: Sequence[Row] = ()) -> str:
     """The whole report as one HTML document that loads and runs nothing.
 
     Args:
         manifest: of the bundle that was calibrated.
+        setting: its setting that was.
         found: its sensitivity document.
         rows: pictures to show, from `pictures.draw`.
     """
     parts = (
-        ("what", "What this is", sections.what(manifest, found)),
+        ("what", "What this is", sections.what(manifest, setting, found)),
         ("schedule", "The schedule", sections.schedule(found)),
         ("precisions", "The precisions", sections.precisions(manifest, found)),
         ("scores", "How much each step suffers", scores(found)),

@@ -15,6 +15,8 @@ from PIL import Image
 from calibration.measure.metrics import picture_mse, picture_ssim, psnr_db
 from engines.bundle import Bundle
 from engines.runtime import DenoiseRuntime
+from engines.setting_choice import SettingChoice
+from engines.setting_entry import SettingEntry
 from tmpdiff_export.display import Report, number
 
 SCHEDULE = "schedule"
@@ -51,16 +53,18 @@ class Row:
     drawings: tuple[Drawing, ...]
 
 
-def draw(bundle: Bundle, prompts: Sequence[str], count: int, progress: Report | None = None) -> tuple[Row, ...]:
+def draw(
+    bundle: Bundle, setting: SettingEntry, prompts: Sequence[str], count: int, progress: Report | None = None
+) -> tuple[Row, ...]:
     """Draws every prompt `count` times at each uniform precision and with the calibrated schedule.
 
     Raises:
         TmpDiffError: a prompt is too long, or a file of the bundle is damaged.
     """
-    with DenoiseRuntime(bundle) as runtime:
+    with DenoiseRuntime(bundle, setting=SettingChoice(named=setting.name)) as runtime:
         schedules = {
-            **{name: bundle.schedule(f"uniform:{name}") for name in runtime.precisions},
-            SCHEDULE: bundle.schedule(),
+            **{name: bundle.schedule(setting, f"uniform:{name}") for name in runtime.precisions},
+            SCHEDULE: bundle.schedule(setting),
         }
         total = len(prompts) * count * len(schedules)
         runtime.encode(prompts)  # refuses a prompt before minutes are spent on the others

@@ -6,6 +6,7 @@ from html import escape
 
 from calibration.document import Sensitivity
 from engines.manifest import Manifest
+from engines.setting_entry import SettingEntry
 from tmpdiff_export.display import departures, interval, schedule_strip
 from tmpdiff_export.report.pieces import (
     DEPARTURES,
@@ -18,13 +19,12 @@ from tmpdiff_export.report.pieces import (
 )
 
 
-def what(manifest: Manifest, found: Sensitivity) -> str:
+def what(manifest: Manifest, setting: SettingEntry, found: Sensitivity) -> str:
     """What was calibrated, and what this page is about."""
-    engine, sampling, model = manifest.denoisers[found.precisions[0]], manifest.sampling, manifest.model
+    engine, model = manifest.reference, manifest.model
     facts = {
         "pipeline": f"{model.pipeline_class}, {model.denoiser_class} with {model.parameters:,} parameters",
-        "sampling": f"{sampling.scheduler}, T = {sampling.num_steps} steps, guidance scale "
-        f"{sampling.guidance_scale:g} by default, {sampling.width} x {sampling.height} pixels",
+        "setting": f"{setting.name}: {setting.described}; T = {setting.num_steps} steps",
         "backend": f"{engine.backend} {engine.backend_version}, {engine.device}",
         "budget": found.budget,
         "samples": f"{found.num_samples} calibration prompts; errors predicted by {found.predictor}",
@@ -75,7 +75,7 @@ def precisions(manifest: Manifest, found: Sensitivity) -> str:
     dropped = {item.precision: f"dropped: {item.reason}" for item in found.dropped}
     rows = []
     for name in found.precisions:
-        entry, latency = manifest.denoisers[name], found.latencies_ms[name]
+        entry, latency = manifest.denoisers[name][0], found.latencies_ms[name]
         used = "scored, in the schedule" if name in found.schedule else "scored, not in the schedule"
         measured = typical_cell(found.uniform[name]) + departures_cell(found.uniform_departures.get(name))
         figures = (f"{entry.sqnr_db:.1f}", f"{entry.bytes / 1e6:.1f}", escape(entry.recipe))

@@ -116,16 +116,21 @@ class AccuracyCheck:
             batch_size: regroup the samples to engine calls of this size, None for the batches as they are; what
                 is missing in the last one is filled with its last sample.
         """
-        arrays = [[tensor.numpy() for tensor in batch] for batch in self.batches]
-        if batch_size is not None:
-            arrays = _regrouped(arrays, batch_size)
-        measured = [engine.run(dict(zip(self.names, batch, strict=True)))[self.output] for batch in arrays]
-        expected = np.concatenate(self.references)
-        found = np.concatenate(measured)[: len(expected)]
-        if self.weights is not None:
-            factors = np.concatenate(self.weights).reshape(-1, *[1] * (expected.ndim - 1))
-            expected, found = expected * factors, found * factors
-        return sqnr_db(expected, found)
+        weights = self.weights or tuple(np.ones(len(item), np.float32) for item in self.references)
+        alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}  # by picture size, which calls cannot have two of
+        for index, batch in enumerate(self.batches):
+            alike.setdefault(tuple(tuple(item.shape[1:]) for item in batch), []).append(index)
+        expected, found = [], []
+        for indices in alike.values():
+            arrays = [[tensor.numpy() for tensor in self.batches[index]] for index in indices]
+            if batch_size is not None:
+                arrays = _regrouped(arrays, batch_size)
+            measured = [engine.run(dict(zip(self.names, batch, strict=True)))[self.output] for batch in arrays]
+            wanted = np.concatenate([self.references[index] for index in indices])
+            factors = np.concatenate([weights[index] for index in indices]).reshape(-1, *[1] * (wanted.ndim - 1))
+            expected.append((wanted * factors).ravel())
+            found.append((np.concatenate(measured)[: len(wanted)] * factors).ravel())
+        return sqnr_db(np.concatenate(expected), np.concatenate(found))
 
 
 def _regrouped(batches: Sequence[Sequence[np.ndarray]], size: int) -> list[list[np.ndarray]]:

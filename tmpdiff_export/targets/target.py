@@ -45,6 +45,7 @@ class SourceModel:
         dtype: what most of its numbers are stored in.
         half: whether its engines compute in a 16-bit type. Text encoder and VAE decoder do not: of them, only weights are
             stored in 16 bits.
+        sizes: (h, w) of the latents that its engines are to run, the default first; empty where it has none.
     """
 
     module: torch.nn.Module
@@ -56,6 +57,7 @@ class SourceModel:
     batch_per_picture: int
     dtype: torch.dtype
     half: bool
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +125,11 @@ class Target(Protocol):
     @property
     def form(self) -> Form:
         """How it stores quantized layers."""
+        ...
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether an engine runs one picture size and text length only."""
         ...
 
     def require_memory(self, parameters: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from engines.files import sha256_bytes, sha256_file, side_by_side
 from tmpdiff_export.weights.files import Place, places
 
 _STEMS = ("diffusion_pytorch_model", "model")
-_INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,29 @@ class SourceWeights:
         folder: the component's folder.
         places: where each tensor lies, by name.
         files: its weight files and its configuration, sorted.
+        variant: of the files, as `save_pretrained(variant=)` names it; None for files without one.
     """
 
     folder: Path
     places: Mapping[str, Place]
     files: tuple[Path, ...]
+    variant: str | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> SourceWeights:
+    def open(cls, folder: Path, variant: str | None = None) -> SourceWeights:
         """Reads the headers of a component's weight files.
 
         Args:
             folder: as `save_pretrained` writes it, with one safetensors file or several and their index.
+            variant: taken where the folder holds it. Otherwise the files without variant are, and without them the
+                only variant that is there.
 
         Raises:
-            BuildError: it holds no safetensors files, or one of them is missing or damaged.
+            BuildError: it holds no safetensors files, several variants to choose from, or a file that is missing or
+                damaged.
         """
         try:
-            files = _weight_files(folder)
+            files, chosen = _weight_files(folder, variant)
             found = {name: place for path in files for name, place in places(path).items()}
             configuration = sorted(path for path in folder.iterdir() if path.suffix == ".json")
         except OSError as error:
@@ -52,7 +58,7 @@ class SourceWeights:
             raise BuildError(
                 f"weights in {folder} cannot be read: {where}: {error.strerror or error}; save the pipeline again"
             ) from error
-        return cls(folder, found, tuple(sorted((*configuration, *files))))
+        return cls(folder, found, tuple(sorted((*configuration, *files))), chosen)
 
     @property
     def parameters(self) -> int:
@@ -72,15 +78,29 @@ class SourceWeights:
         """A tensor in its stored dtype, on the CPU, in memory of its own."""
         return self.places[name].read()
 
-    def require_module(self, module: torch.nn.Module, what: str) -> None:
-        """Refuses weights that are not those of a module.
+    def require_numbers(self, module: torch.nn.Module) -> None:
+        """Refuses integers where a module has floating-point numbers.
+
+        Raises:
+            BuildError: naming a tensor.
+        """
+        for name, wanted in (*module.named_parameters(), *module.named_buffers()):
+            found = self.places.get(name)
+            if found is not None and wanted.is_floating_point() and not found.dtype.is_floating_point:
+                raise BuildError(
+                    f"{name} in {found.path} holds numbers of type {found.dtype}, expected floating-point ones; build from "
+                    "the pipeline as it was published in 16 bit"
+                )
+
+    def require_names(self, module: torch.nn.Module, what: str) -> None:
+        """Refuses weights that a library would find under names of an older release; here they are read by name.
 
         Args:
-            module: whose parameters they are to be, and its buffers where they are among them.
+            module: whose parameters they are to be.
             what: the module, for the message.
 
         Raises:
-            BuildError: naming one that is missing, or has another shape, or holds no floating-point numbers.
+            BuildError: naming one that is missing.
         """
         names = [name for name, _ in module.named_parameters()]
         missing = [name for name in names if name not in self.places]
@@ -89,20 +109,6 @@ class SourceWeights:
                 f"weights in {self.folder} lack {len(missing)} of the {len(names)} parameters of {what}, first "
                 f"{missing[0]}; load the pipeline with the installed diffusers and save it anew"
             )
-        for name, wanted in (*module.named_parameters(), *module.named_buffers()):
-            found = self.places.get(name)
-            if found is None:
-                continue
-            if found.shape != wanted.shape:
-                raise BuildError(
-                    f"{name} in {found.path} has the shape {list(found.shape)}, {what} with its config.json expects "
-                    f"{list(wanted.shape)}; save the pipeline again"
-                )
-            if wanted.is_floating_point() and not found.dtype.is_floating_point:
-                raise BuildError(
-                    f"{name} in {found.path} holds numbers of type {found.dtype}, expected floating-point ones; build from "
-                    "the pipeline as it was published in 16 bit"
-                )
 
     def sha256(self) -> str:
         """Hash over names and content of the files."""
@@ -125,14 +131,50 @@ def folder_json(path: Path) -> Any:
         raise BuildError(f"{path} is not valid JSON: {first_line(error)}; save the pipeline again") from error
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
+def variants(folder: Path) -> set[str | None]:
+    """The variants of weights that a component's folder holds, None for files without one.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    names = [path.name for path in folder.iterdir()]
+    patterns = [rf"{stem}(?:\.(.+))?\.safetensors" for stem in _STEMS]
+    patterns += [rf"{stem}\.safetensors\.index(?:\.(.+))?\.json" for stem in _STEMS]
+    found = [match for name in names for pattern in patterns if (match := re.fullmatch(pattern, name))]
+    return {match[1] for match in found if not _SHARD.search(match[1] or "")}
+
+
+def _weight_files(folder: Path, asked: str | None) -> tuple[tuple[Path, ...], str | None]:
+    """The weight files of a component, and their variant."""
+    found = variants(folder)
+    if not found:
+        raise BuildError(
+            f"folder {folder} holds none of {', '.join(f'{stem}.safetensors' for stem in _STEMS)}; save the pipeline with "
+            "save_pretrained(safe_serialization=True): other files of weights are not read, because loading them runs code"
+        )
+    if asked in found:
+        chosen = asked
+    elif None in found:
+        chosen = None
+    elif len(found) == 1:
+        (chosen,) = found
+    else:
+        raise BuildError(
+            f"weights in {folder} are there in the variants {', '.join(sorted(map(str, found)))}; choose one with --variant"
+        )
+    return _files_of(folder, chosen), chosen
+
+
+def _files_of(folder: Path, variant: str | None) -> tuple[Path, ...]:
+    inserted = "" if variant is None else f".{variant}"
     for stem in _STEMS:
-        index, single = folder / f"{stem}{_INDEX}", folder / f"{stem}.safetensors"
+        index = folder / f"{stem}.safetensors.index{inserted}.json"
+        single = folder / f"{stem}{inserted}.safetensors"
         if index.exists():
             try:
                 names = set(folder_json(index)["weight_map"].values())
-                if any(Path(name).name != name or "\0" in name for name in names):
-                    raise ValueError("it names files of other folders")
+                if not names or any(Path(name).name != name or "\0" in name for name in names):
+                    raise ValueError("it names no files, or files of other folders")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise BuildError(
                     f"{index} does not say where the weights are: {error}; save the pipeline again"
@@ -140,7 +182,4 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             return tuple(folder / name for name in sorted(names))
         if single.exists():
             return (single,)
-    raise BuildError(
-        f"folder {folder} holds none of {', '.join(f'{stem}.safetensors' for stem in _STEMS)}; save the pipeline with "
-        "save_pretrained(safe_serialization=True): other files of weights are not read, because loading them runs code"
-    )
+    raise BuildError(f"weights of the variant {variant} in {folder} are links to nowhere; save the pipeline again")

@@ -94,7 +94,7 @@ def open_builder(bindings: Path) -> tuple[Callable[[Path, str], None], str]:
         specs = tensor_specs(onnx.load(path, load_external_data=False).graph.input)
         shapes = profile(specs, dict.fromkeys(symbols_of(specs), SIZES))
         with tempfile.TemporaryDirectory() as scratch:
-            serialized_plan(path, shapes, PlanOptions(), Path(scratch) / "timing.cache", None)
+            serialized_plan(path, (shapes,), PlanOptions(), Path(scratch) / "timing.cache", None)
 
     return build, version
 

@@ -25,8 +25,8 @@ from engines.errors import TmpDiffError
 from engines.files import atomic_write_text, sha256_file
 from engines.manifest import MODEL_OUTPUT, EngineEntry
 from engines.precision import REFERENCE, Precision, parse_precisions
+from tmpdiff_export.bundling.checked import with_larger_batch
 from tmpdiff_export.bundling.engine import require_floor
-from tmpdiff_export.bundling.observed import with_larger_batch
 from tmpdiff_export.devices import CPU, Batch
 from tmpdiff_export.onnx_graphs.stored import plain_tensor
 from tmpdiff_export.pipelines.families.family import DENOISER, LATENT_AXES

@@ -24,6 +24,7 @@ from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import picture_errors
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
+from engines.arguments import add_setting_arguments, setting_choice
 from engines.errors import TmpDiffError
 from engines.files import sha256_bytes
 from engines.runtime import DenoiseRuntime
@@ -160,6 +161,7 @@ class Study:
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what every experiment takes to measure."""
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="bundle folder")
+    add_setting_arguments(parser)
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="calibration and validation prompts")
     parser.add_argument("--precisions", metavar="LIST", help="low precisions, comma-separated (default: all built)")
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="calibration samples (default %(default)s)")
@@ -201,10 +203,10 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                 f"(the prompts of {args.prompts.name})"
             )
     until = None if args.seconds_limit is None else time.monotonic() + args.seconds_limit
-    with DenoiseRuntime.load(args.bundle, threads=args.threads) as runtime:
+    with DenoiseRuntime.load(args.bundle, setting=setting_choice(args), threads=args.threads) as runtime:
         runtime.bundle.verify(runtime.manifest.files())
         precisions = _low_precisions(args.precisions, runtime.precisions)
-        scale = runtime.manifest.sampling.guidance_scale if args.guidance_scale is None else args.guidance_scale
+        scale = runtime.setting.guidance_scale if args.guidance_scale is None else args.guidance_scale
         # all prompts are samples, of which the first ones are used: more of them later reuse what was measured
         sets = BundleSamples(prompts, args.seed, scale).open(runtime)
         folder = runtime.bundle.folder / JOURNAL_FOLDER
@@ -233,7 +235,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                     "num_steps": runtime.num_steps,
                     "reference": runtime.precisions[0],
                     "precisions": list(precisions),
-                    "backend": runtime.manifest.denoisers[runtime.precisions[0]].backend,
+                    "backend": runtime.manifest.reference.backend,
                     "machine": machine(runtime, args.threads),
                     "versions": {
                         "tmpdiff": VERSION,

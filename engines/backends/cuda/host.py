@@ -19,7 +19,7 @@ from engines.backends.cuda.plan import DeviceContext, DevicePlan
 from engines.backends.cuda.residency import Load, plan_loads
 from engines.backends.cuda.resident_plans import ResidentPlans
 from engines.errors import BackendError
-from engines.loop import Loop
+from engines.loop import Loop, host_loop
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry
 
 Check = Callable[[str, EngineEntry, Gpu], None]
@@ -123,6 +123,8 @@ class CudaHost:
             BackendError: an engine is not known, does not take the shapes, or failed; memory ran out.
         """
         self._begin()
+        if loop.guidance_rescale:  # needs the spread of a whole output in each step, which the kernels do not have
+            return host_loop(loop, self.engine)
         for name in loop.precisions:
             self._entry(name)
         try:

@@ -1,14 +1,15 @@
 """Builds one plan from one ONNX file.
 
 The network is strongly typed: precision is in the ONNX graph's types and Q/DQ nodes, and no precision
-flag is ever set. Polygraphy makes the builder configuration and the optimization profile; network,
-parser and build are TensorRT's own, since Polygraphy's loaders log the reasons of a failure to a logger
-of theirs and do not raise them.
+flag is ever set. Polygraphy makes the builder configuration; network, optimization profiles, parser and
+build are TensorRT's own, since Polygraphy's loaders log the reasons of a failure to a logger of theirs and
+do not raise them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from engines.backends.tensorrt.bindings import LEAN, VERSION, require_supported, trt, version_tuple
@@ -18,10 +19,10 @@ from engines.backends.tensorrt.messages import LOG
 from engines.backends.tensorrt.options import PlanOptions
 from engines.backends.tensorrt.plan_store import PlanFacts, PlanRequest, PlanTensor, inspector_file
 from engines.backends.tensorrt.preflight import require_precision
-from engines.backends.tensorrt.profiles import Profile
 from engines.backends.tensorrt.timing_cache import load_timing_cache, save_timing_cache
 from engines.errors import BackendError, BuildError
 from engines.files import atomic_write_bytes, atomic_write_text, sha256_bytes, sha256_file
+from engines.plan_entry import Profile
 
 _SHOWN_ERRORS = 3
 
@@ -43,14 +44,14 @@ def build_plan(
 
     Raises:
         BackendError: TensorRT, Polygraphy or the GPU cannot build this, or the build failed; TensorRT's words.
-        BuildError: TensorRT's parser refuses the file, the profile does not fit it, or a quantized plan came
+        BuildError: TensorRT's parser refuses the file, a profile does not fit it, or a quantized plan came
             out without quantized layers.
     """
     require_builder()
     options = asked.options
     require_precision(asked.precision, asked.gpu, version_tuple(), options)
     started = time.monotonic()
-    plan, warnings = serialized_plan(asked.onnx, asked.profile, options, timing_cache, progress)
+    plan, warnings = serialized_plan(asked.onnx, asked.profiles, options, timing_cache, progress)
     engine = _loaded(plan, options)
     inspector = str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     layers = summarize(read_inspector(inspector))
@@ -93,7 +94,7 @@ def require_builder() -> None:
 
 def serialized_plan(
     onnx: Path,
-    profile: Profile,
+    profiles: Sequence[Profile],
     options: PlanOptions,
     timing_cache: Path,
     progress: ProgressCallback | None,
@@ -111,9 +112,10 @@ def serialized_plan(
             f"TensorRT's parser refuses {onnx.name}: {_parser_words(parser) or 'it gave no reason'}; "
             "export the model again with this release, or leave this precision out"
         )
-    _require_profile_fits(network, profile, onnx)
+    for profile in profiles:
+        _require_profile_fits(network, profile, onnx)
     monitor = BuildProgress(progress)
-    config = _configuration(builder, network, profile, options, monitor)
+    config = _configuration(builder, network, profiles, options, monitor)
     warnings = [load_timing_cache(timing_cache, config)]
     try:
         with monitor.interruptible():
@@ -152,7 +154,7 @@ def _parser_words(parser: trt.OnnxParser) -> str:
 
 
 def _require_profile_fits(network: trt.INetworkDefinition, profile: Profile, onnx: Path) -> None:
-    """The profile names the network's inputs and keeps their fixed axes; Polygraphy would fill gaps with ones."""
+    """A profile names the network's inputs and keeps their fixed axes."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     if set(profile) != {tensor.name for tensor in inputs}:
         raise BuildError(
@@ -172,23 +174,19 @@ def _require_profile_fits(network: trt.INetworkDefinition, profile: Profile, onn
 def _configuration(
     builder: trt.Builder,
     network: trt.INetworkDefinition,
-    profile: Profile,
+    profiles: Sequence[Profile],
     options: PlanOptions,
     monitor: BuildProgress,
 ) -> trt.IBuilderConfig:
     from polygraphy.backend.trt import CreateConfig
-    from polygraphy.backend.trt import Profile as PolygraphyProfile
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
-    shapes = PolygraphyProfile()
-    for name, (least, opt, most) in profile.items():
-        shapes.add(name, min=least, opt=opt, max=most)
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):  # it prints to the user's terminal
             create = CreateConfig(
                 tf32=False,  # what the export leaves in FP32 is there for accuracy
-                profiles=[shapes],
+                profiles=[],  # ours are added below
                 profiling_verbosity=trt.ProfilingVerbosity.DETAILED,  # the engine inspector's JSON depends on it
                 memory_pool_limits=(
                     None if options.workspace_bytes is None else {trt.MemoryPoolType.WORKSPACE: options.workspace_bytes}
@@ -205,6 +203,14 @@ def _configuration(
         raise BackendError(
             f"TensorRT {VERSION} refuses the configuration: {' '.join(str(error).split())}; change the build options"
         ) from error
+    for index, profile in enumerate(profiles):
+        made = builder.create_optimization_profile()
+        for name, (least, opt, most) in profile.items():
+            made.set_shape(name, least, opt, most)
+        if index > 0:
+            made.extra_memory_target = 0.0  # no second copy of the weights, laid out for another size; a hint
+        if config.add_optimization_profile(made) != index:
+            raise LOG.fail(f"TensorRT {VERSION} refuses optimization profile {index}", "give other shape ranges")
     return config
 
 

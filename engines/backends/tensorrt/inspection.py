@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engines.errors import BuildError
-from engines.manifest import LayerShare
+from engines.plan_entry import LayerShare
 
 OTHER = "other"
 # Narrowest first: a layer that reads FP8 and FP16 tensors multiplies in FP8.

@@ -82,8 +82,8 @@ class Plan:
             stream: what the context will be used on; at rest, or running this plan at the same shapes only.
 
         Raises:
-            BackendError: inputs are missing or unknown, no optimization profile takes the shapes, or TensorRT
-                refuses; for a profile, its bounds.
+            BackendError: inputs are missing or unknown, no optimization profile takes the shapes (with the bounds of
+                each), or TensorRT refuses.
         """
         if set(shapes) != set(self.inputs):
             raise BackendError(f"engine {self.name} takes inputs {sorted(self.inputs)}, received {sorted(shapes)}")
@@ -166,24 +166,30 @@ class Plan:
 
     def _profile(self, shapes: Shapes) -> int:
         """Index of the first optimization profile that takes `shapes`."""
-        refused = []
+        refused: dict[str, list[str]] = {}
         for index in range(self.engine.num_optimization_profiles):
-            wrong = [words for name, shape in shapes.items() if (words := self._outside(name, shape, index))]
+            ranges = {name: self._range(name, index) for name in shapes}
+            wrong = [name for name, shape in shapes.items() if not _within(shape, *ranges[name])]
             if not wrong:
                 return index
-            refused.append(wrong[0])
+            least, most = ranges[wrong[0]]
+            refused.setdefault(wrong[0], []).append(f"optimization profile {index} takes {least} to {most}")
+        words = [f"input {name} has shape {shapes[name]}, {', '.join(taken)}" for name, taken in refused.items()]
         raise BackendError(
-            f"engine {self.name}: {'; '.join(refused)}; use a batch and size within the range, or build the bundle with a "
-            "wider one"
+            f"engine {self.name}: {'; '.join(words)}; use a batch and size within one of them, or build the bundle for more"
         )
 
-    def _outside(self, name: str, shape: tuple[int, ...], profile: int) -> str | None:
-        least = most = self.inputs[name].shape
-        if -1 in least:
-            least, _, most = (tuple(item) for item in self.engine.get_tensor_profile_shape(name, profile))
-        if len(shape) == len(least) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True)):
-            return None
-        return f"input {name} has shape {shape}, optimization profile {profile} takes {least} to {most}"
+    def _range(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The least and the largest shape of an input in an optimization profile."""
+        fixed = self.inputs[name].shape
+        if -1 not in fixed:
+            return fixed, fixed
+        least, _, most = (tuple(item) for item in self.engine.get_tensor_profile_shape(name, profile))
+        return least, most
+
+
+def _within(shape: tuple[int, ...], least: tuple[int, ...], most: tuple[int, ...]) -> bool:
+    return len(shape) == len(least) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
 
 
 def _stripped_bytes(engine: trt.ICudaEngine) -> int:

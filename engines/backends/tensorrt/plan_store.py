@@ -22,11 +22,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engines.backends.cuda.gpu import Gpu
 from engines.backends.onnx_references import references
 from engines.backends.tensorrt.options import PlanOptions
-from engines.backends.tensorrt.profiles import Profile
 from engines.documents import canonical_json, read_document, write_document
 from engines.errors import BuildError
 from engines.files import fsync_folder, sha256_bytes, sha256_file
-from engines.manifest import LayerShare
+from engines.plan_entry import LayerShare, Profile
 
 # Raise it when this code builds different plans from the same inputs, or stores them differently.
 PLAN_FORMAT = 2
@@ -51,7 +50,8 @@ class PlanFacts(BaseModel):
         inspector_sha256: of the engine inspector's JSON beside it.
         weights_bytes: device memory of its weights.
         streamable_weights_bytes: of them, those that weight streaming can keep in host memory.
-        scratch_bytes: device memory of one execution context at the largest shapes, without weight streaming.
+        scratch_bytes: device memory of one execution context at the largest shapes of any profile, without weight
+            streaming.
         inputs: in the plan's order.
         outputs: in the plan's order.
         layers: by layer precision.
@@ -97,14 +97,14 @@ class PlanRequest:
     Attributes:
         onnx: strongly typed ONNX file; external data is looked for beside it.
         precision: what the graph is quantized to.
-        profile: shapes of every input, from `profiles.profile`.
+        profiles: shapes of every input, from `profiles.profile`, the ones it runs at by default first.
         options: builder options.
         gpu: the device it is for, from `current_gpu()`.
     """
 
     onnx: Path
     precision: str
-    profile: Profile
+    profiles: tuple[Profile, ...]
     options: PlanOptions
     gpu: Gpu
 
@@ -129,7 +129,10 @@ def plan_key(asked: PlanRequest, tensorrt_version: str) -> PlanKey:
             "gpu": asked.gpu.name,
             "compute_capability": list(asked.gpu.compute_capability),
             "options": asked.options.canonical(),
-            "profile": {name: [list(shape) for shape in shapes] for name, shapes in asked.profile.items()},
+            "profiles": [
+                {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
+                for profile in asked.profiles
+            ],
         }
     )
 

@@ -143,7 +143,7 @@ class EngineMemory:
 
     Attributes:
         weights_bytes: its weights.
-        scratch_bytes: one execution context at the largest shapes.
+        scratch_bytes: one execution context at the largest shapes of any optimization profile.
         streamable_bytes: the part of the weights that can stay in host memory; 0 without weight streaming.
     """
 

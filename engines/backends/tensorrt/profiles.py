@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from engines.errors import BuildError
 from engines.manifest import TensorSpec
-
-Shape = tuple[int, ...]
-Profile = dict[str, tuple[Shape, Shape, Shape]]
+from engines.plan_entry import Profile, Shape
 
 
 @dataclass(frozen=True)

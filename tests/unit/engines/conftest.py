@@ -9,7 +9,7 @@ import pytest
 from helpers.demo_build import linked_copy
 from helpers.tiny_pipeline import tiny_options
 
-from engines.bundle import SCHEDULE_NAME, Bundle
+from engines.bundle import Bundle
 from engines.schedule import Schedule
 
 
@@ -19,11 +19,13 @@ def small_bundle(made_once: Callable[[str, Callable[[Path], object]], Path], bui
 
     def make(folder: Path) -> None:  # one worker alone needs torch
         bundle = linked_copy(built(tiny_options("fp16", "fp8", "int8", "int4")), folder / "bundle")
+        opened = Bundle.open(bundle)
         schedule = Schedule(
-            bundle_id=Bundle.open(bundle).manifest.bundle_id,
+            bundle_id=opened.manifest.bundle_id,
+            setting=opened.setting().name,
             precisions=("fp16", "int8", "int8", "fp16"),
             origin="by hand",
         )
-        schedule.save(bundle / SCHEDULE_NAME)
+        schedule.save(opened.schedule_path(opened.setting()))
 
     return made_once("small", make) / "bundle"

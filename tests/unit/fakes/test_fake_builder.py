@@ -176,3 +176,34 @@ def test_the_lean_module_has_no_builder_and_no_inspector(
     engine = load(trt, new_log(trt), plan)
     with pytest.raises(TypeError, match="not registered"):
         engine.create_engine_inspector()
+
+
+def test_further_profiles_copy_weights_unless_they_are_told_not_to(
+    fakes: Fakes, onnx_file: Callable[[str], str]
+) -> None:
+    trt, log = fakes.tensorrt, new_log(fakes.tensorrt)
+
+    def weights(target: float | None) -> int:
+        def add(config: Any) -> None:
+            profile = trt.Builder(log).create_optimization_profile()
+            profile.set_shape("x", *PROFILE)
+            if target is not None:
+                profile.extra_memory_target = target
+            assert config.add_optimization_profile(profile) == 1
+
+        engine = load(trt, log, build(trt, log, onnx_file("fp16"), configure=add))
+        assert engine.num_optimization_profiles == 2
+        return int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+
+    alone = load(trt, log, build(trt, log, onnx_file("fp16"))).get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)
+    assert [weights(target) for target in (0.0, 0.5, None)] == [alone, 1.5 * alone, 2 * alone]
+
+
+def test_a_dynamic_input_without_a_range_in_a_further_profile_fails_the_build(
+    fakes: Fakes, onnx_file: Callable[[str], str]
+) -> None:
+    trt, log = fakes.tensorrt, new_log(fakes.tensorrt)
+    empty = trt.Builder(log).create_optimization_profile()
+    plan = build(trt, log, onnx_file("fp16"), configure=lambda config: config.add_optimization_profile(empty))
+    assert plan is None
+    assert "Dynamic input x is missing dimensions in profile 1" in log.errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,61 +24,46 @@ class MaskedTextEncoder(torch.nn.Module):
 class PlainTextEncoder(torch.nn.Module):
     """A CLIP text encoder as input_ids -> hidden states; its causal mask stands in for a padding mask."""
 
-    def __init__(self, encoder: torch.nn.Module) -> None:
+    def __init__(self, encoder: torch.nn.Module, clip_skip: int | None = None) -> None:
+        """clip_skip: how many of the last layers prompts skip, negative ones excepted."""
         super().__init__()
         self.encoder = encoder
+        self.clip_skip = clip_skip
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [B, L] -> [B, L, D]."""
-        return self.encoder(input_ids, return_dict=False)[0]
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """int64 [B, L] -> [B, L, D]; with a clip skip two of them, for prompts and for negative ones."""
+        if not self.clip_skip:
+            return self.encoder(input_ids, return_dict=False)[0]
+        (states,), output = clip_states(self.encoder, input_ids, [self.clip_skip])
+        norm = getattr(self.encoder, "text_model", self.encoder).final_layer_norm
+        return norm(states), output.last_hidden_state
 
 
 class SdxlTextEncoder(torch.nn.Module):
-    """SDXL's two CLIP text encoders, as (input_ids) -> (both hidden states, pooled text, time ids).
+    """SDXL's two CLIP text encoders, as (input_ids, input_ids_2) -> (both hidden states, pooled text).
 
-    Both read the same tokens; only the padding may differ. As in the pipeline, hidden states are those before the last
-    layer, and the prompt of no words stands for none: zeros, if the pipeline is configured so. The time ids (original
-    size, crop, target size) are those of an uncropped picture of the engine's size, the pipeline's default.
+    As in the pipeline, hidden states are those before the last layer, or further back by the clip skip.
     """
 
-    def __init__(
-        self,
-        first: torch.nn.Module,
-        second: torch.nn.Module,
-        *,
-        end_token_id: int,
-        second_pad_token_id: int,
-        zero_empty: bool,
-        size: tuple[int, int],
-    ) -> None:
-        """size: height and width in pixels."""
+    def __init__(self, first: torch.nn.Module, second: torch.nn.Module, clip_skip: int | None = None) -> None:
+        """clip_skip: see `PlainTextEncoder`."""
         super().__init__()
         self.first = first
         self.second = second
-        self.end_token_id = end_token_id
-        self.second_pad_token_id = second_pad_token_id
-        self.zero_empty = zero_empty
-        self.register_buffer("time_ids", torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32), persistent=False)
+        self.clip_skip = clip_skip
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """int64 [B, L] -> [B, L, D1 + D2], [B, P] and [B, 6]."""
-        ends = (input_ids == self.end_token_id).long()
-        padding = (ends.cumsum(dim=1) - ends) > 0
-        second_ids = torch.where(padding, torch.full_like(input_ids, self.second_pad_token_id), input_ids)
-        (first, _), (second, output) = clip_states(self.first, input_ids), clip_states(self.second, second_ids)
-        hidden = torch.cat([first, second], dim=-1)
-        pooled = output.text_embeds
-        if self.zero_empty:
-            words = (1 - ends[:, 1:2]).to(hidden.dtype)  # 0 where the end comes right after the start
-            hidden, pooled = hidden * words[:, :, None], pooled * words
-        return hidden, pooled, self.time_ids.expand(input_ids.shape[0], -1)
+    def forward(self, input_ids: torch.Tensor, input_ids_2: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Both int64 [B, L] -> [B, L, D1 + D2], [B, P] and, with a clip skip, [B, L, D1 + D2] for negative prompts."""
+        states, outputs = joined_states((self.first, self.second), (input_ids, input_ids_2), self.clip_skip)
+        pooled = next(output.text_embeds for output in outputs if hasattr(output, "text_embeds"))
+        return (states[0], pooled, *states[1:])
 
 
 class ClipT5TextEncoder(torch.nn.Module):
     """SD3's text encoders: two CLIP ones side by side, then T5, or zeros in its place.
 
-    As in the pipeline, hidden states of CLIP are those before the last layer, filled up with zeros to the width of
-    T5's, and T5 sees the padding as text.
+    As in the pipeline, hidden states of CLIP are those before the last layer (or further back by the clip skip), filled
+    up with zeros to the width of T5's, and T5 sees the padding as text.
     """
 
     def __init__(
@@ -88,6 +74,7 @@ class ClipT5TextEncoder(torch.nn.Module):
         *,
         width: int,
         max_sequence_length: int,
+        clip_skip: int | None = None,
     ) -> None:
         """third: T5; width: of the denoiser's text; max_sequence_length: how many zeros stand for T5's tokens."""
         super().__init__()
@@ -96,19 +83,26 @@ class ClipT5TextEncoder(torch.nn.Module):
         self.third = third
         self.width = width
         self.max_sequence_length = max_sequence_length
+        self.clip_skip = clip_skip
 
     def forward(
         self, input_ids: torch.Tensor, input_ids_2: torch.Tensor, input_ids_3: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [B, L], [B, L] and, with T5, [B, L3] -> [B, L + L3, `width`] and [B, P1 + P2]."""
-        states, outputs = zip(clip_states(self.first, input_ids), clip_states(self.second, input_ids_2), strict=True)
-        clip = torch.cat(states, dim=-1)
+    ) -> tuple[torch.Tensor, ...]:
+        """int64 [B, L], [B, L] and, with T5, [B, L3] -> [B, L + L3, `width`] and [B, P1 + P2].
+
+        With a clip skip another [B, L + L3, `width`] follows, for negative prompts.
+        """
+        states, outputs = joined_states((self.first, self.second), (input_ids, input_ids_2), self.clip_skip)
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
+        t5 = None if self.third is None else t5_states(self.third, input_ids_3)
+        hidden = [self._with_t5(clip, t5) for clip in states]
+        return (hidden[0], pooled, *hidden[1:])
+
+    def _with_t5(self, clip: torch.Tensor, t5: torch.Tensor | None) -> torch.Tensor:
         channels = self.width - clip.shape[-1]
-        if self.third is None:
-            return torch.nn.functional.pad(clip, (0, channels, 0, self.max_sequence_length)), pooled
-        t5 = t5_states(self.third, input_ids_3)
-        return torch.cat([torch.nn.functional.pad(clip, (0, channels)), t5], dim=1), pooled
+        if t5 is None:
+            return torch.nn.functional.pad(clip, (0, channels, 0, self.max_sequence_length))
+        return torch.cat([torch.nn.functional.pad(clip, (0, channels)), t5], dim=1)
 
 
 class PooledT5TextEncoder(torch.nn.Module):
@@ -124,24 +118,49 @@ class PooledT5TextEncoder(torch.nn.Module):
         return t5_states(self.second, input_ids_2), self.first(input_ids).pooler_output
 
 
-def clip_states(encoder: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """int64 [B, L] -> hidden states before the last layer, [B, L, D], and all that the encoder returns.
+def joined_states(
+    encoders: Sequence[torch.nn.Module], texts: Sequence[torch.Tensor], clip_skip: int | None
+) -> tuple[list[torch.Tensor], list[Any]]:
+    """Hidden states of several CLIP text encoders side by side, for prompts and, with a clip skip, for negative ones.
+
+    Args:
+        encoders: CLIP text encoders.
+        texts: what each reads, int64 [B, L].
+        clip_skip: how many layers prompts skip besides the last one; negative prompts skip that only.
+
+    Returns:
+        One or two [B, L, D1 + D2 + ...], and what the encoders return.
+    """
+    left_out = [1 + clip_skip, 1] if clip_skip else [1]
+    found = [clip_states(encoder, ids, left_out) for encoder, ids in zip(encoders, texts, strict=True)]
+    states = [torch.cat(parts, dim=-1) for parts in zip(*(states for states, _ in found), strict=True)]
+    return states, [output for _, output in found]
+
+
+def clip_states(
+    encoder: torch.nn.Module, input_ids: torch.Tensor, left_out: Sequence[int]
+) -> tuple[list[torch.Tensor], Any]:
+    """int64 [B, L] -> hidden states without the last 1, 2, ... layers, each [B, L, D], and all that the encoder returns.
 
     They are not asked of transformers: what it records (seen in 5.17 and 5.23) it looks up in a table that only the
     process has that made the model, and no worker of a build.
     """
-    last = [part for part in encoder.modules() if type(part).__name__ == "CLIPEncoderLayer"][-1]
-    seen: list[torch.Tensor] = []
+    layers = [part for part in encoder.modules() if type(part).__name__ == "CLIPEncoderLayer"]
+    seen: dict[int, torch.Tensor] = {}
 
-    def see(_: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.append(positional[0] if positional else named["hidden_states"])
+    def watch(count: int) -> Any:
+        def see(_: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen[count] = positional[0] if positional else named["hidden_states"]
 
-    hook = last.register_forward_pre_hook(see, with_kwargs=True)
+        return layers[-count].register_forward_pre_hook(see, with_kwargs=True)
+
+    hooks = [watch(count) for count in dict.fromkeys(left_out)]
     try:
         output = encoder(input_ids)
     finally:
-        hook.remove()
-    return seen[0], output
+        for hook in hooks:
+            hook.remove()
+    return [seen[count] for count in left_out], output
 
 
 def t5_states(encoder: torch.nn.Module, input_ids: torch.Tensor | None) -> torch.Tensor:
@@ -158,7 +177,18 @@ def clip_refusal(encoder: torch.nn.Module) -> str | None:
     return None
 
 
+def projection_refusal(encoder: torch.nn.Module) -> str | None:
+    """Why a CLIP text encoder gives no pooled text of the projected kind, or None if it does."""
+    name = type(encoder).__name__
+    return None if name == "CLIPTextModelWithProjection" else f"its text encoder is a {name}, which has no projection"
+
+
 def t5_refusal(encoder: torch.nn.Module) -> str | None:
     """Why an encoder is not exported as a T5 encoder, or None if it is."""
     name = type(encoder).__name__
     return None if name == "T5EncoderModel" else f"its text encoder is a {name}, not a T5EncoderModel"
+
+
+def layers_of(*encoders: torch.nn.Module) -> int:
+    """Number of layers of the CLIP text encoder that has the fewest."""
+    return min(int(encoder.config.num_hidden_layers) for encoder in encoders)

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from engines.errors import BuildError
 from engines.manifest import LATENTS, TIMESTEP
+from engines.text import NEGATIVE
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
 
+HIDDEN = "encoder_hidden_states"
 DENOISER = "denoiser"  # attribute of every export wrapper that holds the diffusers module
 Axes = Mapping[int, str]
 
@@ -32,11 +35,9 @@ class DenoiserFamily:
         inputs: denoiser engine inputs in the wrapper's order, with their symbolic axes: latents [B, C, h, w], timestep
             [B] as the scheduler has it, then the conditioning.
         wrap: makes the export wrapper of a pipeline, of which it needs the denoiser and `vae_scale_factor` only. The
-            wrapper returns `model_output` [B, C, h, w], at any size that `size_refusal` has nothing against.
+            wrapper returns `model_output` [B, C, h, w], at any size of tokens up to `Family.largest_side`.
         arguments: picks the wrapper's inputs out of the arguments the pipeline calls the denoiser with.
         refusal: why a denoiser of this class is not of this family, or None if it is.
-        size_refusal: why a denoiser takes no latents of a size, from (denoiser, h, w), or None if it does. That the
-            size divides into tokens is looked at elsewhere.
         float32_inputs: inputs that FP16 would round by too much; they are float32 in every graph.
     """
 
@@ -46,7 +47,6 @@ class DenoiserFamily:
     wrap: Callable[[Any], torch.nn.Module]
     arguments: Callable[[Mapping[str, Any]], Batch]
     refusal: Callable[[torch.nn.Module], str | None]
-    size_refusal: Callable[[torch.nn.Module, int, int], str | None] = lambda denoiser, height, width: None
     float32_inputs: frozenset[str] = frozenset({TIMESTEP})
 
     def export_inputs(self, batch: Batch) -> list[ExportInput]:
@@ -63,11 +63,13 @@ class Text:
 
     Attributes:
         tokenizer: the pipeline attribute that holds the tokenizer; one that is None is left out.
+        length_of: the tokenizer whose `model_max_length` the prompt is padded to, if that is another one's.
         masked: whether the text encoder takes the attention mask besides the token ids.
-        whole_sequence: padded to the `max_sequence_length` of the pipeline's call, not to the model's own length.
+        whole_sequence: padded to the `max_sequence_length` of the pipeline's call, not to a tokenizer's length.
     """
 
     tokenizer: str = "tokenizer"
+    length_of: str | None = None
     masked: bool = False
     whole_sequence: bool = False
 
@@ -100,43 +102,81 @@ class Family(DenoiserFamily):
 
     Attributes:
         pipelines: classes whose loop is plain guidance around the denoiser; others add to it.
-        wrap_text: makes the text encoder wrapper from (pipeline, height, width), in pixels; it takes the token ids (and
-            the mask) of each of `texts` in turn and returns `text_outputs`.
+        wrap_text: makes the text encoder wrapper from (pipeline, clip skip or None); it takes the token ids (and the mask)
+            of each of `texts` in turn and returns `text_outputs`, with a clip skip `with_clip_skip` of them.
         texts: what the text encoders read, in order.
         text_outputs: names of denoiser inputs, with their symbolic axes.
         lowercase: whether the pipeline lower-cases and strips prompts.
         call_options: arguments of the pipeline's call that keep it from resizing or rewriting.
         pipeline_refusal: what a pipeline has that a bundle would leave out, or None if there is nothing.
         vae: what the pipeline does with latents before it decodes them.
+        constants: denoiser inputs that are the same for all pictures, one sample each, from (height, width) in pixels.
+        zero_absent_negative: whether the pipeline takes zeros for a negative prompt that is absent.
+        deepest_clip_skip: the largest `clip_skip` of the pipeline's call, None where it has none.
         may_lack: components that may be None although the pipeline's class wants them.
         takes_guidance_scale: whether the scale of the pipeline's call has an effect, by classifier-free guidance or as
             the denoiser's input `guidance`.
         packing: side of the square of latents that the pipeline packs into one token, before it calls the denoiser.
-        sampler_options: `mu` and `sigmas` that the pipeline hands its scheduler, from (pipeline, number of inference
-            steps, shape (C, h, w) of the latents).
+        sampler_options: `mu` and `sigmas` that the pipeline hands its scheduler, from (scheduler, number of inference
+            steps, number of image tokens).
+        picture_multiple: what the pipeline's call wants height and width to be multiples of, whatever its VAE.
+        largest_side: most latents that height or width may have, from the denoiser's configuration; None for any number.
+        rescales_guidance: whether the pipeline's call has a `guidance_rescale`.
         returned: what the denoiser returns to the pipeline, from `model_output` [B, C, h, w] and the configuration.
         called_timesteps: what reaches `arguments` of the scheduler's timesteps (float32) in a pipeline of some dtype.
     """
 
     pipelines: tuple[str, ...]
-    wrap_text: Callable[[Any, int, int], torch.nn.Module]
+    wrap_text: Callable[[Any, int | None], torch.nn.Module]
     texts: tuple[Text, ...]
     text_outputs: Mapping[str, Axes]
     lowercase: bool
     call_options: Mapping[str, Any]
     pipeline_refusal: Callable[[Any], str | None]
     vae: VaeCall
+    constants: Callable[[int, int], dict[str, tuple[float, ...]]] = lambda height, width: {}
+    zero_absent_negative: Callable[[Any], bool] = lambda pipe: False
+    deepest_clip_skip: Callable[[Any], int | None] = lambda pipe: None
     may_lack: tuple[str, ...] = ()
     takes_guidance_scale: bool = True
     packing: int = 1
-    sampler_options: Callable[[Any, int, tuple[int, int, int]], dict[str, Any]] = lambda pipe, steps, shape: {}
+    sampler_options: Callable[[Any, int, int], dict[str, Any]] = lambda scheduler, steps, tokens: {}
+    picture_multiple: int = 1
+    largest_side: Callable[[Any], int | None] = lambda config: None
+    rescales_guidance: bool = False
     returned: Callable[[torch.Tensor, Any], torch.Tensor] = _with_learned_variance
     called_timesteps: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = lambda timesteps, dtype: timesteps
+
+    def token_side(self, config: Any) -> int:
+        """Side of the square of latents that is one image token, from the denoiser's configuration."""
+        return int(getattr(config, "patch_size", 1) or 1) * self.packing
 
 
 def max_sequence_length(pipe: Any) -> int:
     """The text length that the pipeline's call has by default."""
     return int(inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default)
+
+
+def with_clip_skip(text_outputs: Mapping[str, Axes], clip_skip: int | None) -> Mapping[str, Axes]:
+    """What the text encoder returns: with a clip skip, hidden states for negative prompts as well, which skip no layer."""
+    return text_outputs if not clip_skip else {**text_outputs, f"{NEGATIVE}{HIDDEN}": text_outputs[HIDDEN]}
+
+
+def require_clip_skip(family: Family, pipe: Any, clip_skip: int | None) -> None:
+    """Refuses a clip skip that the pipeline would not take.
+
+    Raises:
+        BuildError: says what it takes.
+    """
+    if clip_skip is None:
+        return
+    deepest = family.deepest_clip_skip(pipe)
+    if deepest is None:
+        raise BuildError(f"clip skip {clip_skip} would have no effect: {type(pipe).__name__} has none; leave it out")
+    if not 0 <= clip_skip <= deepest:
+        raise BuildError(
+            f"clip skip {clip_skip} is out of range: the text encoders of this {type(pipe).__name__} allow 0 to {deepest}"
+        )
 
 
 def bind_call(denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

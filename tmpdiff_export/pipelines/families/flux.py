@@ -158,13 +158,6 @@ def _refusal(denoiser: torch.nn.Module, guided: bool) -> str | None:
     return None
 
 
-def _size_refusal(denoiser: torch.nn.Module, height: int, width: int) -> str | None:
-    most = PACKING * MOST_TOKENS
-    if max(height, width) <= most:
-        return None
-    return f"latents are {height} x {width}, and engines of FLUX.1 have positions for {most} rows and columns of them"
-
-
 def _pipeline_refusal(pipe: Any) -> str | None:
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
         if getattr(pipe, name) is None:
@@ -172,10 +165,8 @@ def _pipeline_refusal(pipe: Any) -> str | None:
     return clip_refusal(pipe.text_encoder) or t5_refusal(pipe.text_encoder_2)
 
 
-def _sampler_options(pipe: Any, num_steps: int, latents_shape: tuple[int, int, int]) -> dict[str, Any]:
-    scheduler = pipe.scheduler
-    _, rows, columns = (size // PACKING for size in latents_shape)
-    options: dict[str, Any] = {"mu": dynamic_shift(scheduler.config, rows * columns, max_shift=1.15)}
+def _sampler_options(scheduler: Any, num_steps: int, tokens: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"mu": dynamic_shift(scheduler.config, tokens, max_shift=1.15)}
     if not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
     missing = sorted(set(options) - set(inspect.signature(scheduler.set_timesteps).parameters))
@@ -194,9 +185,8 @@ FLUX_SCHNELL = Family(
     wrap=lambda pipe: FluxDenoiser(pipe.transformer),
     arguments=_arguments,
     refusal=lambda denoiser: _refusal(denoiser, guided=False),
-    size_refusal=_size_refusal,
     pipelines=("FluxPipeline",),
-    wrap_text=lambda pipe, height, width: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
+    wrap_text=lambda pipe, clip_skip: PooledT5TextEncoder(pipe.text_encoder, pipe.text_encoder_2),
     texts=(Text(), Text(tokenizer="tokenizer_2", whole_sequence=True)),
     text_outputs={"encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
     lowercase=False,
@@ -206,6 +196,7 @@ FLUX_SCHNELL = Family(
     takes_guidance_scale=False,
     packing=PACKING,
     sampler_options=_sampler_options,
+    largest_side=lambda config: PACKING * MOST_TOKENS,
     returned=lambda model_output, config: pack(model_output),
     called_timesteps=_called_timesteps,
 )

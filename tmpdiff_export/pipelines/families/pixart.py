@@ -74,11 +74,12 @@ PIXART = Family(
     arguments=masked_arguments,
     refusal=lambda denoiser: None,
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-    wrap_text=lambda pipe, height, width: MaskedTextEncoder(pipe.text_encoder),
+    wrap_text=lambda pipe, clip_skip: MaskedTextEncoder(pipe.text_encoder),
     texts=(Text(masked=True, whole_sequence=True),),
     text_outputs={"encoder_hidden_states": TEXT_AXES, "encoder_attention_mask": TEXT_AXES},
     lowercase=True,
     call_options={"use_resolution_binning": False, "clean_caption": False},
+    picture_multiple=8,
     pipeline_refusal=lambda pipe: None,
     vae=VaeCall(),
 )

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from tmpdiff_export.devices import Batch
-from tmpdiff_export.pipelines.families.components import ClipT5TextEncoder, clip_refusal, t5_refusal
+from tmpdiff_export.pipelines.families.components import (
+    ClipT5TextEncoder,
+    clip_refusal,
+    layers_of,
+    projection_refusal,
+    t5_refusal,
+)
 from tmpdiff_export.pipelines.families.family import (
     BATCH_AXES,
     TEXT_AXES,
@@ -27,7 +33,7 @@ class Sd3Denoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.largest_latents = _largest_latents(denoiser)
+        self.largest_latents = _largest_side(denoiser.config)
 
     def forward(
         self,
@@ -46,6 +52,11 @@ class Sd3Denoiser(torch.nn.Module):
         )[0]
 
 
+def _largest_side(config: Any) -> int:
+    """How many rows and columns of latents the denoiser has positions for."""
+    return int(config.pos_embed_max_size) * int(config.patch_size)
+
+
 def _arguments(call: Mapping[str, Any]) -> Batch:
     return (
         call["hidden_states"],
@@ -55,25 +66,14 @@ def _arguments(call: Mapping[str, Any]) -> Batch:
     )
 
 
-def _largest_latents(denoiser: torch.nn.Module) -> int:
-    """How many rows and columns of latents it has positions for."""
-    return int(denoiser.config.pos_embed_max_size) * int(denoiser.config.patch_size)
-
-
-def _size_refusal(denoiser: torch.nn.Module, height: int, width: int) -> str | None:
-    most = _largest_latents(denoiser)
-    if max(height, width) <= most:
-        return None
-    return f"latents are {height} x {width}, and the denoiser has positions for {most} rows and columns of them"
-
-
-def _wrap_text(pipe: Any, height: int, width: int) -> ClipT5TextEncoder:
+def _wrap_text(pipe: Any, clip_skip: int | None) -> ClipT5TextEncoder:
     return ClipT5TextEncoder(
         pipe.text_encoder,
         pipe.text_encoder_2,
         pipe.text_encoder_3,
         width=int(pipe.transformer.config.joint_attention_dim),
         max_sequence_length=max_sequence_length(pipe),
+        clip_skip=clip_skip,
     )
 
 
@@ -83,16 +83,16 @@ def _pipeline_refusal(pipe: Any) -> str | None:
             return f"its {name} is None, and without it the pipeline encodes no prompt; only T5 may be left out"
     if (pipe.text_encoder_3 is None) is not (pipe.tokenizer_3 is None):
         return "it has only one of text_encoder_3 and tokenizer_3; give both, or set both to None"
-    clip = clip_refusal(pipe.text_encoder) or clip_refusal(pipe.text_encoder_2)
-    return clip if clip is not None or pipe.text_encoder_3 is None else t5_refusal(pipe.text_encoder_3)
+    encoders = (pipe.text_encoder, pipe.text_encoder_2)
+    refusals = [refusal(encoder) for encoder in encoders for refusal in (clip_refusal, projection_refusal)]
+    if pipe.text_encoder_3 is not None:
+        refusals.append(t5_refusal(pipe.text_encoder_3))
+    return next(filter(None, refusals), None)
 
 
-def _sampler_options(pipe: Any, num_steps: int, latents_shape: tuple[int, int, int]) -> dict[str, Any]:
-    config = pipe.scheduler.config
-    if not config.get("use_dynamic_shifting"):
-        return {}
-    _, rows, columns = (size // int(pipe.transformer.config.patch_size) for size in latents_shape)
-    return {"mu": dynamic_shift(config, rows * columns, max_shift=1.16)}
+def _sampler_options(scheduler: Any, num_steps: int, tokens: int) -> dict[str, Any]:
+    config = scheduler.config
+    return {"mu": dynamic_shift(config, tokens, max_shift=1.16)} if config.get("use_dynamic_shifting") else {}
 
 
 SD3 = Family(
@@ -102,15 +102,20 @@ SD3 = Family(
     wrap=lambda pipe: Sd3Denoiser(pipe.transformer),
     arguments=_arguments,
     refusal=lambda denoiser: None,
-    size_refusal=_size_refusal,
     pipelines=("StableDiffusion3Pipeline",),
     wrap_text=_wrap_text,
-    texts=(Text(), Text(tokenizer="tokenizer_2"), Text(tokenizer="tokenizer_3", whole_sequence=True)),
+    texts=(
+        Text(),
+        Text(tokenizer="tokenizer_2", length_of="tokenizer"),
+        Text(tokenizer="tokenizer_3", whole_sequence=True),
+    ),
     text_outputs={"encoder_hidden_states": TEXT_AXES, "pooled_projections": BATCH_AXES},
     lowercase=False,
     call_options={},
     pipeline_refusal=_pipeline_refusal,
     vae=VaeCall(shifts=True),
+    deepest_clip_skip=lambda pipe: layers_of(pipe.text_encoder, pipe.text_encoder_2) - 1,
     may_lack=("text_encoder_3", "tokenizer_3"),
     sampler_options=_sampler_options,
+    largest_side=_largest_side,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from engines.errors import BuildError
+from engines.manifest import Manifest
 from tmpdiff_export.pipelines.families.family import DenoiserFamily, Family
 from tmpdiff_export.pipelines.families.flux import FLUX, FLUX_SCHNELL
 from tmpdiff_export.pipelines.families.pixart import PIXART
@@ -77,6 +78,17 @@ def family_of(pipe: Any) -> tuple[str, Family]:
             return family.denoiser_class, family
         families = {reason: family}
     raise BuildError(f"this {pipeline} cannot be built: {'; '.join(map(str, families))}")
+
+
+def family_of_bundle(manifest: Manifest) -> Family | None:
+    """The family that a bundle was built from, None where this release has none of its classes and engine inputs."""
+    taken = {spec.name for spec in manifest.reference.inputs}
+    fitting = (
+        family
+        for family in FAMILIES.get(manifest.model.pipeline_class, ())
+        if set(family.inputs) == taken and family.denoiser_class == manifest.model.denoiser_class
+    )
+    return next(fitting, None)
 
 
 def _listed(families: dict[str, DenoiserFamily]) -> str:

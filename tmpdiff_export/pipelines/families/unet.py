@@ -11,7 +11,13 @@ import torch
 
 from engines.manifest import TIMESTEP
 from tmpdiff_export.devices import Batch
-from tmpdiff_export.pipelines.families.components import PlainTextEncoder, SdxlTextEncoder, clip_refusal
+from tmpdiff_export.pipelines.families.components import (
+    PlainTextEncoder,
+    SdxlTextEncoder,
+    clip_refusal,
+    layers_of,
+    projection_refusal,
+)
 from tmpdiff_export.pipelines.families.family import BATCH_AXES, TEXT_AXES, Family, Text, VaeCall, latents_and_timestep
 
 TEXT_TIME = "text_time"  # SDXL's `addition_embed_type`
@@ -91,20 +97,15 @@ def _pipeline_refusal(pipe: Any) -> str | None:
 def _sdxl_pipeline_refusal(pipe: Any) -> str | None:
     if pipe.text_encoder is None or pipe.tokenizer is None:
         return "it has one text encoder only (a refiner)"
-    if pipe.tokenizer.get_vocab() != pipe.tokenizer_2.get_vocab():
-        return "its two tokenizers have different vocabularies"
-    return clip_refusal(pipe.text_encoder) or clip_refusal(pipe.text_encoder_2)
-
-
-def _wrap_sdxl_text(pipe: Any, height: int, width: int) -> SdxlTextEncoder:
-    return SdxlTextEncoder(
-        pipe.text_encoder,
-        pipe.text_encoder_2,
-        end_token_id=int(pipe.tokenizer.eos_token_id),
-        second_pad_token_id=int(pipe.tokenizer_2.pad_token_id),
-        zero_empty=bool(pipe.config.force_zeros_for_empty_prompt),
-        size=(height, width),
+    lengths = [int(tokenizer.model_max_length) for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
+    if lengths[0] != lengths[1]:
+        return f"its two tokenizers have model_max_length {lengths[0]} and {lengths[1]}, and texts of one length are joined"
+    refusals = (
+        clip_refusal(pipe.text_encoder),
+        clip_refusal(pipe.text_encoder_2),
+        projection_refusal(pipe.text_encoder_2),
     )
+    return next(filter(None, refusals), None)
 
 
 UNET = Family(
@@ -115,13 +116,16 @@ UNET = Family(
     arguments=_arguments,
     refusal=lambda denoiser: _refusal(denoiser, None),
     pipelines=("StableDiffusionPipeline",),
-    wrap_text=lambda pipe, height, width: PlainTextEncoder(pipe.text_encoder),
+    wrap_text=lambda pipe, clip_skip: PlainTextEncoder(pipe.text_encoder, clip_skip),
     texts=(Text(),),
     text_outputs={"encoder_hidden_states": TEXT_AXES},
     lowercase=False,
     call_options={},
+    picture_multiple=8,
     pipeline_refusal=_pipeline_refusal,
+    rescales_guidance=True,
     vae=VaeCall(),
+    deepest_clip_skip=lambda pipe: layers_of(pipe.text_encoder),
 )
 # Time ids are an input, so that a pipeline a bundle is attached to may pass others; they are pixels, up to thousands,
 # which FP16 rounds.
@@ -135,8 +139,12 @@ UNET_SDXL = replace(
     refusal=lambda denoiser: _refusal(denoiser, TEXT_TIME),
     float32_inputs=frozenset({TIMESTEP, "time_ids"}),
     pipelines=("StableDiffusionXLPipeline",),
-    wrap_text=_wrap_sdxl_text,
-    text_outputs={"encoder_hidden_states": TEXT_AXES, "text_embeds": BATCH_AXES, "time_ids": BATCH_AXES},
+    wrap_text=lambda pipe, clip_skip: SdxlTextEncoder(pipe.text_encoder, pipe.text_encoder_2, clip_skip),
+    texts=(Text(), Text(tokenizer="tokenizer_2")),
+    text_outputs={"encoder_hidden_states": TEXT_AXES, "text_embeds": BATCH_AXES},
     pipeline_refusal=_sdxl_pipeline_refusal,
     vae=VaeCall(normalizes=True),
+    constants=lambda height, width: {"time_ids": (height, width, 0, 0, height, width)},  # of an uncropped picture
+    zero_absent_negative=lambda pipe: bool(pipe.config.force_zeros_for_empty_prompt),
+    deepest_clip_skip=lambda pipe: layers_of(pipe.text_encoder, pipe.text_encoder_2) - 1,
 )

@@ -29,6 +29,7 @@ class CpuTarget:
     """`tmpdiff_export.targets.target.Target`: graphs lowered for the CPU, `engines/<name>.onnx`."""
 
     backend = "onnxruntime"
+    fixed_shapes = False
 
     @property
     def key(self) -> dict[str, Any]:

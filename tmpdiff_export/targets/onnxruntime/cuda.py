@@ -31,6 +31,7 @@ class OnnxCudaTarget:
     """`tmpdiff_export.targets.target.Target`: strongly typed ONNX files, `engines/<name>.onnx`, checked on this GPU."""
 
     backend = "onnxruntime"
+    fixed_shapes = False
 
     def __init__(self, precisions: Sequence[Precision]) -> None:
         """Checks what can be checked before work begins; runs a graph of one node on the GPU.

@@ -16,6 +16,7 @@ class RtxTarget:
     """`tmpdiff_export.targets.target.Target`: strongly typed ONNX files, `engines/<name>.onnx`."""
 
     backend = "tensorrt-rtx"
+    fixed_shapes = False
 
     def __init__(self) -> None:
         """Checks that there is a GPU to measure the engines on.

@@ -12,7 +12,7 @@ from engines.backends.tensorrt.profiles import ShapeRange
 from engines.errors import BackendError
 from tmpdiff_export.targets.settings import DEFAULT_BATCH, parse_shape_range
 
-BATCH = "batch"
+BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PlanSettings:
     Attributes:
         options: builder options.
         batch: pictures at once; the engines' own batches follow from it.
-        shapes: sizes of the other symbolic axes of the exported graphs, by symbol.
+        shapes: sizes of the other symbolic axes of the exported graphs, by symbol; height and width are of the latents.
         cache: folder of finished plans and timing caches, None for the user's cache folder.
     """
 
@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SYMBOL=MIN:OPT:MAX",
-        help="sizes of another symbolic axis of the exported graphs; repeat it for several",
+        help="sizes of another symbolic axis of the exported graphs (default for height and width: an optimization profile "
+        "for each picture size); repeat it for several",
     )
     group.add_argument(
         "--builder-optimization-level",

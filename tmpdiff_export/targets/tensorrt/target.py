@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
@@ -26,18 +26,19 @@ from engines.backends.tensorrt.preflight import (
     require_precision,
     require_runtime_memory,
 )
-from engines.backends.tensorrt.profiles import Profile, ShapeRange, profile, symbols_of
+from engines.backends.tensorrt.profiles import ShapeRange, profile, symbols_of
 from engines.backends.tensorrt.profiling import layer_times
 from engines.backends.tensorrt.timing_cache import timing_cache_path
 from engines.documents import FileEntry
 from engines.errors import BuildError
 from engines.files import sha256_file
-from engines.manifest import EngineEntry, PlanEntry, TensorSpec
+from engines.manifest import EngineEntry, TensorSpec
+from engines.plan_entry import PlanEntry, Profile
 from engines.precision import BITS_PER_WEIGHT, REFERENCE, Precision
 from tmpdiff_export.memory import host_available_bytes
 from tmpdiff_export.targets.exported import OnnxForm, plain_tensors, strong_graph, write_graph
 from tmpdiff_export.targets.target import EngineJob, PreparedEngine, file_entry, tensor_specs
-from tmpdiff_export.targets.tensorrt.settings import BATCH, PlanSettings
+from tmpdiff_export.targets.tensorrt.settings import BATCH, HEIGHT, WIDTH, PlanSettings
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,10 +46,12 @@ Progress = Callable[[str, int, int], None]
 class TensorRtTarget:
     """`tmpdiff_export.targets.target.Target`: plans for the current GPU, `engines/<name>.plan`.
 
-    A plan is built once per cache folder: an interrupted build goes on with the plans that it finished.
+    A plan has an optimization profile for each picture size, so that all sizes use its weights. It is built once per
+    cache folder: an interrupted build goes on with the plans that it finished.
     """
 
     backend = "tensorrt"
+    fixed_shapes = False
 
     def __init__(self, settings: PlanSettings, precisions: Sequence[Precision], progress: Progress) -> None:
         """Checks everything that can be checked before work begins.
@@ -112,33 +115,37 @@ class TensorRtTarget:
         """Exports the graph; see `Target.prepare`.
 
         Raises:
-            BuildError: a range was asked for a symbol that the denoiser does not have.
+            BuildError: a range was asked for a symbol that the denoiser does not have, or one that leaves out a size.
         """
         graph = strong_graph(job)
-        specs = tensor_specs(graph.graph.input)
-        shapes = profile(specs, self._ranges(specs, job))
+        profiles = self._profiles(tensor_specs(graph.graph.input), job)
         return PreparedEngine(
             plain_tensors(job, graph, self.form),
-            lambda folder, weights: partial(self._make, job, graph, shapes, folder, weights),
+            lambda folder, weights: partial(self._make, job, graph, profiles, folder, weights),
         )
 
     def _make(
-        self, job: EngineJob, graph: ModelProto, shapes: Profile, folder: Path, weights: Sequence[FileEntry]
+        self,
+        job: EngineJob,
+        graph: ModelProto,
+        profiles: tuple[Profile, ...],
+        folder: Path,
+        weights: Sequence[FileEntry],
     ) -> EngineEntry:
-        """Builds the plan or finds it in the cache, loads it, measures its SQNR and its layers."""
+        """Builds the plan or finds it in the cache, loads it, runs it at every size, measures its SQNR and its layers."""
         specs = tensor_specs(graph.graph.input)
         engines = folder / "engines"
         onnx_file = engines / f"{job.name}.onnx"
         write_graph(graph, onnx_file, [folder / file.path for file in weights])
         try:
             onnx_sha256 = sha256_file(onnx_file)
-            stored = self._plan(job, onnx_file, shapes)
+            stored = self._plan(job, onnx_file, profiles)
         finally:
             onnx_file.unlink()  # a plan has its weights itself
         plan, inspector = engines / f"{job.name}.plan", engines / f"{job.name}.layers.json"
         shutil.copyfile(stored.path, plan)
         shutil.copyfile(stored.inspector, inspector)
-        opt_shapes = {name: opt for name, (_, opt, _) in shapes.items()}
+        opt_shapes, *others = [{name: opt for name, (_, opt, _) in shapes.items()} for shapes in profiles]
         check, options = job.model.check, self._settings.options
         with open_engine(
             plan, version_compatible=options.version_compatible, weight_streaming=options.weight_streaming
@@ -147,6 +154,8 @@ class TensorRtTarget:
             measured = check.sqnr_db(engine, batch_size)
             step_ms = latency_ms(engine, opt_shapes)
             times = layer_times(engine, loaded, opt_shapes)
+            for shapes in others:
+                latency_ms(engine, shapes)  # that it runs
         warnings = [*stored.facts.warnings]
         if job.name == REFERENCE.value:
             self._reference_ms = step_ms
@@ -168,7 +177,7 @@ class TensorRtTarget:
             plan=PlanEntry(
                 version_compatible=options.version_compatible,
                 hardware_compatibility=options.hardware_compatibility,
-                profile=shapes,
+                profiles=profiles,
                 weight_streaming=options.weight_streaming,
                 weights_bytes=stored.facts.weights_bytes,
                 scratch_bytes=stored.facts.scratch_bytes,
@@ -178,11 +187,14 @@ class TensorRtTarget:
             ),
         )
 
-    def _ranges(self, specs: Sequence[TensorSpec], job: EngineJob) -> dict[str, ShapeRange]:
-        """The range of every symbol of an engine: as asked, else the sizes that the pipeline itself uses.
+    def _profiles(self, specs: Sequence[TensorSpec], job: EngineJob) -> tuple[Profile, ...]:
+        """The optimization profiles of an engine: one for each of the model's sizes that its inputs tell apart.
+
+        Other symbols have the range that was asked for, else the sizes that the pipeline itself uses; so have height and
+        width where a range was asked for.
 
         Raises:
-            BuildError: a range was asked for a symbol that the denoiser does not have.
+            BuildError: a range was asked for a symbol that the denoiser does not have, or one that leaves out a size.
         """
         pictures, factor = self._settings.batch, job.model.batch_per_picture
         fixed = pictures.min == pictures.max
@@ -198,11 +210,27 @@ class TensorRtTarget:
             raise BuildError(
                 f"--shape names {', '.join(unknown)}, which no denoiser input has; its symbolic axes are {', '.join(symbols)}"
             )
-        asked = {**_seen_sizes(specs, job), **self._settings.shapes, BATCH: batch}
-        return {symbol: asked[symbol] for symbol in symbols}
+        found: list[Profile] = []
+        for size in [{HEIGHT: _only(height), WIDTH: _only(width)} for height, width in job.model.sizes] or [{}]:
+            self._require_taken(size)
+            ranges = {**_seen_sizes(specs, job), **size, **self._settings.shapes, BATCH: batch}
+            shapes = profile(specs, {symbol: ranges[symbol] for symbol in symbols})
+            if shapes not in found:
+                found.append(shapes)
+        return tuple(found)
 
-    def _plan(self, job: EngineJob, onnx_file: Path, shapes: Profile) -> StoredPlan:
-        asked = PlanRequest(onnx_file, job.precision.value, shapes, self._settings.options, self._gpu)
+    def _require_taken(self, size: Mapping[str, ShapeRange]) -> None:
+        """Refuses ranges that were asked for and leave out a size of the latents."""
+        for symbol, wanted in size.items():
+            asked = self._settings.shapes.get(symbol, wanted)
+            if not asked.min <= wanted.opt <= asked.max:
+                raise BuildError(
+                    f"--shape {symbol}={asked} leaves out latents of {symbol} {wanted.opt}, which a picture size of this "
+                    "build has; widen it or leave it out"
+                )
+
+    def _plan(self, job: EngineJob, onnx_file: Path, profiles: tuple[Profile, ...]) -> StoredPlan:
+        asked = PlanRequest(onnx_file, job.precision.value, profiles, self._settings.options, self._gpu)
 
         def build(target: Path) -> PlanFacts:
             return build_plan(
@@ -213,6 +241,10 @@ class TensorRtTarget:
             )
 
         return self._store.put(plan_key(asked, VERSION), build)
+
+
+def _only(size: int) -> ShapeRange:
+    return ShapeRange(size, size, size)
 
 
 def _seen_sizes(specs: Sequence[TensorSpec], job: EngineJob) -> dict[str, ShapeRange]:

@@ -39,6 +39,7 @@ class TorchTarget:
     """
 
     backend = "torch"
+    fixed_shapes = True
 
     def __init__(self, device: str, pictures: int, precisions: Sequence[Precision], packages: PackageSettings) -> None:
         """Checks what can be checked before work begins.

@@ -39,10 +39,11 @@ def tokens() -> torch.Tensor:
 def test_they_are_those_that_transformers_records(kind: type[torch.nn.Module], tokens: torch.Tensor) -> None:
     encoder = clip(kind, 0)
     with torch.no_grad():
-        states, output = clip_states(encoder, tokens)
+        (states, earlier), output = clip_states(encoder, tokens, [1, LAYERS])
         recorded = encoder(tokens, output_hidden_states=True)
     assert len(recorded.hidden_states) == LAYERS + 1
     assert torch.equal(states, recorded.hidden_states[-2])
+    assert torch.equal(earlier, recorded.hidden_states[0])
     assert not torch.equal(states, recorded.hidden_states[-1])
     assert torch.equal(output[0], recorded[0])
     assert not [hook for part in encoder.modules() for hook in part._forward_pre_hooks], "no hook is left"
@@ -64,12 +65,9 @@ def packed(tokens: torch.Tensor) -> dict[str, Packed]:
     sd3 = ClipT5TextEncoder(
         first, clip(CLIPTextModelWithProjection, 2), None, width=3 * WIDTH, max_sequence_length=TOKENS
     )
-    sdxl = SdxlTextEncoder(
-        clip(CLIPTextModel, 3), clip(CLIPTextModelWithProjection, 4), end_token_id=2, second_pad_token_id=0,
-        zero_empty=True, size=(64, 64),
-    )  # fmt: skip
+    sdxl = SdxlTextEncoder(clip(CLIPTextModel, 3), clip(CLIPTextModelWithProjection, 4), clip_skip=1)
     made = {}
-    for name, encoder, inputs in (("sd3", sd3, (tokens, tokens.flip(0))), ("sdxl", sdxl, (tokens,))):
+    for name, encoder, inputs in (("sd3", sd3, (tokens, tokens.flip(0))), ("sdxl", sdxl, (tokens, tokens.flip(0)))):
         empty = on_meta(encoder)
         without_capturing_hooks(empty)
         made[name] = Packed(EngineModule(empty, torch.float32, [True] * len(inputs)).eval(), inputs)
@@ -78,7 +76,7 @@ def packed(tokens: torch.Tensor) -> dict[str, Packed]:
 
 SHAPES = {
     "sd3": ((2, 2 * TOKENS, 3 * WIDTH), (2, 2 * WIDTH)),
-    "sdxl": ((2, TOKENS, 2 * WIDTH), (2, WIDTH), (2, 6)),
+    "sdxl": ((2, TOKENS, 2 * WIDTH), (2, WIDTH), (2, TOKENS, 2 * WIDTH)),
 }
 
 

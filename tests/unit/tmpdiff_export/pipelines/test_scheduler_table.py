@@ -201,9 +201,39 @@ def test_planted_noise_and_nonlinearity_are_found():
         sampler_table(SlightlyBent(**SD), 10)
 
 
+LARGE = SD | ZERO_SNR | {"timestep_spacing": "trailing"}  # Euler's first sigma is 4096
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 4, 8])
+def test_rounding_at_a_large_first_sigma_is_no_nonlinearity(num_inference_steps):
+    table = sampler_table(make("EulerDiscrete", **LARGE), num_inference_steps)
+    expected = diffusers_run(make("EulerDiscrete", **LARGE), num_inference_steps, {}, noise())
+    assert table.sigmas[0] == pytest.approx(4096, rel=1e-3)
+    bound = 2 * 2.0**-24 * 4096
+    for state, (_, sample) in zip(table_run(table, noise())[1:], expected, strict=True):
+        assert np.sqrt(np.mean((state.latents - sample) ** 2)) < bound
+
+
+class BentAtTheStart(diffusers.EulerDiscreteScheduler):
+    """Its first sample loses what thresholding would take, a hundredth of the model output's size."""
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        bent = model_output - 0.01 * torch.tanh(model_output) * (self.step_index is None or self.step_index == 0)
+        return super().step(bent, timestep, sample, return_dict=False)
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 8])
+def test_a_planted_nonlinearity_shows_at_a_large_sigma_too(num_inference_steps):
+    with pytest.raises(SamplerError, match="BentAtTheStart is not linear"):
+        sampler_table(BentAtTheStart(**LARGE), num_inference_steps)
+
+
 @pytest.mark.parametrize(
     ("name", "config", "entry"),
     [
+        ("DDIM", LARGE, "clip_sample"),
+        ("DPMSolverMultistep", LARGE | {"thresholding": True}, "thresholding"),
+        ("UniPCMultistep", LARGE | {"thresholding": True}, "thresholding"),
         ("DDIM", SD, "clip_sample"),
         ("DDIM", SD | {"clip_sample": False, "thresholding": True}, "thresholding"),
         ("DPMSolverMultistep", SD | {"thresholding": True}, "thresholding"),

@@ -23,7 +23,7 @@ from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
 from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
 from tmpdiff_export.pipelines.families.family import LATENT_AXES, VaeCall
-from tmpdiff_export.pipelines.families.flux import MOST_TOKENS, PACKING, pack, unpack
+from tmpdiff_export.pipelines.families.flux import FLUX, MOST_TOKENS, PACKING, pack, unpack
 from tmpdiff_export.pipelines.families.pixart import PIXART
 from tmpdiff_export.pipelines.families.sd3 import SD3
 from tmpdiff_export.pipelines.families.table import DENOISERS
@@ -151,17 +151,15 @@ def test_other_configurations_draw_every_size(name: str, config: dict[str, Any],
     require_parity(lambda: changed(name, **config), sizes, tmp_path)
 
 
-def test_sizes_that_a_denoiser_has_no_positions_for_are_refused() -> None:
+def test_a_denoiser_says_up_to_which_side_it_has_positions(tmp_path: Path) -> None:
     small = miniature("sd3")  # with 16 x 16 positions for tokens of 2 x 2
-    assert SD3.size_refusal(small.denoiser, 32, 8) is None
-    assert SD3.size_refusal(small.denoiser, 8, 34) == (
-        "latents are 8 x 34, and the denoiser has positions for 32 rows and columns of them"
-    )
-    flux = miniature("flux")
-    most = PACKING * MOST_TOKENS
-    assert flux.family.size_refusal(flux.denoiser, most, most) is None
-    assert f"positions for {most}" in str(flux.family.size_refusal(flux.denoiser, most + 2, 8))
-    assert PIXART.size_refusal(miniature("pixart").denoiser, 4096, 8) is None
+    most = SD3.largest_side(small.denoiser.config)
+    assert most == 32
+    require_parity(lambda: miniature("sd3"), ((8, 4), (most, 4), (4, most)), tmp_path)
+    with pytest.raises(ValueError, match="cannot be greater than `pos_embed_max_size`"):
+        diffusers_call(small, at("sd3", (most + 2, 4)))
+    assert FLUX.largest_side(miniature("flux").denoiser.config) == PACKING * MOST_TOKENS
+    assert PIXART.largest_side(miniature("pixart").denoiser.config) is None
 
 
 SMALL = {"block_out_channels": (16, 32), "norm_num_groups": 8}

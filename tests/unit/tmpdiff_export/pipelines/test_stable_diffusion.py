@@ -16,7 +16,7 @@ from engines import DenoiseRuntime
 from engines.documents import FileEntry
 from engines.errors import BuildError, BundleError
 from engines.precision import Precision
-from engines.text import encode_prompts, load_tokenizer
+from engines.text import encode_texts, load_tokenizer
 from engines.text_entry import TextEntry
 from tmpdiff_export import attach
 from tmpdiff_export.bundling.bundle import build
@@ -83,7 +83,7 @@ def make_sdxl_pipeline():
         text_encoder=base.text_encoder,
         text_encoder_2=CLIPTextModelWithProjection(config),
         tokenizer=base.tokenizer,
-        tokenizer_2=clip_tokenizer("!</w>"),
+        tokenizer_2=clip_tokenizer("!"),
         unet=unet,
         scheduler=EulerDiscreteScheduler(
             beta_schedule="scaled_linear",
@@ -152,6 +152,20 @@ def test_the_runtime_loop_equals_the_diffusers_pipeline(built: Built) -> None:
             assert low < relative(ours, expected) < high
 
 
+@pytest.mark.parametrize("negative", [None, "", "a square!"])
+def test_exclamation_marks_and_negative_prompts_are_read_as_by_the_pipeline(built: Built, negative: str | None) -> None:
+    runtime, source = built.runtime, built.source()
+    noise = runtime.noise([5])
+    expected = theirs(source, "a red! ring !", noise, negative_prompt=negative)
+    conditioning = runtime.encode(["a red! ring !"], negative)
+    ours = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
+    assert relative(ours, expected) < 1e-3
+    absent = runtime.encode(["a red! ring !"])
+    other = runtime.denoise(absent, runtime.bundle.schedule("uniform:fp16"), noise)
+    same = negative is None or (negative == "" and not runtime.manifest.zero_absent_negative)
+    assert (relative(other, expected) < 1e-3) is same
+
+
 def test_pictures_come_out(built: Built) -> None:
     pictures = built.runtime.generate(list(PROMPTS), [1, 2], built.runtime.bundle.schedule("uniform:int8"))
     assert pictures.shape == (2, 64, 96, 3)
@@ -194,7 +208,8 @@ def test_prompts_become_the_tokens_of_the_clip_tokenizer(pad_token: str) -> None
         lowercase=False,
     )
     prompts = ["a red circle", "", " It's  RED: 12 rings! "]
-    tokens = encode_prompts(load_tokenizer(tokenizer.backend_tokenizer.to_str().encode()), prompts, text)
+    ours = load_tokenizer(tokenizer.backend_tokenizer.to_str().encode())
+    tokens = encode_texts(ours, prompts, text, text.positive, 77, 77)
     expected = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="np")
     np.testing.assert_array_equal(tokens.input_ids, expected.input_ids)
 

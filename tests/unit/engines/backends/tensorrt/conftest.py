@@ -15,7 +15,10 @@ from helpers.small_plans import SEEDS, denoiser, entry
 
 @pytest.fixture
 def opened(fakes: Fakes, tmp_path: Path) -> Iterator[Opened]:
-    """Opens a host with the small denoisers in it; after the test it is closed and nothing may be left."""
+    """Opens a host with the small denoisers in it; after the test it is closed and nothing may be left.
+
+    With `sizes`, their plans have an optimization profile for each.
+    """
     from engines.backends.tensorrt.host import tensorrt_host
 
     hosts = []
@@ -24,7 +27,8 @@ def opened(fakes: Fakes, tmp_path: Path) -> Iterator[Opened]:
         host = tensorrt_host(resident_engines=resident_engines)
         hosts.append(host)
         for name in names:
-            host.add(name, *entry(fakes, denoiser(SEEDS[name], weights=64 << SEEDS[name]), tmp_path, name, **options))
+            small = denoiser(SEEDS[name], weights=64 << SEEDS[name], any_size="sizes" in options)
+            host.add(name, *entry(fakes, small, tmp_path, name, **options))
         return host
 
     yield open_host

@@ -74,7 +74,7 @@ def test_an_interrupted_build_of_several_precisions_goes_on_where_it_was(bench: 
             def build(target: Path, path: Path = path, precision: str = precision, progress: Any = progress) -> Any:
                 return bench.build(precision, path, target, progress=progress)
 
-            asked = store_code.PlanRequest(path, precision, PROFILE, options, bench.gpu)
+            asked = store_code.PlanRequest(path, precision, (PROFILE,), options, bench.gpu)
             stored[precision] = store.put(store_code.plan_key(asked, bench.fakes.settings.version), build)
         return stored
 

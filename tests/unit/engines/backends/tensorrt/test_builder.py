@@ -16,6 +16,7 @@ from helpers.plan_bench import Bench, MakeBench
 
 from engines.errors import BackendError, BuildError
 
+LARGER = {name: ((16, *axes), (16, *axes), (32, *axes)) for name, ((_, *axes), *_) in PROFILE.items()}
 PRECISION_FLAGS = {"FP16", "BF16", "INT8", "FP8", "INT4", "FP4"}
 
 
@@ -37,6 +38,19 @@ def test_a_plan_its_inspector_json_and_facts(bench: Bench) -> None:
     assert facts.scratch_bytes > 0
     assert facts.streamable_weights_bytes == 0
     assert bench.left_behind() == {bench.target.name, inspector.name}
+
+
+def test_profiles_share_the_weights_and_the_scratch_of_the_largest(bench: Bench) -> None:
+    one, larger = bench.build(), bench.build(profiles=(LARGER,))
+    both = bench.build(profiles=(PROFILE, LARGER))
+    assert both.weights_bytes == one.weights_bytes
+    assert both.scratch_bytes == larger.scratch_bytes > one.scratch_bytes
+    engine = bench.code.builder._loaded(bench.target.read_bytes(), bench.code.options.PlanOptions())
+    found = [engine.get_tensor_profile_shape("latents", index) for index in range(engine.num_optimization_profiles)]
+    assert [tuple(map(tuple, shapes)) for shapes in found] == [PROFILE["latents"], LARGER["latents"]]
+    stages = []
+    bench.build(profiles=(PROFILE, LARGER), progress=lambda stage, done, total: stages.append(stage))
+    assert {stage.rpartition(" ")[2] for stage in stages if "profile" in stage} == {"0", "1"}
 
 
 @pytest.mark.parametrize("formats", ["long", "short"])
@@ -238,7 +252,7 @@ def test_an_exception_from_the_builder_leaves_nothing(bench: Bench) -> None:
 )
 def test_a_profile_that_does_not_fit_is_refused(bench: Bench, profile: Any, words: str) -> None:
     with pytest.raises(BuildError, match=words):
-        bench.build(profile=profile)
+        bench.build(profiles=(PROFILE, profile))
 
 
 def test_the_lean_runtime_cannot_build(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

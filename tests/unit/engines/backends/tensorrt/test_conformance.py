@@ -237,7 +237,12 @@ def test_the_builder_configuration_uses_what_each_version_has(
         limits = [arguments for name, arguments in noted if name == "set_memory_pool_limit"]
         wanted = options.get("workspace_bytes")
         assert limits == ([["MemoryPoolType.WORKSPACE", str(wanted)]] if wanted else []), bindings.name
-        assert noted[0] == ["set_shape", ["latents", "(1, 4, 32, 32)", "(2, 4, 32, 32)", "(4, 4, 32, 32)"]]
+        assert noted[:3] == [
+            ["set_shape", ["latents", "(1, 4, 32, 32)", "(2, 4, 32, 32)", "(4, 4, 32, 32)"]],
+            ["set_shape", ["latents", "(1, 4, 24, 40)", "(2, 4, 24, 40)", "(4, 4, 24, 40)"]],
+            ["extra_memory_target", ["0.0"]],  # of the second one
+        ]
+        assert [name for name, _ in noted].count("add_optimization_profile") == 2, bindings.name
 
 
 def test_the_lean_runtime_without_a_gpu_ends_in_our_errors(lean_bindings: Bindings) -> None:

@@ -31,10 +31,12 @@ from engines.backends.tensorrt.plan_store import (
 )
 from engines.errors import BackendError, BuildError
 from engines.files import sha256_bytes
-from engines.manifest import LayerShare
+from engines.plan_entry import LayerShare
 
 GPU = Gpu(0, "NVIDIA H200", (9, 0), 139 << 30, 130 << 30, "13.0")
 INSPECTOR = '{"Layers": []}'
+PROFILE = {"latents": ((2, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8))}
+WIDE = {"latents": ((2, 4, 8, 12), (2, 4, 8, 12), (8, 4, 8, 12))}
 
 
 # --- what the inspector says
@@ -176,7 +178,7 @@ def onnx(tmp_path: Path) -> Path:
 def key_of(onnx: Path, **changes: Any) -> PlanKey:
     values: dict[str, Any] = {
         "precision": "fp8",
-        "profile": {"latents": ((2, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8))},
+        "profiles": (PROFILE,),
         "options": PlanOptions(),
         "gpu": GPU,
         **changes,
@@ -189,8 +191,10 @@ def key_of(onnx: Path, **changes: Any) -> PlanKey:
     "changes",
     [
         {"precision": "int8"},
-        {"profile": {"latents": ((2, 4, 8, 8), (4, 4, 8, 8), (8, 4, 8, 8))}},
-        {"profile": {"sample": ((2, 4, 8, 8), (2, 4, 8, 8), (8, 4, 8, 8))}},
+        {"profiles": ({"latents": ((2, 4, 8, 8), (4, 4, 8, 8), (8, 4, 8, 8))},)},
+        {"profiles": ({"sample": PROFILE["latents"]},)},
+        {"profiles": (PROFILE, WIDE)},
+        {"profiles": (WIDE, PROFILE)},
         {"tensorrt_version": "11.4.1.2"},
         {"gpu": replace(GPU, name="NVIDIA H100")},
         {"gpu": replace(GPU, compute_capability=(10, 0))},
@@ -204,6 +208,10 @@ def key_of(onnx: Path, **changes: Any) -> PlanKey:
 )
 def test_everything_that_shapes_a_plan_changes_its_key(onnx: Path, changes: dict[str, Any]) -> None:
     assert key_of(onnx, **changes).digest != key_of(onnx).digest
+
+
+def test_the_first_profile_is_not_any_other(onnx: Path) -> None:
+    assert key_of(onnx, profiles=(PROFILE, WIDE)).digest != key_of(onnx, profiles=(WIDE, PROFILE)).digest
 
 
 def test_a_change_of_the_stored_format_changes_the_key(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:

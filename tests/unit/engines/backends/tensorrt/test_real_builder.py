@@ -15,11 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from fakes.install import drop_cached
 from helpers.demo_build import DemoBuild
 from helpers.linear_denoiser import PROFILE, save_model
 from helpers.tensorrt_conformance import BINDINGS, ROOT, prepare
+from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import BackendError, BuildError
 
@@ -52,7 +55,7 @@ def build(rtx: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
     options = importlib.import_module("engines.backends.tensorrt.options")
     create = rtx.Builder.create_builder_config
 
-    def run(path: Path, shapes: Any = PROFILE, architecture: str = "SM89", progress: Any = None) -> Any:
+    def run(path: Path, profiles: Any = (PROFILE,), architecture: str = "SM89", progress: Any = None) -> Any:
         def for_architecture(self: Any) -> Any:
             config = create(self)
             config.num_compute_capabilities = 1
@@ -61,7 +64,7 @@ def build(rtx: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
 
         monkeypatch.setattr(rtx.Builder, "create_builder_config", for_architecture)
         cache = tmp_path / "timing.cache"
-        plan, warnings = builder.serialized_plan(path, shapes, options.PlanOptions(), cache, progress)
+        plan, warnings = builder.serialized_plan(path, profiles, options.PlanOptions(), cache, progress)
         return bytes(plan), warnings
 
     yield run
@@ -74,6 +77,26 @@ def test_a_plan_is_built(build: Build, tmp_path: Path, precision: str, architect
     plan, warnings = build(save_model(tmp_path / f"{precision}.onnx", precision), architecture=architecture)
     assert len(plan) > 10_000
     assert warnings == []
+
+
+def test_a_profile_per_picture_size_adds_no_weights(build: Build, tmp_path: Path) -> None:
+    channels = 512
+    path = tmp_path / "convolution.onnx"
+    weights = np.random.default_rng(0).normal(0, 0.01, (channels, channels, 3, 3)).astype(np.float16)
+    shape = ["batch", channels, "height", "width"]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["latents", "weight"], ["model_output"], pads=[1, 1, 1, 1])],
+        "convolution",
+        [helper.make_tensor_value_info("latents", TensorProto.FLOAT16, shape)],
+        [helper.make_tensor_value_info("model_output", TensorProto.FLOAT16, shape)],
+        [numpy_helper.from_array(weights, "weight")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    profiles = [
+        {"latents": tuple((batch, channels, *size) for batch in (1, 1, 4))} for size in ((16, 16), (16, 24), (32, 8))
+    ]
+    one, three = (build(path, some)[0] for some in (profiles[:1], profiles))
+    assert 0 < len(three) - len(one) < weights.nbytes // 2
 
 
 def test_external_data(build: Build, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_manifest_says_what_the_plans_are(bundle: Path) -> None:
     assert plan_of(denoisers["int8"]).layers["int8"].layers > 0
     assert "int8" not in plan_of(denoisers["fp16"]).layers
     assert sum(share.time_share or 0.0 for share in plan_of(denoisers["int8"]).layers.values()) == pytest.approx(1.0)
-    profile = plan_of(denoisers["fp16"]).profile
+    (profile,) = plan_of(denoisers["fp16"]).profiles
     assert profile["latents"] == ((1, 4, 16, 16), (2, 4, 16, 16), (8, 4, 16, 16))  # 1 to 4 pictures, guided or not
     assert profile["encoder_hidden_states"] == (
         (1, 40, 128),
@@ -318,7 +318,7 @@ def test_the_command_line_builds_inspects_and_runs(
     assert "int8 layers" in text
     assert fakes.settings.builds
     manifest = Bundle.open(out).manifest
-    assert plan_of(manifest.denoisers["int8"]).profile["latents"][2] == (4, 4, 16, 16)
+    assert plan_of(manifest.denoisers["int8"]).profiles[0]["latents"][2] == (4, 4, 16, 16)
     assert main(["inspect", str(out)]) == 0
     assert main(["verify", str(out)]) == 0
     picture = tmp_path / "picture.png"

@@ -1,0 +1,133 @@
+"""Pipelines of every family with small random text encoders, to hold readings of prompts to `encode_prompt`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from helpers.small_text import clip_tokenizer, t5_tokenizer
+
+LAYERS = 3
+LONG = 512  # `model_max_length` of T5's tokenizer
+MASKED = 120  # of PixArt's: shorter, so that prompts are cut
+
+
+def clip_encoder(tokenizer: Any, width: int, *, projected: bool = True) -> Any:
+    """A CLIP text encoder for a tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=LAYERS,
+        num_attention_heads=2, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, initializer_factor=10.0,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def t5_encoder(tokenizer: Any, width: int) -> Any:
+    """A T5 encoder for a tokenizer."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()
+
+
+def text_pipeline(name: str, **parts: Any) -> Any:
+    """The miniature of a family (`tools.acceptance.miniatures`) with text encoders and tokenizers put in."""
+    from diffusers import AutoencoderKL
+
+    from tools.acceptance.miniatures import miniature
+
+    pipe = miniature(name).pipe
+    options = {"requires_safety_checker": False} if name == "unet" else {}
+    vae = AutoencoderKL(block_out_channels=(16,), norm_num_groups=8)
+    return type(pipe)(**{**pipe.components, "vae": vae, **parts}, **options)
+
+
+def _sd(**options: Any) -> Any:
+    tokenizer = clip_tokenizer(**options)
+    return text_pipeline("unet", tokenizer=tokenizer, text_encoder=clip_encoder(tokenizer, 32, projected=False))
+
+
+def _sdxl(first: Any, second: Any, *, zeros: bool = True) -> Any:
+    pipe = text_pipeline(
+        "unet-sdxl",
+        tokenizer=first,
+        tokenizer_2=second,
+        text_encoder=clip_encoder(first, 32, projected=False),
+        text_encoder_2=clip_encoder(second, 48),
+    )
+    pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    return pipe
+
+
+def _sd3(third: Any) -> Any:
+    first, second = clip_tokenizer(), clip_tokenizer("!", model_max_length=64)
+    return text_pipeline(
+        "sd3", tokenizer=first, tokenizer_2=second, tokenizer_3=third, text_encoder=clip_encoder(first, 32),
+        text_encoder_2=clip_encoder(second, 48), text_encoder_3=None if third is None else t5_encoder(third, 128),
+    )  # fmt: skip
+
+
+def _flux(name: str) -> Any:
+    first, second = clip_tokenizer(model_max_length=60), t5_tokenizer(LONG)
+    return text_pipeline(
+        name,
+        tokenizer=first,
+        tokenizer_2=second,
+        text_encoder=clip_encoder(first, 32, projected=False),
+        text_encoder_2=t5_encoder(second, 64),
+    )
+
+
+def _pixart(**options: Any) -> Any:
+    tokenizer = t5_tokenizer(MASKED, **options)
+    return text_pipeline("pixart", tokenizer=tokenizer, text_encoder=t5_encoder(tokenizer, 64))
+
+
+def _with_ring() -> Any:
+    """A tokenizer with one word more than the others'."""
+    tokenizer = clip_tokenizer("!")
+    tokenizer.add_tokens(["ring"])
+    return tokenizer
+
+
+def _with_added_tokens() -> Any:
+    """As after `load_textual_inversion` of one embedding of three vectors and one of one."""
+    pipe = _sd()
+    pipe.tokenizer.add_tokens(["<ring>", "<ring>_1", "<ring>_2", "<dot>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    return pipe
+
+
+def _seeded(make: Callable[[], Any]) -> Callable[[], Any]:
+    def seeded() -> Any:
+        torch.manual_seed(0)
+        return make()
+
+    return seeded
+
+
+TEXT_PIPELINES: dict[str, Callable[[], Any]] = {
+    name: _seeded(make)
+    for name, make in {
+        "sd": _sd,
+        "sd-sd2": lambda: _sd(pad_token="!"),
+        "sd-left": lambda: _sd(padding_side="left", truncation_side="left"),
+        "sd-inversion": _with_added_tokens,
+        "sdxl": lambda: _sdxl(clip_tokenizer(), clip_tokenizer("!")),
+        "sdxl-no-zeros": lambda: _sdxl(clip_tokenizer("!"), clip_tokenizer(), zeros=False),
+        "sdxl-vocabularies": lambda: _sdxl(clip_tokenizer(), _with_ring()),
+        "sd3": lambda: _sd3(None),
+        "sd3-t5": lambda: _sd3(t5_tokenizer(LONG)),
+        "flux": lambda: _flux("flux"),
+        "flux-schnell": lambda: _flux("flux-schnell"),
+        "pixart": _pixart,
+        "pixart-left": lambda: _pixart(padding_side="left"),
+    }.items()
+}
+"""Makers by name; what follows a dash is what is unusual about it."""

@@ -127,6 +127,7 @@ def plain_operators() -> Iterator[None]:
     """Has a few functions of torch record what the exporter can write, in all threads."""
     with (
         _patched(torch.Tensor, "squeeze", _squeeze(torch.Tensor.squeeze)),
+        _patched(torch.Tensor, "movedim", _movedim(torch.Tensor.movedim)),
         _patched(torch.nn.RMSNorm, "forward", _rms_norm),
         _patched(functional, "conv2d", _conv2d(functional.conv2d)),
         # It copies and transposes the weights that it is given, one and all.
@@ -159,6 +160,20 @@ def _squeeze(original: Any) -> Any:
         return result
 
     return squeeze
+
+
+def _movedim(original: Any) -> Any:
+    """`movedim` of one dimension as a permutation: of a negative one the exporter makes a Transpose that is none."""
+
+    def movedim(tensor: torch.Tensor, source: Any, destination: Any) -> torch.Tensor:
+        if not (isinstance(source, int) and isinstance(destination, int)):
+            result: torch.Tensor = original(tensor, source, destination)
+            return result
+        order = [axis for axis in range(tensor.ndim) if axis != source % tensor.ndim]
+        order.insert(destination % tensor.ndim, source % tensor.ndim)
+        return tensor.permute(order)
+
+    return movedim
 
 
 def _without_weights(original: Any) -> Any:

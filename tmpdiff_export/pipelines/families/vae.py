@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +35,28 @@ class VaeDecoder(torch.nn.Module):
             scaled = scaled + self.shift
         if self.mean is not None:
             scaled = scaled + self.mean
-        return self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5
+        with _any_size(self.vae):
+            return self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5
+
+
+@contextlib.contextmanager
+def _any_size(vae: torch.nn.Module) -> Iterator[None]:
+    """Has the attention of a traced AutoencoderDC take linear time.
+
+    It does so but for the smallest pictures, and a graph for all sizes would be that of the traced one. Both ways compute
+    the same.
+    """
+    if not torch.jit.is_tracing():
+        yield
+        return
+    layers = [item for item in vae.modules() if hasattr(item, "apply_quadratic_attention")]
+    for layer in layers:
+        layer.apply_quadratic_attention = layer.apply_linear_attention
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.apply_quadratic_attention
 
 
 def vae_decoder(pipe: Any, family: Family) -> VaeDecoder:

@@ -237,13 +237,13 @@ def test_an_imported_policy_becomes_a_schedule_of_the_bundle(bundle, tmp_path, c
     out = tmp_path / "schedule.json"
     status, shown = run(capsys, bundle.folder, "--import-policy", config(tmp_path), "--out", out, "--json")
     assert status == 0
-    loaded = bundle.schedule(out)
+    loaded = bundle.schedule(bundle.setting(), out)
     assert loaded.precisions == strip("HHH8HH")
     assert "first 3 and last 2" in loaded.origin
     assert json.loads(shown.out)["schedule"]["predicted_error"] == loaded.predicted_error > 0
     status, _ = run(capsys, bundle.folder, "--import-policy", config(tmp_path), "--precision", "int8", "--out", out)
     assert status == 0
-    assert bundle.schedule(out).precisions == strip("HHHiHH")
+    assert bundle.schedule(bundle.setting(), out).precisions == strip("HHHiHH")
 
 
 def test_an_import_needs_a_precision_the_bundle_holds(bundle, tmp_path, capsys):
@@ -265,12 +265,12 @@ def test_an_exact_schedule_is_exported_and_comes_back(bundle, tmp_path, capsys):
     assert status == 0
     assert "exactly: first 2 and last 1 steps" in " ".join(shown.out.split())
     assert run(capsys, bundle.folder, "--import-policy", out, "--out", again)[0] == 0
-    assert bundle.schedule(again).precisions == schedule.precisions
+    assert bundle.schedule(bundle.setting(), again).precisions == schedule.precisions
 
 
 def test_another_schedule_is_refused_with_the_nearest_policy_and_its_error(bundle, tmp_path, capsys):
     out = tmp_path / "policy.json"
-    assert exact_policy(bundle.schedule().precisions, "fp16") is None
+    assert exact_policy(bundle.schedule(bundle.setting()).precisions, "fp16") is None
     status, shown = run(capsys, bundle.folder, "--export-policy", out)
     assert status == 1
     assert "is no step policy" in shown.err

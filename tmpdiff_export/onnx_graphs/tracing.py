@@ -127,6 +127,7 @@ def plain_operators() -> Iterator[None]:
     """Has a few functions of torch record what the exporter can write, in all threads."""
     with (
         _patched(torch.Tensor, "squeeze", _squeeze(torch.Tensor.squeeze)),
+        _patched(torch.Tensor, "movedim", _movedim(torch.Tensor.movedim)),
         _patched(torch.nn.RMSNorm, "forward", _rms_norm),
         _patched(functional, "conv2d", _conv2d(functional.conv2d)),
         # It copies and transposes the weights that it is given, one and all.
@@ -159,6 +160,17 @@ def _squeeze(original: Any) -> Any:
         return result
 
     return squeeze
+
+
+def _movedim(original: Any) -> Any:
+    """`movedim` with axes counted from the first: the exporter takes -1 for the number of an axis."""
+
+    def movedim(tensor: torch.Tensor, *axes: int | tuple[int, ...]) -> torch.Tensor:
+        counted = [item % tensor.dim() if isinstance(item, int) else item for item in axes]
+        result: torch.Tensor = original(tensor, *counted)
+        return result
+
+    return movedim
 
 
 def _without_weights(original: Any) -> Any:

@@ -83,7 +83,7 @@ def make_sdxl_pipeline():
         text_encoder=base.text_encoder,
         text_encoder_2=CLIPTextModelWithProjection(config),
         tokenizer=base.tokenizer,
-        tokenizer_2=clip_tokenizer("!</w>"),
+        tokenizer_2=clip_tokenizer("!"),
         unet=unet,
         scheduler=EulerDiscreteScheduler(
             beta_schedule="scaled_linear",
@@ -149,6 +149,20 @@ def test_the_runtime_loop_equals_the_diffusers_pipeline(built: Built) -> None:
             schedule = runtime.bundle.schedule(runtime.setting, f"uniform:{precision}")
             ours = runtime.denoise(runtime.encode([prompt]), schedule, noise)
             assert low < relative(ours, expected) < high
+
+
+@pytest.mark.parametrize("negative", [None, "", "a square!"])
+def test_exclamation_marks_and_negative_prompts_are_read_as_by_the_pipeline(built: Built, negative: str | None) -> None:
+    runtime, source = built.runtime, built.source()
+    noise = runtime.noise([5])
+    expected = theirs(source, "a red! ring !", noise, negative_prompt=negative)
+    conditioning = runtime.encode(["a red! ring !"], negative)
+    ours = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
+    assert relative(ours, expected) < 1e-3
+    absent = runtime.encode(["a red! ring !"])
+    other = runtime.denoise(absent, runtime.bundle.schedule("uniform:fp16"), noise)
+    same = negative is None or (negative == "" and not runtime.manifest.zero_absent_negative)
+    assert (relative(other, expected) < 1e-3) is same
 
 
 def test_pictures_come_out(built: Built) -> None:

@@ -137,7 +137,7 @@ def alternating(runtime):
 
 def test_uniform_schedule_gives_the_runtimes_latents_and_picture(pipe, runtime):
     noise = runtime.noise([3])
-    schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
+    schedule = runtime.schedule("uniform:fp16")
     expected = runtime.denoise(runtime.encode([PROMPT]), schedule, noise)
     assert attach(pipe, runtime, schedule="uniform:fp16") is pipe
     latents = call(pipe, runtime, noise)
@@ -151,7 +151,7 @@ def test_uniform_schedule_gives_the_runtimes_latents_and_picture(pipe, runtime):
 
 def test_calibrated_schedule_gives_the_runtimes_picture_on_every_call(pipe, runtime, demo_bundle):
     noise = runtime.noise([4])
-    schedule = runtime.bundle.schedule(runtime.setting)
+    schedule = runtime.schedule()
     expected = runtime.denoise(runtime.encode([PROMPT]), schedule, noise)
     attach(pipe, demo_bundle)
     first = call(pipe, runtime, noise)

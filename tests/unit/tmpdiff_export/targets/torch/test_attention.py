@@ -168,7 +168,7 @@ def test_a_bundle_has_it_where_it_was_asked_for(torch_variants: Path) -> None:
         assert other.package.operators == ()
     assert nvfp4.sqnr_db > nvfp4.sqnr_floor_db
     with DenoiseRuntime.load(torch_variants) as loaded:
-        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:nvfp4"))
+        picture = loaded.generate(["a red circle"], [3], loaded.schedule("uniform:nvfp4"))
     assert picture.shape == (1, 64, 64, 3)
     assert np.ptp(picture.astype(int)) > 10
 

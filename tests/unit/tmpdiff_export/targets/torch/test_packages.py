@@ -164,9 +164,7 @@ def test_a_mixed_schedule_draws_the_picture_that_onnx_runtime_draws(bundles: dic
     pictures = {}
     for backend, folder in bundles.items():
         with DenoiseRuntime.load(folder) as loaded:
-            pictures[backend] = loaded.generate(
-                ["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:fp16")
-            )
+            pictures[backend] = loaded.generate(["a red circle"], [3], loaded.schedule("uniform:fp16"))
     difference = np.abs(pictures["torch"].astype(int) - pictures["onnxruntime"].astype(int))
     assert difference.max() <= 2
 

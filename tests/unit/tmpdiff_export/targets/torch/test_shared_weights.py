@@ -38,7 +38,7 @@ def test_the_reference_may_be_made_of_the_weights_of_another_engine(torch_varian
         found, exact = (item.denoiser("fp16").run(inputs)[MODEL_OUTPUT] for item in (loaded, separate))
         error = np.square(found - exact).sum() / np.square(exact).sum()
         assert 20.0 < -10 * np.log10(error) < 50.0  # that of FP8 weights, and not none
-        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:fp16"))
+        picture = loaded.generate(["a red circle"], [3], loaded.schedule("uniform:fp16"))
         assert picture.shape == (1, 64, 64, 3)
 
 

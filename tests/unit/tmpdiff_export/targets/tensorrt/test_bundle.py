@@ -242,7 +242,9 @@ def test_an_interrupted_build_goes_on_with_the_plans_it_has(
     build(tiny_pipeline, tmp_path / "again", options)
     assert len(fakes.settings.builds) - before == built
     first, again = (Bundle.open(tmp_path / name).manifest for name in ("bundle", "again"))
-    assert [entry.file for entry in first.denoisers.values()] == [entry.file for entry in again.denoisers.values()]
+    assert [entry.file for (entry,) in first.denoisers.values()] == [
+        entry.file for (entry,) in again.denoisers.values()
+    ]
 
 
 def test_what_cannot_be_built_is_refused_before_the_pipeline_is_loaded(

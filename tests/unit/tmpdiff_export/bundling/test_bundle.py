@@ -214,7 +214,7 @@ def test_an_existing_bundle_survives_a_failed_rebuild(
     bundle = copy_of(tiny_bundle)
     before = json.loads((bundle / "manifest.json").read_text())
     monkeypatch.setattr(
-        bundle_build._Build, "run", lambda self, out: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        bundle_build.Making, "run", lambda self, out: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space left"):
         build(tiny_pipeline, bundle, _options(force=True))

@@ -123,12 +123,12 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             resident_engines=args.resident_engines,
         )
-        schedule = runtime.bundle.schedule(runtime.setting, args.schedule)
+        schedule = runtime.schedule(args.schedule)
         runtime.require_guidance_rescale(args.guidance_rescale)
         guidance_scale = args.guidance_scale
         if guidance_scale is None:
             guidance_scale = runtime.setting.guidance_scale
-        if args.negative_prompt and guidance_scale <= 1.0 and not runtime.manifest.embeds_guidance:
+        if any(args.negative_prompt or ()) and guidance_scale <= 1.0 and not runtime.manifest.embeds_guidance:
             raise TmpDiffError(
                 f"--negative-prompt has no effect at guidance scale {guidance_scale:g}; "
                 "pass --guidance-scale above 1, or no negative prompt"

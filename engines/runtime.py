@@ -121,6 +121,10 @@ class DenoiseRuntime:
         """Precisions of the denoiser engines, the reference first."""
         return self.manifest.precisions
 
+    def schedule(self, choice: str | Path | None = None) -> Schedule:
+        """A schedule of the setting; see `Bundle.schedule`."""
+        return self.bundle.schedule(self.setting, choice)
+
     def preload(self, schedule: Schedule) -> None:
         """Loads every engine a prompt-to-image run with `schedule` needs, or as many as may be resident."""
         for precision in tuple(dict.fromkeys(schedule.precisions))[: self._loaded.resident_engines]:
@@ -143,10 +147,6 @@ class DenoiseRuntime:
         Args:
             prompts: N of them.
             negative_prompts: one for all, or one each; None for none, which pipelines tell from an empty one.
-
-        Args:
-            prompts: N of them.
-            negative_prompt: None for none, which is not the same as an empty one for every bundle.
 
         Returns:
             Conditioning for N = len(prompts), with what was cut of prompts that are too long.

@@ -47,7 +47,7 @@ def build_demo(pipeline: Path, folder: Path) -> None:
     from tmpdiff_export.bundling.options import BuildOptions
     from tmpdiff_export.calibrate.bundle import calibrate_bundle
 
-    options = BuildOptions(DEFAULT_PRECISIONS, DEMO_PROMPTS, num_steps=NUM_STEPS, onnx_dir=folder / "onnx")
+    options = BuildOptions(DEFAULT_PRECISIONS, DEMO_PROMPTS, steps=(NUM_STEPS,), onnx_dir=folder / "onnx")
     build(pipeline, folder / "bundle", options)
     prompts = PromptFile(DEMO_PROMPTS[:1], ("a large cyan square in the top right",))
     calibrate_bundle(folder / "bundle", prompts, CalibrationOptions(HighSteps(HIGH_STEPS)))

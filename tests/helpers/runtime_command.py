@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.bundle import MANIFEST_NAME
 from engines.cli import PROGRAM
-from engines.manifest import manifest_identity
+from engines.manifest import manifest_text
 
 PROMPT = "a large red circle on the left"
 
@@ -38,12 +38,10 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def rewrite_manifest(bundle: Path, change: Callable[[dict[str, Any]], object], *, sign: bool = True) -> None:
-    """Changes the manifest; with `sign` its identity is made to fit, as a forger would."""
+    """Changes the manifest; with `sign` its hashes are made to fit, as a forger would."""
     data = manifest_data(bundle)
     change(data)
-    if sign:
-        data["bundle_id"] = manifest_identity(data)
-    replace(bundle / MANIFEST_NAME, json.dumps(data).encode())
+    replace(bundle / MANIFEST_NAME, (manifest_text(data) if sign else json.dumps(data)).encode())
 
 
 def entries_of(data: Any) -> list[dict[str, Any]]:

@@ -120,6 +120,13 @@ def _pixart(**options: Any) -> Any:
     return text_pipeline("pixart", tokenizer=tokenizer, text_encoder=t5_encoder(tokenizer, 64))
 
 
+def _with_ring() -> Any:
+    """A tokenizer with one word more than the others'."""
+    tokenizer = clip_tokenizer("!")
+    tokenizer.add_tokens(["ring"])
+    return tokenizer
+
+
 def _sana(**options: Any) -> Any:
     tokenizer = gemma_tokenizer(**options)
     return text_pipeline("sana", tokenizer=tokenizer, text_encoder=gemma_encoder(tokenizer, 128))
@@ -150,6 +157,7 @@ TEXT_PIPELINES: dict[str, Callable[[], Any]] = {
         "sd-inversion": _with_added_tokens,
         "sdxl": lambda: _sdxl(clip_tokenizer(), clip_tokenizer("!")),
         "sdxl-no-zeros": lambda: _sdxl(clip_tokenizer("!"), clip_tokenizer(), zeros=False),
+        "sdxl-vocabularies": lambda: _sdxl(clip_tokenizer(), _with_ring()),
         "sd3": lambda: _sd3(None),
         "sd3-t5": lambda: _sd3(t5_tokenizer(LONG)),
         "flux": lambda: _flux("flux"),

@@ -37,7 +37,7 @@ def tiny_options(*precisions: str, num_steps: int = 4, backend: str = "onnxrunti
     from tmpdiff_export.bundling.options import BuildOptions
 
     chosen = tuple(Precision(name) for name in precisions or ("fp16", "int8"))
-    return BuildOptions(chosen, PROMPTS, steps=(num_steps,), backend=backend, **changes)
+    return BuildOptions(chosen, PROMPTS, **{"steps": (num_steps,), "backend": backend, **changes})
 
 
 def calibrate_tiny(bundle: Path, copy: Path) -> None:
@@ -78,7 +78,7 @@ def denoiser_inputs(runtime: DenoiseRuntime, rows: int) -> dict[str, np.ndarray]
     rng = np.random.default_rng(1)
     text = runtime.encode(list(PROMPTS)).guided
     whole = {name: np.concatenate([values, values])[:rows] for name, values in text.items()}
-    shape = (rows, *runtime.manifest.sampling.latents_shape)
+    shape = (rows, *runtime.setting.latents_shape)
     return {
         LATENTS: rng.standard_normal(shape, dtype=np.float32),
         TIMESTEP: np.full(rows, runtime.table.timesteps[1], np.float32),

@@ -27,8 +27,8 @@ from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import shared_tensors, store_codes, store_plain, tensors_digest
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
-from tmpdiff_export.pipelines.families.family import LATENT_AXES, PICTURE_AXES, with_clip_skip
-from tmpdiff_export.pipelines.families.vae import vae_decoder
+from tmpdiff_export.pipelines.families.family import LATENT_AXES, with_clip_skip
+from tmpdiff_export.pipelines.families.vae import picture_axes, vae_decoder
 from tmpdiff_export.pipelines.load import SourcePipeline
 from tmpdiff_export.pipelines.settings import Setting
 from tmpdiff_export.quantization.codes import LayerRange
@@ -93,6 +93,7 @@ def start_text_encoder(site: Site, setting: Setting, name: str = TEXT_ENCODER) -
     source, family, clip_skip = site.source, site.source.family, site.options.clip_skip
     prompts = [*site.options.prompts[:_CHECK_PROMPTS], ""]
     arrays: dict[str, torch.Tensor] = {}
+    site.report("read prompts", 0, 1)
     for position, text in enumerate(source.texts):
         text.require_same_reading(prompts)
         tokens = text.tokens(prompts, setting.text_length)
@@ -129,7 +130,7 @@ def start_vae_decoder(site: Site, latents: Sequence[torch.Tensor], name: str = V
         name,
         lambda: vae_decoder(site.source.pipe, site.source.family),
         [ExportInput(LATENTS, latents[0], LATENT_AXES)],
-        {_IMAGE: PICTURE_AXES},
+        {_IMAGE: picture_axes(site.source.pipe)},
         [batch for item in latents for batch in ((item,), (torch.cat([item, item]),))],
     )
 
@@ -153,8 +154,8 @@ def _start(
     parts = [part for part in source.other_models if (part == _VAE) == (kind == VAE_DECODER)]
     digest = [site.models_sha256[part] for part in parts]
     largest = max((source.stored(part) for part in parts), key=lambda item: item.parameters)
-    module = wrap().eval()
     site.report(f"build {kind.replace('_', ' ')} {shape}".rstrip(), 0, 1)
+    module = wrap().eval()
 
     @functools.cache
     def weights() -> dict[str, torch.Tensor]:

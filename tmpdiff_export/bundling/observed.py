@@ -91,6 +91,7 @@ def gather(site: Site, module: torch.nn.Module, read: OnDevice) -> Runs:
         batches: list[Batch] = []
         attention: dict[str, AttentionRange] = {}
         with source.filled(source.other_models), computing(source, read, options.range_device):
+            site.report("run pipeline", seen, steps * (len(prompts) + 1))
             with _attention_watched(site, attention):
                 observed = observe(
                     source.denoiser,
@@ -155,6 +156,7 @@ def gather_checks(site: Site, setting: Setting, read: OnDevice) -> list[Batch]:
     def run(folder: Path) -> dict[str, Any]:
         site.report("load text encoders", 0, 1)
         with source.filled(source.other_models), computing(source, read, options.range_device):
+            site.report(step, seen, OTHER_STEPS)
             batches = gather_batches(source, setting, [prompt], options.seed, on_step, OTHER_STEPS)
         kept = {"check": spread(batches, OTHER_CHECKS)}
         _write_batches(folder, inputs, kept)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import torch
@@ -65,12 +67,14 @@ def export_graph(
     )
     names = [item.name for item in inputs]
     written = io.BytesIO()
+    shapes: list[tuple[int, ...]] = []
     try:
         with (
             traced_tensors(module, half=half),
             without_arithmetic(module),
             plain_operators(),
             torch.inference_mode(),
+            _noting_outputs(module, shapes),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -91,8 +95,35 @@ def export_graph(
         raise BuildError(f"ONNX export of {type(module).__name__} failed: {first_line(error)}") from error
     model = onnx.load_from_string(written.getvalue())
     _take_weights(model.graph, names)
+    for value, shape in zip(model.graph.output, shapes, strict=True):
+        _set_sizes(value, shape, outputs[value.name])
     tidy(model)
     return model
+
+
+@contextlib.contextmanager
+def _noting_outputs(module: torch.nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[None]:
+    """Within it `shapes` becomes those of what `module` has returned last."""
+
+    def note(_: torch.nn.Module, __: Any, returned: Any) -> None:
+        results = returned if isinstance(returned, tuple) else (returned,)
+        shapes[:] = [tuple(int(size) for size in item.shape) for item in results]
+
+    handle = module.register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _set_sizes(value: onnx.ValueInfoProto, shape: Sequence[int], symbols: Mapping[int, str]) -> None:
+    """Gives an output its shape, in place: behind reshapes of symbolic sizes the exporter loses the others."""
+    kind = value.type.tensor_type
+    value.CopyFrom(
+        onnx.helper.make_tensor_value_info(
+            value.name, kind.elem_type, [symbols.get(axis, size) for axis, size in enumerate(shape)]
+        )
+    )
 
 
 def _take_weights(graph: onnx.GraphProto, inputs: Sequence[str]) -> None:

@@ -163,15 +163,12 @@ def _squeeze(original: Any) -> Any:
 
 
 def _movedim(original: Any) -> Any:
-    """`movedim` of one dimension as a permutation: of a negative one the exporter makes a Transpose that is none."""
+    """`movedim` with axes counted from the first: the exporter takes -1 for the number of an axis."""
 
-    def movedim(tensor: torch.Tensor, source: Any, destination: Any) -> torch.Tensor:
-        if not (isinstance(source, int) and isinstance(destination, int)):
-            result: torch.Tensor = original(tensor, source, destination)
-            return result
-        order = [axis for axis in range(tensor.ndim) if axis != source % tensor.ndim]
-        order.insert(destination % tensor.ndim, source % tensor.ndim)
-        return tensor.permute(order)
+    def movedim(tensor: torch.Tensor, *axes: int | tuple[int, ...]) -> torch.Tensor:
+        counted = [item % tensor.dim() if isinstance(item, int) else item for item in axes]
+        result: torch.Tensor = original(tensor, *counted)
+        return result
 
     return movedim
 

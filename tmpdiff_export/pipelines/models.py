@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 
-from engines.errors import BuildError, first_line
+from engines.errors import BuildError
 from tmpdiff_export.pipelines.folder import CONFIG, is_entry, read_config, require_few_parts
 from tmpdiff_export.pipelines.keys import (
     Differences,
@@ -111,19 +112,47 @@ def hollow_pipeline(folder: Path, index: dict[str, Any], absent: Sequence[str], 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    components: dict[str, Any] = dict.fromkeys(absent)
+    for name, entry in index.items():
+        if is_entry(entry):
+            with _naming(folder / name):
+                components[name] = (
+                    hollow_model(folder / name, entry, variant)
+                    if is_model(entry)
+                    else _small_part(folder / name, entry)
+                )
+    with _naming(folder):
+        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _small_part(folder: Path, entry: list[str]) -> Any:
+    """A scheduler, tokenizer or the like.
+
+    Raises:
+        BuildError: a tokenizer without its vocabulary, which transformers makes nevertheless.
+    """
+    part: Any = getattr(importlib.import_module(entry[0]), entry[1]).from_pretrained(folder, local_files_only=True)
+    if hasattr(part, "get_vocab") and not set(part.get_vocab()) - set(part.get_added_vocab()):
+        raise BuildError(
+            f"{folder} holds no vocabulary for {entry[1]}, only special tokens; save the pipeline again with its tokenizer"
+        )
+    return part
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says which part of a pipeline diffusers or transformers raised one of their many errors for, in one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            models = {
-                name: hollow_model(folder / name, entry, variant) for name, entry in index.items() if is_model(entry)
-            }
-            pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **models, **dict.fromkeys(absent))
-    except BuildError:
+            yield
+    except (BuildError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # diffusers and transformers raise many classes for a broken folder
-        raise BuildError(f"pipeline {folder} cannot be loaded: {first_line(error)}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    except BaseException as error:  # as which the tokenizers library raises its panics
+        said = (str(error).strip() or "no reason given").splitlines()[0]
+        raise BuildError(f"{path} cannot be loaded: {type(error).__name__}: {said}; save the pipeline again") from error
 
 
 def loaded_model(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype | None) -> torch.nn.Module:
@@ -139,19 +168,15 @@ def loaded_model(kind: Any, folder: Path, variant: str | None, dtype: torch.dtyp
         BuildError: it cannot be loaded, or its weights are not those of its class.
     """
     weights = SourceWeights.open(folder, variant)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: torch.nn.Module
-            model, loading = kind.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                variant=weights.variant,
-                torch_dtype=weights.dtype if dtype is None else dtype,
-                output_loading_info=True,
-            )
-    except Exception as error:  # diffusers and transformers raise many classes for a broken folder
-        raise BuildError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    with _naming(folder):
+        model: torch.nn.Module
+        model, loading = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=weights.variant,
+            torch_dtype=weights.dtype if dtype is None else dtype,
+            output_loading_info=True,
+        )
     require_keys(weights, kind.__name__, Differences.of(loading))
     return model.eval().requires_grad_(False)

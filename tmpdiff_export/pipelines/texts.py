@@ -71,13 +71,15 @@ class SourceText:
         special = " ".join(["red", *map(str, self.tokenizer.all_special_tokens)])
         texts = [*prompts, *_ODD_TEXTS, special]
         ours, plain = self.tokens(texts), load_tokenizer(self.json.encode())
+        reading = self.entry.positive
+        size = self.max_tokens + reading.extra_tokens
         theirs = self.tokenizer(
-            [written_text(plain, text, self.entry, self.entry.positive) for text in texts],
-            padding="max_length", max_length=self.max_tokens + self.entry.positive.extra_tokens, truncation=True,
-            padding_side=self.entry.padding_side, return_attention_mask=True,
+            [written_text(plain, text, self.entry, reading) for text in texts],
+            padding="max_length", max_length=size, truncation=True, padding_side=self.entry.padding_side,
+            return_attention_mask=True,
         )  # fmt: skip
         for row, text in enumerate(texts):
-            found = (ours.input_ids[row], ours.attention_mask[row])
+            found = (ours.input_ids[row, :size], ours.attention_mask[row, :size])
             expected = (theirs["input_ids"][row], theirs["attention_mask"][row])
             if not all(map(np.array_equal, found, expected)):
                 raise BuildError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.bundle import SCHEDULE_NAME
+from engines.bundle import Bundle
 from engines.errors import TmpDiffError
 from engines.manifest import Manifest
 from engines.text import read_prompts
@@ -149,7 +149,7 @@ def words_of(phase: str, setting: Setting) -> list[str]:
         if setting.fp8_attention:
             words += ["--fp8-attention", setting.fp8_attention]
         if setting.side is not None:
-            words += ["--height", str(setting.side), "--width", str(setting.side)]
+            words += ["--size", f"{setting.side}x{setting.side}"]
         return [*words, *setting.build_options]
     if phase == "calibrate":
         words = [*product, "calibrate", bundle, "--prompts", str(PROMPTS), "--json", "--high-steps"]
@@ -158,7 +158,8 @@ def words_of(phase: str, setting: Setting) -> list[str]:
     if phase in ("run", "run-limited"):
         words = [*product, "run", bundle, "--prompt", PROMPT, "--seed", "1", "--json"]
         words += ["--out", str(setting.folder / f"{phase}.png")]
-        if not (setting.bundle / SCHEDULE_NAME).exists():
+        opened = Bundle.open(setting.bundle)
+        if not opened.schedule_path(opened.setting()).exists():
             words += ["--schedule", f"uniform:{setting.precisions.split(',')[-1]}"]
         return [*words, "--resident-engines", "1"] if phase == "run-limited" else words
     if phase == "bench":

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from helpers.demo_build import linked_copy
+from helpers.stored import schedule_path, setting_name
 from helpers.tiny_pipeline import tiny_options
 
-from engines.bundle import SCHEDULE_NAME, Bundle
+from engines.bundle import Bundle
 from engines.schedule import Schedule
 
 
@@ -21,9 +22,10 @@ def small_bundle(made_once: Callable[[str, Callable[[Path], object]], Path], bui
         bundle = linked_copy(built(tiny_options("fp16", "fp8", "int8", "int4")), folder / "bundle")
         schedule = Schedule(
             bundle_id=Bundle.open(bundle).manifest.bundle_id,
+            setting=setting_name(bundle),
             precisions=("fp16", "int8", "int8", "fp16"),
             origin="by hand",
         )
-        schedule.save(bundle / SCHEDULE_NAME)
+        schedule.save(schedule_path(bundle))
 
     return made_once("small", make) / "bundle"

@@ -17,7 +17,6 @@ from helpers.paths import ROOT
 from helpers.runtime_command import PROMPT, arguments, assert_one_error_line, entries_of, manifest_data
 from PIL import Image
 
-from engines.bundle import SCHEDULE_NAME
 from engines.cli import INTERRUPTED, PROGRAM, main
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
@@ -48,7 +47,7 @@ def test_run_writes_the_picture_the_runtime_makes(
     assert main(command) == 0
     printed = json.loads(capsys.readouterr().out)
     runtime = DenoiseRuntime.load(small_bundle)
-    schedule = runtime.bundle.schedule()
+    schedule = runtime.bundle.schedule(runtime.setting)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), runtime.generate([PROMPT], [7], schedule)[0])
     assert printed["pictures"] == [str(out)]
     assert printed["seeds"] == [7]
@@ -94,7 +93,7 @@ def test_options_reach_the_picture(small_bundle: Path, out: Path, tmp_path: Path
     schedule.save(tmp_path / "mine.json")
     options = ["--guidance-scale", "4", "--negative-prompt", "a blue square"]
     assert main(arguments(small_bundle, out, *options, schedule=str(tmp_path / "mine.json"))) == 0
-    expected = runtime.generate([PROMPT], [7], schedule, negative_prompt="a blue square", guidance_scale=4.0)
+    expected = runtime.generate([PROMPT], [7], schedule, negative_prompts="a blue square", guidance_scale=4.0)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected[0])
 
 
@@ -127,7 +126,7 @@ def test_verify_counts_every_file(small_bundle: Path, capsys: pytest.CaptureFixt
     printed = json.loads(capsys.readouterr().out)
     files = {entry["path"] for entry in entries_of(manifest_data(small_bundle))}
     assert {f"engines/{name}.onnx" for name in ("fp16", "fp8", "int8", "int4")} < files
-    assert printed["files"] == len([*files, SCHEDULE_NAME])
+    assert printed["files"] == len(files) + 1  # the schedule
     assert main(["verify", str(small_bundle)]) == 0
     assert "is whole" in capsys.readouterr().out
 
@@ -146,6 +145,11 @@ def test_verify_counts_every_file(small_bundle: Path, capsys: pytest.CaptureFixt
         ("--guidance-scale", "inf"),
         ("--guidance-scale", "-1"),
         ("--guidance-scale", "much"),
+        ("--guidance-rescale", "1.5"),
+        ("--steps", "0"),
+        ("--size", "64"),
+        ("--size", "0x64"),
+        ("--size", "64x99999999"),
         ("--threads", "0"),
         ("--threads", "99999999999"),
         ("--prompt", "\udcff"),
@@ -194,7 +198,16 @@ def test_an_output_that_cannot_be_written_is_refused_first(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--prompt", "word " * 5000], "tokens"),
+        (["--strict-prompts", "--prompt", "word " * 5000], "prompts are longer than the text encoder takes"),
+        (["--strict-prompts", "--negative-prompt", "word " * 5000], "prompts are longer than the text encoder takes"),
+        (["--negative-prompt", "blue", "--negative-prompt", "red"], "2 negative prompts for 1 prompts"),
+        (["--guidance-rescale", "0.5"], "a PixArtSigmaPipeline does not rescale its guidance"),
+        (["--steps", "5"], "the bundle has no setting for --steps 5; it has 4-64x64-g4.5-t40 (DPM"),
+        (["--size", "64x96"], "no setting for --size 64x96"),
+        (
+            ["--scheduler-setting", "EulerDiscreteScheduler"],
+            "no setting for --scheduler-setting EulerDiscreteScheduler",
+        ),
         (["--negative-prompt", "blue", "--guidance-scale", "1"], "--negative-prompt has no effect"),
         (["--guidance-scale", "1e39"], "not finite"),
     ],

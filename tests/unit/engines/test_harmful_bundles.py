@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from helpers.demo_build import linked_copy
 from helpers.runtime_command import PROMPT, arguments, assert_one_error_line, manifest_data, replace, rewrite_manifest
+from helpers.stored import schedule_path
 
-from engines.bundle import MANIFEST_NAME, SCHEDULE_NAME
+from engines.bundle import MANIFEST_NAME
 from engines.cli import main
 from engines.documents import write_document
 from engines.manifest import MANIFEST_VERSION
@@ -36,7 +37,7 @@ def edit(change: Callable[[Json], object], *, sign: bool = True) -> Callable[[Pa
 
 
 def engine_path(name: str) -> Callable[[Path], None]:
-    return edit(lambda data: data["denoisers"]["int8"]["file"].update(path=name))
+    return edit(lambda data: data["denoisers"]["int8"][0]["file"].update(path=name))
 
 
 def manifest_text(content: bytes) -> Callable[[Path], None]:
@@ -44,7 +45,7 @@ def manifest_text(content: bytes) -> Callable[[Path], None]:
 
 
 def engine_file(bundle: Path) -> Path:
-    return bundle / str(manifest_data(bundle)["denoisers"]["int8"]["file"]["path"])
+    return bundle / str(manifest_data(bundle)["denoisers"]["int8"][0]["file"]["path"])
 
 
 def forged_file(section: str, content: bytes) -> Callable[[Path], None]:
@@ -53,9 +54,9 @@ def forged_file(section: str, content: bytes) -> Callable[[Path], None]:
     def apply(bundle: Path) -> None:
         def change(data: Json) -> None:
             entry = {
-                "sampler": data["sampler"],
-                "tokenizer": data["text"]["tokenizer"],
-                "engine": data["denoisers"]["int8"]["file"],
+                "sampler": data["settings"][0]["sampler"],
+                "tokenizer": data["texts"][0]["tokenizer"],
+                "engine": data["denoisers"]["int8"][0]["file"],
             }[section]
             replace(bundle / entry["path"], content)
             entry.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
@@ -137,13 +138,13 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "path with .. inside": (engine_path("engines/../../outside.onnx"), "leaves the bundle folder"),
     "one weight file by two names": (
         edit(
-            lambda data: data["denoisers"]["int8"]["weights"].append(
-                {**data["denoisers"]["int8"]["weights"][0], "path": "engines/./int8.safetensors"}
+            lambda data: data["denoisers"]["int8"][0]["weights"].append(
+                {**data["denoisers"]["int8"][0]["weights"][0], "path": "engines/./int8.safetensors"}
             )
         ),
         "is not in normal form",
     ),
-    "size of 400 digits": (edit(lambda data: data["denoisers"]["int8"]["file"].update(bytes=10**400)), "bytes: "),
+    "size of 400 digits": (edit(lambda data: data["denoisers"]["int8"][0]["file"].update(bytes=10**400)), "bytes: "),
     "absolute path": (engine_path("/etc/passwd"), "leaves the bundle folder"),
     "path with backslashes": (engine_path("..\\outside.onnx"), "leaves the bundle folder"),
     "empty path": (engine_path(""), "leaves the bundle folder"),
@@ -164,35 +165,64 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer format": (edit(lambda data: data.update(version=MANIFEST_VERSION + 1)), "upgrade tmpdiff-export"),
     "no version": (edit(lambda data: data.pop("version")), "format version None"),
     "version true": (edit(lambda data: data.update(version=True)), "format version True"),
-    "manifest altered": (edit(lambda data: data["sampling"].update(height=8), sign=False), "the manifest was altered"),
+    "manifest altered": (
+        edit(lambda data: data["model"].update(parameters=8), sign=False),
+        "bundle_id does not match the manifest's content; the manifest was altered",
+    ),
+    "setting altered": (
+        edit(lambda data: data["settings"][0].update(height=8), sign=False),
+        "settings_sha256 does not match the manifest's settings; the manifest was altered",
+    ),
+    "no settings": (edit(lambda data: data.update(settings=[])), "settings: Tuple should have at least 1 item"),
+    "settings that are none": (edit(lambda data: data.update(settings=7)), "settings: "),
+    "setting with a path for a name": (edit(lambda data: data["settings"][0].update(name="../x")), "settings.0.name"),
+    "setting outside": (
+        edit(lambda data: data["settings"][0]["sampler"].update(path="../settings/sampler.json")),
+        "leaves the bundle folder",
+    ),
+    "one setting twice": (
+        edit(lambda data: data["settings"].append(data["settings"][0])),
+        "two settings have the same name, expected different ones",
+    ),
+    "two settings in one folder": (
+        edit(lambda data: data["settings"].append({**data["settings"][0], "name": "other"})),
+        "two settings have the same folder, expected different ones",
+    ),
+    "no engines of a kind": (edit(lambda data: data.update(vae_decoder=[])), "vae_decoder: "),
     "manifest with an unknown field": (edit(lambda data: data.update(extra=1)), "extra"),
-    "negative size": (edit(lambda data: data["sampling"].update(latents_shape=[4, -1, 8])), "latents_shape"),
-    "endless size": (edit(lambda data: data["sampling"].update(latents_shape=[4, 1 << 20, 1 << 20])), "out of memory"),
-    "more steps than the table": (edit(lambda data: data["sampling"].update(num_steps=10**12)), "sampler table has"),
-    "pad token out of range": (edit(lambda data: data["text"].update(pad_token_id=10**30)), "pad_token_id"),
+    "negative size": (edit(lambda data: data["settings"][0].update(latents_shape=[4, -1, 8])), "latents_shape"),
+    "endless size": (
+        edit(lambda data: data["settings"][0].update(latents_shape=[4, 1 << 20, 1 << 20])),
+        "out of memory",
+    ),
+    "more steps than the table": (
+        edit(lambda data: data["settings"][0].update(num_steps=10**12)),
+        "has 4 steps, the manifest says 1000",
+    ),
+    "pad token out of range": (edit(lambda data: data["texts"][0].update(pad_token_id=10**30)), "pad_token_id"),
     "no reference": (edit(lambda data: data["denoisers"].pop("fp16")), "reference precision"),
     "unknown backend": (
-        edit(lambda data: [entry.update(backend="tpu") for entry in data["denoisers"].values()]),
+        edit(lambda data: [entry.update(backend="tpu") for (entry,) in data["denoisers"].values()]),
         "unknown backend 'tpu'",
     ),
-    "two backends": (edit(lambda data: data["denoisers"]["int8"].update(backend="tpu")), "of several backends"),
+    "two backends": (edit(lambda data: data["denoisers"]["int8"][0].update(backend="tpu")), "of several backends"),
     "sampler that is none": (forged_file("sampler", b"[]"), "sampler table is malformed"),
     "sampler nested deeply": (forged_file("sampler", b"[" * 100_000), "sampler table is malformed"),
     "tokenizer that is none": (forged_file("tokenizer", b"\xff\xfe"), "tokenizer file is not readable"),
     "decoder for a denoiser": (
-        edit(lambda data: data["denoisers"]["int8"].update(files_of(data["vae_decoder"]))),
+        edit(lambda data: data["denoisers"]["int8"][0].update(files_of(data["vae_decoder"][0]))),
         "takes inputs",
     ),
     "denoiser for a text encoder": (
-        edit(lambda data: data["text_encoder"].update(files_of(data["denoisers"]["int8"]))),
+        edit(lambda data: data["text_encoder"][0].update(files_of(data["denoisers"]["int8"][0]))),
         "takes inputs",
     ),
     "graph of another engine with weights of its own": (
-        edit(lambda data: data["text_encoder"].update(file=data["denoisers"]["int8"]["file"])),
+        edit(lambda data: data["text_encoder"][0].update(file=data["denoisers"]["int8"][0]["file"])),
         "expected a weight file that the manifest lists for it",
     ),
     "unknown input": (
-        edit(lambda data: data["text_encoder"]["inputs"][0].update(name="nonsense")),
+        edit(lambda data: data["text_encoder"][0]["inputs"][0].update(name="nonsense")),
         "the text encoder takes nonsense; the manifest has",
     ),
     "engine that is none": (forged_file("engine", b"not an ONNX file"), "cannot load"),
@@ -281,12 +311,13 @@ WRONG_SCHEDULES: dict[str, tuple[Callable[[Path, Json], object], str]] = {
 def test_a_wrong_schedule_is_refused_in_one_line(
     name: str, bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (bundle / SCHEDULE_NAME).unlink()
+    stored = schedule_path(bundle)
+    stored.unlink()
     manifest = manifest_data(bundle)
     data = {
         "version": 1,
         "bundle_id": manifest["bundle_id"],
-        "precisions": ["int8"] * manifest["sampling"]["num_steps"],
+        "precisions": ["int8"] * manifest["settings"][0]["num_steps"],
         "origin": "by hand",
     }
     change, expected = WRONG_SCHEDULES[name]
@@ -294,7 +325,7 @@ def test_a_wrong_schedule_is_refused_in_one_line(
     assert main(arguments(bundle, out, schedule=str(bundle.parent / "mine.json"))) == 1
     assert_one_error_line(capsys.readouterr().err, expected)
     if (bundle.parent / "mine.json").exists():
-        (bundle.parent / "mine.json").rename(bundle / SCHEDULE_NAME)
+        (bundle.parent / "mine.json").rename(stored)
         assert main(["verify", str(bundle)]) == 1
         assert_one_error_line(capsys.readouterr().err, expected)
 
@@ -308,6 +339,6 @@ def test_an_unknown_uniform_precision_lists_those_there_are(
 
 
 def test_an_uncalibrated_bundle_says_what_to_do(bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (bundle / SCHEDULE_NAME).unlink()
+    schedule_path(bundle).unlink()
     assert main(["run", str(bundle), "--prompt", PROMPT, "--seed", "1", "--out", str(out)]) == 1
     assert_one_error_line(capsys.readouterr().err, "tmpdiff-export calibrate")

@@ -35,7 +35,7 @@ class CausalTextEncoder(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both int64 [B, L] -> [B, L, D] and [B, L]."""
-        dtype = self.encoder.embed_tokens.weight.dtype
+        dtype = torch.float32  # that of the attention, whatever type the weights are stored in
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         behind = places[:, None] - places
         real = attention_mask[:, None, None].bool()

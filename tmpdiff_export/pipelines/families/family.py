@@ -23,7 +23,6 @@ Axes = Mapping[int, str]
 BATCH_AXES: Axes = {0: "batch"}
 TEXT_AXES: Axes = {0: "batch", 1: "text"}
 LATENT_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
-PICTURE_AXES: Axes = {0: "batch", 2: "picture_height", 3: "picture_width"}
 KL_VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 
-from tmpdiff_export.pipelines.families.family import Family, VaeCall
+from tmpdiff_export.pipelines.families.family import Axes, Family, VaeCall
 
 
 class VaeDecoder(torch.nn.Module):
@@ -35,21 +36,19 @@ class VaeDecoder(torch.nn.Module):
             scaled = scaled + self.shift
         if self.mean is not None:
             scaled = scaled + self.mean
-        with _any_size(self.vae):
+        with _linear_attention(self.vae):
             return self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5
 
 
 @contextlib.contextmanager
-def _any_size(vae: torch.nn.Module) -> Iterator[None]:
-    """Has the attention of a traced AutoencoderDC take linear time.
+def _linear_attention(vae: torch.nn.Module) -> Iterator[None]:
+    """Has a traced `AutoencoderDC` attend in linear time, as it does at all sizes but a few tokens; the result is equal.
 
-    It does so but for the smallest pictures, and a graph for all sizes would be that of the traced one. Both ways compute
-    the same.
+    It looks at the number of tokens, and a graph for all sizes would do as the traced one.
     """
+    layers = [part for part in vae.modules() if isinstance(part, SanaMultiscaleLinearAttention)]
     if not torch.jit.is_tracing():
-        yield
-        return
-    layers = [item for item in vae.modules() if hasattr(item, "apply_quadratic_attention")]
+        layers = []
     for layer in layers:
         layer.apply_quadratic_attention = layer.apply_linear_attention
     try:
@@ -64,16 +63,22 @@ def vae_decoder(pipe: Any, family: Family) -> VaeDecoder:
     return VaeDecoder(pipe.vae, family.vae)
 
 
+def picture_axes(pipe: Any) -> Axes:
+    """The symbolic axes of pictures, whose sizes are multiples of those of latents."""
+    return {0: "batch", 2: f"{pipe.vae_scale_factor}*height", 3: f"{pipe.vae_scale_factor}*width"}
+
+
 def vae_refusal(pipe: Any, family: Family) -> str | None:
     """Why a pipeline's VAE is not exported, or None if it is."""
     vae, call = pipe.vae, family.vae
     if vae is None:
         return "its vae is None, and without it the pipeline draws no picture"
-    name, config = type(vae).__name__, vae.config
+    name = type(vae).__name__
     if name == "ConsistencyDecoderVAE":
         return f"its VAE is a {name}, which draws noise of its own"
     if name not in call.classes:
         return f"its VAE is a {name}, not one of {', '.join(call.classes)}"
+    config = vae.config
     for factor in ("scaling_factor", *(["shift_factor"] if call.shifts else [])):
         if getattr(config, factor, None) is None:
             return f"its VAE, a {name}, has no {factor}, which the pipeline reads"

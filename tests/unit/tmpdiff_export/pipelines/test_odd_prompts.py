@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.odd_prompts import NEGATIVES, ODD_PROMPTS
-from helpers.text_pipelines import TEXT_PIPELINES
+from helpers.stored_graphs import save_stored
+from helpers.text_pipelines import TEXT_PIPELINES, clip_encoder
 
+from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.errors import BuildError
 from engines.text import encode_texts, guided_text, kept_text, load_tokenizer, text_inputs
+from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
 from tmpdiff_export.pipelines.families.family import Family, require_clip_skip, with_clip_skip
 from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.texts import source_texts
@@ -138,6 +142,45 @@ def test_clip_skip_is_the_pipelines(
         changed = np.abs(found["encoder_hidden_states"] - ours(pipe, prompts, negative)["encoder_hidden_states"])
         assert changed[len(prompts) :].max() > 1e-2
         assert changed[: len(prompts)].max() == 0
+
+
+@pytest.mark.parametrize("name", CLIP_SKIPS)
+def test_a_clip_skip_is_exported(name: str, pipelines: Callable[[str], Any], tmp_path: Path) -> None:
+    pipe = pipelines(name)
+    _, family = family_of(pipe)
+    texts = [torch.from_numpy(text.tokens(["a red ring", ""]).input_ids) for text in source_texts(pipe, family)]
+    inputs = [ExportInput(text_inputs(place)[0], ids, {0: "batch"}) for place, ids in enumerate(texts)]
+    module, outputs = family.wrap_text(pipe, 1), with_clip_skip(family.text_outputs, 1)
+    path = save_stored(export_graph(module, inputs, outputs, half=False), tmp_path / "text.onnx", module)
+    found = OnnxRuntimeEngine(path).run({item.name: item.example[:1].numpy() for item in inputs})
+    with torch.inference_mode():
+        expected = module(*(item.example[:1] for item in inputs))
+    assert list(found) == list(outputs)
+    for name, tensor in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(found[name], tensor.numpy(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        (
+            "sdxl",
+            {"tokenizer_2": 64},
+            "its two tokenizers have model_max_length 77 and 64, and texts of one length are",
+        ),
+        ("sdxl", {"text_encoder_2": None}, "its text encoder is a CLIPTextModel, which has no projection"),
+        ("sd3", {"text_encoder": None}, "its text encoder is a CLIPTextModel, which has no projection"),
+    ],
+)
+def test_text_encoders_that_the_pipeline_cannot_join_are_refused(name: str, changes: dict, reason: str) -> None:
+    pipe = TEXT_PIPELINES[name]()
+    for part, length in changes.items():
+        if length is None:
+            setattr(pipe, part, clip_encoder(pipe.tokenizer, 48, projected=False))
+        else:
+            getattr(pipe, part).model_max_length = length
+    with pytest.raises(BuildError, match=f"this {type(pipe).__name__} cannot be built: {reason}"):
+        family_of(pipe)
 
 
 @pytest.mark.parametrize("name", TEXT_PIPELINES)

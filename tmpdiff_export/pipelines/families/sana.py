@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tmpdiff_export.onnx_graphs.shape_folding import Sizes
 from tmpdiff_export.pipelines.families.family import TEXT_AXES, DenoiserFamily, latents_and_timestep
 from tmpdiff_export.pipelines.families.pixart import masked_arguments
 from tmpdiff_export.pipelines.families.positions import adding, computed_positions
@@ -15,6 +16,7 @@ class SanaDenoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.sizes = Sizes(int(denoiser.config.patch_size))
         self.positions = computed_positions(denoiser.patch_embed)
 
     def forward(

@@ -21,7 +21,7 @@ from engines.manifest import LATENTS, MODEL_OUTPUT
 from engines.precision import REFERENCE
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
-from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
+from tmpdiff_export.onnx_graphs.shape_folding import Sizes, fold_shapes
 from tmpdiff_export.pipelines.families.family import LATENT_AXES, VaeCall
 from tmpdiff_export.pipelines.families.flux import FLUX, MOST_TOKENS, PACKING, pack, unpack
 from tmpdiff_export.pipelines.families.pixart import PIXART
@@ -229,7 +229,7 @@ def test_one_decoder_draws_every_size_as_the_pipeline_does(
     graph = export_graph(
         module, [ExportInput(LATENTS, example, LATENT_AXES)], {"image": picture_axes(pipe)}, half=False
     )
-    fold_shapes(graph)
+    fold_shapes(graph, Sizes())
     engine = OnnxRuntimeEngine(save_stored(graph, tmp_path / "decoder.onnx", module))
     assert [item.dim_param or item.dim_value for item in graph.graph.output[0].type.tensor_type.shape.dim] == [
         "batch", 3, "2*height", "2*width",

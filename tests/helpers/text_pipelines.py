@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from helpers.small_text import clip_tokenizer, t5_tokenizer
+from helpers.small_text import clip_tokenizer, gemma_tokenizer, t5_tokenizer
 
 LAYERS = 3
 LONG = 512  # `model_max_length` of T5's tokenizer
@@ -36,6 +36,33 @@ def t5_encoder(tokenizer: Any, width: int) -> Any:
     return T5EncoderModel(config).eval()
 
 
+def gemma_encoder(tokenizer: Any, width: int) -> Any:
+    """A Gemma-2 decoder for a tokenizer; the window of its first layer is shorter than any prompt."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8,
+        attn_logit_softcapping=2.0, initializer_range=0.2, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return Gemma2Model(config).eval()
+
+
+def deep_compression_vae(channels: int) -> Any:
+    """An AutoencoderDC of 32 pixels a latent with attention in its last blocks."""
+    from diffusers import AutoencoderDC
+
+    blocks, scales = ("ResBlock",) * 4 + ("EfficientViTBlock",) * 2, ((),) * 4 + ((5,),) * 2
+    return AutoencoderDC(
+        latent_channels=channels, attention_head_dim=8, encoder_block_types=blocks, decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 8, 8, 16, 16, 16), decoder_block_out_channels=(8, 8, 8, 16, 16, 16),
+        encoder_layers_per_block=(0, 1, 1, 1, 1, 1), decoder_layers_per_block=(0, 1, 1, 1, 1, 1),
+        encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales, encoder_out_shortcut=False,
+        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407,
+    ).eval()  # fmt: skip
+
+
 def text_pipeline(name: str, **parts: Any) -> Any:
     """The miniature of a family (`tools.acceptance.miniatures`) with text encoders and tokenizers put in."""
     from diffusers import AutoencoderKL
@@ -44,7 +71,11 @@ def text_pipeline(name: str, **parts: Any) -> Any:
 
     pipe = miniature(name).pipe
     options = {"requires_safety_checker": False} if name == "unet" else {}
-    vae = AutoencoderKL(block_out_channels=(16,), norm_num_groups=8)
+    vae = (
+        deep_compression_vae(4)
+        if name == "sana"
+        else AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, shift_factor=0.1)
+    )
     return type(pipe)(**{**pipe.components, "vae": vae, **parts}, **options)
 
 
@@ -96,6 +127,11 @@ def _with_ring() -> Any:
     return tokenizer
 
 
+def _sana(**options: Any) -> Any:
+    tokenizer = gemma_tokenizer(**options)
+    return text_pipeline("sana", tokenizer=tokenizer, text_encoder=gemma_encoder(tokenizer, 128))
+
+
 def _with_added_tokens() -> Any:
     """As after `load_textual_inversion` of one embedding of three vectors and one of one."""
     pipe = _sd()
@@ -128,6 +164,9 @@ TEXT_PIPELINES: dict[str, Callable[[], Any]] = {
         "flux-schnell": lambda: _flux("flux-schnell"),
         "pixart": _pixart,
         "pixart-left": lambda: _pixart(padding_side="left"),
+        "sana": _sana,
+        "sana-eos": lambda: _sana(add_eos_token=True, padding_side="right"),
+        "sana-short": lambda: _sana(model_max_length=MASKED),
     }.items()
 }
 """Makers by name; what follows a dash is what is unusual about it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,42 @@ from tmpdiff_export.onnx_graphs.fp32 import retype
 
 # Larger "constants" are tables that were computed on purpose; storing them would grow the file.
 LARGEST_CONSTANT = 64
-# What is the same for all of them is a constant. Heights and widths are even, as most denoisers want them, and no more
-# than that: halves rounded up are no halves rounded down.
-_BATCHES, _TEXTS = (11, 13, 17), (23, 41, 37)
-_SIZES = (58, 94, 122)
+# What is the same for all of them is a constant. Some can be halved and some cannot: halves rounded up are no halves
+# rounded down, and remainders are no constants.
+_BATCHES, _TEXTS, _MULTIPLES = (11, 13, 17), (23, 41, 37), (29, 46, 61)
 
 
-def fold_shapes(model: onnx.ModelProto, largest: int | None = None) -> int:
+@dataclass(frozen=True)
+class Sizes:
+    """Heights and widths that a graph takes; an export wrapper says so as its attribute `sizes`.
+
+    Attributes:
+        multiple: what they are multiples of.
+        largest: 4 times that or more, None for any.
+    """
+
+    multiple: int = 1
+    largest: int | None = None
+
+    @property
+    def settings(self) -> list[dict[str, int]]:
+        """Sizes of the symbolic axes that the graph is looked at with."""
+        heights = [item * self.multiple for item in _MULTIPLES]
+        if self.largest is not None and self.largest < max(heights):
+            heights = [self.largest - count * self.multiple for count in (3, 2, 0)]
+        return [
+            {"batch": batch, "text": text, "height": height, "width": width}
+            for batch, text, height, width in zip(_BATCHES, _TEXTS, heights, (heights[2], *heights[:2]), strict=True)
+        ]
+
+
+def fold_shapes(model: onnx.ModelProto, sizes: Sizes) -> int:
     """Replaces shape arithmetic by constants, in place; needs no weights.
 
     Args:
         model: as exported; every graph input has known sizes but for its symbolic axes, of which it may have those of
             a denoiser: batch, text, height and width.
-        largest: height and width that the graph takes, 8 or more; None for any.
+        sizes: heights and widths that the graph takes.
 
     Returns:
         The number of nodes removed.
@@ -47,7 +71,7 @@ def fold_shapes(model: onnx.ModelProto, largest: int | None = None) -> int:
     before = len(graph.node)
     reshapes = [node for node in graph.node if node.op_type == "Reshape" and node.input[1] in set(names)]
     ends = list(dict.fromkeys(name for node in reshapes for name in (node.input[0], node.output[0])))
-    runs = [_values(model, names, ends, sizes) for sizes in _settings(largest)]
+    runs = [_values(model, names, ends, setting) for setting in sizes.settings]
     constants = {
         name: runs[0][name]
         for name in names
@@ -70,15 +94,6 @@ def fold_shapes(model: onnx.ModelProto, largest: int | None = None) -> int:
     graph.node.extend(kept)
     drop_unused(graph)
     return before - len(graph.node)
-
-
-def _settings(largest: int | None) -> list[dict[str, int]]:
-    """Sizes of the symbolic axes that the graph is looked at with."""
-    sizes = _SIZES if largest is None or largest >= max(_SIZES) else (largest - 6, largest - 4, largest)
-    return [
-        {"batch": batch, "text": text, "height": height, "width": width}
-        for batch, text, height, width in zip(_BATCHES, _TEXTS, sizes, (*sizes[2:], *sizes[:2]), strict=True)
-    ]
 
 
 def _shape_only(graph: onnx.GraphProto) -> list[str]:

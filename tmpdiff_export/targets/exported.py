@@ -14,7 +14,7 @@ from tmpdiff_export.onnx_graphs.export import export_graph
 from tmpdiff_export.onnx_graphs.external import data_less_tensors, refer, save_checked
 from tmpdiff_export.onnx_graphs.fp32 import narrow_weights
 from tmpdiff_export.onnx_graphs.qdq import LayerInputs, insert_qdq
-from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
+from tmpdiff_export.onnx_graphs.shape_folding import Sizes, fold_shapes
 from tmpdiff_export.onnx_graphs.stored import SCALE, TRANSPOSED, layer_tensors
 from tmpdiff_export.quantization.codes import QuantizedLayer
 from tmpdiff_export.quantization.recipes import RECIPES
@@ -65,7 +65,7 @@ def linear_layers(model: SourceModel) -> list[str]:
 def _exported(model: SourceModel) -> onnx.ModelProto:
     if model not in _EXPORTED:
         graph = export_graph(model.module, model.inputs, model.outputs, half=model.half)
-        fold_shapes(graph, getattr(model.module, "largest_latents", None))
+        fold_shapes(graph, getattr(model.module, "sizes", Sizes()))
         _EXPORTED[model] = graph
     return _EXPORTED[model]
 

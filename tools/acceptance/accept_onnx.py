@@ -32,7 +32,9 @@ from tmpdiff_export.targets.target import tensor_specs
 
 ARCHITECTURES = ("sm86", "sm89", "sm120", "sm121")
 AS_TENSORRT = "11.4.0.106"  # whose API the builder's is nearest to; Polygraphy looks at the version
-SIZES = ShapeRange(1, 2, 8)
+# Of symbolic axes; latents of the graphs of `export_families` have up to 32 rows and columns, in twos.
+SIZES = {"height": ShapeRange(8, 16, 32), "width": ShapeRange(8, 16, 32)}
+OTHER_SIZES = ShapeRange(1, 2, 8)
 
 
 def main() -> int:
@@ -92,7 +94,7 @@ def open_builder(bindings: Path) -> tuple[Callable[[Path, str], None], str]:
 
         rtx.Builder.create_builder_config = for_architecture
         specs = tensor_specs(onnx.load(path, load_external_data=False).graph.input)
-        shapes = profile(specs, dict.fromkeys(symbols_of(specs), SIZES))
+        shapes = profile(specs, {symbol: SIZES.get(symbol, OTHER_SIZES) for symbol in symbols_of(specs)})
         with tempfile.TemporaryDirectory() as scratch:
             serialized_plan(path, (shapes,), PlanOptions(), Path(scratch) / "timing.cache", None)
 

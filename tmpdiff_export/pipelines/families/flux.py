@@ -16,6 +16,7 @@ from torch.nn import functional
 from engines.errors import SamplerError
 from engines.manifest import GUIDANCE, TIMESTEP
 from tmpdiff_export.devices import Batch
+from tmpdiff_export.onnx_graphs.shape_folding import Sizes
 from tmpdiff_export.pipelines.families.components import PooledT5TextEncoder, clip_refusal, t5_refusal
 from tmpdiff_export.pipelines.families.family import BATCH_AXES, TEXT_AXES, Family, Text, VaeCall, latents_and_timestep
 from tmpdiff_export.pipelines.families.shifting import dynamic_shift
@@ -42,6 +43,7 @@ class FluxDenoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.sizes = Sizes(PACKING, PACKING * MOST_TOKENS)
         self.before_columns = sum(denoiser.pos_embed.axes_dim[:2])
         ids = torch.arange(MOST_TOKENS)[:, None] * torch.tensor([0, 1, 1])
         for name, table in zip(self.float32_buffers, denoiser.pos_embed(ids), strict=True):

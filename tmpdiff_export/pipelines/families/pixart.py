@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tmpdiff_export.devices import Batch
+from tmpdiff_export.onnx_graphs.shape_folding import Sizes
 from tmpdiff_export.pipelines.families.components import MaskedTextEncoder
 from tmpdiff_export.pipelines.families.family import TEXT_AXES, Family, Text, VaeCall, latents_and_timestep
 from tmpdiff_export.pipelines.families.positions import adding, computed_positions
@@ -26,6 +27,7 @@ class PixArtDenoiser(torch.nn.Module):
         # The module resolves a configured None by its size; the configuration does not.
         self.extra = bool(denoiser.use_additional_conditions)
         self.halve = denoiser.config.out_channels // 2 == denoiser.config.in_channels
+        self.sizes = Sizes(int(denoiser.config.patch_size))
         self.vae_scale_factor = vae_scale_factor
         self.positions = computed_positions(denoiser.pos_embed)
 

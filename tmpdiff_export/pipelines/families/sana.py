@@ -9,6 +9,7 @@ import torch
 
 from engines.errors import BuildError
 from engines.text_entry import Reading
+from tmpdiff_export.onnx_graphs.shape_folding import Sizes
 from tmpdiff_export.pipelines.families.components import CausalTextEncoder, gemma_refusal
 from tmpdiff_export.pipelines.families.family import TEXT_AXES, Family, Text, VaeCall, latents_and_timestep
 from tmpdiff_export.pipelines.families.pixart import masked_arguments
@@ -27,6 +28,7 @@ class SanaDenoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.sizes = Sizes(int(denoiser.config.patch_size))
         self.halve = denoiser.config.out_channels // 2 == denoiser.config.in_channels
         self.positions = computed_positions(denoiser.patch_embed)
 

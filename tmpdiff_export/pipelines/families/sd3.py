@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tmpdiff_export.devices import Batch
+from tmpdiff_export.onnx_graphs.shape_folding import Sizes
 from tmpdiff_export.pipelines.families.components import (
     ClipT5TextEncoder,
     clip_refusal,
@@ -33,7 +34,7 @@ class Sd3Denoiser(torch.nn.Module):
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.largest_latents = _largest_side(denoiser.config)
+        self.sizes = Sizes(int(denoiser.config.patch_size), _largest_side(denoiser.config))
 
     def forward(
         self,

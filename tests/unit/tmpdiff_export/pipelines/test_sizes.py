@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +20,11 @@ from engines.manifest import LATENTS, MODEL_OUTPUT
 from engines.precision import REFERENCE
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
-from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
-from tmpdiff_export.pipelines.families.family import LATENT_AXES, VaeCall
+from tmpdiff_export.onnx_graphs.shape_folding import Sizes, fold_shapes
+from tmpdiff_export.pipelines.families.family import LATENT_AXES
 from tmpdiff_export.pipelines.families.flux import FLUX, MOST_TOKENS, PACKING, pack, unpack
 from tmpdiff_export.pipelines.families.pixart import PIXART
+from tmpdiff_export.pipelines.families.sana import SANA
 from tmpdiff_export.pipelines.families.sd3 import SD3
 from tmpdiff_export.pipelines.families.table import DENOISERS
 from tmpdiff_export.pipelines.families.unet import UNET, UNET_SDXL
@@ -198,9 +198,6 @@ def vae_pipe(vae: torch.nn.Module | None, channels: int = 4) -> Any:
     return SimpleNamespace(vae=vae, vae_scale_factor=2, transformer=denoiser, unet=denoiser)
 
 
-SANA_VAE = replace(PIXART, vae=VaeCall(classes=("AutoencoderDC",)))
-
-
 @pytest.mark.parametrize(
     ("make", "family"),
     [
@@ -214,7 +211,7 @@ SANA_VAE = replace(PIXART, vae=VaeCall(classes=("AutoencoderDC",)))
         (tiny_vae, UNET),
         (tiny_vae, SD3),
         (asymmetric_vae, UNET),
-        (dc_vae, SANA_VAE),
+        (dc_vae, SANA),
     ],
     ids=lambda item: getattr(item, "denoiser_class", None),
 )
@@ -229,7 +226,7 @@ def test_one_decoder_draws_every_size_as_the_pipeline_does(
     graph = export_graph(
         module, [ExportInput(LATENTS, example, LATENT_AXES)], {"image": picture_axes(pipe)}, half=False
     )
-    fold_shapes(graph)
+    fold_shapes(graph, Sizes())
     engine = OnnxRuntimeEngine(save_stored(graph, tmp_path / "decoder.onnx", module))
     assert [item.dim_param or item.dim_value for item in graph.graph.output[0].type.tensor_type.shape.dim] == [
         "batch", 3, "2*height", "2*width",
@@ -258,7 +255,7 @@ def test_one_decoder_draws_every_size_as_the_pipeline_does(
         (lambda: None, UNET, "its vae is None"),
         (lambda: ConsistencyDecoderVAE.__new__(ConsistencyDecoderVAE), UNET, "draws noise of its own"),
         (dc_vae, UNET, "its VAE is a AutoencoderDC, not one of AutoencoderKL, AutoencoderTiny, "),
-        (lambda: AutoencoderKL(**KL), SANA_VAE, "its VAE is a AutoencoderKL, not one of AutoencoderDC"),
+        (lambda: AutoencoderKL(**KL), SANA, "its VAE is a AutoencoderKL, not one of AutoencoderDC"),
         (asymmetric_vae, SD3, "a AsymmetricAutoencoderKL, has no shift_factor, which the pipeline reads"),
         (lambda: AutoencoderKL(**{**KL, "shift_factor": None}), SD3, "has no shift_factor"),
         (

@@ -91,6 +91,27 @@ def test_one_session_per_engine_and_set_of_sizes(opened: Opened, ort: FakeOrtCud
     assert len(ort.alive()) == 2  # the old ones gave their memory back
 
 
+def test_a_picture_size_is_a_set_of_sizes_too(opened: Opened, ort: FakeOrtCuda, tmp_path: Path) -> None:
+    host = opened()
+    for name, seed in (("one", 1), ("two", 2)):
+        host.add(name, *saved(denoiser(seed, any_size=True), tmp_path / f"{name}.onnx"))
+    for size in ((4, 4), (6, 10), (4, 4)):
+        whole = [host.engine(name).run(inputs(2, size))["model_output"] for name in ("one", "two", "one")]
+        assert same_bits(whole[0], whole[2])
+        assert whole[0].shape == (2, CHANNELS, *size)
+        # What engines of this kind had last is what the next one opens at.
+        rows = [host.engine("one").run({**inputs(2, size), "latents": inputs(2, size)["latents"][::-1]})]
+        assert rows[0]["model_output"].shape == whole[0].shape
+    given = [tuple(item.options.sizes.items()) for item in ort.opened]
+    assert set(given) == {
+        (("batch", 2), ("height", 4), ("width", 4)),
+        (("batch", 2), ("height", 6), ("width", 10)),
+    }
+    fixed = opened().engine("fp16")
+    with pytest.raises(BackendError, match=r"must have shape \[batch, 3, 4, 4\], received \[2, 3, 6, 10\]"):
+        fixed.run(inputs(2, (6, 10)))
+
+
 def test_an_engine_that_comes_back_is_opened_by_the_loading_thread(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ import onnxruntime
 import pytest
 from fakes.fake_rtx import REAL_COMPILER, REAL_OPTIONS, RTX, FakeDevice, FakeRtx
 from helpers.paths import ROOT
+from helpers.small_plans import CHANNELS, TOKENS, WIDTH, denoiser, inputs
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import _pybind_state as state
 
@@ -159,6 +160,22 @@ def test_a_graph_is_compiled_once_per_machine_and_shapes(
     rtx.plugin.__version__ = "0.6.0"  # type: ignore[attr-defined]
     TensorRtRtxEngine(path, entry, cache=tmp_path).run(inputs_of(2))
     assert len(rtx.compiled) == 5
+
+
+def test_a_picture_size_is_compiled_once_like_any_other_size(
+    rtx: FakeRtx, graph: tuple[Path, EngineEntry], tmp_path: Path
+) -> None:
+    small = denoiser(1, any_size=True)
+    path = tmp_path / "any.onnx"
+    onnx.save(small.model, path)
+    entry = graph[1].model_copy(update={"inputs": small.inputs, "outputs": small.outputs})
+    engine = TensorRtRtxEngine(path, entry, cache=tmp_path)
+    for size in ((4, 4), (6, 10), (6, 10), (4, 4)):
+        assert engine.run(inputs(2, size))["model_output"].shape == (2, CHANNELS, *size)
+    assert [options.provider_options["nv_profile_opt_shapes"] for options in rtx.compiled] == [
+        f"latents:2x{CHANNELS}x{size},timestep:2,hidden_states:2x{TOKENS}x{WIDTH}" for size in ("4x4", "6x10")
+    ]
+    assert len(rtx.opened) == 3
 
 
 def test_the_cache_is_in_the_users_cache_folder(

@@ -156,12 +156,12 @@ def test_the_runtime_loop_equals_the_diffusers_pipeline(built: Built) -> None:
 def test_exclamation_marks_and_negative_prompts_are_read_as_by_the_pipeline(built: Built, negative: str | None) -> None:
     runtime, source = built.runtime, built.source()
     noise = runtime.noise([5])
-    expected = theirs(source, "a red! ring !", noise, negative_prompt=negative)
+    expected = theirs(built, source, "a red! ring !", noise, negative_prompt=negative)
     conditioning = runtime.encode(["a red! ring !"], negative)
-    ours = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
+    ours = runtime.denoise(conditioning, runtime.schedule("uniform:fp16"), noise)
     assert relative(ours, expected) < 1e-3
     absent = runtime.encode(["a red! ring !"])
-    other = runtime.denoise(absent, runtime.bundle.schedule("uniform:fp16"), noise)
+    other = runtime.denoise(absent, runtime.schedule("uniform:fp16"), noise)
     same = negative is None or (negative == "" and not runtime.manifest.zero_absent_negative)
     assert (relative(other, expected) < 1e-3) is same
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,20 +12,29 @@ import torch
 from engines.documents import canonical_json
 from engines.files import atomic_write_text, sha256_bytes
 from engines.manifest import LATENTS
-from engines.precision import REFERENCE
+from engines.precision import REFERENCE, Precision
 from engines.text import text_inputs
 from engines.text_entry import TextEntry
-from tmpdiff_export.bundling.engine import COMPONENT_FLOOR_DB, EngineName, StartedEngine, start_trial
+from tmpdiff_export.bundling.engine import (
+    COMPONENT_FLOOR_DB,
+    NARROW_WEIGHTS,
+    NARROW_WEIGHTS_FLOOR_DB,
+    EngineName,
+    StartedEngine,
+    start_trial,
+)
 from tmpdiff_export.bundling.site import Site
-from tmpdiff_export.bundling.weights import shared_tensors, store_plain, tensors_digest
+from tmpdiff_export.bundling.weights import shared_tensors, store_codes, store_plain, tensors_digest
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
 from tmpdiff_export.pipelines.families.family import LATENT_AXES, with_clip_skip
 from tmpdiff_export.pipelines.families.vae import picture_axes, vae_decoder
 from tmpdiff_export.pipelines.load import SourcePipeline
 from tmpdiff_export.pipelines.settings import Setting
+from tmpdiff_export.quantization.codes import LayerRange
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.accuracy import AccuracyCheck, torch_outputs
+from tmpdiff_export.targets.exported import linear_layers
 from tmpdiff_export.targets.target import EngineJob, SourceModel
 from tmpdiff_export.weights.streamed import taken_weights
 
@@ -61,11 +70,13 @@ class StartedComponent:
         engine: in the making.
         job: what it is made from.
         source: hash of the files that it comes from.
+        weight: of one of its layers by the layer's name.
     """
 
     engine: StartedEngine
     job: EngineJob
     source: str
+    weight: Callable[[str], torch.Tensor]
 
 
 def start_text_encoder(site: Site, setting: Setting, name: str = TEXT_ENCODER) -> StartedComponent:
@@ -124,6 +135,12 @@ def start_vae_decoder(site: Site, latents: Sequence[torch.Tensor], name: str = V
     )
 
 
+def with_narrow_weights(job: EngineJob, precision: Precision) -> EngineJob:
+    """The engine with its linear layers stored as codes; inputs of them, and all that is computed, stay as they are."""
+    ranges = dict.fromkeys(linear_layers(job.model), LayerRange(None, None))
+    return replace(job, recipe=NARROW_WEIGHTS, precision=precision, ranges=ranges, floor_db=NARROW_WEIGHTS_FLOOR_DB)
+
+
 def _start(
     site: Site,
     name: str,
@@ -175,12 +192,20 @@ def _start(
         sizes=tuple(dict.fromkeys(tuple(b[0].shape[2:]) for b in batches)) if kind == VAE_DECODER else (),
     )
     job = EngineJob(name, model, NO_RECIPE, REFERENCE, {}, COMPONENT_FLOOR_DB)
+    if kind == TEXT_ENCODER and site.options.text_encoder_weights is not None:
+        job = with_narrow_weights(job, Precision(site.options.text_encoder_weights))
+
+    def weight(layer: str) -> torch.Tensor:
+        return read(f"{layer}.weight")
+
     prepared = site.target.prepare(job)
     hashed = sha256_bytes(canonical_json(digest))
     stored = [
         store_plain(site, site.target.form, model, readers, tensors, hashed)
         for readers, tensors in shared_tensors({kind: prepared.tensors}).items()
     ]
+    if job.ranges:
+        stored.append(store_codes(site, site.target.form, job, hashed, weight))
     weights.cache_clear()  # they may be larger than all that the denoiser will need
-    trial = start_trial(site, EngineName(name), prepared, stored, {"check": kept.digest})
-    return StartedComponent(StartedEngine(name, [trial]), job, hashed)
+    trial = start_trial(site, EngineName(name, job.recipe), prepared, stored, {"check": kept.digest})
+    return StartedComponent(StartedEngine(name, [trial]), job, hashed, weight)

@@ -60,15 +60,11 @@ class DenoiserEngines:
         for precision in site.options.precisions:
             if precision is REFERENCE:
                 continue
-            self._variants[precision] = [
-                _Variant(
-                    variant,
-                    *self._prepare(precision, precision, variant),
-                    found,
-                    store_codes(site, form, model, (precision, variant), found, weight),
-                )
-                for variant, found in ranges[precision].items()
-            ]
+            self._variants[precision] = []
+            for variant, found in ranges[precision].items():
+                job, prepared = self._prepare(precision, precision, variant)
+                codes = store_codes(site, form, job, site.denoiser_sha256, weight)
+                self._variants[precision].append(_Variant(variant, job, prepared, found, codes))
         if shared is None:
             self._variants[REFERENCE] = [_Variant(NO_RECIPE, *self._prepare(REFERENCE, None, NO_RECIPE), {}, None)]
             of_reference = self._variants[REFERENCE][0].prepared

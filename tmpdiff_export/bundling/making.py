@@ -105,7 +105,7 @@ class Making:
                 engines.job(item, None if item is REFERENCE else item, self.built[item.value].entry.recipe)
                 for item in options.precisions
             ]
-            components = [ModelJobs([part.job], part.source, weight) for part in (texts[0], vaes[0])]
+            components = [ModelJobs([part.job], part.source, part.weight) for part in (texts[0], vaes[0])]
             keep_graphs(site, options.onnx_dir, [ModelJobs(jobs, site.denoiser_sha256, weight), *components])
             read.free()  # codes in ONNX's layout were made from the weights once more
         covered = self._coverage(engines, multiply_adds(module, runs.search[0]))

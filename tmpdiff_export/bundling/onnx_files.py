@@ -12,7 +12,6 @@ import torch
 
 from engines.errors import BuildError
 from engines.files import sha256_bytes
-from engines.precision import REFERENCE
 from tmpdiff_export.bundling.engine import StoredFile
 from tmpdiff_export.bundling.leftovers import discard
 from tmpdiff_export.bundling.site import Site
@@ -80,8 +79,8 @@ def _write(site: Site, folder: Path, model: ModelJobs) -> None:
     }
     for job in model.jobs:
         files = [stored for readers, stored in plain.items() if job.name in readers]
-        if job.precision is not REFERENCE:
-            files.append(store_codes(site, form, job.model, (job.precision, job.recipe), job.ranges, model.weight))
+        if job.ranges:
+            files.append(store_codes(site, form, job, model.source, model.weight))
         paths = [_placed(stored, folder, copied=site.options.keep_stages) for stored in files]
         write_graph(graphs[job.name], folder / f"{job.name}.onnx", paths)
 

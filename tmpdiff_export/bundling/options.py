@@ -47,6 +47,8 @@ class BuildOptions:
             under `if __name__ == "__main__"`: workers import it.
         fp8_attention: for torch packages; see `PackageSettings`.
         compile: for torch packages; see `PackageSettings`.
+        text_encoder_weights: "int8" stores the linear layers of the text encoders in 8 bit, for torch packages and ONNX
+            Runtime; None for 16 bit.
         range_device: "cpu" or "cuda", where the pipeline runs in float32 for the ranges and for what engines are
             checked against, whatever the backend.
         keep_stages: keep finished stages beside the bundle after success too, for a build with other options.
@@ -71,6 +73,7 @@ class BuildOptions:
     workers: int = 1
     fp8_attention: tuple[Precision, ...] = ()
     compile: Literal["whole", "blocks"] = "whole"
+    text_encoder_weights: Literal["int8"] | None = None
     range_device: str = "cpu"
     restart: bool = False
     keep_stages: bool = False
@@ -122,7 +125,7 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
     if options.plans.batch.max > MAX_BATCH:
         raise BuildError(f"--batch is {options.plans.batch}, expected {MAX_BATCH} pictures at most")
     packages = options.packages
-    require_own_settings(backend, options.device, packages, options.plans)
+    require_own_settings(backend, options.device, packages, options.plans, options.text_encoder_weights)
     packages.require_built(options.precisions)
     require_folders(out, options.onnx_dir, force=options.force)
     if options.range_device != "cpu":

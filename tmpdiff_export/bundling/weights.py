@@ -11,13 +11,12 @@ import torch
 from engines.documents import canonical_json
 from engines.errors import BuildError
 from engines.files import sha256_bytes
-from engines.precision import Precision
 from tmpdiff_export.bundling.engine import StoredFile
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.onnx_graphs.stored import TRANSPOSED, plain_tensor
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.quantization.recipes import RECIPES
-from tmpdiff_export.targets.target import Form, SourceModel, layer_on_meta
+from tmpdiff_export.targets.target import EngineJob, Form, SourceModel, layer_on_meta
 from tmpdiff_export.weights.files import WeightFile
 
 Tensors = Mapping[str, torch.Tensor]
@@ -80,26 +79,21 @@ def store_plain(
 
 
 def store_codes(
-    site: Site,
-    form: Form,
-    model: SourceModel,
-    variant: tuple[Precision, str],
-    ranges: Mapping[str, LayerRange],
-    weight: Callable[[str], torch.Tensor],
+    site: Site, form: Form, job: EngineJob, source: str, weight: Callable[[str], torch.Tensor]
 ) -> StoredFile:
     """Quantizes one layer after the other and writes its codes and scales, or finds them among the stages.
 
     Args:
         site: the build.
         form: of the engines that read them.
-        model: the denoiser.
-        variant: precision of the codes, and the variant of its recipe.
-        ranges: its layers by name.
+        job: one of these engines; the file is named after it, but for picture size and text length.
+        source: hash of the files that the model comes from.
         weight: of a layer by the layer's name, on any device.
     """
-    precision, recipe = variant
-    file = f"{precision.value}.codes.safetensors"
-    step = f"quantize {precision.value}-{recipe}"
+    model, precision, ranges = job.model, job.precision, job.ranges
+    stem = job.name.partition(".")[0]
+    file = f"{stem}.codes.safetensors"
+    step = f"quantize {stem}-{job.recipe}"
 
     def write(folder: Path) -> None:
         shapes = {
@@ -115,8 +109,8 @@ def store_codes(
                     written.write(name, item)
         site.report(step, len(ranges), len(ranges))
 
-    key = site.key(source=site.denoiser_sha256, form=form.name, precision=precision.value, ranges=ranges_digest(ranges))
-    return StoredFile.of(site.stages.keep(f"codes-{precision.value}-{recipe}-{form.name}", key, write), file)
+    key = site.key(source=source, form=form.name, precision=precision.value, ranges=ranges_digest(ranges))
+    return StoredFile.of(site.stages.keep(f"codes-{stem}-{job.recipe}-{form.name}", key, write), file)
 
 
 def ranges_digest(ranges: Mapping[str, LayerRange]) -> str:

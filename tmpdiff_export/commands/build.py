@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         fp8_attention=args.fp8_attention,
         compile=args.compile,
+        text_encoder_weights=args.text_encoder_weights,
         range_device=args.range_device,
         keep_stages=args.keep_stages,
         restart=args.restart,

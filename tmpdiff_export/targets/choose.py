@@ -45,7 +45,13 @@ def resolve_backend(backend: str) -> str:
     return backend
 
 
-def require_own_settings(backend: str, device: str | None, packages: PackageSettings, plans: PlanSettings) -> None:
+def require_own_settings(
+    backend: str,
+    device: str | None,
+    packages: PackageSettings,
+    plans: PlanSettings,
+    text_encoder_weights: str | None = None,
+) -> None:
     """Refuses settings of other backends.
 
     Args:
@@ -53,6 +59,7 @@ def require_own_settings(backend: str, device: str | None, packages: PackageSett
         device: "cuda" or "cpu", for the backends torch and onnxruntime; None where nothing was asked.
         packages: for the torch backend.
         plans: for the tensorrt backend, but for the batch, which torch packages have too.
+        text_encoder_weights: for the backends torch and onnxruntime; None where nothing was asked.
 
     Raises:
         BackendError: naming what was given and whom it is for.
@@ -63,6 +70,11 @@ def require_own_settings(backend: str, device: str | None, packages: PackageSett
         plans.require_unset(backend, allowed=("--batch",) if backend == "torch" else ())
     if backend not in ("torch", "onnxruntime") and device is not None:
         raise BackendError(f"--device is for the backends torch and onnxruntime; {backend!r} has no choice of device")
+    if backend not in ("torch", "onnxruntime") and text_encoder_weights is not None:
+        raise BackendError(
+            f"--text-encoder-weights is for the backends torch and onnxruntime; {backend!r} has text encoders in 16 bit, "
+            "leave it out"
+        )
 
 
 def open_target(

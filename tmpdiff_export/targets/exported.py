@@ -15,7 +15,7 @@ from tmpdiff_export.onnx_graphs.external import data_less_tensors, refer, save_c
 from tmpdiff_export.onnx_graphs.fp32 import narrow_weights
 from tmpdiff_export.onnx_graphs.qdq import LayerInputs, insert_qdq
 from tmpdiff_export.onnx_graphs.shape_folding import fold_shapes
-from tmpdiff_export.onnx_graphs.stored import layer_tensors
+from tmpdiff_export.onnx_graphs.stored import SCALE, TRANSPOSED, layer_tensors
 from tmpdiff_export.quantization.codes import QuantizedLayer
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.target import EngineJob, Form, SourceModel, layer_on_meta
@@ -31,7 +31,9 @@ class OnnxForm:
 
     def codes(self, model: SourceModel, name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
         """See `Form.codes`."""
-        return layer_tensors(name, layer, model.module.get_submodule(name).weight.shape)
+        tensors = layer_tensors(name, layer, model.module.get_submodule(name).weight.shape)
+        scale = f"{name}.{SCALE}"
+        return tensors if model.half else {**tensors, scale: tensors[scale].float()}
 
 
 def typed_graph(job: EngineJob) -> onnx.ModelProto:
@@ -40,17 +42,32 @@ def typed_graph(job: EngineJob) -> onnx.ModelProto:
     Raises:
         BuildError: the exporter does not support the module, or a layer is not in its graph.
     """
-    model = job.model
+    exported = _exported(job.model)
+    if not job.ranges:
+        result = onnx.ModelProto()
+        result.CopyFrom(exported)
+        return result
+    layers = {name: LayerInputs.of(found, job.precision) for name, found in job.ranges.items()}
+    return insert_qdq(exported, layers, RECIPES[job.precision])
+
+
+def linear_layers(model: SourceModel) -> list[str]:
+    """Names of the linear layers that what a model returns depends on: of some text encoders it is not all of them.
+
+    Raises:
+        BuildError: the exporter does not support the module.
+    """
+    read = {name for node in _exported(model).graph.node for name in node.input}
+    linear = (name for name, part in model.module.named_modules() if isinstance(part, torch.nn.Linear))
+    return [name for name in linear if not read.isdisjoint((f"{name}.weight", f"{name}.weight{TRANSPOSED}"))]
+
+
+def _exported(model: SourceModel) -> onnx.ModelProto:
     if model not in _EXPORTED:
         graph = export_graph(model.module, model.inputs, model.outputs, half=model.half)
         fold_shapes(graph, getattr(model.module, "largest_latents", None))
         _EXPORTED[model] = graph
-    if not job.ranges:
-        result = onnx.ModelProto()
-        result.CopyFrom(_EXPORTED[model])
-        return result
-    layers = {name: LayerInputs.of(found, job.precision) for name, found in job.ranges.items()}
-    return insert_qdq(_EXPORTED[model], layers, RECIPES[job.precision])
+    return _EXPORTED[model]
 
 
 def strong_graph(job: EngineJob) -> onnx.ModelProto:

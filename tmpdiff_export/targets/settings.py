@@ -13,10 +13,16 @@ MAX_BATCH = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options, a group for those who share them."""
-    parser.add_argument_group("backends onnxruntime and torch").add_argument(
+    group = parser.add_argument_group("backends onnxruntime and torch")
+    group.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         help="what engines of torch (default: the GPU) and of ONNX Runtime (default: the CPU) are for",
+    )
+    group.add_argument(
+        "--text-encoder-weights",
+        choices=("int8",),
+        help="store the linear layers of the text encoders in 8 bit; they compute in FP32 as ever (default: 16 bit)",
     )
     parser.add_argument_group("backends tensorrt and torch").add_argument(
         "--batch",

@@ -9,6 +9,7 @@ changes:
   point moved from 0 (signed) to 128 (unsigned): the same 256 codes, for which x86 has an instruction.
 - FP8: emulated. Weights are dequantized when the engine is loaded, activations are rounded to E4M3. One operator: a
   Cast and a Mul would leave two float32 weights in memory where one is.
+- INT8 of weights only, of text encoders: weights are dequantized when the engine is loaded.
 - INT4: MatMulNBits on the packed codes.
 - NVFP4: emulated. Weights are dequantized when the engine is loaded, from 8-bit integers in blocks (`nvfp4`),
   activations are quantized to E2M1 with dynamic block scales and dequantized, in a function of standard operators.
@@ -126,6 +127,8 @@ class _Lowering:
                 return []  # it goes before its reader
             if self.kinds.get(node.input[0]) == TensorProto.FLOAT8E4M3FN:
                 self.counts["fp8-emulated"] += 1
+            if self.kinds.get(node.input[0]) == TensorProto.INT8 and self._weight_only(node):
+                self.counts["int8-weights"] += 1
         return [node]
 
     def _store(self, name: str, data_type: int, dims: tuple[int, ...]) -> None:
@@ -139,7 +142,14 @@ class _Lowering:
         source = self.producers.get(node.input[1])
         if source is None or source.op_type != "DequantizeLinear" or source.input[0] not in self.initializers:
             return None
+        if self.kinds[source.input[0]] == TensorProto.INT8 and self._weight_only(source):
+            return None
         return source
+
+    def _weight_only(self, weight: onnx.NodeProto) -> bool:
+        """Whether a weight's DequantizeLinear is read by a product whose other side has no codes."""
+        data = (self.producers.get(reader.input[0]) for reader in self.readers_of[weight.output[0]])
+        return any(source is None or source.op_type != "DequantizeLinear" for source in data)
 
     def _find_bias(self, node: onnx.NodeProto) -> None:
         """Notes an Add of a bias that only reads a quantized product."""

@@ -38,28 +38,48 @@ def lower_for_torch(
         of 16.
     """
     lowered = copy.deepcopy(module)
-    counts: dict[str, int] = {}
-    for name, layer in layers.items():
-        original = lowered.get_submodule(name)
-        assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d)  # `quantizable_layers` names no others
-        if _has_product(original, layer):
-            parent, _, child = name.rpartition(".")
-            linear = linear_from(layer, original.bias, dtype)
-            linear.sixteen_bit = sixteen_bit
-            setattr(lowered.get_submodule(parent), child, linear)
-            emulated = " emulated" if layer.precision is Precision.NVFP4 else ""
-            kind = f"{layer.precision.value} linear{emulated}" + (
-                " in a 16-bit product" if sixteen_bit or emulated else ""
-            )
-        else:
-            original.weight.data = _stood_for(original, layer)
-            kind = f"{layer.precision.value} weight in a 16-bit {type(original).__name__}"
-        counts[kind] = counts.get(kind, 0) + 1
+    counts = place_codes(lowered, layers, dtype, sixteen_bit=sixteen_bit)
     if attention:
         use_fp8_attention(lowered, attention)
         counts["fp8 attention"] = len(attention)
     fuse(lowered)
     return _in_type(lowered, dtype), counts
+
+
+def place_codes(
+    module: torch.nn.Module, layers: Mapping[str, QuantizedLayer], dtype: torch.dtype, *, sixteen_bit: bool
+) -> dict[str, int]:
+    """Puts quantized layers in the place of a module's own.
+
+    Args:
+        module: changed in place.
+        layers: see `lower_for_torch`.
+        dtype: of products, float32 for weight-only layers of a module that computes in it.
+        sixteen_bit: see `lower_for_torch`.
+
+    Returns:
+        How many layers of which kind were replaced.
+    """
+    counts: dict[str, int] = {}
+    for name, layer in layers.items():
+        original = module.get_submodule(name)
+        assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d)  # `quantizable_layers` names no others
+        if _has_product(original, layer):
+            parent, _, child = name.rpartition(".")
+            linear = linear_from(layer, original.bias, dtype)
+            linear.sixteen_bit = sixteen_bit
+            setattr(module.get_submodule(parent), child, linear)
+            emulated = " emulated" if layer.precision is Precision.NVFP4 else ""
+            kind = f"{layer.precision.value} linear{emulated}" + (
+                " in a 16-bit product" if sixteen_bit or emulated else ""
+            )
+            if dtype is torch.float32:
+                kind = f"{layer.precision.value} weight in a float32 product"
+        else:
+            original.weight.data = _stood_for(original, layer)
+            kind = f"{layer.precision.value} weight in a 16-bit {type(original).__name__}"
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts
 
 
 def torch_tensors(

@@ -20,7 +20,7 @@ from tmpdiff_export.targets.target import EngineJob, PreparedEngine, SourceModel
 from tmpdiff_export.targets.torch.attention import attention_tensors
 from tmpdiff_export.targets.torch.compile import EngineModule, without_capturing_hooks
 from tmpdiff_export.targets.torch.layers import FP8_COMPUTE_CAPABILITY
-from tmpdiff_export.targets.torch.lowering import lower_for_torch, torch_tensors
+from tmpdiff_export.targets.torch.lowering import lower_for_torch, place_codes, torch_tensors
 from tmpdiff_export.targets.torch.package import PackageTask
 from tmpdiff_export.targets.torch.settings import PackageSettings
 from tmpdiff_export.weights.streamed import on_meta
@@ -104,20 +104,18 @@ class TorchTarget:
     def prepare(self, job: EngineJob) -> PreparedEngine:
         """Lowers a copy of the module on the device "meta"; see `Target.prepare`."""
         model = job.model
-        module, counts, codes = on_meta(model.module), dict[str, int](), set[str]()
+        module, codes = on_meta(model.module), set[str]()
         without_capturing_hooks(module)
+        dtype = _type_of(model) if model.half else torch.float32
+        layers = {name: layer_on_meta(model.module, name, job.precision, found) for name, found in job.ranges.items()}
+        for name, layer in layers.items():
+            codes.update(torch_tensors(name, layer, model.module.get_submodule(name), dtype))
         if model.half:
-            dtype = _type_of(model)
-            layers = {
-                name: layer_on_meta(model.module, name, job.precision, found) for name, found in job.ranges.items()
-            }
             module, counts = lower_for_torch(
                 module, layers, dtype, sixteen_bit=job.sixteen_bit, attention=job.attention
             )
-            for name, layer in layers.items():
-                codes.update(torch_tensors(name, layer, model.module.get_submodule(name), dtype))
         else:
-            dtype = torch.float32
+            counts = place_codes(module, layers, dtype, sixteen_bit=True)  # they are weight-only
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(narrow_type(parameter.shape, model.dtype))
         scales = attention_tensors(job.attention)

@@ -19,6 +19,7 @@ from engines.errors import BackendError, BundleError
 from engines.files import sha256_file
 from engines.manifest import FileEntry
 from engines.runtime import DenoiseRuntime
+from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.weights.files import places
 
 PRECISIONS = ("fp16", "int8", "int4")
@@ -105,3 +106,20 @@ def test_a_further_file_is_refused(three: Path, tmp_path: Path) -> None:
     assert Bundle.open(bundle).verify() > 0
     with pytest.raises(BackendError, match=r"engine int8: tensor .* lies in 'more\.bin', expected a weight file"):
         DenoiseRuntime.load(bundle).denoiser("int8")
+
+
+def test_text_encoders_are_stored_in_8_bit_on_request(tiny_pipeline: Path, three: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    options = tiny_options("fp16", text_encoder_weights="int8", onnx_dir=tmp_path / "onnx")
+    (entry,) = build(tiny_pipeline, out, options).text_encoder
+    (plain,) = Bundle.open(three).manifest.text_encoder
+    assert (entry.recipe, entry.sqnr_floor_db) == ("weights-only", 20.0)
+    assert entry.sqnr_db > 25
+    assert entry.bytes < 0.7 * plain.bytes  # embeddings stay
+    names = {Path(file.path).name for file in entry.weights}
+    assert names == {"text_encoder.safetensors", "text_encoder.codes.safetensors"}
+    assert {item.location for item in references(tmp_path / "onnx" / "text_encoder.onnx")} == names
+    with DenoiseRuntime.load(out, threads=1) as narrow, DenoiseRuntime.load(three, threads=1) as wide:
+        found, expected = (runtime.encode(["a red circle"]).guided for runtime in (narrow, wide))
+    difference = np.linalg.norm(found["encoder_hidden_states"] - expected["encoder_hidden_states"])
+    assert 1e-4 < difference / np.linalg.norm(expected["encoder_hidden_states"]) < 0.05

@@ -22,6 +22,7 @@ NEEDED = ["pipeline", "--out", "bundle", "--prompts", "prompts.txt"]
 # Option -> the backends that have it, and the settings with it.
 SETTINGS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "--device": ({"onnxruntime", "torch"}, {"device": "cpu"}),
+    "--text-encoder-weights": ({"onnxruntime", "torch"}, {"text_encoder_weights": "int8"}),
     "--batch": ({"tensorrt", "torch"}, {"plans": PlanSettings(batch=ShapeRange(1, 2, 2))}),
     "--share-weights": ({"torch"}, {"packages": PackageSettings(share_weights=Precision.FP8)}),
     "--fp8-attention": ({"torch"}, {"packages": PackageSettings(fp8_attention=(Precision.FP8,))}),

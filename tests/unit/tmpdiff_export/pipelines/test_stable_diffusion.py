@@ -132,8 +132,7 @@ def theirs(built: Built, source: SourcePipeline, prompt: str | list[str], noise:
             num_inference_steps=NUM_STEPS,
             latents=torch.from_numpy(noise),
             output_type="latent",
-            **source.call_options(setting_of(source, built.runtime.setting)),
-            **more,
+            **{**source.call_options(setting_of(source, built.runtime.setting)), **more},
         ).images.numpy()
 
 
@@ -171,15 +170,15 @@ def test_guidance_is_rescaled_as_the_pipeline_does(built: Built, tmp_path: Path)
 
     runtime, source, noise = built.runtime, built.source(), built.runtime.noise([3])
     conditioning, schedule = runtime.encode([PROMPTS[0]]), runtime.schedule("uniform:fp16")
-    plain = theirs(built, source, PROMPTS[0], noise)
+    plain = theirs(built, source, PROMPTS[0], noise, guidance_scale=15.0)
     for share in (0.4, 1.0):
-        expected = theirs(built, source, PROMPTS[0], noise, guidance_rescale=share)
+        expected = theirs(built, source, PROMPTS[0], noise, guidance_scale=15.0, guidance_rescale=share)
         assert relative(expected, plain) > 5e-3, "it makes a difference"
-        ours = runtime.denoise(conditioning, schedule, noise, guidance_rescale=share)
+        ours = runtime.denoise(conditioning, schedule, noise, guidance_scale=15.0, guidance_rescale=share)
         assert relative(ours, expected) < 1e-3
     out = tmp_path / "picture.png"
     words = ["run", str(runtime.bundle.folder), "--prompt", PROMPTS[0], "--seed", "3", "--schedule", "uniform:fp16"]
-    assert main([*words, "--threads", "1", "--guidance-rescale", "1", "--out", str(out)]) == 0
+    assert main([*words, "--threads", "1", "--guidance-scale", "15", "--guidance-rescale", "1", "--out", str(out)]) == 0
     np.testing.assert_array_equal(np.asarray(Image.open(out)), runtime.decode(ours)[0])
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
+    SanaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
 
+from tools.demo.autoencoders import DEEP_LATENT_CHANNELS, Autoencoder
 from tools.demo.networks import (
     CAPTION_TOKENS,
     CLIP_TOKENS,
@@ -26,7 +27,10 @@ from tools.demo.networks import (
     make_clip_text_encoder,
     make_clip_tokenizer,
     make_denoiser,
+    make_gemma_text_encoder,
+    make_gemma_tokenizer,
     make_mmdit,
+    make_sana,
     make_text_encoder,
     make_tokenizer,
     make_unet,
@@ -45,6 +49,7 @@ class DemoFamily:
         denoiser: the untrained denoiser.
         text_encoders: trained with it, untrained.
         tokenizer: of its captions.
+        token_ids: captions, and "" for an absent one, to rows of `caption_tokens` token ids, as `embed` takes them.
         caption_tokens: length that captions are padded to.
         causal: whether a word's hidden state knows only what stands before it.
         text_width: D of the hidden states that `embed` returns.
@@ -59,15 +64,21 @@ class DemoFamily:
     denoiser: torch.nn.Module
     text_encoders: tuple[torch.nn.Module, ...]
     tokenizer: Any
+    token_ids: Callable[[Sequence[str]], list[list[int]]]
     caption_tokens: int
     causal: bool
     text_width: int
     embed: Callable[[torch.Tensor], Text]
     corrupt: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     predict: Callable[..., torch.Tensor]
-    assemble: Callable[[AutoencoderKL], DiffusionPipeline]
+    assemble: Callable[[Autoencoder], DiffusionPipeline]
     guidance_scales: tuple[float, ...]
     call_options: Mapping[str, Any]
+
+
+def padded(tokenizer: Any, length: int) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Returns what makes a row of token ids of every caption, filled up to a length."""
+    return lambda captions: tokenizer(list(captions), padding="max_length", max_length=length)["input_ids"]
 
 
 def flow_matching(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,6 +155,7 @@ def make_pixart_family(device: torch.device) -> DemoFamily:
         denoiser=denoiser,
         text_encoders=(text_encoder,),
         tokenizer=tokenizer,
+        token_ids=padded(tokenizer, CAPTION_TOKENS),
         caption_tokens=CAPTION_TOKENS,
         causal=False,
         text_width=text_encoder.config.d_model,
@@ -173,6 +185,7 @@ def make_unet_family(device: torch.device, size: int) -> DemoFamily:
         denoiser=unet,
         text_encoders=(text_encoder,),
         tokenizer=tokenizer,
+        token_ids=padded(tokenizer, CLIP_TOKENS),
         caption_tokens=CLIP_TOKENS,
         causal=True,
         text_width=text_encoder.config.hidden_size,
@@ -218,6 +231,7 @@ def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
         denoiser=mmdit,
         text_encoders=encoders,
         tokenizer=tokenizer,
+        token_ids=padded(tokenizer, CLIP_TOKENS),
         caption_tokens=CLIP_TOKENS,
         causal=True,
         text_width=width,
@@ -231,4 +245,67 @@ def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
         ),
         guidance_scales=(7.0, 4.5, 3.0),
         call_options={},
+    )  # fmt: skip
+
+
+def make_sana_family(device: torch.device, size: int) -> DemoFamily:
+    """Returns a Sana for pictures of `size` pixels: Gemma-2 text encoder, 16 pixels a latent, DPM-Solver++.
+
+    As its pipeline does, captions follow an instruction, of which the denoiser gets the first and the last token; absent
+    ones follow none. A row of token ids is what the denoiser gets.
+    """
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    instruction = "\n".join(lines)
+    tokenizer = make_gemma_tokenizer()
+    text_encoder = make_gemma_text_encoder(len(tokenizer)).to(device)
+    denoiser = make_sana(size // 16, DEEP_LATENT_CHANNELS, text_encoder.config.hidden_size).to(device)
+    first = tokenizer.encode(instruction)
+    plain = padded(tokenizer, CAPTION_TOKENS)
+    before = torch.tensor(first[:-1], device=device)
+
+    def token_ids(captions: Sequence[str]) -> list[list[int]]:
+        framed = padded(tokenizer, len(first) - 2 + CAPTION_TOKENS)([instruction + caption for caption in captions])
+        absent = plain([""])[0]
+        return [
+            [row[0], *row[len(first) - 1 :]] if caption else absent
+            for caption, row in zip(captions, framed, strict=True)
+        ]
+
+    def states(ids: torch.Tensor) -> torch.Tensor:
+        return text_encoder(ids, attention_mask=(ids != tokenizer.pad_token_id).long(), use_cache=False)[0]
+
+    def embed(ids: torch.Tensor) -> Text:
+        framed = states(torch.cat([before.expand(len(ids), -1), ids[:, 1:]], dim=1))
+        framed = torch.cat([framed[:, :1], framed[:, len(before) :]], dim=1)
+        absent = (ids[:, 1] == tokenizer.pad_token_id)[:, None, None]
+        nothing = states(torch.nn.functional.pad(ids[:1, :1], (0, CAPTION_TOKENS - 1), value=tokenizer.pad_token_id))
+        return torch.where(absent, nothing, framed), (ids != tokenizer.pad_token_id).long()
+
+    def predict(
+        denoiser: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        return denoiser(
+            x_t, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=timestep, return_dict=False
+        )[0]
+
+    return DemoFamily(
+        denoiser=denoiser,
+        text_encoders=(text_encoder,),
+        tokenizer=tokenizer,
+        token_ids=token_ids,
+        caption_tokens=CAPTION_TOKENS,
+        causal=True,
+        text_width=text_encoder.config.hidden_size,
+        embed=embed,
+        corrupt=flow_matching,
+        predict=predict,
+        assemble=lambda vae: SanaPipeline(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=denoiser,
+            scheduler=make_dpm_scheduler(FLOW_SHIFT),
+        ),
+        guidance_scales=(4.5, 3.0),
+        call_options={
+            "max_sequence_length": CAPTION_TOKENS, "clean_caption": False, "use_resolution_binning": False,
+            "height": size, "width": size,
+        },
     )  # fmt: skip

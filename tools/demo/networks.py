@@ -1,4 +1,4 @@
-"""The parts of the demo pipelines, untrained: tokenizers, text encoders, autoencoder and denoisers."""
+"""The parts of the demo pipelines, untrained: tokenizers, text encoders and denoisers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -30,18 +37,27 @@ CLIP_TOKENS = 32
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Returns a word-level tokenizer of the captions' vocabulary: lower case, marks apart, `</s>` at the end."""
-    special = ["<pad>", "</s>", "<unk>"]
-    ids = {token: i for i, token in enumerate([*special, *vocabulary()])}
+    return _word_tokenizer("</s>", "$A </s>", eos_token="</s>")
+
+
+def make_gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns the same for Gemma-2, with `<bos>` at the beginning as its own tokenizer has it."""
+    return _word_tokenizer("<bos>", "<bos> $A", bos_token="<bos>")
+
+
+def _word_tokenizer(mark: str, template: str, **marks: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that puts one mark around texts."""
+    ids = {token: i for i, token in enumerate(["<pad>", mark, "<unk>", *vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(mark, 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
-        eos_token="</s>",
         unk_token="<unk>",
         model_max_length=CAPTION_TOKENS,
+        **marks,
     )
 
 
@@ -55,17 +71,15 @@ def make_text_encoder(vocabulary_size: int) -> T5EncoderModel:
     )  # fmt: skip
 
 
-def make_vae() -> AutoencoderKL:
-    """Returns an untrained AutoencoderKL: 256 x 256 pictures to 4 x 32 x 32 latents."""
-    return AutoencoderKL(
-        latent_channels=LATENT_CHANNELS,
-        block_out_channels=(32, 32, 64, 128),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=256,
-    )
+def make_gemma_text_encoder(vocabulary_size: int) -> Gemma2Model:
+    """Returns an untrained Gemma-2 of width 128, 4 layers, of which every other one attends to 64 tokens before it."""
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=-(-vocabulary_size // 64) * 64, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=64,
+            max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=1, use_cache=False,
+        )
+    )  # fmt: skip
 
 
 def make_denoiser() -> PixArtTransformer2DModel:
@@ -177,3 +191,15 @@ def make_mmdit(sample_size: int, text_width: int, pooled_width: int) -> SD3Trans
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
     return denoiser
+
+
+def make_sana(sample_size: int, channels: int, text_width: int) -> SanaTransformer2DModel:
+    """Returns an untrained Sana for square latents: 6 layers of width 512, a token a latent, 26 M parameters.
+
+    With positions, as the published ones for large pictures have them.
+    """
+    return SanaTransformer2DModel(
+        sample_size=sample_size, patch_size=1, in_channels=channels, out_channels=channels, num_layers=6,
+        num_attention_heads=16, attention_head_dim=32, num_cross_attention_heads=8, cross_attention_head_dim=64,
+        cross_attention_dim=512, caption_channels=text_width, interpolation_scale=1,
+    )  # fmt: skip

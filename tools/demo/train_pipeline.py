@@ -3,10 +3,12 @@
     python -m tools.demo.train_pipeline --out FOLDER --seed 0
     python -m tools.demo.train_pipeline --family unet --out FOLDER
     python -m tools.demo.train_pipeline --family mmdit --out FOLDER
+    python -m tools.demo.train_pipeline --family sana --out FOLDER
 
 from the project's root, in an environment with torch, diffusers, transformers and scikit-image. The first trains the
 embedded demo pipeline, a PixArt-Sigma, from nothing; the others train a Stable Diffusion (UNet, v-prediction, DDIM) and
-a Stable Diffusion 3 (MMDiT, flow matching) around the autoencoder of the embedded pipeline. It draws scenes, trains the
+a Stable Diffusion 3 (MMDiT, flow matching) around the autoencoder of the embedded pipeline, and a Sana (Gemma-2, flow
+matching) around one of its own, an AutoencoderDC. It draws scenes, trains the
 autoencoder on their pictures where it is not given, teaches the text encoders which words belong together, trains text
 encoders and denoiser together on the pictures' latents, writes everything as fp16 safetensors, loads it again as any
 user would, and prints how well shapes, colours and positions of held-out captions can be read back from the pictures.
@@ -40,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from engines.files import staged_folder
@@ -48,15 +50,16 @@ from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.drawing import place
 from tmpdiff_export.demo.readback import score
 from tmpdiff_export.demo.scenes import IMAGE_SIZE, held_out_captions, training_captions, write_caption
+from tools.demo.autoencoders import Autoencoder, make_deep_vae, make_vae
 from tools.demo.families import (
     FLOW_SHIFT,
     DemoFamily,
     make_dpm_scheduler,
     make_mmdit_family,
     make_pixart_family,
+    make_sana_family,
     make_unet_family,
 )
-from tools.demo.networks import make_vae
 from tools.demo.training import DenoiserTraining, encode, pretrain_text_encoders, reconstruct, train_denoiser, train_vae
 
 CAPTIONS_PER_SCENE = 3
@@ -76,13 +79,14 @@ def train(options: argparse.Namespace) -> DemoFamily | None:
     }
     _report("scenes and captions drawn", options)
 
+    make_autoencoder = make_deep_vae if options.family == "sana" else make_vae
     if options.vae:
-        trained = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32)
-        vae = make_vae().to(device).eval().requires_grad_(False)
+        vae = make_autoencoder().to(device).eval().requires_grad_(False)
+        trained = type(vae).from_pretrained(options.vae, torch_dtype=torch.float32)
         vae.load_state_dict(trained.state_dict())
         vae.register_to_config(scaling_factor=trained.config.scaling_factor)
     else:
-        vae = make_vae().to(device)
+        vae = make_autoencoder().to(device)
         share = 1.0 if options.vae_out else 0.3
         train_vae(vae, arrays, options.vae_iterations, options.vae_batch, share * _left_s(options))
     pictures, psnr_db = reconstruct(vae, arrays, min(256, options.scenes), options.size)
@@ -120,12 +124,13 @@ def make_family(options: argparse.Namespace) -> DemoFamily:
     device = torch.device(options.device)
     if options.family == "pixart":
         return make_pixart_family(device)
-    return (make_unet_family if options.family == "unet" else make_mmdit_family)(device, options.size)
+    makers = {"unet": make_unet_family, "mmdit": make_mmdit_family, "sana": make_sana_family}
+    return makers[options.family](device, options.size)
 
 
 def caption_ids(family: DemoFamily, captions: Sequence[str]) -> np.ndarray:
     """Returns the padded token ids [n, caption_tokens], int16, of captions of the grammar."""
-    rows = family.tokenizer(list(captions), padding="max_length", max_length=family.caption_tokens)["input_ids"]
+    rows = family.token_ids(captions)
     if max(map(len, rows)) > family.caption_tokens:
         raise RuntimeError(f"a training caption has more than {family.caption_tokens} tokens; raise that number")
     ids = np.array(rows, dtype=np.int16)
@@ -176,7 +181,7 @@ def evaluate(family: DemoFamily, options: argparse.Namespace) -> None:
             Image.fromarray(np.concatenate(rows)).save(options.contact_sheet)
 
 
-def save(family: DemoFamily, vae: AutoencoderKL, options: argparse.Namespace) -> None:
+def save(family: DemoFamily, vae: Autoencoder, options: argparse.Namespace) -> None:
     """Writes a copy of the pipeline as it stands as fp16 safetensors; replaces what an earlier call wrote.
 
     transformers 5 writes a word-level tokenizer's class as one that transformers 4 lacks; the folder names the one that
@@ -191,7 +196,7 @@ def save(family: DemoFamily, vae: AutoencoderKL, options: argparse.Namespace) ->
         components["requires_safety_checker"] = False
     with staged_folder(options.out, replace=True) as folder:
         type(pipeline)(**components).save_pretrained(folder, safe_serialization=True)
-        if options.family == "pixart":
+        if options.family in ("pixart", "sana"):
             for name, key, value in (
                 ("model_index.json", "tokenizer", ["transformers", "PreTrainedTokenizerFast"]),
                 ("tokenizer/tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),
@@ -226,7 +231,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write the pipeline to; replaced if it exists"
     )
-    parser.add_argument("--family", choices=("pixart", "unet", "mmdit"), default="pixart")
+    parser.add_argument("--family", choices=("pixart", "unet", "mmdit", "sana"), default="pixart")
     parser.add_argument("--size", type=int, choices=(256, 128), default=256, help="side of the pictures; pixart: 256")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -235,7 +240,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--vae-iterations", type=int, default=4292)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument(
-        "--vae", type=Path, help="take this trained autoencoder instead of training one (unet, mmdit: the embedded one)"
+        "--vae",
+        type=Path,
+        help="take this trained autoencoder instead of training one (default for unet, mmdit: the embedded one)",
     )
     parser.add_argument("--vae-out", type=Path, help="train the autoencoder only, and save it here")
     parser.add_argument("--text-iterations", type=int, default=2000)
@@ -247,10 +254,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--contact-sheet", type=Path, help="PNG to write pictures of held-out captions to")
     options = parser.parse_args()
     if options.family == "pixart" and options.size != 256:
-        parser.error(f"--size {options.size} is for the families unet and mmdit; pixart draws 256 x 256 pictures")
-    if options.family != "pixart":
+        parser.error(f"--size {options.size} is for the families unet, mmdit and sana; pixart draws 256 x 256 pictures")
+    if options.family in ("unet", "mmdit"):
         if options.vae_out:
-            parser.error("--vae-out is for the family pixart; unet and mmdit take a trained autoencoder (--vae)")
+            parser.error(
+                "--vae-out is for the families pixart and sana; unet and mmdit take a trained autoencoder (--vae)"
+            )
         options.vae = options.vae or pipeline_folder() / "vae"
     return options
 

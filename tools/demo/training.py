@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 
 from tmpdiff_export.demo.drawing import draw
 from tmpdiff_export.demo.scenes import COLOURS, IMAGE_SIZE, POSITIONS, SHAPES, vocabulary
+from tools.demo.autoencoders import Autoencoder, decoded, latent_means, noisy_latents, pixels_per_latent
 from tools.demo.caption_words import attribute_targets, last_words
 from tools.demo.families import DemoFamily
-from tools.demo.networks import LATENT_CHANNELS
 
 UNCONDITIONAL_FRACTION = 0.1
 ENCODE_BATCH = 256
@@ -31,9 +30,7 @@ def draw_batch(arrays: dict[str, torch.Tensor], index: torch.Tensor | slice, siz
         return (2 * pictures - 1).to(memory_format=torch.channels_last)
 
 
-def train_vae(
-    vae: AutoencoderKL, arrays: dict[str, torch.Tensor], iterations: int, batch: int, budget_s: float
-) -> None:
+def train_vae(vae: Autoencoder, arrays: dict[str, torch.Tensor], iterations: int, batch: int, budget_s: float) -> None:
     """Trains the autoencoder in place on pictures drawn on the fly, then sets its scaling factor.
 
     The loss is the mean absolute and squared error of pixels, the mean absolute error of their differences to
@@ -45,12 +42,9 @@ def train_vae(
 
     def loss_of(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            mean, log_variance = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
-            log_variance = log_variance.clamp(-20, 10)
-            z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-            error = vae.decoder(vae.post_quant_conv(z)).float() - x
+            z, divergence = noisy_latents(vae, x)
+            error = decoded(vae, z).float() - x
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges + 3e-4 * divergence
 
     vae.to(memory_format=torch.channels_last).train()
@@ -64,15 +58,16 @@ def train_vae(
     vae.register_to_config(scaling_factor=round(1 / std.item(), 4))
 
 
-def encode(vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE) -> torch.Tensor:
-    """Returns mean latents of the first `count` placed scenes: [count, 4, size / 8, size / 8], float16, unscaled."""
+def encode(vae: Autoencoder, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE) -> torch.Tensor:
+    """Returns mean latents of the first `count` placed scenes, [count, C, h, w], float16, unscaled."""
     device = arrays["centre"].device
 
     def mean_of(x: torch.Tensor) -> torch.Tensor:
-        return vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
+        return latent_means(vae, x)
 
     run = torch.compile(mean_of) if device.type == "cuda" and count >= 10 * ENCODE_BATCH else mean_of
-    latents = torch.empty(count, LATENT_CHANNELS, size // 8, size // 8, dtype=torch.float16, device=device)
+    side = size // pixels_per_latent(vae)
+    latents = torch.empty(count, vae.config.latent_channels, side, side, dtype=torch.float16, device=device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         for start in range(0, count, ENCODE_BATCH):
             part = slice(start, min(start + ENCODE_BATCH, count))
@@ -81,7 +76,7 @@ def encode(vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, size
 
 
 def reconstruct(
-    vae: AutoencoderKL, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE
+    vae: Autoencoder, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE
 ) -> tuple[np.ndarray, float]:
     """Encodes and decodes the pictures of the first `count` placed scenes.
 
@@ -92,9 +87,9 @@ def reconstruct(
     for start in range(0, count, 32):
         original = draw_batch(arrays, slice(start, min(start + 32, count)), size)
         with torch.no_grad():
-            decoded = vae.decode(vae.encode(original).latent_dist.mode()).sample.clamp(-1, 1)
-        errors.append((decoded - original).square().flatten(1).mean(1))
-        pictures.append(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+            drawn = decoded(vae, latent_means(vae, original)).clamp(-1, 1)
+        errors.append((drawn - original).square().flatten(1).mean(1))
+        pictures.append(((drawn + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures), 10 * math.log10(4 / torch.cat(errors).mean().item())
 
 
@@ -167,7 +162,7 @@ def train_denoiser(
 
     Args:
         family: What to train.
-        latents: [n, 4, h, w], float16, scaled latents of the training scenes.
+        latents: [n, C, h, w], float16, scaled latents of the training scenes.
         tokens: [n, captions, tokens], padded token ids of each scene's captions.
         unconditional: [tokens], token ids of the empty caption, which replaces one caption in ten.
         plan: How long, and when it is saved.

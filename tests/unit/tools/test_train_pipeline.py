@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -16,18 +17,20 @@ from safetensors.torch import load_file
 
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.scenes import held_out_captions, vocabulary
-from tools.demo.families import make_mmdit_family, make_unet_family
-from tools.demo.networks import make_vae
+from tools.demo.autoencoders import make_deep_vae, make_vae
+from tools.demo.families import make_mmdit_family, make_sana_family, make_unet_family
 
 TINY = (
     *("--size=128", "--device=cpu", "--threads=1", "--scenes=4", "--text-iterations=1", "--denoiser-iterations=2"),
-    *("--denoiser-batch=2", "--evaluation-captions=1", "--save-minutes=0"),
+    *("--denoiser-batch=2", "--evaluation-captions=1", "--save-minutes=0", "--vae-iterations=2", "--vae-batch=2"),
 )
-ABSENT = {"unet": {}, "mmdit": {"text_encoder_3": None, "tokenizer_3": None}}
-FAMILIES = {"unet": make_unet_family, "mmdit": make_mmdit_family}
+ABSENT = {"unet": {}, "mmdit": {"text_encoder_3": None, "tokenizer_3": None}, "sana": {}}
+FAMILIES = {"unet": make_unet_family, "mmdit": make_mmdit_family, "sana": make_sana_family}
+VAES = {"unet": make_vae, "mmdit": make_vae, "sana": make_deep_vae}
 CLASSES = {
     "unet": ("StableDiffusionPipeline", "UNet2DConditionModel", "DDIMScheduler"),
     "mmdit": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler"),
+    "sana": ("SanaPipeline", "SanaTransformer2DModel", "DPMSolverMultistepScheduler"),
 }
 
 
@@ -38,25 +41,47 @@ def assert_of_its_family(name: str, pipeline: Any) -> None:
 
 
 def assert_every_word_is_one_token(tokenizer: Any) -> None:
+    """Of CLIP's tokenizer, which writes where words end, or of a word-level one."""
+    clip = tokenizer.bos_token == "<|startoftext|>"
+    inner, end = (slice(1, -1), "</w>") if clip else (slice(1, None), "")
     assert [len(tokenizer.tokenize(word)) for word in vocabulary()] == [1] * len(vocabulary())
     for caption in held_out_captions("composed", 5, seed=0):
         words = re.findall(r"\w+|,", caption)
-        assert tokenizer(caption).input_ids[1:-1] == tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words])
-    assert tokenizer.unk_token_id not in tokenizer("zebra 7").input_ids[1:-1]
+        ids = tokenizer.convert_tokens_to_ids([f"{word}{end}" for word in words])
+        assert tokenizer(caption).input_ids[inner] == ids
+        assert tokenizer.unk_token_id not in ids
+    assert (tokenizer.unk_token_id not in tokenizer("zebra 7").input_ids[inner]) is clip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_before_training_a_pipeline_is_of_its_family_and_every_word_one_token(name: str) -> None:
     family = FAMILIES[name](torch.device("cpu"), 128)
-    assert_of_its_family(name, family.assemble(make_vae()))
+    assert_of_its_family(name, family.assemble(VAES[name]()))
     assert_every_word_is_one_token(family.tokenizer)
+
+
+def test_sana_is_trained_on_what_its_pipeline_gives_the_denoiser() -> None:
+    family = make_sana_family(torch.device("cpu"), 128)
+    pipeline = family.assemble(make_deep_vae())
+    captions = ["a large red circle in the top left", "", "a small blue square"]
+    instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    with torch.no_grad():
+        text, mask = family.embed(torch.tensor(family.token_ids(captions)))
+        for row, caption in enumerate(captions):
+            found = pipeline.encode_prompt(
+                caption, device="cpu", max_sequence_length=family.caption_tokens,
+                complex_human_instruction=instruction if caption else None, do_classifier_free_guidance=False,
+            )  # fmt: skip
+            torch.testing.assert_close(text[row : row + 1], found[0])
+            torch.testing.assert_close(mask[row : row + 1], found[1])
+    assert mask[1].sum() == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--size", "128"), "--size 128 is for the families unet and mmdit"),
-        (("--family", "unet", "--vae-out", "x"), "--vae-out is for the family pixart"),
+        (("--size", "128"), "--size 128 is for the families unet, mmdit and sana"),
+        (("--family", "unet", "--vae-out", "x"), "--vae-out is for the families pixart and sana"),
     ],
 )
 def test_options_of_another_family_are_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -68,7 +93,7 @@ def test_options_of_another_family_are_refused(tmp_path: Path, arguments: tuple[
 # A training
 
 
-@pytest.fixture(scope="module", params=["unet", "mmdit"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """A family, the folder that the tool wrote, and what it printed."""
     folder = tmp_path_factory.mktemp(request.param) / "pipeline"
@@ -93,13 +118,16 @@ def load(trained: tuple[str, Path, str]) -> Any:
 def test_the_folder_is_a_genuine_pipeline_of_its_family(trained: tuple[str, Path, str]) -> None:
     pipeline = load(trained)
     assert_of_its_family(trained[0], pipeline)
-    picture = pipeline("a red circle", num_inference_steps=2, output_type="np", generator=torch.manual_seed(0)).images
+    options = FAMILIES[trained[0]](torch.device("cpu"), 128).call_options
+    drawn = pipeline("a red circle", num_inference_steps=2, output_type="np", generator=torch.manual_seed(0), **options)
+    picture = drawn.images
     assert picture.shape == (1, 128, 128, 3)
     assert np.isfinite(picture).all()
     assert picture.std() > 0
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("trained", ["unet", "mmdit"], indirect=True)
 def test_the_autoencoder_is_the_embedded_one(trained: tuple[str, Path, str]) -> None:
     name = "vae/diffusion_pytorch_model.safetensors"
     ours, embedded = (load_file(folder / name) for folder in (trained[1], pipeline_folder()))
@@ -116,7 +144,7 @@ def test_every_word_of_the_captions_is_one_token(trained: tuple[str, Path, str])
 def test_it_reports_what_reads_back_and_saves_on_the_way(trained: tuple[str, Path, str]) -> None:
     output = trained[2]
     assert output.count("saved to ") == 3  # after both iterations and at the end
-    default = {"unet": "7.5", "mmdit": "7.0"}[trained[0]]
+    default = {"unet": "7.5", "mmdit": "7.0", "sana": "4.5"}[trained[0]]
     report = output[output.index(f"guidance_scale {default}, 20 steps") :]
     for kind in ("plain", "composed", "unusual"):
         assert re.search(rf"  {kind}: colour_and_position \d+\.\d%, .*shape \d+\.\d%", report)

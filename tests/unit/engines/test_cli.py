@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -95,6 +97,83 @@ def test_options_reach_the_picture(small_bundle: Path, out: Path, tmp_path: Path
     assert main(arguments(small_bundle, out, *options, schedule=str(tmp_path / "mine.json"))) == 0
     expected = runtime.generate([PROMPT], [7], schedule, negative_prompts="a blue square", guidance_scale=4.0)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected[0])
+
+
+def test_negative_prompts_are_one_for_all_or_one_each(small_bundle: Path, out: Path) -> None:
+    runtime = DenoiseRuntime.load(small_bundle)
+    schedule, prompts = runtime.schedule("uniform:int8"), [PROMPT, "a small blue square"]
+    command = arguments(small_bundle, out, "--prompt", prompts[1])
+
+    def drawn(*options: str) -> np.ndarray:
+        assert main([*command, *options]) == 0
+        return np.stack([np.asarray(Image.open(out.with_name(f"picture-{index}.png"))) for index in range(2)])
+
+    def expected(negatives: list[str] | str | None) -> np.ndarray:
+        return runtime.generate(prompts, [7, 8], schedule, negative_prompts=negatives)
+
+    each = drawn("--negative-prompt", "blue", "--negative-prompt", "")
+    np.testing.assert_array_equal(each, expected(["blue", ""]))
+    for_all = drawn("--negative-prompt", "blue")
+    np.testing.assert_array_equal(for_all, expected("blue"))
+    np.testing.assert_array_equal(for_all[0], each[0])
+    np.testing.assert_array_equal(drawn(), expected(None))
+    assert (for_all[1] != each[1]).any()
+
+
+def test_what_is_cut_of_a_prompt_is_one_line_of_warning(
+    small_bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, cut = "a red circle " * 3, "red " * 40 + "and a blue square"
+    assert main(arguments(small_bundle, out, "--prompt", short, "--json")) == 0
+    captured = capsys.readouterr()
+    assert (json.loads(captured.out)["cut"], captured.err) == ([], "")
+    for option in ("--prompt", "--negative-prompt"):
+        assert main(arguments(small_bundle, out, option, cut, "--json")) == 0
+        captured = capsys.readouterr()
+        ((prompt, words),) = json.loads(captured.out)["cut"]
+        assert prompt == cut
+        assert cut.endswith(words)
+        assert words.endswith("and a blue square")
+        assert captured.err.startswith("warning: prompts are longer than the text encoder takes, it reads 'red red red")
+        assert captured.err.count("\n") == 1
+        if option == "--negative-prompt":
+            whole = out.read_bytes()
+            kept = cut.removesuffix(words).strip()
+            assert main(arguments(small_bundle, out, option, kept)) == 0
+            assert capsys.readouterr().err == ""
+            assert out.read_bytes() == whole, "what is left draws the same"
+
+
+def on_a_terminal(words: list[str]) -> tuple[int, str]:
+    """Runs `tmpdiff-runtime` with stderr on a terminal of its own; exit status and what was shown there."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engines", *words], stdout=subprocess.DEVNULL, stderr=theirs, cwd=ROOT
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux says so where the other side has closed
+        while found := os.read(ours, 4096):
+            shown += found
+    os.close(ours)
+    return process.wait(), shown.decode()
+
+
+def test_steps_are_shown_on_a_terminal_where_that_is_asked_for(small_bundle: Path, out: Path) -> None:
+    words = arguments(small_bundle, out)
+    status, shown = on_a_terminal([*words, "--steps-progress"])
+    assert status == 0
+    bars = shown.split("\r")
+    assert bars[0] == ""
+    assert bars[-1] == "\033[K", "the line is taken away"
+    assert [bar.split("] ")[1].split() for bar in bars[1:-1]] == [[f"{step}/4", "int8"] for step in (1, 2, 3, 4)]
+    assert bars[1] == f"[{'#' * 7}{'.' * 23}] 1/4 int8  "
+    assert bars[4].startswith(f"[{'#' * 30}] ")
+    assert on_a_terminal(words) == (0, "")
+    piped = subprocess.run(
+        [sys.executable, "-m", "engines", *words, "--steps-progress"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (piped.returncode, piped.stderr) == (0, "")
 
 
 def test_runs_without_the_export_world(small_bundle: Path, out: Path, tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from engines.errors import BuildError
 from engines.manifest import MODEL_OUTPUT
 from engines.precision import DEFAULT_PRECISIONS, Precision
 from engines.runtime import DenoiseRuntime
-from tmpdiff_export.bundling import bundle as bundle_build
-from tmpdiff_export.bundling import observed
+from tmpdiff_export.bundling import making, observed
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.pipelines.load import gather_batches
@@ -214,7 +213,7 @@ def test_an_existing_bundle_survives_a_failed_rebuild(
     bundle = copy_of(tiny_bundle)
     before = json.loads((bundle / "manifest.json").read_text())
     monkeypatch.setattr(
-        bundle_build.Making, "run", lambda self, out: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        making.Making, "run", lambda self, out: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space left"):
         build(tiny_pipeline, bundle, _options(force=True))

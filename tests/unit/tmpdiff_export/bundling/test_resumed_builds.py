@@ -23,8 +23,7 @@ from helpers.tiny_pipeline import tiny_options
 
 from engines.errors import BuildError
 from engines.precision import Precision
-from tmpdiff_export.bundling import bundle as bundle_build
-from tmpdiff_export.bundling import onnx_files
+from tmpdiff_export.bundling import making, onnx_files
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.bundling.site import Site
@@ -127,7 +126,7 @@ STEPS = (
     "denoiser_model",
     "find_all_ranges",
     "DenoiserEngines",
-    "_Build._wait_for",
+    "Making._wait_for",
     "keep_graphs",
     "write_tokenizers",
     "write_manifest",
@@ -142,7 +141,7 @@ def interrupted(step: str, pipeline: Path, out: Path, options: BuildOptions = OP
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{bundle_build.__name__}.{step}", interrupt)
+        patch.setattr(f"{making.__name__}.{step}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(pipeline, out, options, say=notes)
 

@@ -85,7 +85,8 @@ def test_scores_carried_to_the_same_bundle_are_confirmed_and_cost_nothing(
     assert carried == pytest.approx(np.maximum(scores, 1e-4 * max(scores)))
     assert found["schedule"] == list(before.schedule)
     assert cli.main(["inspect", str(bundles.short)]) == 0
-    assert f"Scores carried from bundle {before.settings.bundle_id[:12]}, T = {SHORT}" in capsys.readouterr().out
+    carried_from = f"{before.settings.setting} of bundle {before.settings.bundle_id[:12]}"
+    assert f"Scores carried from {carried_from}, T = {SHORT}" in capsys.readouterr().out
     before.save(sensitivity_path(bundles.short))
 
 

@@ -18,6 +18,7 @@ from helpers.commands import started
 from helpers.demo_build import linked_copy
 from helpers.paths import ROOT
 from helpers.planted import measurements
+from helpers.stored import schedule_path, sensitivity_path
 from helpers.tiny_pipeline import PROMPTS, tiny_options
 from helpers.worker_samples import SAMPLES, STEPS, broken_samples, calibrated, loop, not_finite_samples, open_planted
 
@@ -258,7 +259,7 @@ def test_bundle_calibrated_by_two_workers_is_the_same(tmp_path, bundle, capsys):
         assert printed.pop("workers") == workers
         assert printed.pop("seconds") > 0
         assert printed.pop("bundle") == str(copy)
-        found.append((printed, (copy / "sensitivity.json").read_bytes(), (copy / "schedule.json").read_bytes()))
+        found.append((printed, sensitivity_path(copy).read_bytes(), schedule_path(copy).read_bytes()))
     assert found[0] == found[1]
 
 

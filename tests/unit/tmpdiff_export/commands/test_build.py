@@ -256,7 +256,7 @@ def test_a_build_that_does_not_fit_is_refused_before_work(
 ) -> None:
     monkeypatch.setattr(estimates.shutil, "disk_usage", lambda path: _Usage(disk))
     monkeypatch.setattr(estimates, "host_available_bytes", lambda: memory)
-    monkeypatch.setattr("tmpdiff_export.bundling.bundle.gather", lambda *arguments: pytest.fail("it works"))
+    monkeypatch.setattr("tmpdiff_export.bundling.making.gather", lambda *arguments: pytest.fail("it works"))
     words = ("build", tiny_pipeline, "--out", tmp_path / "deep/bundle", "--onnx-dir", tmp_path / "onnx", *CPU)
     result = called(EXPORT, *words, "--prompts", prompts, "--precisions", "fp16,int8,int4")
     assert_refused(result, "this build needs about ")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import made_up
+from helpers.stored import sensitivity_path
 from PIL import Image
 
 from calibration.document import Sensitivity
@@ -87,7 +88,7 @@ def test_a_first_picture_is_there_before_calibration(finished: Demo) -> None:
 def test_one_table_of_at_most_ten_rows(finished: Demo) -> None:
     rows = [line for line in finished.output.stdout.splitlines() if line.startswith("│")]
     names = {row.split("│")[1].strip() for row in rows}
-    found = Sensitivity.load(finished.out / "bundle" / "sensitivity.json")
+    found = Sensitivity.load(sensitivity_path(finished.out / "bundle"))
     high = found.schedule.count("fp16")
     assert len(rows) <= 10
     assert {

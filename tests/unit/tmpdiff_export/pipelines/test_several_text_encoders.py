@@ -261,10 +261,10 @@ def test_of_prompts_that_are_too_long_for_every_text_encoder_it_is_said_what_is_
     prompts = ["x " * 75 + "y z", "red " * 30, "blue " * 600]
     cut = dict(built.runtime.encode(prompts).cut)
     if built.name == "sd3":
-        assert cut == {prompts[0]: "y z", prompts[2]: ("blue " * 525).strip()}
-    else:  # T5 reads more
-        assert list(cut) == prompts[2:]
-        assert set(cut[prompts[2]].split()) == {"blue"}
+        assert cut.pop(prompts[0]) == "y z"
+    assert list(cut) == prompts[2:], "T5 reads more"
+    assert 30 < cut[prompts[2]].count("blue") < 600
+    assert prompts[2].strip().endswith(cut[prompts[2]])
 
 
 def test_every_tokenizer_is_vouched_for(built: Built, tmp_path: Path) -> None:

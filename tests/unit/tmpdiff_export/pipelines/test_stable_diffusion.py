@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.small_text import clip_tokenizer
 from helpers.whole_pipeline import setting_of, whole_pipeline
+from PIL import Image
 
 from engines import DenoiseRuntime
 from engines.documents import FileEntry
@@ -124,15 +125,14 @@ def built(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Pa
     return Built(folder / "pipeline", DenoiseRuntime.load(folder / "bundle", threads=1))
 
 
-def theirs(built: Built, source: SourcePipeline, prompt: str, noise: np.ndarray, **more) -> np.ndarray:
+def theirs(built: Built, source: SourcePipeline, prompt: str | list[str], noise: np.ndarray, **more) -> np.ndarray:
     with torch.inference_mode():
         return source.pipe(
             prompt,
             num_inference_steps=NUM_STEPS,
             latents=torch.from_numpy(noise),
             output_type="latent",
-            **source.call_options(setting_of(source, built.runtime.setting)),
-            **more,
+            **{**source.call_options(setting_of(source, built.runtime.setting)), **more},
         ).images.numpy()
 
 
@@ -155,14 +155,44 @@ def test_the_runtime_loop_equals_the_diffusers_pipeline(built: Built) -> None:
 def test_exclamation_marks_and_negative_prompts_are_read_as_by_the_pipeline(built: Built, negative: str | None) -> None:
     runtime, source = built.runtime, built.source()
     noise = runtime.noise([5])
-    expected = theirs(source, "a red! ring !", noise, negative_prompt=negative)
+    expected = theirs(built, source, "a red! ring !", noise, negative_prompt=negative)
     conditioning = runtime.encode(["a red! ring !"], negative)
-    ours = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
+    ours = runtime.denoise(conditioning, runtime.schedule("uniform:fp16"), noise)
     assert relative(ours, expected) < 1e-3
     absent = runtime.encode(["a red! ring !"])
-    other = runtime.denoise(absent, runtime.bundle.schedule("uniform:fp16"), noise)
+    other = runtime.denoise(absent, runtime.schedule("uniform:fp16"), noise)
     same = negative is None or (negative == "" and not runtime.manifest.zero_absent_negative)
     assert (relative(other, expected) < 1e-3) is same
+
+
+def test_guidance_is_rescaled_as_the_pipeline_does(built: Built, tmp_path: Path) -> None:
+    from engines.cli import main
+
+    runtime, source, noise = built.runtime, built.source(), built.runtime.noise([3])
+    conditioning, schedule = runtime.encode([PROMPTS[0]]), runtime.schedule("uniform:fp16")
+    plain = theirs(built, source, PROMPTS[0], noise, guidance_scale=15.0)
+    for share in (0.4, 1.0):
+        expected = theirs(built, source, PROMPTS[0], noise, guidance_scale=15.0, guidance_rescale=share)
+        assert relative(expected, plain) > 5e-3, "it makes a difference"
+        ours = runtime.denoise(conditioning, schedule, noise, guidance_scale=15.0, guidance_rescale=share)
+        assert relative(ours, expected) < 1e-3
+    out = tmp_path / "picture.png"
+    words = ["run", str(runtime.bundle.folder), "--prompt", PROMPTS[0], "--seed", "3", "--schedule", "uniform:fp16"]
+    assert main([*words, "--threads", "1", "--guidance-scale", "15", "--guidance-rescale", "1", "--out", str(out)]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), runtime.decode(ours)[0])
+
+
+def test_every_picture_may_have_a_negative_prompt_of_its_own(built: Built) -> None:
+    runtime, source, noise = built.runtime, built.source(), built.runtime.noise([3, 4])
+    prompts, schedule = list(PROMPTS[:2]), runtime.schedule("uniform:fp16")
+    found = []
+    for negatives in (["a green square", ""], ["", "a green square"], ["a green square"] * 2):
+        expected = theirs(built, source, prompts, noise, negative_prompt=negatives)
+        found.append(runtime.denoise(runtime.encode(prompts, negatives), schedule, noise))
+        assert relative(found[-1], expected) < 1e-3
+    one = runtime.denoise(runtime.encode(prompts, "a green square"), schedule, noise)
+    np.testing.assert_array_equal(one, found[-1])
+    assert relative(found[0], found[1]) > 1e-3
 
 
 def test_pictures_come_out(built: Built) -> None:

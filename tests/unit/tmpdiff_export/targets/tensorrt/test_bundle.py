@@ -66,7 +66,9 @@ def inputs_of(runtime: DenoiseRuntime) -> tuple[Any, np.ndarray]:
 
 def test_the_manifest_says_what_the_plans_are(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
-    assert Bundle.open(bundle).verify() == 2 + 2 * 5
+    assert (
+        Bundle.open(bundle).verify() == 3 + 2 * 5
+    )  # tokenizer, scheduler and sampler table; plans and what the inspector says
     names = [name for entry in manifest.engines().values() for name in (entry.file.path, plan_of(entry).inspector.path)]
     assert sorted(path.relative_to(bundle).as_posix() for path in (bundle / "engines").iterdir()) == sorted(names)
     for name, entry in manifest.engines().items():
@@ -228,7 +230,7 @@ def test_an_interrupted_build_goes_on_with_the_plans_it_has(
     from tmpdiff_export.bundling.options import BuildOptions
     from tmpdiff_export.targets.tensorrt.settings import PlanSettings
 
-    options = BuildOptions(PRECISIONS[:2], PROMPTS, NUM_STEPS, backend="tensorrt", plans=PlanSettings(cache=cache))
+    options = BuildOptions(PRECISIONS[:2], PROMPTS, (NUM_STEPS,), backend="tensorrt", plans=PlanSettings(cache=cache))
     with pytest.raises(KeyboardInterrupt):
         build(tiny_pipeline, tmp_path / "bundle", options, progress)
     assert not (tmp_path / "bundle").exists()

@@ -21,7 +21,7 @@ from helpers.tiny_pipeline import PROMPTS, denoiser_inputs, tiny_options
 from calibration import CalibrationOptions, HighSteps
 from engines import DenoiseRuntime
 from engines.errors import BackendError, BundleError
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, Manifest
+from engines.manifest import LATENTS, MANIFEST_VERSION, MODEL_OUTPUT, TIMESTEP, Manifest
 from engines.text import PromptFile
 
 pytestmark = needs_compiler
@@ -45,7 +45,7 @@ def test_a_bundle_says_what_its_packages_are(bundles: dict[str, Path]) -> None:
     import torch
 
     manifest = Manifest.model_validate_json((bundles["torch"] / "manifest.json").read_text())
-    assert manifest.version == 5
+    assert manifest.version == MANIFEST_VERSION
     assert list(manifest.denoisers) == ["fp16", "fp8", "int8"]
     for name, entry in manifest.engines().items():
         assert (entry.backend, entry.device, entry.backend_version) == ("torch", "cpu", torch.__version__), name

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.odd_prompts import NEGATIVES, ODD_PROMPTS
-from helpers.text_pipelines import TEXT_PIPELINES
 
 from engines.errors import BuildError
 from engines.text import encode_texts, guided_text, load_tokenizer, text_inputs
 from tmpdiff_export.pipelines.families.family import Family, require_clip_skip, with_clip_skip
 from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.texts import source_texts
+from tools.acceptance.odd_prompts import NEGATIVES, ODD_PROMPTS
+from tools.acceptance.text_pipelines import TEXT_PIPELINES
 
 TOLERANCE = 1e-5
 CLIP_SKIPS = {"sd": (1, 3), "sdxl": (1, 2), "sd3": (1, 2)}

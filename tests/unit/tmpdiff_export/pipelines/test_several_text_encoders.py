@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.small_text import clip_tokenizer, t5_tokenizer
 from helpers.whole_pipeline import whole_pipeline
 
 from engines import DenoiseRuntime
@@ -26,6 +25,7 @@ from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.pipelines.families.flux import pack, unpack
 from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
+from tools.acceptance.small_text import clip_tokenizer, t5_tokenizer
 
 PROMPTS = ("a red circle", "A small BLUE square!")
 NUM_STEPS = 4

@@ -12,7 +12,7 @@ from engines.errors import BundleError, PromptError
 from engines.loaded import TEXT_ENCODER, LoadedEngines
 from engines.manifest import GUIDANCE, Manifest
 from engines.setting_entry import SettingEntry
-from engines.text import cut_words, encode_texts, guided_text, kept_positions, load_tokenizer
+from engines.text import cut_words, encode_texts, guided_text, kept_text, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Encoder:
         negatives = _negatives(manifest, size, negative_prompts)
         arrays, cut = self._tokens(prompts, negatives)
         encoder = self._loaded.component(TEXT_ENCODER, self._setting)
-        outputs = self._kept(encoder.run(arrays), size)
+        outputs = encoder.run(arrays)
+        if len(manifest.texts) == 1:  # several text encoders have nothing around their prompts
+            outputs = kept_text(outputs, size, manifest.texts[0], self._length(0))
         guided = guided_text(outputs, size, zeros=absent and manifest.zero_absent_negative)
         for name, row in self._setting.constants.items():
             guided[name] = np.tile(np.array(row, np.float32), (2 * size, 1))
@@ -106,22 +108,6 @@ class Encoder:
         """Text length of a text encoder in the setting."""
         text = self._bundle.manifest.texts[position]
         return self._setting.text_length or text.max_tokens if text.variable else text.max_tokens
-
-    def _kept(self, outputs: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-        """Outputs without the positions that a template took, which only a single text encoder has."""
-        (text, *others) = self._bundle.manifest.texts
-        extra = max(text.positive.extra_tokens, text.negative.extra_tokens)
-        if others or not extra:
-            return outputs
-        length = self._length(0)
-        positions = [kept_positions(text.positive, length), kept_positions(text.negative, length)]
-
-        def kept(values: np.ndarray) -> np.ndarray:
-            if values.ndim < 2 or values.shape[1] != length + extra:
-                return values
-            return np.concatenate([values[:size, positions[0]], values[size:, positions[1]]])
-
-        return {name: kept(values) for name, values in outputs.items()}
 
 
 def _negatives(manifest: Manifest, size: int, negative_prompts: Sequence[str] | str | None) -> list[str]:

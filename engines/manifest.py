@@ -34,6 +34,20 @@ class TensorSpec(Document):
     shape: tuple[int | str, ...]
 
 
+class CoverageEntry(Document):
+    """How much of a denoiser an engine has quantized.
+
+    Attributes:
+        quantized_layers: linear layers and convolutions that are.
+        layers: all of them.
+        quantized_share: part of their multiply-adds; products within attention are none of them.
+    """
+
+    quantized_layers: int = Field(ge=0)
+    layers: int = Field(ge=0)
+    quantized_share: float = Field(ge=0, le=1)
+
+
 class EngineEntry(Document):
     """One engine.
 
@@ -54,6 +68,7 @@ class EngineEntry(Document):
         package: for torch packages only.
         for_size: (h, w) of the latents that it runs, None for any that the denoiser can have.
         for_text: text length that it runs, None for any.
+        coverage: of quantized denoisers; None in bundles of earlier releases.
     """
 
     file: FileEntry
@@ -72,6 +87,7 @@ class EngineEntry(Document):
     package: PackageEntry | None = None
     for_size: tuple[PositiveInt, PositiveInt] | None = None
     for_text: PositiveInt | None = None
+    coverage: CoverageEntry | None = None
 
     @model_validator(mode="after")
     def _calls_fit(self) -> EngineEntry:

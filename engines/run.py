@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             resident_engines=args.resident_engines,
         )
-        schedule = runtime.bundle.schedule(runtime.setting, args.schedule)
+        schedule = runtime.schedule(args.schedule)
         runtime.require_guidance_rescale(args.guidance_rescale)
         guidance_scale = args.guidance_scale
         if guidance_scale is None:

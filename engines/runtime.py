@@ -121,6 +121,10 @@ class DenoiseRuntime:
         """Precisions of the denoiser engines, the reference first."""
         return self.manifest.precisions
 
+    def schedule(self, choice: str | Path | None = None) -> Schedule:
+        """A schedule of the setting; see `Bundle.schedule`."""
+        return self.bundle.schedule(self.setting, choice)
+
     def preload(self, schedule: Schedule) -> None:
         """Loads every engine a prompt-to-image run with `schedule` needs, or as many as may be resident."""
         for precision in tuple(dict.fromkeys(schedule.precisions))[: self._loaded.resident_engines]:

@@ -124,6 +124,31 @@ def kept_positions(reading: Reading, length: int) -> np.ndarray:
     return np.concatenate([np.arange(head), np.arange(size - (length - head), size)])
 
 
+def kept_text(outputs: Mapping[str, np.ndarray], size: int, entry: TextEntry, length: int) -> dict[str, np.ndarray]:
+    """Outputs of a text encoder without the positions that what stands around prompts took.
+
+    Args:
+        outputs: each [N + M, ...]: N prompts, then M negative ones.
+        size: N.
+        entry: how the text encoder reads.
+        length: the text length.
+
+    Returns:
+        Arrays by the same names; those with a text axis are [N + M, length, ...].
+    """
+    extra = max(entry.positive.extra_tokens, entry.negative.extra_tokens)
+    if not extra:
+        return dict(outputs)
+    positions = [kept_positions(entry.positive, length), kept_positions(entry.negative, length)]
+
+    def kept(values: np.ndarray) -> np.ndarray:
+        if values.ndim < 2 or values.shape[1] != length + extra:
+            return values
+        return np.concatenate([values[:size, positions[0]], values[size:, positions[1]]])
+
+    return {name: kept(values) for name, values in outputs.items()}
+
+
 def cut_words(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading, length: int) -> str:
     """What `encode_texts` cuts of a prompt, as it is written there (lower-cased where the pipeline does); "" for nothing."""
     kept = _words(_encoded(tokenizer, prompt, entry, reading, length + reading.extra_tokens))

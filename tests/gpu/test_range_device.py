@@ -31,6 +31,7 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
     from tmpdiff_export.devices import on
     from tmpdiff_export.pipelines.families.family import DENOISER
     from tmpdiff_export.pipelines.load import computing, gather_batches, open_pipeline
+    from tmpdiff_export.pipelines.settings import SettingRequest, resolve
     from tmpdiff_export.quantization.codes import quantize_layer
     from tmpdiff_export.quantization.observers import Observed, observe
     from tmpdiff_export.quantization.ranges import calibrate_ranges, observable_layers, quantizable_layers
@@ -44,6 +45,7 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
         tmp_path / "pipeline", pipeline_folder() / "tokenizer", heads=4, head_size=64, layers=2, latent_side=32
     )
     source = open_pipeline(tmp_path / "pipeline")
+    setting = resolve(source.facts, SettingRequest(3))
 
     module = source.family.wrap(source.pipe).eval()
     layers = [name.removeprefix(f"{DENOISER}.") for name in observable_layers(module, DENOISER)]
@@ -53,7 +55,7 @@ def test_ranges_and_references_are_those_of_the_cpu(tmp_path: Path) -> None:
         batches: list = []
 
         def run() -> None:
-            batches.extend(gather_batches(source, ["a red circle"], 3, 0, lambda: None))
+            batches.extend(gather_batches(source, setting, ["a red circle"], 0, lambda: None))
 
         read = OnDevice(source.weights.read, device)
         with (

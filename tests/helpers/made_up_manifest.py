@@ -12,9 +12,9 @@ from engines.manifest import (
     Manifest,
     ModelEntry,
     RangeCalibrationEntry,
-    SamplingEntry,
-    manifest_identity,
+    manifest_text,
 )
+from engines.setting_entry import SettingEntry
 from engines.text_entry import TextEntry
 
 
@@ -30,16 +30,19 @@ def manifest(found: Sensitivity) -> Manifest:
         "version": MANIFEST_VERSION,
         "created_with": "tests",
         "model": ModelEntry(pipeline_class="PixArtSigmaPipeline", denoiser_class="D", denoiser_sha256="c" * 64, parameters=7),
-        "sampling": SamplingEntry(
-            scheduler="DPMSolverMultistepScheduler", num_inference_steps=found.num_steps, num_steps=found.num_steps,
-            guidance_scale=4.5, latents_shape=(4, 32, 32), height=256, width=256,
+        "settings": (
+            SettingEntry(
+                scheduler="DPMSolverMultistepScheduler", num_inference_steps=found.num_steps, num_steps=found.num_steps,
+                guidance_scale=4.5, latents_shape=(4, 32, 32), height=256, width=256, sampler=file,
+            ),
         ),
-        "sampler": file,
-        "text": TextEntry(tokenizer=file, max_tokens=32, pad_token_id=0, lowercase=True),
-        "text_encoder": engine,
-        "vae_decoder": engine,
-        "denoisers": {name: emulated if name in ("fp8", "nvfp4") else engine for name in found.precisions},
+        "texts": (TextEntry(tokenizer=file, max_tokens=32, pad_token_id=0, lowercase=True),),
+        "text_encoder": (engine,),
+        "vae_decoder": (engine,),
+        "denoisers": {name: (emulated if name in ("fp8", "nvfp4") else engine,) for name in found.precisions},
         "range_calibration": RangeCalibrationEntry(prompts_sha256="b" * 64, num_prompts=2, num_batches=2, seed=0),
     }  # fmt: skip
-    data = Manifest.model_construct(bundle_id="", **parts).model_dump(mode="json", exclude_unset=True)
-    return Manifest.model_validate(data | {"bundle_id": manifest_identity(data)})
+    data = Manifest.model_construct(bundle_id="", settings_sha256="", **parts).model_dump(
+        mode="json", exclude_unset=True
+    )
+    return Manifest.model_validate_json(manifest_text(data))

@@ -51,10 +51,7 @@ def mutate(folder: Path, rng: random.Random) -> str:
     Returns:
         What it was.
     """
-    kind = rng.choice(
-        (config_value, config_value, config_value, config_key, scheduler_value, scheduler_value, index_entry, index_entry,
-         garbage, garbage, truncated, lost, swapped, tokenizer_file, weight_header)
-    )  # fmt: skip
+    kind = rng.choice(KINDS)
     return f"{kind.__name__}: {kind(folder, rng)}"
 
 
@@ -175,3 +172,9 @@ def _odd_within(path: Path, rng: random.Random) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+KINDS: tuple[Callable[[Path, random.Random], str], ...] = (
+    config_value, config_value, config_value, config_key, scheduler_value, scheduler_value, index_entry, index_entry,
+    garbage, garbage, truncated, lost, swapped, tokenizer_file, weight_header,
+)  # fmt: skip

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from xml.etree import ElementTree
+
+from helpers import made_up
+
+from calibration.document import Sensitivity
+from tmpdiff_export.report.page import page
+from tmpdiff_export.report.pictures import Row
 
 SECTIONS = (
     "what", "schedule", "precisions", "scores", "gram", "fit", "guard", "pareto", "validation", "cost", "pictures",
 )  # fmt: skip
 HOSTILE = '<img src=x onerror="alert(1)"> </title></style><script>alert(2)</script> & $x^2$'
+
+
+def page_of(found: Sensitivity, rows: Sequence[Row] = ()) -> str:
+    """The page of a made-up calibration."""
+    manifest = made_up.manifest(found)
+    return page(manifest, manifest.settings[0], found, rows)
 
 
 class Parsed(HTMLParser):

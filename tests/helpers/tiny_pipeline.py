@@ -37,7 +37,7 @@ def tiny_options(*precisions: str, num_steps: int = 4, backend: str = "onnxrunti
     from tmpdiff_export.bundling.options import BuildOptions
 
     chosen = tuple(Precision(name) for name in precisions or ("fp16", "int8"))
-    return BuildOptions(chosen, PROMPTS, steps=(num_steps,), backend=backend, **changes)
+    return BuildOptions(chosen, PROMPTS, **{"steps": (num_steps,), "backend": backend, **changes})
 
 
 def calibrate_tiny(bundle: Path, copy: Path) -> None:

@@ -35,6 +35,7 @@ class Site:
         stages: what is finished.
         start: begins the making of an engine.
         report: called with a stage name, units done and units in all.
+        tell: called with a line for the user.
     """
 
     source: SourcePipeline
@@ -44,6 +45,7 @@ class Site:
     stages: Stages
     start: Start
     report: Progress
+    tell: Callable[[str], None]
 
     def key(self, **more: Any) -> dict[str, Any]:
         """The key of a stage: the code that makes it, and what else shapes it."""

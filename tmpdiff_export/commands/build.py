@@ -180,12 +180,22 @@ def print_engines(manifest: Manifest) -> None:
         rows,
         [
             *(
-                f"{name}: {entries[0].backend} runs {what_runs(entries[0])}"
+                f"{name}: {entries[0].backend} runs {what_runs(entries[0])}{_coverage(entries[0])}"
                 for name, entries in manifest.denoisers.items()
             ),
             *(f"setting {setting.name}: {setting.described}" for setting in manifest.settings),
             f"bundle id {manifest.bundle_id[:12]}, built with {manifest.created_with}",
         ],
+    )
+
+
+def _coverage(entry: EngineEntry) -> str:
+    """How much of the denoiser is quantized, in words; empty where it is not said."""
+    found = entry.coverage
+    if found is None:
+        return ""
+    return (
+        f"; {found.quantized_layers} of {found.layers} layers quantized, {found.quantized_share:.0%} of the operations"
     )
 
 

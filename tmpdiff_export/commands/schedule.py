@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                 "predicted_latency": prediction.latency(schedule.precisions),
             }
         )
-    exported = _export(args, bundle, schedule, prediction) if args.export_policy else None
+    exported = _export(args, bundle, schedule, prediction, _calls(bundle, setting)) if args.export_policy else None
     if args.out:
         schedule.save(args.out)
     if args.json:
@@ -118,21 +118,37 @@ def _imported(bundle: Bundle, setting: SettingEntry, args: argparse.Namespace) -
             f"the native steps of {args.import_policy} run at {native}; the bundle's low precisions are "
             f"{', '.join(low) or 'none'}: pass one with --precision, or build a bundle with {native}"
         )
+    calls = _calls(bundle, setting)
     return Schedule(
         bundle_id=bundle.manifest.bundle_id,
         setting=setting.name,
-        precisions=policy.precisions(setting.num_steps, reference, native),
-        origin=f"step policy: first {policy.first_steps} and last {policy.last_steps} at {reference}",
+        precisions=policy.precisions(calls, reference, native),
+        origin=policy.described(calls, reference, native),
     )
 
 
+def _calls(bundle: Bundle, setting: SettingEntry) -> tuple[int, ...]:
+    """How often every step of the setting's scheduler calls the denoiser."""
+    if setting.num_steps == setting.num_inference_steps:
+        return (1,) * setting.num_steps
+
+    from engines.sampler import SamplerTable
+    from tmpdiff_export.drop_in.step_policy import calls_of_steps
+
+    return calls_of_steps(SamplerTable.from_json(bundle.read(setting.sampler)))
+
+
 def _export(
-    args: argparse.Namespace, bundle: Bundle, schedule: Schedule, prediction: StoredPrediction | None
+    args: argparse.Namespace,
+    bundle: Bundle,
+    schedule: Schedule,
+    prediction: StoredPrediction | None,
+    calls: tuple[int, ...],
 ) -> dict[str, Any]:
     """Writes the policy file; returns what is in it, for display."""
     from tmpdiff_export.drop_in.step_policy import exact_policy, nearest_policy, write_policy
 
-    exact = exact_policy(schedule.precisions, bundle.manifest.precisions[0])
+    exact = exact_policy(schedule.precisions, bundle.manifest.precisions[0], calls)
     if exact:
         write_policy(args.export_policy, *exact)
         return {"exact": True, **asdict(exact[0]), "native": exact[1]}
@@ -141,7 +157,7 @@ def _export(
             "the schedule is no step policy (the first N and last M steps in 16 bit, the others at one low precision), "
             f"and without a calibration none can be said to be near it; run `tmpdiff-export calibrate {args.bundle}`"
         )
-    nearest = nearest_policy(prediction, schedule.precisions)
+    nearest = nearest_policy(prediction, schedule.precisions, calls)
     if nearest is None:
         raise ScheduleError(
             "the schedule is no step policy, and no policy of fp8 or nvfp4 is as fast; export another schedule"

@@ -117,7 +117,7 @@ def print_validation(found: Sensitivity) -> None:
 def print_transfer(transfer: TransferRecord) -> None:
     """Where carried scores come from, and how they compare with the measured ones, as a table."""
     print_table(
-        f"Scores carried from bundle {transfer.bundle_id[:12]}, T = {transfer.num_steps}, "
+        f"Scores carried from {transfer.setting or 'the setting'} of bundle {transfer.bundle_id[:12]}, T = {transfer.num_steps}, "
         f"guidance {transfer.guidance_scale:g}",
         ["precision", "checked steps", "measured / carried", "scatter about it", "Spearman"],
         [

@@ -28,6 +28,7 @@ LATENTS_ARGUMENTS = {"hidden_states", "sample"}  # of transformers, of UNets
 # The picture size is part of the engine; of FLUX, so are the positions of its tokens.
 CONSTANT_ARGUMENTS = {"return_dict", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
 
+# Attributes of these types are read off the replaced denoiser; nothing that is done with them could need its layers.
 PLAIN = (bool, int, float, str, list, tuple, torch.dtype, type(None))
 IP_ADAPTER_LOADER = "_load_ip_adapter_weights"  # the one private method of a denoiser that pipelines call to change it
 

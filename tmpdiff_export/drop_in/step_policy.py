@@ -6,6 +6,9 @@ fields, all required: `schema_version`, `type`, `index_space`, `scope`, `default
 (each `count` and `mode`), `overlap`, `reasoner`. "native" is the checkpoint's own format, named by `quant_algo` beside
 `runtime`; "a16" is 16-bit activations.
 
+A policy counts the scheduler's steps. A scheduler that calls the denoiser twice in a step (Heun, KDPM2) has both calls
+at one precision: a correction at another precision than the prediction that it corrects is no policy.
+
 One difference is not bridged: an "a16" step there keeps its quantized weights (W8A16, W4A16), because one checkpoint
 serves both kinds of step. Here it becomes a step at the reference, 16-bit weights included.
 """
@@ -23,6 +26,7 @@ from engines.documents import read_json
 from engines.errors import ScheduleError
 from engines.files import atomic_write_text
 from engines.precision import Precision
+from engines.sampler import SamplerTable
 
 PLACE = ("quantization_config", "runtime", "diffusion_step_policy")
 FORMATS = {"FP8": Precision.FP8.value, "NVFP4": Precision.NVFP4.value}
@@ -48,12 +52,28 @@ class StepPolicy:
     first_steps: int
     last_steps: int
 
-    def precisions(self, num_steps: int, reference: str, native: str) -> tuple[str, ...]:
-        """One precision per step index. Windows may overlap; a loop of one step is native, as its readers have it."""
-        if num_steps == 1:
-            return (native,)
-        high = (step < self.first_steps or step >= num_steps - self.last_steps for step in range(num_steps))
-        return tuple(reference if edge else native for edge in high)
+    def precisions(self, calls: Sequence[int], reference: str, native: str) -> tuple[str, ...]:
+        """One precision per call of the denoiser. Windows may overlap; a loop of one step is native, as its readers have it.
+
+        Args:
+            calls: of every step of the scheduler, from `calls_of_steps`.
+            reference: precision of the first and last steps.
+            native: of the others.
+        """
+        steps = len(calls)
+        high = [steps > 1 and (k < self.first_steps or k >= steps - self.last_steps) for k in range(steps)]
+        return tuple(
+            reference if edge else native for edge, count in zip(high, calls, strict=True) for _ in range(count)
+        )
+
+    def described(self, calls: Sequence[int], reference: str, native: str) -> str:
+        """What it says, and what that comes to where it is not the same."""
+        text = f"step policy: first {self.first_steps} and last {self.last_steps} at {reference}"
+        if len(calls) == 1 and self.first_steps + self.last_steps:
+            text += f"; the only step is at {native}, as readers of policies have it"
+        elif max(calls) > 1:
+            text += f", in steps of up to {max(calls)} calls"
+        return text
 
 
 @dataclass(frozen=True)
@@ -116,39 +136,71 @@ def write_policy(path: Path, policy: StepPolicy, native: str) -> None:
     atomic_write_text(path, json.dumps(config, indent=2) + "\n")
 
 
-def exact_policy(schedule: Sequence[str], reference: str) -> tuple[StepPolicy, str] | None:
+def calls_of_steps(table: SamplerTable) -> tuple[int, ...]:
+    """How often every step of a scheduler calls the denoiser; they add up to `table.num_steps`.
+
+    A call after which the scheduler goes on from an earlier sample than the one that the denoiser was handed belongs to
+    the step that began there: Heun, KDPM2 and Runge-Kutta steps do. Multistep schedulers look back too, but have as many
+    calls as steps.
+
+    Raises:
+        ScheduleError: the calls do not fall into as many steps as the scheduler was asked for.
+    """
+    if table.num_steps == table.num_inference_steps:
+        return (1,) * table.num_steps
+    starts: list[int] = []
+    for call, row in enumerate(table.rows):
+        origin = min((sample for sample, _ in row.samples), default=call)
+        starts = [start for start in starts if start <= origin] + ([call] if origin == call else [])
+    if len(starts) != table.num_inference_steps:
+        raise ScheduleError(
+            f"{table.scheduler} calls the denoiser {table.num_steps} times for {table.num_inference_steps} steps, and which "
+            "call is of which step is not known; a step policy counts steps: use a schedule instead"
+        )
+    ends = [*starts[1:], table.num_steps]
+    return tuple(end - start for start, end in zip(starts, ends, strict=True))
+
+
+def exact_policy(schedule: Sequence[str], reference: str, calls: Sequence[int]) -> tuple[StepPolicy, str] | None:
     """The policy that is this schedule, and its native precision; None where there is none.
 
-    There is none for several low precisions, for 16-bit steps in the middle, for a schedule without any low
-    precision (nothing is native then), and for a single step.
+    There is none for several low precisions, for 16-bit steps in the middle, for a step of two precisions, for a
+    schedule without any low precision (nothing is native then), and for a single step at 16 bit.
+
+    Args:
+        schedule: one precision per call of the denoiser.
+        reference: the 16-bit one.
+        calls: from `calls_of_steps`.
     """
-    low = [step for step, name in enumerate(schedule) if name != reference]
+    firsts = [sum(calls[:step]) for step in range(len(calls))]
+    low = [step for step, call in enumerate(firsts) if schedule[call] != reference]
     if not low:
         return None
-    native = schedule[low[0]]
-    policy = StepPolicy(low[0], len(schedule) - 1 - low[-1])
-    matches = policy.precisions(len(schedule), reference, native) == tuple(schedule)
+    native = schedule[firsts[low[0]]]
+    policy = StepPolicy(low[0], len(calls) - 1 - low[-1])
+    matches = policy.precisions(calls, reference, native) == tuple(schedule)
     return (policy, native) if matches else None
 
 
-def nearest_policy(prediction: StoredPrediction, schedule: Sequence[str]) -> Nearest | None:
+def nearest_policy(prediction: StoredPrediction, schedule: Sequence[str], calls: Sequence[int]) -> Nearest | None:
     """The policy of least predicted error among those no slower than a schedule; of equal ones the fastest.
 
     Args:
         prediction: of the calibration whose scores and latencies are used.
-        schedule: one precision per step index.
+        schedule: one precision per call of the denoiser.
+        calls: from `calls_of_steps`.
 
     Returns:
         None where no precision of `FORMATS` has scores, or the schedule is faster than any policy.
     """
-    reference, num_steps = prediction.precisions[0], len(schedule)
+    reference, num_steps = prediction.precisions[0], len(calls)
     limit = prediction.latency(schedule) * (1 + LATENCY_TOLERANCE)
     options = []
     for native in (name for name in prediction.precisions[1:] if name in FORMATS.values()):
         for first in range(num_steps):
             for last in range(num_steps - first):
                 policy = StepPolicy(first, last)
-                precisions = policy.precisions(num_steps, reference, native)
+                precisions = policy.precisions(calls, reference, native)
                 latency, error = prediction.latency(precisions), prediction.error(precisions)
                 if latency <= limit:
                     options.append(Nearest(policy, native, error, latency))

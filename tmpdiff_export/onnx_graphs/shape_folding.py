@@ -23,9 +23,10 @@ from tmpdiff_export.onnx_graphs.fp32 import retype
 
 # Larger "constants" are tables that were computed on purpose; storing them would grow the file.
 LARGEST_CONSTANT = 64
-# Of no two axes the sizes are the same in all settings, however often a UNet halves some of them; nor are products.
-_BATCHES, _TEXTS, _HEIGHTS, _WIDTHS = (11, 13, 17), (23, 41, 37), (1, 2, 3), (3, 1, 2)
-_UNIT, _SMALL_UNIT = 64, 8  # of heights and widths
+# What is the same for all of them is a constant. Heights and widths are even, as most denoisers want them, and no more
+# than that: halves rounded up are no halves rounded down.
+_BATCHES, _TEXTS = (11, 13, 17), (23, 41, 37)
+_SIZES = (58, 94, 122)
 
 
 def fold_shapes(model: onnx.ModelProto, largest: int | None = None) -> int:
@@ -34,7 +35,7 @@ def fold_shapes(model: onnx.ModelProto, largest: int | None = None) -> int:
     Args:
         model: as exported; every graph input has known sizes but for its symbolic axes, of which it may have those of
             a denoiser: batch, text, height and width.
-        largest: height and width that the graph takes, None for any.
+        largest: height and width that the graph takes, 8 or more; None for any.
 
     Returns:
         The number of nodes removed.
@@ -73,10 +74,10 @@ def fold_shapes(model: onnx.ModelProto, largest: int | None = None) -> int:
 
 def _settings(largest: int | None) -> list[dict[str, int]]:
     """Sizes of the symbolic axes that the graph is looked at with."""
-    unit = _UNIT if largest is None or largest >= 3 * _UNIT else _SMALL_UNIT
+    sizes = _SIZES if largest is None or largest >= max(_SIZES) else (largest - 6, largest - 4, largest)
     return [
-        {"batch": batch, "text": text, "height": height * unit, "width": width * unit}
-        for batch, text, height, width in zip(_BATCHES, _TEXTS, _HEIGHTS, _WIDTHS, strict=True)
+        {"batch": batch, "text": text, "height": height, "width": width}
+        for batch, text, height, width in zip(_BATCHES, _TEXTS, sizes, (*sizes[2:], *sizes[:2]), strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from engines.errors import BuildError
 from tmpdiff_export.weights.files import Place
 from tmpdiff_export.weights.source import SourceWeights
 
-LARGEST_BUFFERS = 4 << 30
+LARGEST_BUFFERS = 1 << 30
 """Bytes of what a module computes when it is made, and does not store; those of published ones take megabytes."""
 
 _LORA = re.compile(r"(^|[._])lora_|(^|\.)base_layer(\.|$)")
@@ -100,13 +100,8 @@ def diffusers_differences(kind: Any, config: Mapping[str, Any], weights: SourceW
     """
     with torch.device("meta"):
         model = kind.from_config(config)
+    _require_small_buffers(model, weights)
     expected = model.state_dict()
-    computed = sum(item.nbytes for name, item in model.named_buffers() if name not in expected)
-    if computed > LARGEST_BUFFERS:
-        raise BuildError(
-            f"{weights.folder / 'config.json'} asks for {computed / 2**30:.0f} GiB of tables that are computed when "
-            f"{kind.__name__} is made, expected {LARGEST_BUFFERS >> 30} at most; check its sizes"
-        )
     stored = dict(weights.places)
     model._fix_state_dict_keys_on_load(stored)  # names of older releases
     ignored = [*(kind._keys_to_ignore_on_load_unexpected or ()), _POSITIONS.pattern]
@@ -137,7 +132,12 @@ def transformers_differences(kind: Any, config: Any, weights: SourceWeights) -> 
         kind: its class.
         config: its configuration.
         weights: of its folder.
+
+    Raises:
+        BuildError: the model would compute more than `LARGEST_BUFFERS` when it is made.
     """
+    with torch.device("meta"):
+        _require_small_buffers(kind(config), weights)
     stored = {name: _without_numbers(place) for name, place in weights.places.items()}
     _, loading = kind.from_pretrained(
         None,
@@ -148,6 +148,16 @@ def transformers_differences(kind: Any, config: Any, weights: SourceWeights) -> 
         output_loading_info=True,
     )
     return Differences.of(loading)
+
+
+def _require_small_buffers(model: torch.nn.Module, weights: SourceWeights) -> None:
+    stored = model.state_dict()
+    computed = sum(item.nbytes for name, item in model.named_buffers() if name not in stored)
+    if computed > LARGEST_BUFFERS:
+        raise BuildError(
+            f"{weights.folder / 'config.json'} asks for {computed / 2**30:.0f} GiB of tables that are computed when "
+            f"{type(model).__name__} is made, expected {LARGEST_BUFFERS >> 30} at most; check its sizes"
+        )
 
 
 def _without_numbers(place: Place) -> torch.Tensor:

@@ -11,6 +11,7 @@ schedulers that draw noise and schedulers that are not linear.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -124,7 +125,9 @@ def sampler_table(
 def _as_sampler_errors(name: str) -> Iterator[None]:
     """What a scheduler raises of its configuration reaches the user as one line."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except SamplerError:
         raise
     except Exception as error:

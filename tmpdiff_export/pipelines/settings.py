@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,7 +237,9 @@ def _scheduler(own: Mapping[str, Any], asked: str | None) -> tuple[Any, str]:
             "EulerDiscreteScheduler, or a scheduler_config.json"
         )
     try:
-        return kind.from_config(dict(form["config"])), called
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind.from_config(dict(form["config"])), called
     except Exception as error:  # whatever its configuration leads to
         raise BuildError(f"scheduler {form['class']} cannot be made: {first_line(error)}") from error
 

@@ -71,12 +71,15 @@ class SourceText:
         special = " ".join(["red", *map(str, self.tokenizer.all_special_tokens)])
         texts = [*prompts, *_ODD_TEXTS, special]
         ours, plain = self.tokens(texts), load_tokenizer(self.json.encode())
+        reading = self.entry.positive
+        size = self.max_tokens + reading.extra_tokens
         theirs = self.tokenizer(
-            [written_text(plain, text, self.entry, self.entry.positive) for text in texts],
-            padding="max_length", max_length=self.max_tokens, truncation=True, return_attention_mask=True,
+            [written_text(plain, text, self.entry, reading) for text in texts],
+            padding="max_length", max_length=size, truncation=True, padding_side=self.entry.padding_side,
+            return_attention_mask=True,
         )  # fmt: skip
         for row, text in enumerate(texts):
-            found = (ours.input_ids[row], ours.attention_mask[row])
+            found = (ours.input_ids[row, :size], ours.attention_mask[row, :size])
             expected = (theirs["input_ids"][row], theirs["attention_mask"][row])
             if not all(map(np.array_equal, found, expected)):
                 raise BuildError(
@@ -107,11 +110,14 @@ def _source_text(pipe: Any, family: Family, part: Text, position: int) -> Source
     if tokenizer.pad_token_id is None:
         raise BuildError(f"{subject} has no padding token; name its pad_token in tokenizer_config.json")
     length = _text_length(pipe, part)
+    positive, negative = part.readings(pipe)
+    width = length + max(positive.extra_tokens, negative.extra_tokens)
     encoder = getattr(pipe, part.tokenizer.replace("tokenizer", "text_encoder"))
-    positions = getattr(encoder.config, "max_position_embeddings", length)
-    if length > positions:
+    positions = getattr(encoder.config, "max_position_embeddings", width)
+    if width > positions:
+        around = f" beside {width - length} of what stands around prompts" if width > length else ""
         raise BuildError(
-            f"{subject} has model_max_length {length:g}, and its text encoder takes at most {positions} tokens; set "
+            f"{subject} has model_max_length {length:g}{around}, and its text encoder takes at most {positions} tokens; set "
             f"model_max_length in tokenizer_config.json"
         )
     plain = load_tokenizer(tokenizer.backend_tokenizer.to_str().encode())  # without what calls have set on the original
@@ -125,10 +131,12 @@ def _source_text(pipe: Any, family: Family, part: Text, position: int) -> Source
         max_tokens=length,
         pad_token_id=int(tokenizer.pad_token_id),
         lowercase=family.lowercase,
-        padding_side=tokenizer.padding_side,
+        padding_side=part.padding_side or tokenizer.padding_side,
         truncation_side=tokenizer.truncation_side,
         expansions=_expansions(tokenizer) if isinstance(pipe, TextualInversionLoaderMixin) else {},
         variable=part.whole_sequence,
+        positive=positive,
+        negative=negative,
     )
     return SourceText(tokenizer, length, part, json, entry)
 

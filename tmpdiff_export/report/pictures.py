@@ -59,7 +59,7 @@ def draw(
     """Draws every prompt `count` times at each uniform precision and with the calibrated schedule.
 
     Raises:
-        TmpDiffError: a prompt is too long, or a file of the bundle is damaged.
+        TmpDiffError: a file of the bundle is damaged.
     """
     with DenoiseRuntime(bundle, setting=SettingChoice(named=setting.name)) as runtime:
         schedules = {
@@ -67,7 +67,6 @@ def draw(
             SCHEDULE: bundle.schedule(setting),
         }
         total = len(prompts) * count * len(schedules)
-        runtime.encode(prompts)  # refuses a prompt before minutes are spent on the others
         rows: list[Row] = []
         for prompt in prompts:
             for seed in range(count):

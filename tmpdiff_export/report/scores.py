@@ -129,7 +129,8 @@ def _carried(found: Sensitivity, record: TransferRecord) -> str:
     ]
     head = ("precision", "checked steps", "measured / carried", "scatter", "Spearman")
     return (
-        f"<h3>Carried scores</h3><p>These scores were measured on bundle {escape(record.bundle_id[:12])} with T = "
+        f"<h3>Carried scores</h3><p>These scores were measured on {escape(record.setting or 'the setting')} of bundle "
+        f"{escape(record.bundle_id[:12])} with T = "
         f"{record.num_steps} and guidance scale {record.guidance_scale:g}, and carried over through noise level. They were "
         f"measured again at the checked steps and brought to the level found there.</p>{table(head, rows, 'carried scores')}"
     )

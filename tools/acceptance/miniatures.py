@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tmpdiff_export.devices import Batch
-from tmpdiff_export.pipelines.families.family import DenoiserFamily, bind_call
+from tmpdiff_export.pipelines.families.family import Family, bind_call
 from tmpdiff_export.pipelines.families.table import DENOISERS
 
 WIDTH = 128
@@ -46,7 +46,7 @@ class Miniature:
     width: int
 
     @property
-    def family(self) -> DenoiserFamily:
+    def family(self) -> Family:
         """The family it stands for."""
         return DENOISERS[self.name]
 

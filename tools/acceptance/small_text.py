@@ -31,7 +31,7 @@ def t5_tokenizer(max_tokens: int, **options: Any) -> Any:
     return T5TokenizerFast(vocab=[*special, *letters], extra_ids=0, model_max_length=max_tokens, **options)
 
 
-def gemma_tokenizer() -> Any:
+def gemma_tokenizer(**options: Any) -> Any:
     """A GemmaTokenizer of single ASCII letters, bytes and the word "red", which pads on the left unless told."""
     from transformers import GemmaTokenizer
 
@@ -39,7 +39,8 @@ def gemma_tokenizer() -> Any:
     letters = [chr(code) for code in range(33, 127)]
     tokens = [*special, *(f"<0x{code:02X}>" for code in range(256)), "\u2581", *letters, "re", "red"]
     vocab = {token: number for number, token in enumerate(tokens)}
-    return GemmaTokenizer(vocab=vocab, merges=[("r", "e"), ("re", "d")], add_bos_token=True, add_eos_token=False)
+    options = {"add_bos_token": True, "add_eos_token": False, **options}
+    return GemmaTokenizer(vocab=vocab, merges=[("r", "e"), ("re", "d")], **options)
 
 
 class SecondLastHidden(torch.nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tools.acceptance.miniatures import HEADS, POOLED, WIDTH, miniature
-from tools.acceptance.small_text import clip_tokenizer, t5_tokenizer
+from tools.acceptance.small_text import clip_tokenizer, gemma_tokenizer, t5_tokenizer
 
 LAYERS = 3
 LONG = 512  # `model_max_length` of T5's tokenizer
@@ -38,6 +38,33 @@ def t5_encoder(tokenizer: Any, width: int) -> Any:
     return T5EncoderModel(config).eval()
 
 
+def gemma_encoder(tokenizer: Any, width: int) -> Any:
+    """A Gemma-2 decoder for a tokenizer; the window of its first layer is shorter than any prompt."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8,
+        attn_logit_softcapping=2.0, initializer_range=0.2, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return Gemma2Model(config).eval()
+
+
+def deep_compression_vae(channels: int) -> Any:
+    """An AutoencoderDC of 32 pixels a latent with attention in its last blocks."""
+    from diffusers import AutoencoderDC
+
+    blocks, scales = ("ResBlock",) * 4 + ("EfficientViTBlock",) * 2, ((),) * 4 + ((5,),) * 2
+    return AutoencoderDC(
+        latent_channels=channels, attention_head_dim=8, encoder_block_types=blocks, decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 8, 8, 16, 16, 16), decoder_block_out_channels=(8, 8, 8, 16, 16, 16),
+        encoder_layers_per_block=(0, 1, 1, 1, 1, 1), decoder_layers_per_block=(0, 1, 1, 1, 1, 1),
+        encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales, encoder_out_shortcut=False,
+        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407,
+    ).eval()  # fmt: skip
+
+
 def kl_vae(channels: int, *, shifted: bool) -> Any:
     """An AutoencoderKL of 8 pixels a latent; SD3 and FLUX.1 pipelines want a shift."""
     from diffusers import AutoencoderKL
@@ -53,7 +80,7 @@ def text_pipeline(name: str, **parts: Any) -> Any:
     """The miniature of a family (`tools.acceptance.miniatures`) with a VAE, text encoders and tokenizers put in."""
     pipe = miniature(name).pipe
     options = {"requires_safety_checker": False} if name == "unet" else {}
-    vae = kl_vae(4, shifted=name.startswith(("sd3", "flux")))
+    vae = deep_compression_vae(4) if name == "sana" else kl_vae(4, shifted=name.startswith(("sd3", "flux")))
     return type(pipe)(**{**pipe.components, "vae": vae, **parts}, **options)
 
 
@@ -110,6 +137,18 @@ def _pixart_alpha() -> Any:
     return PixArtAlphaPipeline(**{**_pixart().components, "transformer": denoiser})
 
 
+def _with_ring() -> Any:
+    """A tokenizer with one word more than the others'."""
+    tokenizer = clip_tokenizer("!")
+    tokenizer.add_tokens(["ring"])
+    return tokenizer
+
+
+def _sana(**options: Any) -> Any:
+    tokenizer = gemma_tokenizer(**options)
+    return text_pipeline("sana", tokenizer=tokenizer, text_encoder=gemma_encoder(tokenizer, WIDTH))
+
+
 def _with_added_tokens() -> Any:
     """As after `load_textual_inversion` of one embedding of three vectors and one of one."""
     pipe = _sd()
@@ -135,6 +174,7 @@ TEXT_PIPELINES: dict[str, Callable[[], Any]] = {
         "sd-inversion": _with_added_tokens,
         "sdxl": lambda: _sdxl(clip_tokenizer(), clip_tokenizer("!")),
         "sdxl-no-zeros": lambda: _sdxl(clip_tokenizer("!"), clip_tokenizer(), zeros=False),
+        "sdxl-vocabularies": lambda: _sdxl(clip_tokenizer(), _with_ring()),
         "sd3": lambda: _sd3(None),
         "sd3-t5": lambda: _sd3(t5_tokenizer(LONG)),
         "flux": lambda: _flux("flux"),
@@ -142,6 +182,9 @@ TEXT_PIPELINES: dict[str, Callable[[], Any]] = {
         "pixart": _pixart,
         "pixart-alpha": _pixart_alpha,
         "pixart-left": lambda: _pixart(padding_side="left"),
+        "sana": _sana,
+        "sana-eos": lambda: _sana(add_eos_token=True, padding_side="right"),
+        "sana-short": lambda: _sana(model_max_length=MASKED),
     }.items()
 }
 """Makers by name; what follows a dash is what is unusual about it."""

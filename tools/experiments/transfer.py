@@ -1,8 +1,8 @@
-"""Scores carried from one calibration to another, beside a fresh one: other step counts and guidance scales.
+"""Scores carried from one calibration to another, beside a fresh one: other settings of a bundle, other bundles.
 
     python -m tools.experiments.transfer SOURCE TARGET --prompts FILE --out transfer.json
 
-Sweeps both bundles (what was measured before is reused), carries the downcast scores of SOURCE to TARGET, and puts
+Sweeps both (settings of) bundles (what was measured before is reused), carries the downcast scores of SOURCE to TARGET, and puts
 three rankings of TARGET's steps beside each other: fresh, carried as they are, and carried with the checked steps
 measured. Schedules by each, and two fixed rules, run on prompts that neither has seen. One entry of the result file
 is one pair of settings; a pair measured again replaces its entry.
@@ -44,8 +44,11 @@ def main() -> int:
     parser.add_argument("--precisions", metavar="LIST", help="low precisions, comma-separated (default: all built)")
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="calibration samples (default 4)")
     parser.add_argument("--validation-samples", type=int, default=6, metavar="N", help="unseen samples (default 6)")
-    parser.add_argument("--source-guidance", type=float, metavar="G", help="default: the bundle's")
-    parser.add_argument("--target-guidance", type=float, metavar="G", help="default: the bundle's")
+    for side in ("source", "target"):
+        parser.add_argument(
+            f"--{side}-setting", metavar="NAME", help="as `inspect` lists it (default: the bundle's first)"
+        )
+        parser.add_argument(f"--{side}-guidance", type=float, metavar="G", help="default: the setting's")
     parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: one per core)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="result file, JSON")
     args = parser.parse_args()
@@ -55,11 +58,11 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Measures a pair, prints and stores what came out."""
     with progress_bar() as report:
-        with _study(args, args.source, args.source_guidance, report) as study:
+        with _study(args, "source", report) as study:
             table = study.runtime.table
             setting = _setting(study)
             sweeps = {name: _downcasts(study, name) for name in study.precisions}
-        with _study(args, args.target, args.target_guidance, report) as study:
+        with _study(args, "target", report) as study:
             axes = step_axes(table, study.runtime.table)
             found = {name: _compare(study, name, sweeps[name], axes) for name in study.precisions}
             entry = {"source": setting, "target": _setting(study), "precisions": found}
@@ -70,8 +73,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _study(args: argparse.Namespace, bundle: Path, guidance_scale: float | None, report: Report) -> Any:
-    options = {"bundle": bundle, "guidance_scale": guidance_scale, "seed": 0, "lpips": None, "seconds_limit": None}
+def _study(args: argparse.Namespace, side: str, report: Report) -> Any:
+    asked = vars(args)
+    options = {
+        "bundle": asked[side],
+        "scheduler_setting": asked[f"{side}_setting"],
+        "guidance_scale": asked[f"{side}_guidance"],
+        **dict.fromkeys(("steps", "size", "lpips", "seconds_limit")),
+        "seed": 0,
+    }
     return open_study(argparse.Namespace(**vars(args) | options), report)
 
 

@@ -158,6 +158,8 @@ def _on_meta(component: Component, folder: Path) -> torch.nn.Module:
 def _tokenizer_of(component: Component) -> Callable[[ScalePipeline], Any] | None:
     if component.library != "transformers":
         return None
+    if component.kind.startswith("Gemma"):
+        return _gemma_tokenizer
     return _t5_tokenizer if component.kind.startswith("T5") else _clip_tokenizer
 
 
@@ -165,6 +167,18 @@ def _clip_tokenizer(_: ScalePipeline) -> Any:
     tokenizer = make_clip_tokenizer()
     tokenizer.model_max_length = CLIP_TOKENS
     return tokenizer
+
+
+def _gemma_tokenizer(_: ScalePipeline) -> Any:
+    """Of single letters and bytes."""
+    from transformers import GemmaTokenizer
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*special, *(f"<0x{code:02X}>" for code in range(256)), "\u2581", *letters]
+    return GemmaTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=[], add_bos_token=True, add_eos_token=False
+    )
 
 
 def _t5_tokenizer(pipeline: ScalePipeline) -> Any:

@@ -36,6 +36,7 @@ class ScalePipeline:
         scheduler: its class, and its configuration.
         texts: makes the text encoders by name, from (full-size, tiny).
         settings: further entries of `model_index.json`.
+        vae: makes the autoencoder from (latent channels, side of its pictures, full-size).
     """
 
     bench: BenchModel
@@ -45,6 +46,7 @@ class ScalePipeline:
     scheduler: tuple[str, Mapping[str, Any]]
     texts: Callable[[bool, bool], dict[str, Component]]
     settings: Mapping[str, Any]
+    vae: Callable[[int, int, bool], Component]
 
     def sizes(self, *, tiny: bool) -> Sizes:
         """Of its latents."""
@@ -63,7 +65,7 @@ class ScalePipeline:
         return {
             self.denoiser: denoiser,
             **self.texts(text == FULL, tiny),
-            "vae": _vae(channels, self.sizes(tiny=tiny).side, full=vae == FULL),
+            "vae": self.vae(channels, self.sizes(tiny=tiny).side, vae == FULL),
         }
 
 
@@ -72,7 +74,7 @@ def t5_tokens(pipeline_class: str) -> int:
     return T5_TOKENS.get(pipeline_class, _DEFAULT_T5_TOKENS)
 
 
-def _vae(channels: int, side: int, *, full: bool) -> Component:
+def _vae(channels: int, side: int, full: bool) -> Component:
     widths, layers = ((128, 256, 512, 512), 2) if full else ((16, 16, 16, 16), 1)
     config = {
         "latent_channels": channels, "block_out_channels": widths, "layers_per_block": layers,
@@ -84,6 +86,39 @@ def _vae(channels: int, side: int, *, full: bool) -> Component:
             "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
         }  # fmt: skip
     return Component("diffusers", "AutoencoderKL", config)
+
+
+def _dc_vae(channels: int, side: int, full: bool) -> Component:
+    """The autoencoder of Sana, 32 pixels to a latent; its published configuration is dc-ae-f32c32-sana-1.1's."""
+    widths = (128, 256, 512, 512, 1024, 1024) if full else (16, 16, 16, 32, 32, 32)
+    config = {
+        "latent_channels": channels, "attention_head_dim": 32,
+        "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        "encoder_block_out_channels": widths, "decoder_block_out_channels": widths,
+        "encoder_layers_per_block": (2, 2, 2, 3, 3, 3) if full else (1,) * 6,
+        "decoder_layers_per_block": (3,) * 6 if full else (1,) * 6,
+        "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)), "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+        "upsample_block_type": "interpolate", "downsample_block_type": "conv", "scaling_factor": 0.41407,
+    }  # fmt: skip
+    return Component("diffusers", "AutoencoderDC", config)
+
+
+def _gemma(full: bool, tiny: bool) -> dict[str, Component]:
+    """Gemma-2's 2 B, or two layers of it."""
+    width = 128 if tiny else 2304
+    shape = (
+        {"num_hidden_layers": 26, "intermediate_size": 9216}
+        if full
+        else {"num_hidden_layers": 2, "intermediate_size": 256}
+    )
+    config = {
+        **shape, "vocab_size": 256000 if full else 512, "hidden_size": width, "num_attention_heads": 8 if full else 2,
+        "num_key_value_heads": 4 if full else 1, "head_dim": 256 if full else 64, "query_pre_attn_scalar": 256 if full else 64,
+        "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 8192, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "use_cache": False,
+    }  # fmt: skip
+    return {"text_encoder": Component("transformers", "Gemma2Model", config)}
 
 
 def _t5(full: bool, tiny: bool) -> Component:
@@ -155,6 +190,7 @@ _PIXART = ScalePipeline(
     scheduler=_DPM,
     texts=lambda full, tiny: {"text_encoder": _t5(full, tiny)},
     settings={},
+    vae=_vae,
 )
 
 PIPELINES = {
@@ -166,6 +202,7 @@ PIPELINES = {
         scheduler=("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift": 3.0}),
         texts=_flux_texts,
         settings={},
+        vae=_vae,
     ),
     "sd3": ScalePipeline(
         bench=SD3,
@@ -175,6 +212,7 @@ PIPELINES = {
         scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
         texts=_sd3_texts,
         settings={},
+        vae=_vae,
     ),
     "sdxl": ScalePipeline(
         bench=SDXL,
@@ -184,6 +222,7 @@ PIPELINES = {
         scheduler=("EulerDiscreteScheduler", {**_BETAS, "timestep_spacing": "leading", "steps_offset": 1}),
         texts=_sdxl_texts,
         settings={"force_zeros_for_empty_prompt": True},
+        vae=_vae,
     ),
     "pixart": _PIXART,
     "pixart-1b": replace(_PIXART, bench=_PIXART_1B),
@@ -193,7 +232,8 @@ PIPELINES = {
         denoiser="transformer",
         latent_channels=32,
         scheduler=_DPM,
-        texts=lambda full, tiny: {},
+        texts=_gemma,
         settings={},
+        vae=_dc_vae,
     ),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -364,8 +366,10 @@ def test_schedule_and_document_survive_the_disk(tmp_path):
     path = tmp_path / "sensitivity.json"
     result.sensitivity.save(path)
     assert Sensitivity.load(path) == result.sensitivity
-    schedule = result.schedule("bundle")
-    schedule.check(bundle_id="bundle", num_steps=STEPS, precisions=loop().precisions)
+    schedule = result.schedule("bundle", "quick")
+    setting: Any = SimpleNamespace(name="quick", num_steps=STEPS)
+    schedule.check(bundle_id="bundle", setting=setting, precisions=loop().precisions)
+    assert schedule.setting == "quick"
     assert schedule.precisions == result.sensitivity.schedule
     assert schedule.origin == f"bisection, 4 steps at fp16: {result.sensitivity.guard.candidates[0].names[-1]}"
     path.write_text(path.read_text().replace('"method": "bisection"', '"method": "sweep"'))

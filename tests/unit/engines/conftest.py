@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.demo_build import linked_copy
+from helpers.stored import schedule_path, setting_name
 from helpers.tiny_pipeline import tiny_options
 
 from engines.bundle import Bundle
@@ -19,13 +20,12 @@ def small_bundle(made_once: Callable[[str, Callable[[Path], object]], Path], bui
 
     def make(folder: Path) -> None:  # one worker alone needs torch
         bundle = linked_copy(built(tiny_options("fp16", "fp8", "int8", "int4")), folder / "bundle")
-        opened = Bundle.open(bundle)
         schedule = Schedule(
-            bundle_id=opened.manifest.bundle_id,
-            setting=opened.setting().name,
+            bundle_id=Bundle.open(bundle).manifest.bundle_id,
+            setting=setting_name(bundle),
             precisions=("fp16", "int8", "int8", "fp16"),
             origin="by hand",
         )
-        schedule.save(opened.schedule_path(opened.setting()))
+        schedule.save(schedule_path(bundle))
 
     return made_once("small", make) / "bundle"

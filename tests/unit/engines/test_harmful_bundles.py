@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from helpers.demo_build import linked_copy
 from helpers.runtime_command import PROMPT, arguments, assert_one_error_line, manifest_data, replace, rewrite_manifest
+from helpers.stored import schedule_path
 
-from engines.bundle import MANIFEST_NAME, Bundle
+from engines.bundle import MANIFEST_NAME
 from engines.cli import main
 from engines.documents import write_document
 from engines.manifest import MANIFEST_VERSION
@@ -63,11 +64,6 @@ def forged_file(section: str, content: bytes) -> Callable[[Path], None]:
         rewrite_manifest(bundle, change)
 
     return apply
-
-
-def stored_schedule(bundle: Path) -> Path:
-    opened = Bundle.open(bundle)
-    return opened.schedule_path(opened.setting())
 
 
 def engine_outside(bundle: Path) -> None:
@@ -315,7 +311,7 @@ WRONG_SCHEDULES: dict[str, tuple[Callable[[Path, Json], object], str]] = {
 def test_a_wrong_schedule_is_refused_in_one_line(
     name: str, bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored = stored_schedule(bundle)
+    stored = schedule_path(bundle)
     stored.unlink()
     manifest = manifest_data(bundle)
     data = {
@@ -343,6 +339,6 @@ def test_an_unknown_uniform_precision_lists_those_there_are(
 
 
 def test_an_uncalibrated_bundle_says_what_to_do(bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stored_schedule(bundle).unlink()
+    schedule_path(bundle).unlink()
     assert main(["run", str(bundle), "--prompt", PROMPT, "--seed", "1", "--out", str(out)]) == 1
     assert_one_error_line(capsys.readouterr().err, "tmpdiff-export calibrate")

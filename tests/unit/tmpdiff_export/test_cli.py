@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import EXPORT, assert_refused, called, save_prompts, started
+from helpers.stored import schedule_path
 
 from engines.documents import read_document, write_document
 from engines.errors import ScheduleError
@@ -61,12 +62,14 @@ def test_inspect_shows_engines_and_schedule(demo_bundle: Path) -> None:
     for word in ("denoiser fp8", "SQNR dB", "Pareto front", "schedule:", "bundle id"):
         assert word in result.stdout
     data = json.loads(called(EXPORT, "inspect", demo_bundle, "--json").stdout)
-    assert data["schedule"]["precisions"] == data["sensitivity"]["schedule"]
-    assert data["manifest"]["bundle_id"] == data["schedule"]["bundle_id"]
+    (setting,) = data["settings"].values()
+    assert setting["schedule"]["precisions"] == setting["sensitivity"]["schedule"]
+    assert data["manifest"]["bundle_id"] == setting["schedule"]["bundle_id"]
+    assert list(data["settings"]) == [setting["schedule"]["setting"]] == [data["manifest"]["settings"][0]["name"]]
 
 
 def test_a_schedule_must_fit_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
-    stored = read_document(tiny_bundle / "schedule.json", "schedule", 1, ScheduleError)
+    stored = read_document(schedule_path(tiny_bundle), "schedule", 2, ScheduleError)
     run = ("run", tiny_bundle, "--prompt", "a red circle", "--seed", "0", "--out", tmp_path / "a.png", "--schedule")
     other = tmp_path / "other.json"
     write_document(other, {**stored, "precisions": stored["precisions"][:-1]})
@@ -75,10 +78,12 @@ def test_a_schedule_must_fit_the_bundle(tiny_bundle: Path, tmp_path: Path) -> No
     refused(*run, other, says="schedule was made for bundle 000000000000")
     write_document(other, {**stored, "precisions": ["fp4"] * len(stored["precisions"])})
     refused(*run, other, says="schedule asks for precision 'fp4'; the bundle holds fp16, int8")
-    write_document(other, {**stored, "version": 2})
-    refused(*run, other, says="has format version 2, this release reads up to 1")
+    write_document(other, {**stored, "setting": "other"})
+    refused(*run, other, says="schedule was made for setting other, the one that runs is ")
+    write_document(other, {**stored, "version": 3})
+    refused(*run, other, says="has format version 3, this release reads up to 2")
     refused(*run, "uniform:fp7", says="precision 'fp7'")
-    other.write_text(other.read_text().replace('"version": 2', '"version": 1'))
+    other.write_text(other.read_text().replace('"version": 3', '"version": 1'))
     refused(*run, other, says="was altered")
     assert not (tmp_path / "a.png").exists()
 
@@ -91,13 +96,16 @@ def test_a_schedule_must_fit_the_bundle(tiny_bundle: Path, tmp_path: Path) -> No
         (lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]), "was altered"),
     ],
 )
-@pytest.mark.parametrize("name", ["engines/int8.onnx", "engines/vae_decoder.onnx", "sampler.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["engines/int8.onnx", "engines/vae_decoder.onnx", "settings/*/sampler.json", "tokenizer.json"]
+)
 def test_damage_is_found_by_verify_and_calibrate(
     name: str, damage, says: str, tiny_bundle: Path, copy_of, tmp_path: Path
 ) -> None:
     bundle = copy_of(tiny_bundle)
-    damage(bundle / name)
-    if name == "sampler.json":
+    (path,) = bundle.glob(name)
+    damage(path)
+    if path.name == "sampler.json":
         assert_refused(started(EXPORT, "verify", bundle), says)
         return
     refused("verify", bundle, says=says)
@@ -110,8 +118,8 @@ def test_a_newer_or_altered_manifest_is_refused(tiny_bundle: Path, copy_of) -> N
     path = bundle / "manifest.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "version": 99}))
-    refused("inspect", bundle, says="has format version 99, this release reads up to 5; upgrade tmpdiff-export")
-    data["sampling"]["guidance_scale"] = 9.0
+    refused("inspect", bundle, says="has format version 99, this release reads up to 6; upgrade tmpdiff-export")
+    data["settings"][0]["guidance_scale"] = 9.0
     path.write_text(json.dumps(data))
     refused("inspect", bundle, says="the manifest was altered")
     path.write_text("{")

@@ -15,7 +15,6 @@ from helpers.experiments import command
 from helpers.tiny_pipeline import PROMPTS, UNSEEN, tiny_options
 
 from calibration.measure.metrics import typical_errors
-from engines.runtime import DenoiseRuntime
 from engines.text import read_prompts
 from tmpdiff_export.demo.scenes import has_held_out_pair, is_held_out, parse_caption
 from tools.experiments import study
@@ -44,22 +43,6 @@ def run(name: str, studied: tuple[Path, Path], out: Path, *args: object) -> dict
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     found: dict[str, Any] = json.loads(out.with_suffix(".json").read_text())
     return found
-
-
-def test_other_numbers_of_steps_take_the_same_engines(studied: tuple[Path, Path], tiny_pipeline: Path, tmp_path: Path):
-    bundle, _ = studied
-    other = tmp_path / "other"
-    done = command("steps", bundle, tiny_pipeline, "--steps", 9, "--out", other)
-    assert done.returncode == 0, done.stderr
-    with DenoiseRuntime.load(other) as longer, DenoiseRuntime.load(bundle) as shorter:
-        assert (longer.num_steps, shorter.num_steps) == (9, NUM_STEPS)
-        assert longer.manifest.denoisers == shorter.manifest.denoisers
-        assert longer.manifest.bundle_id != shorter.manifest.bundle_id
-        longer.bundle.verify(longer.manifest.files())
-        assert longer.generate(["a red circle"], [1], longer.bundle.schedule("uniform:int8")).shape == (1, 64, 64, 3)
-    done = command("steps", bundle, tiny_pipeline, "--steps", 9, "--out", other)
-    assert done.returncode == 1
-    assert "already exists" in done.stderr
 
 
 def test_curves_of_samples_are_limited_means_in_both_directions():

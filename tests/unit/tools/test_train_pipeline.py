@@ -132,7 +132,7 @@ def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path:
 
     captions = held_out_captions("composed", 4, seed=0)
     precisions = (Precision.FP16, Precision.INT8)
-    options = BuildOptions(precisions=precisions, prompts=captions[:2], num_steps=3, backend="onnxruntime")
+    options = BuildOptions(precisions=precisions, prompts=captions[:2], steps=(3,), backend="onnxruntime")
     build(trained[1], tmp_path / "bundle", options)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(["[calibration]", *captions[:2], "[validation]", *captions[2:]]))
@@ -143,5 +143,5 @@ def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path:
     assert np.shape(data["downcast"]) == (2, 3)
     assert np.min(data["downcast"]) > 0
     with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:
-        pictures = runtime.generate([captions[0]], [0], runtime.bundle.schedule("uniform:int8"))
+        pictures = runtime.generate([captions[0]], [0], runtime.bundle.schedule(runtime.setting, "uniform:int8"))
     assert pictures.shape == (1, 128, 128, 3)

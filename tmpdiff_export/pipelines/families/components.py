@@ -21,6 +21,38 @@ class MaskedTextEncoder(torch.nn.Module):
         return hidden, attention_mask.to(hidden.dtype)
 
 
+class CausalTextEncoder(torch.nn.Module):
+    """A Gemma-2 decoder as (input_ids, attention_mask) -> (hidden states, the mask as floats).
+
+    Its causal masks, which transformers makes with functions that cannot be traced, are made here: of layers that attend
+    to all tokens before, and of those that attend to a window of them.
+    """
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.window = int(encoder.config.sliding_window)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both int64 [B, L] -> [B, L, D] and [B, L]."""
+        dtype = torch.float32  # that of the attention, whatever type the weights are stored in
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        behind = places[:, None] - places
+        real = attention_mask[:, None, None].bool()
+        before = (behind >= 0) & real
+        masks = {
+            name: torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+            for name, seen in (
+                ("full_attention", before),
+                ("sliding_attention", before & (behind < self.window)),
+            )
+        }
+        hidden = self.encoder(
+            input_ids, attention_mask=masks, position_ids=places[None], use_cache=False, return_dict=False
+        )[0]
+        return hidden, attention_mask.to(hidden.dtype)
+
+
 class PlainTextEncoder(torch.nn.Module):
     """A CLIP text encoder as input_ids -> hidden states; its causal mask stands in for a padding mask."""
 
@@ -187,6 +219,14 @@ def t5_refusal(encoder: torch.nn.Module) -> str | None:
     """Why an encoder is not exported as a T5 encoder, or None if it is."""
     name = type(encoder).__name__
     return None if name == "T5EncoderModel" else f"its text encoder is a {name}, not a T5EncoderModel"
+
+
+def gemma_refusal(encoder: torch.nn.Module) -> str | None:
+    """Why an encoder is not exported as a Gemma-2 decoder, or None if it is."""
+    name = type(encoder).__name__
+    if name == "Gemma2ForCausalLM":
+        return "its text encoder is a Gemma2ForCausalLM, which returns logits; save the pipeline with its Gemma2Model"
+    return None if name == "Gemma2Model" else f"its text encoder is a {name}, not a Gemma2Model"
 
 
 def layers_of(*encoders: torch.nn.Module) -> int:

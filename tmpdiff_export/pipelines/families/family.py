@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from engines.errors import BuildError
 from engines.manifest import LATENTS, TIMESTEP
 from engines.text import NEGATIVE
+from engines.text_entry import Reading
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.onnx_graphs.export import ExportInput
 
@@ -26,38 +27,6 @@ KL_VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserFamily:
-    """One kind of denoiser: how it is called, wrapped for export, and conditioned.
-
-    Attributes:
-        denoiser_class: name of the diffusers class.
-        component: the pipeline attribute that holds the denoiser.
-        inputs: denoiser engine inputs in the wrapper's order, with their symbolic axes: latents [B, C, h, w], timestep
-            [B] as the scheduler has it, then the conditioning.
-        wrap: makes the export wrapper of a pipeline, of which it needs the denoiser and `vae_scale_factor` only. The
-            wrapper returns `model_output` [B, C, h, w], at any size of tokens up to `Family.largest_side`.
-        arguments: picks the wrapper's inputs out of the arguments the pipeline calls the denoiser with.
-        refusal: why a denoiser of this class is not of this family, or None if it is.
-        float32_inputs: inputs that FP16 would round by too much; they are float32 in every graph.
-    """
-
-    denoiser_class: str
-    component: str
-    inputs: Mapping[str, Axes]
-    wrap: Callable[[Any], torch.nn.Module]
-    arguments: Callable[[Mapping[str, Any]], Batch]
-    refusal: Callable[[torch.nn.Module], str | None]
-    float32_inputs: frozenset[str] = frozenset({TIMESTEP})
-
-    def export_inputs(self, batch: Batch) -> list[ExportInput]:
-        """The graph inputs of the denoiser, with `batch` (in the order of `inputs`) as the traced example."""
-        return [
-            ExportInput(name, example, axes, keep_dtype=name in self.float32_inputs)
-            for (name, axes), example in zip(self.inputs.items(), batch, strict=True)
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Text:
     """How a pipeline reads the prompt for one of its text encoders.
 
@@ -66,12 +35,17 @@ class Text:
         length_of: the tokenizer whose `model_max_length` the prompt is padded to, if that is another one's.
         masked: whether the text encoder takes the attention mask besides the token ids.
         whole_sequence: padded to the `max_sequence_length` of the pipeline's call, not to a tokenizer's length.
+        padding_side: which the pipeline sets, None for the tokenizer's own.
+        readings: from the pipeline, how prompts and how negative prompts are put before the text encoder: what stands
+            around them and which positions are kept. Which hidden state is taken is the matter of `Family.wrap_text`.
     """
 
     tokenizer: str = "tokenizer"
     length_of: str | None = None
     masked: bool = False
     whole_sequence: bool = False
+    padding_side: Literal["left", "right"] | None = None
+    readings: Callable[[Any], tuple[Reading, Reading]] = lambda pipe: (Reading(), Reading())
 
 
 @dataclass(frozen=True)
@@ -97,10 +71,19 @@ def _with_learned_variance(model_output: torch.Tensor, config: Any) -> torch.Ten
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family(DenoiserFamily):
-    """A denoiser family whose pipelines are supported from the prompt to the picture.
+class Family:
+    """One kind of denoiser, and the pipelines around it: how it is called, wrapped for export, and conditioned.
 
     Attributes:
+        denoiser_class: name of the diffusers class.
+        component: the pipeline attribute that holds the denoiser.
+        inputs: denoiser engine inputs in the wrapper's order, with their symbolic axes: latents [B, C, h, w], timestep
+            [B] as the scheduler has it, then the conditioning.
+        wrap: makes the export wrapper of a pipeline, of which it needs the denoiser and `vae_scale_factor` only. The
+            wrapper returns `model_output` [B, C, h, w], at any size of tokens up to `largest_side`.
+        arguments: picks the wrapper's inputs out of the arguments the pipeline calls the denoiser with.
+        refusal: why a denoiser of this class is not of this family, or None if it is.
+        float32_inputs: inputs that FP16 would round by too much; they are float32 in every graph.
         pipelines: classes whose loop is plain guidance around the denoiser; others add to it.
         wrap_text: makes the text encoder wrapper from (pipeline, clip skip or None); it takes the token ids (and the mask)
             of each of `texts` in turn and returns `text_outputs`, with a clip skip `with_clip_skip` of them.
@@ -126,6 +109,12 @@ class Family(DenoiserFamily):
         called_timesteps: what reaches `arguments` of the scheduler's timesteps (float32) in a pipeline of some dtype.
     """
 
+    denoiser_class: str
+    component: str
+    inputs: Mapping[str, Axes]
+    wrap: Callable[[Any], torch.nn.Module]
+    arguments: Callable[[Mapping[str, Any]], Batch]
+    refusal: Callable[[torch.nn.Module], str | None]
     pipelines: tuple[str, ...]
     wrap_text: Callable[[Any, int | None], torch.nn.Module]
     texts: tuple[Text, ...]
@@ -134,6 +123,7 @@ class Family(DenoiserFamily):
     call_options: Mapping[str, Any]
     pipeline_refusal: Callable[[Any], str | None]
     vae: VaeCall
+    float32_inputs: frozenset[str] = frozenset({TIMESTEP})
     constants: Callable[[int, int], dict[str, tuple[float, ...]]] = lambda height, width: {}
     zero_absent_negative: Callable[[Any], bool] = lambda pipe: False
     deepest_clip_skip: Callable[[Any], int | None] = lambda pipe: None
@@ -146,6 +136,13 @@ class Family(DenoiserFamily):
     rescales_guidance: bool = False
     returned: Callable[[torch.Tensor, Any], torch.Tensor] = _with_learned_variance
     called_timesteps: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = lambda timesteps, dtype: timesteps
+
+    def export_inputs(self, batch: Batch) -> list[ExportInput]:
+        """The graph inputs of the denoiser, with `batch` (in the order of `inputs`) as the traced example."""
+        return [
+            ExportInput(name, example, axes, keep_dtype=name in self.float32_inputs)
+            for (name, axes), example in zip(self.inputs.items(), batch, strict=True)
+        ]
 
     def token_side(self, config: Any) -> int:
         """Side of the square of latents that is one image token, from the denoiser's configuration."""

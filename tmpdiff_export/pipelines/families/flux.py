@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.transformers import transformer_flux
+from torch.nn import functional
 
 from engines.errors import SamplerError
 from engines.manifest import GUIDANCE, TIMESTEP
@@ -73,17 +74,12 @@ class FluxDenoiser(torch.nn.Module):
 
     def _rotary(self, text: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, both [text + rows columns, D]; text tokens are all at position 0."""
+        after = self.cos.shape[1] - self.before_columns
 
         def joined(table: torch.Tensor) -> torch.Tensor:
-            down, across = table[:rows, : self.before_columns], table[:columns, self.before_columns :]
-            image = torch.cat(
-                [
-                    down[:, None].expand(rows, columns, down.shape[1]),
-                    across[None].expand(rows, columns, across.shape[1]),
-                ],
-                dim=-1,
-            )
-            return torch.cat([table[:1].expand(text, -1), image.flatten(0, 1)])
+            down = functional.pad(table[:rows, : self.before_columns], (0, after))
+            across = functional.pad(table[:columns, self.before_columns :], (self.before_columns, 0))
+            return torch.cat([table[:1].expand(text, -1), (down[:, None] + across[None]).reshape(-1, table.shape[1])])
 
         return joined(self.cos), joined(self.sin)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 _LONGEST_WAVE = 10000.0
 
@@ -34,13 +35,9 @@ class SinCosPositions(torch.nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, C, h, w] -> float32 [1, tokens, D], row by row."""
         rows, columns = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
-        down, across = self._waves(rows), self._waves(columns)
-        half = down.shape[-1]
-        table = torch.cat(
-            [across[None].expand(rows, columns, half), down[:, None].expand(rows, columns, half)],
-            dim=-1,
-        )
-        return table.reshape(1, -1, 2 * half)
+        half = 2 * self.frequencies.shape[0]
+        across, down = functional.pad(self._waves(columns), (0, half)), functional.pad(self._waves(rows), (half, 0))
+        return (down[:, None] + across[None]).reshape(1, -1, 2 * half)
 
     def _waves(self, count: int) -> torch.Tensor:
         """Sines and cosines of one axis, [count, D / 2]."""

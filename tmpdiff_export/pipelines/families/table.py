@@ -1,8 +1,7 @@
 """The table of families, and what it says of a pipeline.
 
-Two levels: every entry of `DENOISERS` can be exported and quantized as a denoiser; every entry of `FAMILIES` (by
-pipeline class) also has its text encoders and tokenizers handled, so that whole pipelines are built. Everything else is
-generic.
+Every entry of `DENOISERS` is a kind of denoiser with the pipelines around it; `FAMILIES` has them by pipeline class.
+Everything else is generic.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 from engines.errors import BuildError
 from engines.manifest import Manifest
-from tmpdiff_export.pipelines.families.family import DenoiserFamily, Family
+from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.families.flux import FLUX, FLUX_SCHNELL
 from tmpdiff_export.pipelines.families.pixart import PIXART
 from tmpdiff_export.pipelines.families.sana import SANA
@@ -19,7 +18,7 @@ from tmpdiff_export.pipelines.families.sd3 import SD3
 from tmpdiff_export.pipelines.families.unet import UNET, UNET_SDXL
 from tmpdiff_export.pipelines.families.vae import vae_refusal
 
-DENOISERS: dict[str, DenoiserFamily] = {
+DENOISERS: dict[str, Family] = {
     "pixart": PIXART,
     "sana": SANA,
     "flux": FLUX,
@@ -28,10 +27,9 @@ DENOISERS: dict[str, DenoiserFamily] = {
     "unet": UNET,
     "unet-sdxl": UNET_SDXL,
 }
-_WHOLE = tuple(family for family in DENOISERS.values() if isinstance(family, Family))
 FAMILIES: dict[str, tuple[Family, ...]] = {
-    pipeline: tuple(family for family in _WHOLE if pipeline in family.pipelines)
-    for pipeline in dict.fromkeys(name for family in _WHOLE for name in family.pipelines)
+    pipeline: tuple(family for family in DENOISERS.values() if pipeline in family.pipelines)
+    for pipeline in dict.fromkeys(name for family in DENOISERS.values() for name in family.pipelines)
 }
 
 
@@ -91,5 +89,5 @@ def family_of_bundle(manifest: Manifest) -> Family | None:
     return next(fitting, None)
 
 
-def _listed(families: dict[str, DenoiserFamily]) -> str:
+def _listed(families: dict[str, Family]) -> str:
     return ", ".join(dict.fromkeys(family.denoiser_class for family in families.values()))

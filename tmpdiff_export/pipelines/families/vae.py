@@ -73,11 +73,12 @@ def vae_refusal(pipe: Any, family: Family) -> str | None:
     vae, call = pipe.vae, family.vae
     if vae is None:
         return "its vae is None, and without it the pipeline draws no picture"
-    name, config = type(vae).__name__, vae.config
+    name = type(vae).__name__
     if name == "ConsistencyDecoderVAE":
         return f"its VAE is a {name}, which draws noise of its own"
     if name not in call.classes:
         return f"its VAE is a {name}, not one of {', '.join(call.classes)}"
+    config = vae.config
     for factor in ("scaling_factor", *(["shift_factor"] if call.shifts else [])):
         if getattr(config, factor, None) is None:
             return f"its VAE, a {name}, has no {factor}, which the pipeline reads"

@@ -38,7 +38,7 @@ class FakeRuntime:
     """What `BundleEvaluator` asks of a runtime, with denoisers that cost nothing."""
 
     num_steps, precisions = STEPS, ("fp16", "int8")
-    manifest = SimpleNamespace(bundle_id="x")
+    manifest, setting = SimpleNamespace(bundle_id="x"), SimpleNamespace(name="default")
 
     def __init__(self, reach: int) -> None:
         self.table = table(STEPS, reach, past_samples=True)

@@ -185,7 +185,7 @@ def test_a_bundle_steps_several_samples_as_it_steps_each(tiny_pipeline: Path, tm
     from tmpdiff_export.bundling.bundle import build
     from tmpdiff_export.bundling.options import BuildOptions
 
-    options = BuildOptions(precisions=(Precision.FP16,), prompts=PROMPTS, num_steps=4, backend="onnxruntime")
+    options = BuildOptions(precisions=(Precision.FP16,), prompts=PROMPTS, steps=(4,), backend="onnxruntime")
     build(tiny_pipeline, tmp_path / "bundle", options)
     with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:
         evaluator = BundleEvaluator(runtime, PROMPTS, seed=3, guidance_scale=4.0)
@@ -225,7 +225,7 @@ def assert_nudged_slightly(evaluator: BundleEvaluator, later: BundleEvaluator) -
 def test_a_call_takes_as_many_samples_as_the_reference_is_compiled_for(
     batch: int | None, scale: float, embeds_guidance: bool, expected: int
 ) -> None:
-    entries = {"fp16": SimpleNamespace(package=batch and SimpleNamespace(batch=batch)), "int8": None}
-    manifest = SimpleNamespace(denoisers=entries, embeds_guidance=embeds_guidance)
+    reference = SimpleNamespace(package=batch and SimpleNamespace(batch=batch))
+    manifest = SimpleNamespace(reference=reference, embeds_guidance=embeds_guidance)
     runtime: Any = SimpleNamespace(precisions=("fp16", "int8"), manifest=manifest)
     assert samples_per_call(runtime, scale) == expected

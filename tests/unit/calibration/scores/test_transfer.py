@@ -413,7 +413,7 @@ def test_another_denoiser_is_refused():
         return SimpleNamespace(folder=digest, manifest=SimpleNamespace(model=SimpleNamespace(denoiser_sha256=digest)))
 
     with pytest.raises(TransferError, match="bundle one was built from another denoiser than two"):
-        scores_from(bundle("one"), None, SimpleNamespace(bundle=bundle("two"), manifest=bundle("two").manifest))
+        scores_from(bundle("one"), None, None, SimpleNamespace(bundle=bundle("two"), manifest=bundle("two").manifest))
 
 
 def test_the_limit_is_a_factor_of_two_and_a_half():

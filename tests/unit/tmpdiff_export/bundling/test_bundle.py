@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from helpers.demo_build import GUIDANCE_SCALE, NUM_STEPS, DemoBuild
-from helpers.whole_pipeline import whole_pipeline
+from helpers.whole_pipeline import setting_of, whole_pipeline
 from onnx import TensorProto
 
 from engines.backends.onnx_references import references
@@ -26,6 +26,7 @@ from tmpdiff_export.bundling import observed
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.pipelines.load import gather_batches
+from tmpdiff_export.pipelines.settings import SettingRequest, resolve
 from tmpdiff_export.quantization.recipes import RECIPES, Variant
 from tmpdiff_export.targets.onnxruntime import cpu as cpu_target
 from tmpdiff_export.targets.onnxruntime import lowering as cpu_lowering
@@ -38,10 +39,9 @@ FLOORS_DB = {Precision.FP16: 60.0, Precision.FP8: 30.0, Precision.INT8: 28.0, Pr
 @pytest.fixture(scope="module")
 def real_check(demo_pipeline: Path):
     """What the FP32 torch denoiser makes of inputs of a run that range calibration has not seen."""
-    source = whole_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
-    batches = gather_batches(
-        source, ["a large yellow triangle in the center"], NUM_STEPS, seed=77, on_step=lambda: None
-    )
+    source = whole_pipeline(demo_pipeline)
+    setting = resolve(source.facts, SettingRequest(NUM_STEPS))
+    batches = gather_batches(source, setting, ["a large yellow triangle in the center"], seed=77, on_step=lambda: None)
     module = source.family.wrap(source.pipe).eval()
     return check_of(module, list(source.family.inputs), MODEL_OUTPUT, batches[::2])
 
@@ -56,13 +56,13 @@ def test_sqnr_against_fp32_torch_on_real_check(precision: Precision, demo_bundle
 def test_the_manifest_says_how_each_engine_was_made(demo_bundle: Path) -> None:
     manifest = Bundle.open(demo_bundle).manifest
     assert manifest.precisions == tuple(precision.value for precision in DEFAULT_PRECISIONS)
-    for name, entry in manifest.denoisers.items():
+    for name, (entry,) in manifest.denoisers.items():
         recipe = RECIPES[Precision(name)]
         assert entry.sqnr_db >= entry.sqnr_floor_db == recipe.sqnr_floor_db
         assert entry.recipe in ({variant.name for variant in recipe.variants} or {"none"})
-    assert manifest.denoisers["int8"].lowering["MatMulIntegerToFloat"] == 40
-    assert manifest.denoisers["int4"].lowering["MatMulNBits"] == 45
-    assert manifest.denoisers["fp8"].lowering["fp8-emulated"] == 40
+    assert manifest.denoisers["int8"][0].lowering["MatMulIntegerToFloat"] == 40
+    assert manifest.denoisers["int4"][0].lowering["MatMulNBits"] == 45
+    assert manifest.denoisers["fp8"][0].lowering["fp8-emulated"] == 40
 
 
 @pytest.mark.parametrize("precision", DEFAULT_PRECISIONS)
@@ -103,9 +103,9 @@ def test_fp16_schedule_equals_a_plain_loop_bit_for_bit(demo_bundle: Path) -> Non
     runtime = DenoiseRuntime.load(demo_bundle)
     conditioning = runtime.encode(["a small red square on the left"])
     noise = runtime.noise([5])
-    swapped = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
+    swapped = runtime.denoise(conditioning, runtime.bundle.schedule(runtime.setting, "uniform:fp16"), noise)
 
-    entry = runtime.manifest.denoisers["fp16"]
+    entry = runtime.manifest.denoisers["fp16"][0]
     engine = OnnxRuntimeEngine(demo_bundle / entry.file.path)
     state = runtime.table.initial(noise)
     for timestep in runtime.table.timesteps:
@@ -119,24 +119,24 @@ def test_fp16_schedule_equals_a_plain_loop_bit_for_bit(demo_bundle: Path) -> Non
 
 def test_runtime_loop_equals_the_diffusers_pipeline(demo_bundle: Path, demo_pipeline: Path) -> None:
     runtime = DenoiseRuntime.load(demo_bundle)
-    source = whole_pipeline(demo_pipeline, guidance_scale=GUIDANCE_SCALE)
+    source = whole_pipeline(demo_pipeline)
     noise = runtime.noise([3])
     prompt = "a large blue circle in the bottom left"
-    ours = runtime.denoise(runtime.encode([prompt]), runtime.bundle.schedule("uniform:fp16"), noise)
+    ours = runtime.denoise(runtime.encode([prompt]), runtime.bundle.schedule(runtime.setting, "uniform:fp16"), noise)
     with torch.inference_mode():
         theirs = source.pipe(
             prompt,
             num_inference_steps=NUM_STEPS,
             latents=torch.from_numpy(noise),
             output_type="latent",
-            **source.call_options(),
+            **source.call_options(setting_of(source, runtime.setting)),
         ).images.numpy()
     assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs)
 
 
 def test_seeds_reproduce_and_prompts_share_a_batch(demo_bundle: Path) -> None:
     runtime = DenoiseRuntime.load(demo_bundle)
-    schedule = runtime.bundle.schedule()
+    schedule = runtime.bundle.schedule(runtime.setting)
     prompts = ["a large red ring on the right", "a small white square at the top"]
     both = runtime.generate(prompts, [1, 2], schedule)
     again = runtime.generate(prompts, [1, 2], schedule)
@@ -149,7 +149,7 @@ def test_seeds_reproduce_and_prompts_share_a_batch(demo_bundle: Path) -> None:
 
 def _options(**changes) -> BuildOptions:
     prompts = ("a large red circle in the center", "a small blue square on the left")
-    return BuildOptions(**{"precisions": (Precision.FP16,), "prompts": prompts, "num_steps": 2, **changes})
+    return BuildOptions(**{"precisions": (Precision.FP16,), "prompts": prompts, "steps": (2,), **changes})
 
 
 def left_by_a_failed_build(folder: Path) -> set[str]:
@@ -242,8 +242,8 @@ LARGE = {"sample_size": 128, "num_attention_heads": 12, "cross_attention_dim": 3
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({**LARGE, "use_additional_conditions": True}, {"height": 64, "width": 96}),
-        ({**LARGE, "use_additional_conditions": None}, {"height": 64, "width": 64}),
+        ({**LARGE, "use_additional_conditions": True}, {"sizes": ((64, 96),)}),
+        ({**LARGE, "use_additional_conditions": None}, {"sizes": ((64, 64),)}),
         ({"out_channels": 4}, {"guidance_scale": 1.0}),  # no learned variance; traced without guidance, at batch 1
         ({"cross_attention_dim": 192, "num_attention_heads": 6}, {}),  # K = 192 stays out of INT4's blocks of 128
     ],
@@ -254,9 +254,11 @@ def test_other_pixart_denoisers_build_and_run(changes, options, tmp_path: Path, 
     manifest = build(pipeline, tmp_path / "bundle", _options(precisions=precisions, **options))
     runtime = DenoiseRuntime.load(tmp_path / "bundle")
     pictures = runtime.generate(
-        ["a red circle", "a blue ring", "a white square"], [0, 1, 2], runtime.bundle.schedule("uniform:int4")
+        ["a red circle", "a blue ring", "a white square"],
+        [0, 1, 2],
+        runtime.bundle.schedule(runtime.setting, "uniform:int4"),
     )
-    assert pictures.shape == (3, manifest.sampling.height, manifest.sampling.width, 3)
+    assert pictures.shape == (3, manifest.settings[0].height, manifest.settings[0].width, 3)
 
 
 def test_failures_inside_the_model_are_one_clear_error(

@@ -249,7 +249,7 @@ def test_settings_in_a_linked_folder_count_and_a_bundle_inside_the_pipeline_does
     (folder / "scheduler").symlink_to(elsewhere)
 
     def settings() -> str:
-        return Site(open_pipeline(folder), *[None] * 6).settings_sha256
+        return Site(open_pipeline(folder), *[None] * 7).settings_sha256
 
     before = settings()
     (folder / ".bundle.stages").mkdir()

@@ -31,7 +31,7 @@ def three(built) -> Path:
 
 
 def files_of(bundle: Path, name: str) -> set[str]:
-    return {Path(file.path).name for file in Bundle.open(bundle).manifest.denoisers[name].weights}
+    return {Path(file.path).name for file in Bundle.open(bundle).manifest.denoisers[name][0].weights}
 
 
 def test_the_manifest_lists_every_file_and_engines_read_all_that_is_theirs(three: Path) -> None:
@@ -40,7 +40,7 @@ def test_the_manifest_lists_every_file_and_engines_read_all_that_is_theirs(three
     assert {path.relative_to(three).as_posix() for path in three.rglob("*") if path.is_file()} == listed
     assert bundle.verify() == len(listed) - 1
     for name in PRECISIONS:
-        read = {item.location for item in references(three / bundle.manifest.denoisers[name].file.path)}
+        read = {item.location for item in references(three / bundle.manifest.denoisers[name][0].file.path)}
         assert read == files_of(three, name)
     assert files_of(three, "fp16") & files_of(three, "int8") & files_of(three, "int4") == {"fp16+int8+int4.safetensors"}
 
@@ -69,7 +69,10 @@ def test_what_is_not_quantized_is_stored_once(three: Path) -> None:
 def test_engines_of_one_store_run(three: Path) -> None:
     runtime = DenoiseRuntime.load(three)
     conditioning, noise = runtime.encode(["a red circle"]), runtime.noise([0])
-    found = [runtime.denoise(conditioning, runtime.bundle.schedule(f"uniform:{name}"), noise) for name in PRECISIONS]
+    found = [
+        runtime.denoise(conditioning, runtime.bundle.schedule(runtime.setting, f"uniform:{name}"), noise)
+        for name in PRECISIONS
+    ]
     assert all(np.isfinite(latents).all() for latents in found)
     assert len({latents.tobytes() for latents in found}) == len(PRECISIONS)
 
@@ -101,7 +104,7 @@ def test_a_further_file_is_refused(three: Path, tmp_path: Path) -> None:
     next(entry for entry in moved.external_data if entry.key == "location").value = "more.bin"
     replace(graph, model.SerializeToString())
     entry = FileEntry(path="engines/int8.onnx", sha256=sha256_file(graph), bytes=graph.stat().st_size)
-    rewrite_manifest(bundle, lambda data: data["denoisers"]["int8"].update(file=entry.model_dump(mode="json")))
+    rewrite_manifest(bundle, lambda data: data["denoisers"]["int8"][0].update(file=entry.model_dump(mode="json")))
     assert Bundle.open(bundle).verify() > 0
     with pytest.raises(BackendError, match=r"engine int8: tensor .* lies in 'more\.bin', expected a weight file"):
         DenoiseRuntime.load(bundle).denoiser("int8")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.demo_build import linked_copy
 from helpers.experiments import command
+from helpers.stored import sensitivity_path
 from helpers.tiny_pipeline import PROMPTS, UNSEEN, tiny_options
 
 from calibration.document import Sensitivity
@@ -72,7 +73,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 def test_scores_carried_to_the_same_bundle_are_confirmed_and_cost_nothing(
     bundles: Bundles, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = Sensitivity.load(bundles.short / "sensitivity.json")
+    before = Sensitivity.load(sensitivity_path(bundles.short))
     capsys.readouterr()
     found = calibrated(capsys, bundles.short, *arguments(bundles), "--from", bundles.short)
     assert found["method"] == "transfer"
@@ -85,13 +86,13 @@ def test_scores_carried_to_the_same_bundle_are_confirmed_and_cost_nothing(
     assert found["schedule"] == list(before.schedule)
     assert cli.main(["inspect", str(bundles.short)]) == 0
     assert f"Scores carried from bundle {before.settings.bundle_id[:12]}, T = {SHORT}" in capsys.readouterr().out
-    before.save(bundles.short / "sensitivity.json")
+    before.save(sensitivity_path(bundles.short))
 
 
 def test_a_source_that_cannot_be_used_is_refused(
     bundles: Bundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "is not calibrated: it holds no sensitivity.json" in refusal(
+    assert "is not calibrated: there is no sensitivity.json" in refusal(
         capsys, bundles.short, *arguments(bundles), "--from", bundles.long
     )
     with pytest.raises(SystemExit):

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from helpers.commands import EXPORT, assert_refused, called
+from helpers.demo_build import linked_copy
 
-from engines.bundle import Bundle
-from tools.experiments.steps import with_steps
+from engines.setting_choice import SettingChoice
+from tmpdiff_export.calibrate.settings import Wanted, open_setting
 
 
 def test_bench_prints_ratios_of_one_run(demo_bundle: Path, demo_pipeline: Path, tmp_path: Path) -> None:
     # Far from the measured ratios, so that a busy machine does not fail the suite, but not from the wrong kernel; and
     # the best of five runs, as other work takes caches too. Without VNNI products are of u8 by u8, and slower: 1.27.
     floor = 1.3 if "vnni" in Path("/proc/cpuinfo").read_text() else 1.15
-    bundle = tmp_path / "bundle"
-    with_steps(Bundle.open(demo_bundle), demo_pipeline, 4, bundle)  # whole loops are timed as well
+    bundle = linked_copy(demo_bundle, tmp_path / "bundle")
+    setting, _ = open_setting(bundle, Wanted(SettingChoice(steps=4)))  # whole loops are timed as well
 
     def ratios_hold(rows: dict[str, Any], loops: dict[str, Any]) -> bool:
         # Swaps cost 2 % where nothing else runs; what would show here is a copy or a reload at every swap.
@@ -25,8 +26,9 @@ def test_bench_prints_ratios_of_one_run(demo_bundle: Path, demo_pipeline: Path, 
         return rows["int8"]["speedup"] > floor and rows["torch fp32"]["speedup"] < 1.3 and swaps < 25.0
 
     for _ in range(5):
-        result = called(EXPORT, "bench", bundle, "--pipeline", demo_pipeline, "--rounds", "3", "--json")
+        result = called(EXPORT, "bench", bundle, "--steps", 4, "--pipeline", demo_pipeline, "--rounds", "3", "--json")
         assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["setting"] == setting.name
         rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
         loops = {loop["precisions"]: loop for loop in json.loads(result.stdout)["loops"]}
         if ratios_hold(rows, loops):

@@ -78,16 +78,21 @@ def test_build_refuses_bad_input_and_leaves_nothing(tmp_path: Path, prompts: Pat
         says="needs CUDAExecutionProvider",
     )
     refused("build", demo_pipeline, *build, "--version-compatible", says="are settings of TensorRT plans")
-    refused("build", demo_pipeline, *build, "--steps", "0", says="number of steps is 0, expected 1 to 1000")
+    refused("build", demo_pipeline, *build, "--steps", "4,5,4", says="--steps names the same twice")
     refused(
         "build",
         demo_pipeline,
         *build,
-        "--height",
-        "250",
+        "--size",
+        "256x256,256x250",
         says="height 250 does not fit this pipeline; give a positive multiple of 16",
     )
-    refused("build", demo_pipeline, *build, "--height", "0", says="height 0 does not fit this pipeline")
+    refused("build", demo_pipeline, *build, "--size", "8x16", says="width 8 does not fit this pipeline")
+    refused("build", demo_pipeline, *build, "--text-length", "999", says="text length 999 does not fit this pipeline")
+    refused("build", demo_pipeline, *build, "--clip-skip", "1", says="clip")
+    for option, value in (("--steps", "0"), ("--steps", "4,"), ("--size", "256"), ("--text-length", "0")):
+        wrong = called(EXPORT, "build", demo_pipeline, *build, option, value)
+        assert (wrong.returncode, f"argument {option}: " in wrong.stderr) == (2, True), wrong.stderr
     refused("build", demo_pipeline, *build, "--onnx-dir", blank, says="blank.txt is a file; name a folder")
     refused("build", demo_pipeline, *build, "--batch", 10**9, says="expected 1024 pictures at most")
     refused("build", demo_pipeline, *build, "--workers", 999_999, says="workers is 999999, expected 1 to 256")
@@ -138,7 +143,7 @@ def test_build_refuses_to_overwrite(tiny_bundle: Path, copy_of, prompts: Path, t
         ((), "already exists"),
         (("--backend", "torch", "--refittable", "--out", "absent"), "--refittable are settings of TensorRT plans"),
         (("--backend", "onnxruntime", "--workers", 2, "--out", "absent"), "--workers is for packages of the torch"),
-        (("--backend", "onnxruntime", "--steps", 0, "--out", "absent"), "number of steps is 0"),
+        (("--backend", "onnxruntime", "--steps", "4,4", "--out", "absent"), "--steps names the same twice"),
         (("--backend", "onnxruntime", "--out", "/proc/bundle"), "output folder /proc/bundle cannot be written"),
     ],
 )

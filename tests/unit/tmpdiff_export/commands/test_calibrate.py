@@ -12,6 +12,7 @@ from helpers.children import start, wait_for
 from helpers.commands import EXPORT, assert_refused, called, save_prompts
 from helpers.demo_build import linked_copy
 from helpers.paths import ROOT
+from helpers.stored import schedule_path, sensitivity_path
 from helpers.tiny_pipeline import tiny_options
 
 from calibration import Sensitivity
@@ -25,7 +26,7 @@ def refused(*args: object, says: str) -> None:
 @pytest.mark.usefixtures("planted_latencies")
 def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path) -> None:
     bundle, prompts = copy_of(tiny_bundle), save_prompts(tmp_path)
-    before = (bundle / "schedule.json").read_bytes()
+    before = schedule_path(bundle).read_bytes()
     calibrate = ("calibrate", bundle, "--prompts", prompts)
     refused(*calibrate, "--budget-latency", "0.01", says="the fastest takes 0.")
     refused(*calibrate, "--high-steps", "99", says="ask for at most that")
@@ -39,11 +40,21 @@ def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path)
         *calibrate,
         says="has 'a red circle' before its first section; head the prompts to calibrate with by a line [cal",
     )
-    prompts.write_text("[calibration]\n" + "word " * 400 + "\n[validation]\nc\n")
-    refused(*calibrate, says="tokens, this bundle takes at most")
+    refused(*calibrate, "--size", "64x65", says="height 65 does not fit this pipeline; give a positive multiple of 8")
+    refused(*calibrate, "--scheduler", "NoScheduler", says="scheduler 'NoScheduler' is no scheduler of diffusers")
     refused("calibrate", tmp_path, "--prompts", prompts, says="it holds no manifest.json")
-    assert (bundle / "schedule.json").read_bytes() == before
+    assert schedule_path(bundle).read_bytes() == before
     assert Bundle.open(bundle).verify() > 0
+    assert len(Bundle.open(bundle).manifest.settings) == 1
+
+
+@pytest.mark.usefixtures("planted_latencies")
+def test_prompts_that_are_too_long_are_cut_as_in_a_build(built, tmp_path: Path) -> None:
+    bundle, prompts = linked_copy(built(tiny_options()), tmp_path / "bundle"), save_prompts(tmp_path)
+    prompts.write_text("[calibration]\n" + "word " * 400 + "\n[validation]\nc\n")
+    done = called(EXPORT, "calibrate", bundle, "--prompts", prompts, "--high-steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert schedule_path(bundle).exists()
 
 
 def test_latencies_that_a_budget_was_refused_for_or_that_are_asked_for_are_measured_anew(
@@ -63,7 +74,7 @@ def test_latencies_that_a_budget_was_refused_for_or_that_are_asked_for_are_measu
     def latency(*budget: object) -> float:
         done = called(EXPORT, *command, *budget)
         assert done.returncode == 0, done.stderr
-        return Sensitivity.load(bundle / "sensitivity.json").latencies_ms["int8"]
+        return Sensitivity.load(sensitivity_path(bundle)).latencies_ms["int8"]
 
     refused(*command, "--budget-latency", "0.6", says="the fastest takes 0.95")
     assert measured == [1.9], "a busy machine"
@@ -117,7 +128,7 @@ def test_a_killed_calibration_goes_on_and_ends_the_same(built, tmp_path: Path) -
             assert errors.endswith(
                 "interrupted; finished measurements are kept, and the same command goes on from them\n"
             )
-        assert not (interrupted / "schedule.json").exists()
+        assert not schedule_path(interrupted).exists()
     # The other starts from the same measured latencies: its header and first line.
     journal = next(interrupted.glob("calibration/*.journal"))
     (straight / "calibration").mkdir()
@@ -126,8 +137,8 @@ def test_a_killed_calibration_goes_on_and_ends_the_same(built, tmp_path: Path) -
         result = called(EXPORT, "calibrate", bundle, *arguments)
         assert result.returncode == 0, result.stderr
         assert "schedule:" in result.stdout
-    for name in ("schedule.json", "sensitivity.json"):
-        assert (interrupted / name).read_bytes() == (straight / name).read_bytes()
+    for path_of in (schedule_path, sensitivity_path):
+        assert path_of(interrupted).read_bytes() == path_of(straight).read_bytes()
 
 
 def lines_of_journal(bundle: Path) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from helpers.commands import EXPORT, assert_refused, called, save_prompts
 from helpers.demo_build import linked_copy
+from helpers.stored import schedule_path, sensitivity_path, setting_name
 from helpers.tiny_pipeline import tiny_options
 
 from engines.bundle import Bundle
+from engines.documents import write_document
 from engines.schedule import Schedule
 
 REMEDY = "has format version 2, which holds no error vectors; calibrate the bundle anew: tmpdiff-export calibrate"
@@ -22,11 +24,12 @@ REMEDY = "has format version 2, which holds no error vectors; calibrate the bund
 def bundle(built: Callable[[Any], Path], tmp_path: Path) -> Path:
     """FP16 and INT8 of the tiny pipeline with a schedule and a sensitivity document of format 2."""
     folder = linked_copy(built(tiny_options()), tmp_path / "bundle")
-    opened = Bundle.open(folder)
-    Schedule(bundle_id=opened.manifest.bundle_id, precisions=("fp16", "int8", "int8", "fp16"), origin="by hand").save(
-        opened.schedule_path
-    )
-    opened.sensitivity_path.write_text(json.dumps({"version": 2, "predictor": "mixed-power"}))
+    bundle_id = Bundle.open(folder).manifest.bundle_id
+    schedule = Schedule(version=1, bundle_id=bundle_id, precisions=("fp16", "int8", "int8", "fp16"), origin="by hand")
+    data = schedule.model_dump(mode="json")
+    del data["setting"]  # as schedules of that release
+    write_document(schedule_path(folder), data)
+    sensitivity_path(folder).write_text(json.dumps({"version": 2, "predictor": "mixed-power"}))
     return folder
 
 
@@ -48,8 +51,9 @@ def test_it_is_inspected_with_a_word_on_what_to_do(bundle: Path) -> None:
     assert f"{REMEDY} {bundle} --prompts FILE" in shown.stderr
     data = called(EXPORT, "inspect", bundle, "--json")
     found = json.loads(data.stdout)
-    assert found["schedule"]["precisions"] == ["fp16", "int8", "int8", "fp16"]
-    assert found["sensitivity"] is None
+    setting = found["settings"][setting_name(bundle)]
+    assert setting["schedule"]["precisions"] == ["fp16", "int8", "int8", "fp16"]
+    assert setting["sensitivity"] is None
     assert REMEDY in data.stderr
 
 

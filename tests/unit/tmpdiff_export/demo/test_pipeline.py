@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.demo_build import linked_copy
 from helpers.paths import ROOT
 
-from engines.bundle import Bundle
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
+from engines.setting_choice import SettingChoice
 from engines.text import read_prompts
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
+from tmpdiff_export.calibrate.settings import Wanted, open_setting
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.readback import judge, read_picture, score
 from tmpdiff_export.demo.scenes import has_held_out_pair, held_out_captions, is_held_out, parse_caption
-from tools.experiments.steps import with_steps
 
 GUIDANCE_SCALE = 4.5
 STEPS = 20
@@ -118,9 +119,12 @@ def test_text_encoder_activations_fit_fp16(pipeline: Any) -> None:
 def test_pictures_of_the_fp16_engine_read_back(demo_bundle: Path, tmp_path: Path) -> None:
     """A few; the gate below has a hundred."""
     captions = held_out_captions("plain", 2, seed=1) + held_out_captions("composed", 1, seed=1)
-    with_steps(Bundle.open(demo_bundle), pipeline_folder(), STEPS, tmp_path / "bundle")
-    runtime = DenoiseRuntime.load(tmp_path / "bundle")
-    pictures = list(runtime.generate(captions, range(len(captions)), runtime.bundle.schedule("uniform:fp16")))
+    setting = SettingChoice(steps=STEPS)
+    open_setting(linked_copy(demo_bundle, tmp_path / "bundle"), Wanted(setting))
+    runtime = DenoiseRuntime.load(tmp_path / "bundle", setting=setting)
+    pictures = list(
+        runtime.generate(captions, range(len(captions)), runtime.bundle.schedule(runtime.setting, "uniform:fp16"))
+    )
     assert score(pictures, captions)["colour_and_position"] == 1.0
     assert score(pictures, captions[1:] + captions[:1])["colour_and_position"] == 0.0
 
@@ -131,10 +135,10 @@ def test_gate_pictures_of_unseen_captions_read_back(tmp_path: Path) -> None:
     """Through the FP16 engine and the runtime: the pipeline as users get it, and twice as fast here as FP32 torch."""
     captions = held_out_captions("plain", 50, seed=0) + held_out_captions("composed", 50, seed=0)
     prompts = ("a small red circle in the center", "a large blue square at the left")
-    options = BuildOptions(precisions=(Precision.FP16,), prompts=prompts, num_steps=STEPS)
+    options = BuildOptions(precisions=(Precision.FP16,), prompts=prompts, steps=(STEPS,))
     build(pipeline_folder(), tmp_path / "bundle", options)
     runtime = DenoiseRuntime.load(tmp_path / "bundle")
-    schedule = runtime.bundle.schedule("uniform:fp16")
+    schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
     pictures = [runtime.generate([caption], [seed], schedule)[0] for seed, caption in enumerate(captions)]
     accuracies = score(pictures, captions)
     print("read back of 100 unseen captions:", {name: f"{value:.0%}" for name, value in accuracies.items()})

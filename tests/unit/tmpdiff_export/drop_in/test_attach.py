@@ -70,7 +70,7 @@ def relative(got, expected):
 
 def call(pipe, runtime, noise, guidance_scale=None, output_type="latent", **more):
     """A plain call of the pipeline; returns latents, or pictures for output_type="np"."""
-    sampling, text = runtime.manifest.sampling, runtime.manifest.text
+    sampling, text = runtime.setting, runtime.manifest.text
     options = {
         "num_inference_steps": sampling.num_inference_steps,
         "height": sampling.height,
@@ -91,7 +91,7 @@ def by_hand(pipe, runtime, noise, start, stop, guided=True):
     Returns the denoiser's inputs and outputs of each step.
     """
     scheduler = pipe.scheduler
-    scheduler.set_timesteps(runtime.manifest.sampling.num_inference_steps)
+    scheduler.set_timesteps(runtime.setting.num_inference_steps)
     timesteps = scheduler.timesteps[start:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
@@ -137,7 +137,7 @@ def alternating(runtime):
 
 def test_uniform_schedule_gives_the_runtimes_latents_and_picture(pipe, runtime):
     noise = runtime.noise([3])
-    schedule = runtime.bundle.schedule("uniform:fp16")
+    schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
     expected = runtime.denoise(runtime.encode([PROMPT]), schedule, noise)
     assert attach(pipe, runtime, schedule="uniform:fp16") is pipe
     latents = call(pipe, runtime, noise)
@@ -151,7 +151,7 @@ def test_uniform_schedule_gives_the_runtimes_latents_and_picture(pipe, runtime):
 
 def test_calibrated_schedule_gives_the_runtimes_picture_on_every_call(pipe, runtime, demo_bundle):
     noise = runtime.noise([4])
-    schedule = runtime.bundle.schedule()
+    schedule = runtime.bundle.schedule(runtime.setting)
     expected = runtime.denoise(runtime.encode([PROMPT]), schedule, noise)
     attach(pipe, demo_bundle)
     first = call(pipe, runtime, noise)
@@ -270,8 +270,8 @@ def test_second_order_scheduler(pipe, demo_bundle, tmp_path):
 @pytest.mark.parametrize("factor", [0.5, 1.25])
 def test_wrong_number_of_steps_is_refused_even_where_timesteps_coincide(pipe, runtime, mixed, factor):
     attach(pipe, runtime, schedule=mixed)
-    steps = round(factor * runtime.manifest.sampling.num_inference_steps)
-    with pytest.raises(ScheduleError, match=f"num_inference_steps={runtime.manifest.sampling.num_inference_steps}"):
+    steps = round(factor * runtime.setting.num_inference_steps)
+    with pytest.raises(ScheduleError, match=f"num_inference_steps={runtime.setting.num_inference_steps}"):
         call(pipe, runtime, runtime.noise([0]), num_inference_steps=steps)
     assert pipe.transformer.last_run == []
 
@@ -299,7 +299,7 @@ def by_hand_inputs(runtime, size):
 
 def test_other_size_and_arguments_without_effect_are_refused(pipe, runtime, mixed):
     attach(pipe, runtime, schedule=mixed)
-    sampling = runtime.manifest.sampling
+    sampling = runtime.setting
     with pytest.raises(ValueError, match=f"height={sampling.height}, width={sampling.width}"):
         pipe(
             PROMPT,

@@ -23,6 +23,7 @@ from tmpdiff_export.drop_in.denoiser import BundleDenoiser
 from tmpdiff_export.drop_in.refusals import REFUSED_METHODS, AttachedError
 
 NUM_STEPS = 4
+ROUNDING = 1e-5  # relative, of latents
 SIDE = 64
 UNETS = ("sd", "sdxl")
 WITH_LORA = ("sd", "sdxl", "sd3", "flux")
@@ -78,6 +79,11 @@ def call(pipe: Any, name: str, **more: Any) -> torch.Tensor:
     return pipe("a red circle", **{key: value for key, value in options.items() if key in taken}).images
 
 
+def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Up to rounding: an export wrapper computes positions in float32."""
+    return float((got - expected).norm() / expected.norm()) < ROUNDING
+
+
 def refused(asked: str, component: str) -> Any:
     return pytest.raises(
         AttachedError, match=rf"{asked}.* own {component}, .*call tmpdiff_export\.detach\(pipe\) first$"
@@ -92,10 +98,10 @@ def test_an_attached_pipeline_draws_what_its_denoiser_draws(name: str) -> None:
     expected, config = call(pipe, name), dict(pipe.config)
     attached(pipe)
     assert isinstance(denoiser_of(pipe), BundleDenoiser)
-    assert torch.equal(call(pipe, name), expected)
+    assert same(call(pipe, name), expected)
     assert dict(pipe.config) == config
     pipe.enable_group_offload("cpu", offload_type="leaf_level")
-    assert torch.equal(call(pipe, name), expected)
+    assert same(call(pipe, name), expected)
 
 
 def test_dtype_and_device_are_moved_and_the_vae_keeps_its_options(name: str) -> None:
@@ -124,8 +130,8 @@ def test_dtype_and_device_are_moved_and_the_vae_keeps_its_options(name: str) -> 
 def test_what_happens_around_the_denoiser_works(name: str, more: dict[str, Any]) -> None:
     pipe = made(name)
     plain, expected = call(pipe, name), call(pipe, name, **more)
-    assert plain.shape != expected.shape or not torch.equal(plain, expected)
-    assert torch.equal(call(attached(pipe), name, **more), expected)
+    assert plain.shape != expected.shape or not same(plain, expected)
+    assert same(call(attached(pipe), name, **more), expected)
 
 
 def test_save_pretrained_writes_the_denoiser_that_was_replaced(name: str, tmp_path: Path) -> None:
@@ -138,7 +144,7 @@ def test_save_pretrained_writes_the_denoiser_that_was_replaced(name: str, tmp_pa
     again = type(pipe).from_pretrained(tmp_path / "pipeline", local_files_only=True)
     again.set_progress_bar_config(disable=True)
     assert type(denoiser_of(again)) is type(own)
-    assert torch.allclose(call(again, name), expected, rtol=1e-4, atol=1e-5)
+    assert same(call(again, name), expected)
     assert denoiser_of(pipe).state_dict().keys() == own.state_dict().keys()
 
 
@@ -156,7 +162,7 @@ def test_a_pipeline_made_from_an_attached_one_runs_the_engines(name: str, tmp_pa
         gc.collect()
         pipe.set_progress_bar_config(disable=True)
         drawn.append(call(pipe, name, **picture))
-    assert torch.equal(*drawn)
+    assert same(*drawn)
     denoiser = denoiser_of(pipe)
     assert 0 < len(denoiser.last_run) < denoiser.runtime.num_steps
     with pytest.raises(Exception, match=f"num_inference_steps={NUM_STEPS}"):
@@ -292,7 +298,7 @@ def test_a_denoiser_without_weights_is_attached() -> None:
     expected, runtime = call(pipe, "pixart"), EagerRuntime(made("pixart"), NUM_STEPS, SIDE, SIDE)
     pipe.transformer.to("meta")
     attach(pipe, runtime, schedule=runtime.schedule).to("cpu")
-    assert torch.equal(call(pipe, "pixart"), expected)
+    assert same(call(pipe, "pixart"), expected)
 
 
 def test_a_pipeline_is_offloaded_before_or_after_a_bundle_is_attached() -> None:
@@ -305,8 +311,8 @@ def test_a_pipeline_is_offloaded_before_or_after_a_bundle_is_attached() -> None:
         if not before:
             pipe.enable_model_cpu_offload(device="cpu")
         for _ in range(2):
-            assert torch.equal(call(pipe, "sd3"), expected)
-        assert torch.equal(call(detach(pipe), "sd3"), expected)
+            assert same(call(pipe, "sd3"), expected)
+        assert same(call(detach(pipe), "sd3"), expected)
 
 
 def test_torch_compile_around_either_denoiser_is_looked_through() -> None:
@@ -316,5 +322,5 @@ def test_torch_compile_around_either_denoiser_is_looked_through() -> None:
     pipe.transformer = torch.compile(own)
     attach(pipe, runtime, schedule=runtime.schedule)
     pipe.transformer = torch.compile(pipe.transformer)
-    assert torch.equal(call(pipe, "pixart"), expected)
+    assert same(call(pipe, "pixart"), expected)
     assert detach(pipe).transformer is own

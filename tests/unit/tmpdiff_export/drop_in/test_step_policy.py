@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 from helpers.planted import PlantedEvaluator, calibrate_loops
@@ -20,7 +22,15 @@ from engines.errors import ScheduleError
 from engines.schedule import Schedule
 from tmpdiff_export import cli
 from tmpdiff_export.commands import schedule as command
-from tmpdiff_export.drop_in.step_policy import StepPolicy, exact_policy, nearest_policy, read_policy, write_policy
+from tmpdiff_export.drop_in.step_policy import (
+    StepPolicy,
+    calls_of_steps,
+    exact_policy,
+    nearest_policy,
+    read_policy,
+    write_policy,
+)
+from tmpdiff_export.pipelines.scheduler_table import sampler_table
 
 # The form in which NVIDIA publishes Cosmos3 FP8 checkpoints (transformer/config.json).
 PUBLISHED = {
@@ -58,6 +68,11 @@ def config(tmp_path, **changes):
     return path
 
 
+def single(steps):
+    """A scheduler that calls the denoiser once a step."""
+    return (1,) * steps
+
+
 def strip(text):
     return tuple({"H": "fp16", "8": "fp8", "i": "int8", "4": "nvfp4"}[letter] for letter in text)
 
@@ -65,9 +80,77 @@ def strip(text):
 def test_the_published_form_is_read(tmp_path):
     policy, native = read_policy(config(tmp_path))
     assert (policy, native) == (StepPolicy(3, 2), "fp8")
-    assert policy.precisions(10, "fp16", "fp8") == strip("HHH88888HH")
-    assert policy.precisions(5, "fp16", "fp8") == (*policy.precisions(4, "fp16", "fp8"), "fp16") == strip("HHHHH")
-    assert policy.precisions(1, "fp16", "fp8") == strip("8")
+    assert policy.precisions(single(10), "fp16", "fp8") == strip("HHH88888HH")
+    assert policy.precisions(single(5), "fp16", "fp8") == strip("HHHHH")
+    assert policy.precisions(single(4), "fp16", "fp8") == strip("HHHH")
+    assert policy.precisions(single(1), "fp16", "fp8") == strip("8")
+
+
+def test_the_origin_says_what_a_single_step_runs_at():
+    policy = StepPolicy(3, 3)
+    assert policy.described(single(9), "fp16", "fp8") == "step policy: first 3 and last 3 at fp16"
+    assert policy.described(single(1), "fp16", "fp8") == (
+        "step policy: first 3 and last 3 at fp16; the only step is at fp8, as readers of policies have it"
+    )
+
+
+def table_of(name, steps, **config):
+    return sampler_table(getattr(diffusers, f"{name}Scheduler")(**config), steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "calls"),
+    [
+        ("HeunDiscrete", {}, (2, 2, 2, 2, 1)),
+        ("HeunDiscrete", {"prediction_type": "v_prediction"}, (2, 2, 2, 2, 1)),
+        ("KDPM2Discrete", {}, (2, 2, 2, 2, 1)),
+        ("FlowMatchHeunDiscrete", {}, (2, 2, 2, 2, 1)),
+        ("KDPM2Discrete", {"prediction_type": "v_prediction"}, (2, 2, 2, 2, 1)),
+        ("PNDM", {"skip_prk_steps": True}, (2, 1, 1, 1, 1)),
+        ("PNDM", {}, (4, 4, 4, 1, 1)),
+        ("UniPCMultistep", {}, (1, 1, 1, 1, 1)),
+        ("EulerDiscrete", {}, (1, 1, 1, 1, 1)),
+        ("DPMSolverSinglestep", {}, (1, 1, 1, 1, 1)),
+    ],
+)
+def test_calls_of_one_step_stay_together(name, config, calls):
+    table = table_of(name, 5, **config)
+    assert calls_of_steps(table) == calls
+    assert sum(calls) == table.num_steps
+    for policy in (StepPolicy(first, last) for first in range(5) for last in range(5 - first)):
+        schedule = policy.precisions(calls, "fp16", "fp8")
+        assert len(schedule) == table.num_steps
+        steps = [schedule[sum(calls[:k]) : sum(calls[: k + 1])] for k in range(5)]
+        assert [set(step) for step in steps] == [
+            {"fp16"} if k < policy.first_steps or k >= 5 - policy.last_steps else {"fp8"} for k in range(5)
+        ]
+        assert exact_policy(schedule, "fp16", calls) == (policy, "fp8")
+
+
+def test_a_schedule_that_splits_a_step_is_no_policy_and_none_is_offered_that_does():
+    calls = calls_of_steps(table_of("HeunDiscrete", 5))
+    assert exact_policy(strip("H88888888"), "fp16", calls) is None
+    assert exact_policy(strip("HH8888888"), "fp16", calls) == (StepPolicy(1, 0), "fp8")
+    assert StepPolicy(1, 1).described(calls, "fp16", "fp8").endswith("at fp16, in steps of up to 2 calls")
+    pairs = (2, 2, 1, 1)  # of six calls
+    nearest = nearest_policy(StoredPrediction(calibrated()), strip("H44H4H"), pairs)
+    every = {
+        StepPolicy(first, last).precisions(pairs, "fp16", nearest.native): (first, last)
+        for first, last in product(range(4), range(4))
+    }
+    found = nearest.policy.precisions(pairs, "fp16", nearest.native)
+    assert found in every
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert StoredPrediction(calibrated()).error(found) == nearest.predicted_error
+
+
+def test_calls_that_fall_into_no_steps_are_refused():
+    table = replace(table_of("HeunDiscrete", 5), num_inference_steps=4)
+    with pytest.raises(
+        ScheduleError, match="HeunDiscreteScheduler calls the denoiser 9 times for 4 steps, and which call"
+    ):
+        calls_of_steps(table)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +209,14 @@ def test_a_precision_no_reader_runs_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["HH888H", "888888", "H88888", "88888H", "HHHHH8", "8"])
 def test_a_schedule_of_that_form_is_one_policy_exactly(text):
-    policy, native = exact_policy(strip(text), "fp16")
+    policy, native = exact_policy(strip(text), "fp16", single(len(text)))
     assert native == "fp8"
-    assert policy.precisions(len(text), "fp16", native) == strip(text)
+    assert policy.precisions(single(len(text)), "fp16", native) == strip(text)
 
 
 @pytest.mark.parametrize("text", ["H8H8HH", "H88i8H", "HHHHHH", "H", "8i"])
 def test_other_schedules_are_none(text):
-    assert exact_policy(strip(text), "fp16") is None
+    assert exact_policy(strip(text), "fp16", single(len(text))) is None
 
 
 # with a calibration -----------------------------------------------------------------------------------------------
@@ -182,11 +265,11 @@ def test_a_stored_calibration_predicts_what_it_predicted(costs):
 def test_the_nearest_policy_is_the_best_of_all_that_are_no_slower():
     prediction = StoredPrediction(calibrated())
     schedule = strip("H44H4H")
-    nearest = nearest_policy(prediction, schedule)
+    nearest = nearest_policy(prediction, schedule, single(STEPS))
     assert nearest.predicted_latency <= prediction.latency(schedule)
     everything = []
     for first, last, native in product(range(STEPS), range(STEPS), ("fp8", "nvfp4")):
-        precisions = StepPolicy(first, last).precisions(STEPS, "fp16", native)
+        precisions = StepPolicy(first, last).precisions(single(STEPS), "fp16", native)
         if native in precisions and prediction.latency(precisions) <= prediction.latency(schedule) + 1e-9:
             everything.append(prediction.error(precisions))
     assert nearest.predicted_error == min(everything)
@@ -196,8 +279,8 @@ def test_the_nearest_policy_is_the_best_of_all_that_are_no_slower():
 def test_a_schedule_faster_than_any_policy_has_no_nearest():
     found = calibrated()
     without = found.model_copy(update={"scores": tuple(r for r in found.scores if r.precision == "int8")})
-    assert nearest_policy(StoredPrediction(without), strip("iiiiii")) is None
-    assert nearest_policy(StoredPrediction(found), strip("444444")) is not None
+    assert nearest_policy(StoredPrediction(without), strip("iiiiii"), single(STEPS)) is None
+    assert nearest_policy(StoredPrediction(found), strip("444444"), single(STEPS)) is not None
 
 
 # the command ------------------------------------------------------------------------------------------------------
@@ -237,13 +320,13 @@ def test_an_imported_policy_becomes_a_schedule_of_the_bundle(bundle, tmp_path, c
     out = tmp_path / "schedule.json"
     status, shown = run(capsys, bundle.folder, "--import-policy", config(tmp_path), "--out", out, "--json")
     assert status == 0
-    loaded = bundle.schedule(out)
+    loaded = bundle.schedule(bundle.setting(), out)
     assert loaded.precisions == strip("HHH8HH")
     assert "first 3 and last 2" in loaded.origin
     assert json.loads(shown.out)["schedule"]["predicted_error"] == loaded.predicted_error > 0
     status, _ = run(capsys, bundle.folder, "--import-policy", config(tmp_path), "--precision", "int8", "--out", out)
     assert status == 0
-    assert bundle.schedule(out).precisions == strip("HHHiHH")
+    assert bundle.schedule(bundle.setting(), out).precisions == strip("HHHiHH")
 
 
 def test_an_import_needs_a_precision_the_bundle_holds(bundle, tmp_path, capsys):
@@ -265,12 +348,12 @@ def test_an_exact_schedule_is_exported_and_comes_back(bundle, tmp_path, capsys):
     assert status == 0
     assert "exactly: first 2 and last 1 steps" in " ".join(shown.out.split())
     assert run(capsys, bundle.folder, "--import-policy", out, "--out", again)[0] == 0
-    assert bundle.schedule(again).precisions == schedule.precisions
+    assert bundle.schedule(bundle.setting(), again).precisions == schedule.precisions
 
 
 def test_another_schedule_is_refused_with_the_nearest_policy_and_its_error(bundle, tmp_path, capsys):
     out = tmp_path / "policy.json"
-    assert exact_policy(bundle.schedule().precisions, "fp16") is None
+    assert exact_policy(bundle.schedule(bundle.setting()).precisions, "fp16", single(STEPS)) is None
     status, shown = run(capsys, bundle.folder, "--export-policy", out)
     assert status == 1
     assert "is no step policy" in shown.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.whole_pipeline import whole_pipeline
+from helpers.runtime_command import rewrite_manifest
+from helpers.whole_pipeline import setting_of, whole_pipeline
 
 from engines import DenoiseRuntime
-from engines.bundle import MANIFEST_NAME
 from engines.errors import BuildError, BundleError, PromptError, SamplerError
-from engines.manifest import manifest_identity
 from engines.precision import Precision
 from tmpdiff_export import attach
 from tmpdiff_export.bundling.bundle import build
@@ -25,6 +23,7 @@ from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.pipelines.families.flux import pack, unpack
 from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
+from tmpdiff_export.pipelines.settings import SettingRequest, resolve
 from tools.acceptance.small_text import clip_tokenizer, t5_tokenizer
 
 PROMPTS = ("a red circle", "A small BLUE square!")
@@ -135,8 +134,7 @@ class Built:
 
     def source(self) -> SourcePipeline:
         """The pipeline, loaded anew."""
-        sampling = self.runtime.manifest.sampling
-        return whole_pipeline(self.folder, height=sampling.height, width=sampling.width)
+        return whole_pipeline(self.folder)
 
     def theirs(self, source: SourcePipeline, prompt: str, noise: np.ndarray, **more: Any) -> np.ndarray:
         """Final latents [1, C, h, w] of the diffusers pipeline."""
@@ -147,14 +145,16 @@ class Built:
                 num_inference_steps=NUM_STEPS,
                 latents=pack(latents) if self.packed else latents,
                 output_type="latent",
-                **{**source.call_options(), **more},
+                **{**source.call_options(setting_of(source, self.runtime.setting)), **more},
             ).images.float()
         rows, columns = (size // 2 for size in noise.shape[2:])
         return (unpack(found, rows, columns) if self.packed else found).numpy()
 
-    def ours(self, prompt: str, noise: np.ndarray, precision: str = "fp16", negative: str = "", **more: Any) -> Any:
+    def ours(
+        self, prompt: str, noise: np.ndarray, precision: str = "fp16", negative: str | None = None, **more: Any
+    ) -> Any:
         """Final latents [1, C, h, w] of the runtime."""
-        schedule = self.runtime.bundle.schedule(f"uniform:{precision}")
+        schedule = self.runtime.bundle.schedule(self.runtime.setting, f"uniform:{precision}")
         return self.runtime.denoise(self.runtime.encode([prompt], negative), schedule, noise, **more)
 
 
@@ -163,8 +163,8 @@ def built(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Pa
     def make(folder: Path) -> None:
         MAKERS[request.param]().save_pretrained(folder / "pipeline")
         options = BuildOptions(
-            precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime",
-            height=64, width=96,
+            precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, steps=(NUM_STEPS,), backend="onnxruntime",
+            sizes=((64, 96),),
         )  # fmt: skip
         build(folder / "pipeline", folder / "bundle", options)
 
@@ -190,11 +190,11 @@ def test_the_runtime_loop_equals_the_diffusers_pipeline(built: Built) -> None:
 def test_guidance_is_the_pipelines(built: Built) -> None:
     runtime, source, noise = built.runtime, built.source(), built.runtime.noise([5])
     defaults = {"sd3": 7.0, "sd3-t5": 7.0, "flux": 3.5, "flux-schnell": 1.0}
-    assert runtime.manifest.sampling.guidance_scale == defaults[built.name]
+    assert runtime.setting.guidance_scale == defaults[built.name]
     more: dict[str, Any] = {"negative_prompt": "a square"} if built.name in GUIDED else {}
     if built.name == "flux-schnell":  # guided by a second prompt nevertheless, as the pipeline can be
         more = {"negative_prompt": "a square", "true_cfg_scale": 2.5}
-    negative = more.get("negative_prompt", "")
+    negative = more.get("negative_prompt")
     expected = built.theirs(source, PROMPTS[0], noise, guidance_scale=2.5, **more)
     measured = built.ours(PROMPTS[0], noise, negative=negative, guidance_scale=2.5)
     assert relative(measured, expected) < 5e-3
@@ -207,7 +207,7 @@ def test_guidance_is_the_pipelines(built: Built) -> None:
 
 def test_pictures_are_those_of_the_pipelines_decoder(built: Built) -> None:
     runtime, pipe = built.runtime, built.source().pipe
-    pictures = runtime.generate(list(PROMPTS), [1, 2], runtime.bundle.schedule("uniform:int8"))
+    pictures = runtime.generate(list(PROMPTS), [1, 2], runtime.bundle.schedule(runtime.setting, "uniform:int8"))
     assert pictures.shape == (2, 64, 96, 3)
     latents = runtime.noise([1, 2])
     with torch.inference_mode():
@@ -221,7 +221,7 @@ def test_pictures_are_those_of_the_pipelines_decoder(built: Built) -> None:
 def test_a_bundle_takes_the_transformers_place(built: Built, dtype: torch.dtype) -> None:
     runtime, source, noise = built.runtime, built.source(), built.runtime.noise([4])
     expected = built.theirs(source, PROMPTS[0], noise)
-    schedule = runtime.bundle.schedule("uniform:fp16")
+    schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
     attach(source.pipe.to(dtype), runtime, schedule=schedule)
     measured = built.theirs(source, PROMPTS[0], noise)
     assert relative(measured, expected) < (5e-3 if dtype == torch.float32 else 5e-2)
@@ -255,12 +255,16 @@ def test_a_picture_to_edit_is_refused(built: Built) -> None:
         )
 
 
-def test_prompts_that_are_too_long_for_any_text_encoder_are_refused(built: Built) -> None:
+def test_of_prompts_that_are_too_long_for_every_text_encoder_it_is_said_what_is_cut(built: Built) -> None:
     lengths = {"sd3": [77, 77], "sd3-t5": [77, 77, 256]}.get(built.name, [77, 512])
     assert [text.max_tokens for text in built.runtime.manifest.texts] == lengths
-    with pytest.raises(PromptError, match="has 82 tokens, this bundle takes at most 77"):
-        built.runtime.encode(["x " * 80])
-    assert built.runtime.encode(["red " * 30]).size == 1  # more than T5's tokenizer says, which no pipeline asks
+    prompts = ["x " * 75 + "y z", "red " * 30, "blue " * 600]
+    cut = dict(built.runtime.encode(prompts).cut)
+    if built.name == "sd3":
+        assert cut == {prompts[0]: "y z", prompts[2]: ("blue " * 525).strip()}
+    else:  # T5 reads more
+        assert list(cut) == prompts[2:]
+        assert set(cut[prompts[2]].split()) == {"blue"}
 
 
 def test_every_tokenizer_is_vouched_for(built: Built, tmp_path: Path) -> None:
@@ -281,11 +285,7 @@ def test_every_tokenizer_is_vouched_for(built: Built, tmp_path: Path) -> None:
 
 def test_a_manifest_that_lacks_a_tokenizer_is_refused_in_words(built: Built, tmp_path: Path) -> None:
     shutil.copytree(built.runtime.bundle.folder, tmp_path / "bundle")
-    path = tmp_path / "bundle" / MANIFEST_NAME
-    data = json.loads(path.read_text())
-    del data["further_texts"]  # as bundles of earlier releases, which knew one tokenizer
-    data["bundle_id"] = manifest_identity(data)
-    path.write_text(json.dumps(data))
+    rewrite_manifest(tmp_path / "bundle", lambda data: data["texts"].__delitem__(slice(1, None)))
     with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:
         assert len(runtime.manifest.texts) == 1
         with pytest.raises(BundleError, match=r"the text encoder takes input_ids_2.*; the manifest has 1 tokenizers"):
@@ -310,10 +310,11 @@ def test_pipelines_without_a_text_encoder_are_refused(make: Callable[[], Any], c
 
 def test_a_guidance_scale_without_effect_is_refused(tmp_path: Path) -> None:
     make_flux_pipeline(guidance_embeds=False).save_pretrained(tmp_path / "pipeline")
+    facts = open_pipeline(tmp_path / "pipeline").facts
     with pytest.raises(BuildError, match=r"guidance scale 3\.5 would have no effect: .* has no guidance embedding"):
-        open_pipeline(tmp_path / "pipeline", height=64, width=96, guidance_scale=3.5)
+        resolve(facts, SettingRequest(size=(64, 96), guidance_scale=3.5))
     with pytest.raises(BuildError, match="height 68 does not fit this pipeline; give a positive multiple of 8"):
-        open_pipeline(tmp_path / "pipeline", height=68, width=96)
+        resolve(facts, SettingRequest(size=(68, 96)))
 
 
 def test_a_scheduler_without_a_shift_is_refused(tmp_path: Path) -> None:
@@ -322,6 +323,6 @@ def test_a_scheduler_without_a_shift_is_refused(tmp_path: Path) -> None:
     pipe = make_flux_pipeline()
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     pipe.save_pretrained(tmp_path / "pipeline")
-    options = BuildOptions(precisions=(Precision.FP16,), prompts=PROMPTS, num_steps=2, height=64, width=96)
+    options = BuildOptions(precisions=(Precision.FP16,), prompts=PROMPTS, steps=(2,), sizes=((64, 96),))
     with pytest.raises(SamplerError, match="FlowMatchHeunDiscreteScheduler takes no mu and no sigmas, which FLUX"):
         build(tmp_path / "pipeline", tmp_path / "bundle", options)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.whole_pipeline import whole_pipeline
+from helpers.whole_pipeline import setting_of, whole_pipeline
 
 from engines import DenoiseRuntime
 from engines.documents import FileEntry
@@ -83,7 +83,7 @@ def make_sdxl_pipeline():
         text_encoder=base.text_encoder,
         text_encoder_2=CLIPTextModelWithProjection(config),
         tokenizer=base.tokenizer,
-        tokenizer_2=clip_tokenizer("!</w>"),
+        tokenizer_2=clip_tokenizer("!"),
         unet=unet,
         scheduler=EulerDiscreteScheduler(
             beta_schedule="scaled_linear",
@@ -104,8 +104,7 @@ class Built:
 
     def source(self) -> SourcePipeline:
         """The pipeline, loaded anew."""
-        sampling = self.runtime.manifest.sampling
-        return whole_pipeline(self.folder, height=sampling.height, width=sampling.width)
+        return whole_pipeline(self.folder)
 
 
 MAKERS = {"sd": make_pipeline, "sdxl": make_sdxl_pipeline}
@@ -116,8 +115,8 @@ def built(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Pa
     def make(folder: Path) -> None:
         MAKERS[request.param]().save_pretrained(folder / "pipeline")
         options = BuildOptions(
-            precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, num_steps=NUM_STEPS, backend="onnxruntime",
-            height=64, width=96,
+            precisions=(Precision.FP16, Precision.INT8), prompts=PROMPTS, steps=(NUM_STEPS,), backend="onnxruntime",
+            sizes=((64, 96),),
         )  # fmt: skip
         build(folder / "pipeline", folder / "bundle", options)
 
@@ -125,14 +124,14 @@ def built(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Pa
     return Built(folder / "pipeline", DenoiseRuntime.load(folder / "bundle", threads=1))
 
 
-def theirs(source: SourcePipeline, prompt: str, noise: np.ndarray, **more) -> np.ndarray:
+def theirs(built: Built, source: SourcePipeline, prompt: str, noise: np.ndarray, **more) -> np.ndarray:
     with torch.inference_mode():
         return source.pipe(
             prompt,
             num_inference_steps=NUM_STEPS,
             latents=torch.from_numpy(noise),
             output_type="latent",
-            **source.call_options(),
+            **source.call_options(setting_of(source, built.runtime.setting)),
             **more,
         ).images.numpy()
 
@@ -145,15 +144,31 @@ def test_the_runtime_loop_equals_the_diffusers_pipeline(built: Built) -> None:
     runtime, source = built.runtime, built.source()
     noise = runtime.noise([3])
     for prompt in ("a red circle", "  The RED  ring's\tleft, 3 \u00fcber "):
-        expected = theirs(source, prompt, noise)
+        expected = theirs(built, source, prompt, noise)
         for precision, low, high in (("fp16", 0.0, 5e-3), ("int8", 1e-4, 0.2)):
-            schedule = runtime.bundle.schedule(f"uniform:{precision}")
+            schedule = runtime.bundle.schedule(runtime.setting, f"uniform:{precision}")
             ours = runtime.denoise(runtime.encode([prompt]), schedule, noise)
             assert low < relative(ours, expected) < high
 
 
+@pytest.mark.parametrize("negative", [None, "", "a square!"])
+def test_exclamation_marks_and_negative_prompts_are_read_as_by_the_pipeline(built: Built, negative: str | None) -> None:
+    runtime, source = built.runtime, built.source()
+    noise = runtime.noise([5])
+    expected = theirs(source, "a red! ring !", noise, negative_prompt=negative)
+    conditioning = runtime.encode(["a red! ring !"], negative)
+    ours = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
+    assert relative(ours, expected) < 1e-3
+    absent = runtime.encode(["a red! ring !"])
+    other = runtime.denoise(absent, runtime.bundle.schedule("uniform:fp16"), noise)
+    same = negative is None or (negative == "" and not runtime.manifest.zero_absent_negative)
+    assert (relative(other, expected) < 1e-3) is same
+
+
 def test_pictures_come_out(built: Built) -> None:
-    pictures = built.runtime.generate(list(PROMPTS), [1, 2], built.runtime.bundle.schedule("uniform:int8"))
+    pictures = built.runtime.generate(
+        list(PROMPTS), [1, 2], built.runtime.bundle.schedule(built.runtime.setting, "uniform:int8")
+    )
     assert pictures.shape == (2, 64, 96, 3)
     assert pictures.std() > 0
 
@@ -165,11 +180,11 @@ def test_a_bundle_takes_the_unets_place(built: Built) -> None:
     cropped = (
         {"original_size": (512, 700), "crops_coords_top_left": (10, 20)} if hasattr(source.pipe, "tokenizer_2") else {}
     )
-    expected = theirs(source, PROMPTS[0], noise, **cropped)
+    expected = theirs(built, source, PROMPTS[0], noise, **cropped)
     if cropped:
-        assert relative(theirs(source, PROMPTS[0], noise), expected) > 1e-2
+        assert relative(theirs(built, source, PROMPTS[0], noise), expected) > 1e-2
     attach(source.pipe, runtime, schedule="uniform:fp16")
-    assert relative(theirs(source, PROMPTS[0], noise, **cropped), expected) < 5e-3
+    assert relative(theirs(built, source, PROMPTS[0], noise, **cropped), expected) < 5e-3
     assert len(source.pipe.unet.last_run) == runtime.num_steps
     with pytest.raises(ValueError, match="called with image_embeds, which the bundle's engines do not take"):
         source.pipe.unet(torch.from_numpy(noise), 1, added_cond_kwargs={"image_embeds": torch.zeros(1)})

@@ -35,7 +35,7 @@ def text(manifest: Manifest, found: Sensitivity) -> str:
     """Its page, with pictures of a hostile prompt."""
     drawn = np.random.default_rng(0).integers(256, size=(4, 16, 16, 3)).astype(np.uint8)
     drawings = [compare(name, picture, drawn[0]) for name, picture in zip(found.precisions, drawn, strict=True)]
-    return page(manifest, found, [Row(HOSTILE, 0, tuple(drawings))])
+    return page(manifest, manifest.settings[0], found, [Row(HOSTILE, 0, tuple(drawings))])
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from helpers import made_up
 from helpers.chromium import CHROMIUM, Browser
-from helpers.report_page import HOSTILE
+from helpers.report_page import HOSTILE, page_of
 from PIL import Image
 
-from tmpdiff_export.report.page import page
 from tmpdiff_export.report.pictures import Row, compare
 
 PRECISIONS = {2: ("fp16", "int8"), 5: ("fp16", "fp8", "int8", "int4", "nvfp4")}
@@ -39,7 +38,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Pat
         drawn = np.random.default_rng(0).integers(256, size=(count, 64, 64, 3)).astype(np.uint8)
         drawings = tuple(compare(name, one, drawn[0]) for name, one in zip(found.precisions, drawn, strict=True))
         path = folder / f"{num_steps}-{count}.html"
-        path.write_text(page(made_up.manifest(found), found, [Row(HOSTILE, 0, drawings)]))
+        path.write_text(page_of(found, [Row(HOSTILE, 0, drawings)]))
         return path
 
     return write

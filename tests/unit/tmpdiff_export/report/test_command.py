@@ -15,9 +15,10 @@ from helpers.commands import EXPORT, called, error_lines, started
 from helpers.demo_build import linked_copy
 from helpers.made_up import calibration
 from helpers.report_page import HOSTILE, Parsed
+from helpers.stored import schedule_path, sensitivity_path
 from PIL import Image
 
-from engines.bundle import SCHEDULE_NAME, SENSITIVITY_NAME, Bundle
+from engines.bundle import Bundle
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 
@@ -33,7 +34,8 @@ def test_pictures_are_the_runtimes(bundle: Bundle, written: tuple[Path, dict[str
     assert len(images) == 2 * len(names) == 2 * written[1]["pictures"]
     drawn = dict(zip(names, images[::2], strict=True))
     heat = dict(zip(names, images[1::2], strict=True))
-    for name, schedule in (("fp16", bundle.schedule("uniform:fp16")), ("schedule", bundle.schedule())):
+    setting = bundle.setting()
+    for name, schedule in (("fp16", bundle.schedule(setting, "uniform:fp16")), ("schedule", bundle.schedule(setting))):
         expected = runtime.generate([HOSTILE], [0], schedule)[0]
         assert np.abs(drawn[name].astype(int) - expected).max() <= 1  # another number of threads may round otherwise
     assert len(np.unique(heat["fp16"].reshape(-1, 3), axis=0)) == 1
@@ -53,21 +55,21 @@ def test_same_documents_give_same_bytes(demo_bundle: Path, tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def without(name: str) -> Callable[[Path], None]:
-    return lambda bundle: (bundle / name).unlink()
+def without(path_of: Callable[[Path], Path]) -> Callable[[Path], None]:
+    return lambda bundle: path_of(bundle).unlink()
 
 
 def other_schedule(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    Schedule.uniform(opened.manifest.bundle_id, "fp16", opened.manifest.sampling.num_steps).save(opened.schedule_path)
+    Schedule.uniform(opened.manifest.bundle_id, opened.setting(), "fp16").save(schedule_path(bundle))
 
 
 def other_calibration(bundle: Path) -> None:
-    calibration(5, ("fp16", "fp8", "int8", "int4")).save(bundle / SENSITIVITY_NAME)
+    calibration(5, ("fp16", "fp8", "int8", "int4")).save(sensitivity_path(bundle))
 
 
 def old_calibration(bundle: Path) -> None:
-    path = bundle / SENSITIVITY_NAME
+    path = sensitivity_path(bundle)
     data = json.loads(path.read_text())
     path.unlink()
     path.write_text(json.dumps(data | {"version": 2}))
@@ -76,9 +78,9 @@ def old_calibration(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "arguments", "words"),
     [
-        (without(SENSITIVITY_NAME), (), "not calibrated: it holds no sensitivity.json; run `tmpdiff-export calibrate"),
-        (without(SCHEDULE_NAME), (), "not calibrated: it holds no schedule.json; run `tmpdiff-export calibrate"),
-        (other_schedule, (), "is not the schedule that sensitivity.json describes"),
+        (without(sensitivity_path), (), "not calibrated: there is no sensitivity.json; run `tmpdiff-export calibrate"),
+        (without(schedule_path), (), "not calibrated: there is no schedule.json; run `tmpdiff-export calibrate"),
+        (other_schedule, (), "is not the schedule that sensitivity.json beside it describes"),
         (other_calibration, (), "has 5 steps"),
         (
             old_calibration,
@@ -87,7 +89,7 @@ def old_calibration(bundle: Path) -> None:
         ),
         (None, ("--pictures", "2"), "add --prompt TEXT"),
         (None, ("--pictures", "-1", "--prompt", "a"), "--pictures is -1"),
-        (None, ("--prompt", "word " * 500), "token"),
+        (None, ("--steps", "5"), "the bundle has no setting for --steps 5; it has "),
     ],
     ids=[
         "no sensitivity",
@@ -97,7 +99,7 @@ def old_calibration(bundle: Path) -> None:
         "version 2",
         "no prompt",
         "negative",
-        "long prompt",
+        "no setting",
     ],
 )
 def test_refusals(

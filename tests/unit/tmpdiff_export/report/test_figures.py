@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 from helpers import made_up
-from helpers.report_page import Parsed, figures, marks
+from helpers.report_page import Parsed, figures, marks, page_of
 from PIL import Image
 
 from calibration.choose.stored_prediction import StoredPrediction, stored_gram
@@ -18,7 +18,6 @@ from calibration.records import CandidateRecord
 from tmpdiff_export.report.gram import ALIKE, OPPOSED, colours, correlations
 from tmpdiff_export.report.latency import rule_points, ruled_precision
 from tmpdiff_export.report.marks import shortened
-from tmpdiff_export.report.page import page
 from tmpdiff_export.report.svg import spread
 
 
@@ -41,7 +40,7 @@ def test_scores_of_zero_lie_on_the_lower_edge() -> None:
     found = made_up.calibration(8)
     (record,) = found.scores
     none = record.model_copy(update={"scores": (0.0, -1e-9, *record.scores[2:])})
-    text = page(made_up.manifest(found), found.model_copy(update={"scores": (none,)}))
+    text = page_of(found.model_copy(update={"scores": (none,)}))
     drawn = sorted(marks(figures(text)["scores"], "scores"))
     assert drawn[0][1] == drawn[1][1] == max(y for _, y, _ in drawn)
 
@@ -84,7 +83,7 @@ def test_a_step_without_an_error_has_no_correlation() -> None:
     values = correlations(whole, "int8")
     assert np.isnan(values[0]).all()
     assert np.isfinite(values[1:, 1:]).all()
-    text = Parsed(page(made_up.manifest(without), without)).text["gram"]
+    text = Parsed(page_of(without)).text["gram"]
     assert "nan" not in text
 
 
@@ -136,7 +135,7 @@ def test_rank_deviation_of_a_swept_calibration(text: str) -> None:
     rough = tuple(np.random.default_rng(0).lognormal(0.0, 2.0, 16).tolist())
     records = tuple(record.model_copy(update={"scores": rough}) for record in swept.scores)
     swept = swept.model_copy(update={"scores": records})
-    drawn = sorted(marks(figures(page(made_up.manifest(swept), swept))["ranks"], "ranks"))
+    drawn = sorted(marks(figures(page_of(swept))["ranks"], "ranks"))
     bottom = max(y for _, y, _ in drawn)
     assert drawn[-1][1] == pytest.approx(bottom)  # all steps measured: no deviation
     assert min(y for x, y, _ in drawn if x == drawn[0][0]) < bottom - 20  # three steps: a visible one
@@ -159,11 +158,11 @@ def test_rules_are_drawn_at_every_count() -> None:
         assert len(line) == found.num_steps + 1
         assert line[0] == pytest.approx(points["first K"][0])
         assert line[-1] == pytest.approx((1.0, 0.0))
-    drawn = marks(figures(page(made_up.manifest(found), found))["rules"], "rules")
+    drawn = marks(figures(page_of(found))["rules"], "rules")
     assert len(drawn) == len(points) * found.num_steps + 1  # without E = 0, and with the schedule
     dropped = made_up.calibration(10, ("fp16",))
     assert ruled_precision(dropped) is None
-    assert "rules" not in figures(page(made_up.manifest(dropped), dropped))
+    assert "rules" not in figures(page_of(dropped))
 
 
 def test_labels_keep_their_distance_and_their_order() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import made_up
-from helpers.report_page import HOSTILE, SECTIONS, Parsed
+from helpers.report_page import HOSTILE, SECTIONS, Parsed, page_of
 
 from calibration.document import Sensitivity
 from calibration.records import CheckRecord, IntervalRecord, TransferRecord, ValidationRow
@@ -48,7 +48,7 @@ def test_tables_hold_the_documents_figures(parsed: Parsed, manifest: Manifest, f
         assert float(cells[6]) == pytest.approx(row.ssim, abs=1e-4)
         assert cells[7] == ("-" if row.psnr_db is None else f"{row.psnr_db:.1f}")
     for cells, name in zip(parsed.tables["precisions"][1:], found.precisions, strict=True):
-        entry = manifest.denoisers[name]
+        entry = manifest.denoisers[name][0]
         assert cells[0] == name + ("simulated" if name == "fp8" else "")
         assert float(cells[1]) == pytest.approx(found.latencies_ms[name], abs=6e-3)
         assert float(cells[3].partition("[")[0]) == pytest.approx(found.uniform[name].value, rel=6e-3)
@@ -104,9 +104,9 @@ def test_hostile_documents_are_text(manifest: Manifest, found: Sensitivity) -> N
             "calls": {HOSTILE: {"fp16": 1}},
         }
     )
-    sampling = manifest.sampling.model_copy(update={"scheduler": HOSTILE})
+    setting = manifest.settings[0].model_copy(update={"scheduler": HOSTILE})
     model = manifest.model.model_copy(update={"pipeline_class": HOSTILE})
-    result = Parsed(page(manifest.model_copy(update={"sampling": sampling, "model": model}), hostile))
+    result = Parsed(page(manifest.model_copy(update={"model": model}), setting, hostile))
     assert not result.named("script")
     assert not result.named("img")
     for section in ("", "what", "validation", "cost", "guard"):
@@ -126,13 +126,13 @@ def last_rule(found: Sensitivity) -> ValidationRow:
 def test_a_loss_beyond_the_interval_is_shown_first(manifest: Manifest, found: Sensitivity) -> None:
     clean = made_up.calibration(20)
     assert not clean.losses
-    parsed = Parsed(page(made_up.manifest(clean), clean))
+    parsed = Parsed(page_of(clean))
     assert "loses to" not in parsed.text[""]
     assert "No row that is as fast or faster has less typical error" in parsed.text["validation"]
     rule = last_rule(clean).name
     for low, lost in ((1.01, True), (0.99, False)):
         loser = with_row(clean, rule, against=IntervalRecord(value=1.2, low=low, high=1.5))
-        parsed = Parsed(page(made_up.manifest(loser), loser))
+        parsed = Parsed(page_of(loser))
         assert (f"loses to: {rule}" in parsed.text[""]) == lost
         assert (f"loses to: {rule}" in parsed.text["validation"]) == lost
         marked = [cells[0] for cells in parsed.tables["validation"] if "beats the schedule" in cells[0]]
@@ -144,7 +144,7 @@ def test_a_loss_beyond_the_interval_is_shown_first(manifest: Manifest, found: Se
 def test_predictions_at_the_wrong_level_are_marked(manifest: Manifest, found: Sensitivity) -> None:
     for ratio, marked in ((1.1, False), (0.1, True), (3.0, True)):
         fits = tuple(fit.model_copy(update={"ratio": ratio}) for fit in found.fit)
-        text = Parsed(page(manifest, found.model_copy(update={"fit": fits}))).text["fit"]
+        text = Parsed(page(manifest, manifest.settings[0], found.model_copy(update={"fit": fits}))).text["fit"]
         assert ("not as a level" in text) == marked
 
 
@@ -171,7 +171,7 @@ def test_every_candidate_of_the_guard_is_shown(parsed: Parsed, manifest: Manifes
     assert drawn == [name for trial in record.candidates for name in trial.precisions]
     assert f"{sum(record.calls.values()):,} denoiser calls" in parsed.text["guard"]
     assert f"the winner is {record.candidates[0].names[0]}" in parsed.text["guard"]
-    none = Parsed(page(manifest, found.model_copy(update={"guard": None})))
+    none = Parsed(page(manifest, manifest.settings[0], found.model_copy(update={"guard": None})))
     assert "No guard was held" in none.text["guard"]
 
 
@@ -234,7 +234,9 @@ def test_the_gram_matrix_is_described_for_those_who_do_not_see_it(parsed: Parsed
 
 
 def test_a_calibration_by_the_downcast_sum_says_so(manifest: Manifest, found: Sensitivity) -> None:
-    text = Parsed(page(manifest, found.model_copy(update={"predictor": "downcast sum"}))).text["gram"]
+    text = Parsed(page(manifest, manifest.settings[0], found.model_copy(update={"predictor": "downcast sum"}))).text[
+        "gram"
+    ]
     assert "by the diagonal alone, the downcast sum" in text
 
 
@@ -246,7 +248,7 @@ def test_carried_scores_say_where_they_come_from(parsed: Parsed, manifest: Manif
     )  # fmt: skip
     record = TransferRecord(bundle_id="c" * 64, num_steps=30, guidance_scale=2.5, checks=(check,))
     carried = found.model_copy(update={"transfer": record, "method": "transfer"})
-    parsed = Parsed(page(manifest, carried))
+    parsed = Parsed(page(manifest, manifest.settings[0], carried))
     assert parsed.tables["carried scores"][1:] == [["int4", "0, 5, 9", "2.10", f"\u00d7 {np.exp(0.3):.2f}", "-"]]
     assert f"bundle {'c' * 12} with T = 30 and guidance scale 2.5" in parsed.text["scores"]
 
@@ -267,7 +269,7 @@ def test_carried_scores_say_where_they_come_from(parsed: Parsed, manifest: Manif
 )
 def test_unusual_calibrations_have_every_section(options: dict[str, Any]) -> None:
     found = made_up.calibration(**options)
-    text = page(made_up.manifest(found), found)
+    text = page_of(found)
     assert tuple(Parsed(text).text)[1:] == SECTIONS
     assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<[^>]*>", "", text[text.index("<body>") :]))
     if not found.validation:

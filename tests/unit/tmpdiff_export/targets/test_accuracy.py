@@ -17,7 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from helpers.tiny_pipeline import PROMPTS, tiny_options
-from helpers.whole_pipeline import whole_pipeline
+from helpers.whole_pipeline import setting_of, whole_pipeline
 
 from engines.engine import Engine
 from engines.manifest import MODEL_OUTPUT
@@ -125,10 +125,9 @@ def test_a_build_weighs_its_check_by_the_bundle_s_own_sampler(built, tiny_pipeli
     """The manifest's SQNR, made again from the pipeline: the last prompt's run, some of its calls, all row by row."""
     runtime = DenoiseRuntime.load(built(tiny_options(num_steps=8)))
     manifest = runtime.bundle.manifest
-    sampling, ranges = manifest.sampling, manifest.range_calibration
-    source = whole_pipeline(tiny_pipeline, guidance_scale=sampling.guidance_scale)
+    ranges, source = manifest.range_calibration, whole_pipeline(tiny_pipeline)
     seed = ranges.seed + ranges.num_prompts
-    calls = gather_batches(source, PROMPTS[-1:], sampling.num_inference_steps, seed, lambda: None)
+    calls = gather_batches(source, setting_of(source, runtime.setting), PROMPTS[-1:], seed, lambda: None)
     checked = spread(range(len(calls)), CHECK_BATCHES)
     module = source.family.wrap(source.pipe).eval()
     batches = with_larger_batch([calls[index] for index in checked])
@@ -136,7 +135,7 @@ def test_a_build_weighs_its_check_by_the_bundle_s_own_sampler(built, tiny_pipeli
     weights = [np.full(len(calls[index][0]), sizes[index]) for index in checked]
     weights.append(np.concatenate([weights[0], weights[-1]]))  # the batch of twice the size
     alike = check_of(module, list(source.family.inputs), MODEL_OUTPUT, batches)
-    for name, entry in manifest.denoisers.items():
+    for name, (entry,) in manifest.denoisers.items():
         engine = runtime.denoiser(name)
         measured = replace(alike, weights=tuple(weights)).sqnr_db(engine)
         assert measured == pytest.approx(entry.sqnr_db, abs=0.02)

@@ -36,7 +36,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Pat
 
     folder = tmp_path_factory.mktemp("cuda")
     options = BuildOptions(
-        DEFAULT_PRECISIONS, PROMPTS, num_steps=4, backend="onnxruntime", device="cuda", onnx_dir=folder / "onnx"
+        DEFAULT_PRECISIONS, PROMPTS, steps=(4,), backend="onnxruntime", device="cuda", onnx_dir=folder / "onnx"
     )
     with pytest.MonkeyPatch.context() as patch:
         cuda = install(patch).cuda
@@ -55,7 +55,7 @@ def test_a_bundle_holds_the_exported_graphs_as_they_are(bundle: Path) -> None:
         assert (entry.backend, entry.device) == ("onnxruntime", DEVICE), name
         assert entry.file.sha256 == entry.onnx_sha256
         assert entry.sqnr_db > entry.sqnr_floor_db
-    for name, entry in manifest.denoisers.items():
+    for name, (entry,) in manifest.denoisers.items():
         assert sha256_file(bundle.parent / "onnx" / f"{name}.onnx") == entry.file.sha256
     listed = {file.path for entry in manifest.engines().values() for file in entry.files()}
     assert {path.relative_to(bundle).as_posix() for path in (bundle / "engines").iterdir()} == listed
@@ -64,23 +64,23 @@ def test_a_bundle_holds_the_exported_graphs_as_they_are(bundle: Path) -> None:
 
 def test_the_manifest_counts_what_was_fused_and_what_was_not(bundle: Path) -> None:
     denoisers = Bundle.open(bundle).manifest.denoisers
-    assert denoisers["int4"].lowering["MatMulNBits"] == 25
-    assert "DequantizeLinear" not in denoisers["int4"].lowering
+    assert denoisers["int4"][0].lowering["MatMulNBits"] == 25
+    assert "DequantizeLinear" not in denoisers["int4"][0].lowering
     for name in ("fp8", "int8"):
-        assert denoisers[name].lowering["DequantizeLinear"] >= 33, name
-        assert denoisers[name].lowering["QuantizeLinear"] == 13, name
-    assert "QuantizeLinear" not in denoisers["fp16"].lowering
+        assert denoisers[name][0].lowering["DequantizeLinear"] >= 33, name
+        assert denoisers[name][0].lowering["QuantizeLinear"] == 13, name
+    assert "QuantizeLinear" not in denoisers["fp16"][0].lowering
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2])
 def test_a_bundle_runs_in_the_device_loop(bundle: Path, limit: int | None, fakes: Fakes, ort: FakeOrtCuda) -> None:
     with DenoiseRuntime.load(bundle, resident_engines=limit) as runtime:
         conditioning, noise = runtime.encode(PROMPTS[:2]), runtime.noise([3, 4])
-        plan = runtime.bundle.schedule("uniform:fp16").model_copy(
+        plan = runtime.bundle.schedule(runtime.setting, "uniform:fp16").model_copy(
             update={"precisions": ("fp16", "int4", "int8", "fp8")}
         )
         found = runtime.denoise(conditioning, plan, noise)
-        scale = runtime.manifest.sampling.guidance_scale
+        scale = runtime.setting.guidance_scale
         loop = Loop(runtime.table, plan.precisions, conditioning.batch(scale), noise, scale)
         assert np.isfinite(found).all()
         assert same_bits(found, host_loop(loop, runtime.denoiser))
@@ -93,11 +93,11 @@ def test_engines_agree_with_the_bundle_for_the_cpu(
     bundle: Path, small_bundle: Path, fakes: Fakes, ort: FakeOrtCuda
 ) -> None:
     with DenoiseRuntime.load(small_bundle) as cpu, DenoiseRuntime.load(bundle) as gpu:
-        assert cpu.manifest.denoisers["fp16"].device == "cpu"
+        assert cpu.manifest.denoisers["fp16"][0].device == "cpu"
         conditioning, noise = cpu.encode(PROMPTS[:1]), cpu.noise([1])
-        plan = cpu.bundle.schedule("uniform:fp16")
+        plan = cpu.bundle.schedule(cpu.setting, "uniform:fp16")
         expected = cpu.denoise(conditioning, plan, noise)
-        found = gpu.denoise(conditioning, gpu.bundle.schedule("uniform:fp16"), noise)
+        found = gpu.denoise(conditioning, gpu.bundle.schedule(gpu.setting, "uniform:fp16"), noise)
     assert -10 * np.log10(np.square(found - expected).sum() / np.square(expected).sum()) > 40
 
 
@@ -170,7 +170,7 @@ def test_a_miscomputed_engine_fails_the_build(
             self.real.bind_input(name, "cpu", 0, *rest[2:], self.spans["latents"][0])
 
     monkeypatch.setattr(fake_ort_cuda.Binding, "bind_input", swapped)
-    options = BuildOptions((Precision.FP16,), PROMPTS, num_steps=4, backend="onnxruntime", device="cuda")
+    options = BuildOptions((Precision.FP16,), PROMPTS, steps=(4,), backend="onnxruntime", device="cuda")
     with pytest.raises(BuildError, match="fp16: the built engine has an SQNR of"):
         build(tiny_pipeline, tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()

@@ -51,7 +51,7 @@ def build_bundle(tiny_pipeline: Path, out: Path, cache: Path, **options: Any) ->
     return build(
         tiny_pipeline,
         out,
-        BuildOptions(precisions=precisions, prompts=PROMPTS, num_steps=NUM_STEPS, backend="tensorrt", plans=settings),
+        BuildOptions(precisions=precisions, prompts=PROMPTS, steps=(NUM_STEPS,), backend="tensorrt", plans=settings),
     )
 
 
@@ -81,10 +81,10 @@ def test_the_manifest_says_what_the_plans_are(bundle: Path) -> None:
         assert entry.plan.weights_bytes > 0
         assert entry.plan.scratch_bytes > 0
     denoisers = manifest.denoisers
-    assert plan_of(denoisers["int8"]).layers["int8"].layers > 0
-    assert "int8" not in plan_of(denoisers["fp16"]).layers
-    assert sum(share.time_share or 0.0 for share in plan_of(denoisers["int8"]).layers.values()) == pytest.approx(1.0)
-    (profile,) = plan_of(denoisers["fp16"]).profiles
+    assert plan_of(denoisers["int8"][0]).layers["int8"].layers > 0
+    assert "int8" not in plan_of(denoisers["fp16"][0]).layers
+    assert sum(share.time_share or 0.0 for share in plan_of(denoisers["int8"][0]).layers.values()) == pytest.approx(1.0)
+    (profile,) = plan_of(denoisers["fp16"][0]).profiles
     assert profile["latents"] == ((1, 4, 16, 16), (2, 4, 16, 16), (8, 4, 16, 16))  # 1 to 4 pictures, guided or not
     assert profile["encoder_hidden_states"] == (
         (1, 40, 128),
@@ -106,7 +106,7 @@ def test_the_device_loop_equals_the_host_loop_over_the_same_engines(
         conditioning, noise = inputs_of(runtime)
         schedule = mixed(runtime.bundle)
         found = runtime.denoise(conditioning, schedule, noise)
-        scale = runtime.manifest.sampling.guidance_scale
+        scale = runtime.setting.guidance_scale
         loop = Loop(runtime.table, schedule.precisions, conditioning.batch(scale), noise, scale)
         expected = host_loop(loop, runtime.denoiser)
     assert np.isfinite(found).all()
@@ -116,11 +116,11 @@ def test_the_device_loop_equals_the_host_loop_over_the_same_engines(
 def test_it_is_near_the_same_bundle_on_the_cpu(bundle: Path, built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = DenoiseRuntime.load(built(tiny_options(num_steps=NUM_STEPS)))
     conditioning, noise = inputs_of(cpu)
-    expected = cpu.denoise(conditioning, cpu.bundle.schedule("uniform:fp16"), noise)
+    expected = cpu.denoise(conditioning, cpu.bundle.schedule(cpu.setting, "uniform:fp16"), noise)
     install(monkeypatch)
     with DenoiseRuntime.load(bundle) as runtime:
         conditioning, noise = inputs_of(runtime)
-        found = runtime.denoise(conditioning, runtime.bundle.schedule("uniform:fp16"), noise)
+        found = runtime.denoise(conditioning, runtime.bundle.schedule(runtime.setting, "uniform:fp16"), noise)
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.02
 
 
@@ -140,7 +140,10 @@ def test_prompt_to_picture_and_calibration_work(bundle: Path, copy_of: Any, monk
     with DenoiseRuntime.load(mine) as runtime:
         seconds: list[float] = []
         pictures = runtime.generate(
-            PROMPTS[:1], [0], runtime.bundle.schedule(), on_step=lambda _index, _name, time: seconds.append(time)
+            PROMPTS[:1],
+            [0],
+            runtime.bundle.schedule(runtime.setting),
+            on_step=lambda _index, _name, time: seconds.append(time),
         )
     assert pictures.shape == (1, 64, 64, 3)
     assert len(seconds) == NUM_STEPS
@@ -199,7 +202,7 @@ def test_a_host_that_cannot_run_it_is_refused(
 ) -> None:
     install(monkeypatch, **host)
     with pytest.raises(BackendError, match=says), DenoiseRuntime.load(bundle) as runtime:
-        runtime.generate(PROMPTS[:1], [0], runtime.bundle.schedule("uniform:fp16"))
+        runtime.generate(PROMPTS[:1], [0], runtime.bundle.schedule(runtime.setting, "uniform:fp16"))
 
 
 def test_a_batch_outside_the_profile_names_the_profile(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +211,7 @@ def test_a_batch_outside_the_profile_names_the_profile(bundle: Path, monkeypatch
         DenoiseRuntime.load(bundle) as runtime,
         pytest.raises(BackendError, match=r"has shape \(10, 40\), optimization profile 0 takes \(1, 40\) to \(8, 40\)"),
     ):
-        runtime.generate(list(PROMPTS) * 3, list(range(9)), runtime.bundle.schedule("uniform:fp16"))
+        runtime.generate(list(PROMPTS) * 3, list(range(9)), runtime.bundle.schedule(runtime.setting, "uniform:fp16"))
 
 
 def test_an_interrupted_build_goes_on_with_the_plans_it_has(
@@ -281,8 +284,8 @@ def test_a_quantized_plan_that_is_not_faster_is_built_with_a_warning(
 ) -> None:
     install(monkeypatch).settings.layer_ms["INT8"] = 5.0
     manifest = build_bundle(tiny_pipeline, tmp_path / "b", tmp_path / "c", precisions=PRECISIONS[:2])
-    assert plan_of(manifest.denoisers["fp16"]).warnings == ()
-    assert plan_of(manifest.denoisers["int8"]).warnings[0].startswith("int8 is not faster than fp16 here (")
+    assert plan_of(manifest.denoisers["fp16"][0]).warnings == ()
+    assert plan_of(manifest.denoisers["int8"][0]).warnings[0].startswith("int8 is not faster than fp16 here (")
 
 
 def test_settings_of_plans_are_refused_by_other_backends(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -318,7 +321,7 @@ def test_the_command_line_builds_inspects_and_runs(
     assert "int8 layers" in text
     assert fakes.settings.builds
     manifest = Bundle.open(out).manifest
-    assert plan_of(manifest.denoisers["int8"]).profiles[0]["latents"][2] == (4, 4, 16, 16)
+    assert plan_of(manifest.denoisers["int8"][0]).profiles[0]["latents"][2] == (4, 4, 16, 16)
     assert main(["inspect", str(out)]) == 0
     assert main(["verify", str(out)]) == 0
     picture = tmp_path / "picture.png"

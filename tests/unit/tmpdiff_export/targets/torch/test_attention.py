@@ -158,7 +158,7 @@ def test_flux_has_the_same_codes_with_the_kernel_that_makes_them() -> None:
 @needs_compiler
 def test_a_bundle_has_it_where_it_was_asked_for(torch_variants: Path) -> None:
     manifest = Manifest.model_validate_json((torch_variants / "manifest.json").read_text())
-    nvfp4, fp8, fp16 = (manifest.denoisers[name] for name in ("nvfp4", "fp8", "fp16"))
+    nvfp4, fp8, fp16 = (manifest.denoisers[name][0] for name in ("nvfp4", "fp8", "fp16"))
     assert nvfp4.lowering["fp8 attention"] >= 1
     assert nvfp4.package is not None
     assert nvfp4.package.operators == ("attention_fp8",)
@@ -168,7 +168,7 @@ def test_a_bundle_has_it_where_it_was_asked_for(torch_variants: Path) -> None:
         assert other.package.operators == ()
     assert nvfp4.sqnr_db > nvfp4.sqnr_floor_db
     with DenoiseRuntime.load(torch_variants) as loaded:
-        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:nvfp4"))
+        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:nvfp4"))
     assert picture.shape == (1, 64, 64, 3)
     assert np.ptp(picture.astype(int)) > 10
 
@@ -180,7 +180,7 @@ def test_a_gpu_package_with_the_operator_needs_cudnn(
     from engines.backends.torch.package import package_of
 
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    entry = Manifest.model_validate_json((torch_variants / "manifest.json").read_text()).denoisers["nvfp4"]
+    entry = Manifest.model_validate_json((torch_variants / "manifest.json").read_text()).denoisers["nvfp4"][0]
     package_of("nvfp4", entry)  # on a CPU it does not
     with pytest.raises(BackendError, match="needs the module cudnn, which is not installed; pip install nvidia-cudnn"):
         package_of("nvfp4", entry.model_copy(update={"device": "sm90 NVIDIA H100"}))
@@ -193,7 +193,7 @@ def test_an_operator_that_this_release_does_not_know_is_refused(torch_variants: 
     copied = tmp_path / "bundle"
     shutil.copytree(torch_variants, copied)
     data = json.loads((copied / "manifest.json").read_text())
-    data["denoisers"]["nvfp4"]["package"]["operators"] = ["attention_fp4"]
+    data["denoisers"]["nvfp4"][0]["package"]["operators"] = ["attention_fp4"]
     data["bundle_id"] = manifest_identity(data)
     (copied / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(BundleError, match="operators"):

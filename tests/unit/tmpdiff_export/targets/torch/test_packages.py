@@ -55,9 +55,11 @@ def test_a_bundle_says_what_its_packages_are(bundles: dict[str, Path]) -> None:
         assert entry.package is not None
         assert entry.package.batch == (1 if name == "VAE decoder" else 2)
         assert entry.sqnr_db > entry.sqnr_floor_db
-    assert manifest.denoisers["int8"].lowering == {"int8 linear": manifest.denoisers["fp8"].lowering["fp8 linear"]}
+    assert manifest.denoisers["int8"][0].lowering == {
+        "int8 linear": manifest.denoisers["fp8"][0].lowering["fp8 linear"]
+    }
     stored = {name: entry.bytes for name, entry in manifest.denoisers.items()}
-    fp8, fp16 = (sum(file.bytes for file in manifest.denoisers[name].weights) for name in ("fp8", "fp16"))
+    fp8, fp16 = (sum(file.bytes for file in manifest.denoisers[name][0].weights) for name in ("fp8", "fp16"))
     assert fp8 < 0.7 * fp16, stored
     shared = {entry.weights[0].path for entry in manifest.denoisers.values()}
     assert shared == {"engines/fp16+fp8+int8.safetensors"}  # what no precision quantizes is there once
@@ -114,7 +116,7 @@ def test_a_package_runs_without_python(runtime: DenoiseRuntime, bundles: dict[st
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     command = ["g++", "-std=c++20", "-O0", abi, *folders, str(source), "-o", str(program), *libraries]
     subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
-    entry = runtime.manifest.denoisers["int8"]
+    entry = runtime.manifest.denoisers["int8"][0]
     inputs = denoiser_inputs(runtime, entry.package.batch)  # type: ignore[union-attr]
     save_file(
         {str(position): np.ascontiguousarray(inputs[spec.name]) for position, spec in enumerate(entry.inputs)},
@@ -162,7 +164,9 @@ def test_a_mixed_schedule_draws_the_picture_that_onnx_runtime_draws(bundles: dic
     pictures = {}
     for backend, folder in bundles.items():
         with DenoiseRuntime.load(folder) as loaded:
-            pictures[backend] = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:fp16"))
+            pictures[backend] = loaded.generate(
+                ["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:fp16")
+            )
     difference = np.abs(pictures["torch"].astype(int) - pictures["onnxruntime"].astype(int))
     assert difference.max() <= 2
 

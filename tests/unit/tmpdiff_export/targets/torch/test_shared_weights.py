@@ -28,25 +28,25 @@ def test_the_reference_may_be_made_of_the_weights_of_another_engine(torch_varian
         "fp16+fp8+nvfp4.safetensors",
     }
     with DenoiseRuntime.load(torch_variants) as loaded, DenoiseRuntime.load(torch_bundle) as separate:
-        fp16, fp8 = (loaded.manifest.denoisers[name] for name in ("fp16", "fp8"))
+        fp16, fp8 = (loaded.manifest.denoisers[name][0] for name in ("fp16", "fp8"))
         assert list(loaded.manifest.denoisers) == ["fp16", "fp8", "nvfp4"]
         assert fp16.weights == fp8.weights
         assert fp16.lowering == {"fp8 linear in a 16-bit product": fp8.lowering["fp8 linear"]}
         assert fp16.sqnr_floor_db == fp8.sqnr_floor_db
-        assert fp8.sqnr_db < fp16.sqnr_db < separate.manifest.denoisers["fp16"].sqnr_db - 10
+        assert fp8.sqnr_db < fp16.sqnr_db < separate.manifest.denoisers["fp16"][0].sqnr_db - 10
         inputs = denoiser_inputs(loaded, 2)
         found, exact = (item.denoiser("fp16").run(inputs)[MODEL_OUTPUT] for item in (loaded, separate))
         error = np.square(found - exact).sum() / np.square(exact).sum()
         assert 20.0 < -10 * np.log10(error) < 50.0  # that of FP8 weights, and not none
-        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule("uniform:fp16"))
+        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:fp16"))
         assert picture.shape == (1, 64, 64, 3)
 
 
 @needs_compiler
 def test_nvfp4_is_emulated_with_its_own_error_and_says_so(torch_variants: Path) -> None:
     with DenoiseRuntime.load(torch_variants) as loaded:
-        entry = loaded.manifest.denoisers["nvfp4"]
-        layers = loaded.manifest.denoisers["fp8"].lowering["fp8 linear"]
+        entry = loaded.manifest.denoisers["nvfp4"][0]
+        layers = loaded.manifest.denoisers["fp8"][0].lowering["fp8 linear"]
         assert entry.lowering == {"nvfp4 linear emulated in a 16-bit product": layers, "fp8 attention": 2}
         inputs = denoiser_inputs(loaded, 2)
         found, fp8 = (loaded.denoiser(name).run(inputs)[MODEL_OUTPUT] for name in ("nvfp4", "fp8"))
@@ -64,7 +64,7 @@ def test_two_workers_make_what_one_process_makes(torch_variants: Path, torch_bun
     for one, two in ((alone.text_encoder, spread.text_encoder), (alone.vae_decoder, spread.vae_decoder)):
         # The hash of the weights among it; a package holds paths, and has another one each time.
         assert one.model_dump(exclude={"file"}) == two.model_dump(exclude={"file"})
-    one, two = (item.denoisers["fp8"] for item in (alone, spread))
+    one, two = (item.denoisers["fp8"][0] for item in (alone, spread))
     # Which files its tensors lie in depends on what else is in the bundle; so do their sizes.
     differs = {"file": True, "weights": True, "package": {"weights_bytes"}}
     assert one.model_dump(exclude=differs) == two.model_dump(exclude=differs)
@@ -86,7 +86,7 @@ def test_weights_in_another_folder_than_their_package_are_refused(torch_variants
     shutil.copytree(torch_variants, copy)
     (copy / "elsewhere").mkdir()
     data = json.loads((copy / "manifest.json").read_text())
-    first = data["denoisers"]["fp16"]["weights"][0]
+    first = data["denoisers"]["fp16"][0]["weights"][0]
     elsewhere = f"elsewhere/{Path(first['path']).name}"
     shutil.copyfile(copy / first["path"], copy / elsewhere)
     first["path"] = elsewhere

@@ -174,7 +174,7 @@ def planted_build(
     monkeypatch.setattr(TorchTarget, "prepare", plant(tasks))
     reports: list[tuple[str, int, int]] = []
     asked = BuildOptions(
-        (Precision.FP16, Precision.INT8), PROMPTS, num_steps=2, backend="torch", device="cpu", workers=2, **options
+        (Precision.FP16, Precision.INT8), PROMPTS, steps=(2,), backend="torch", device="cpu", workers=2, **options
     )
     build(pipeline, out, asked, lambda *report: reports.append(report))
     return reports

@@ -120,10 +120,11 @@ FLUX: dict[str, Any] = {
     "negatives": ("absent",),
     "packed": True,
 }
+UNCHANGED = {"use_resolution_binning": False, "clean_caption": False}
 PIXART: dict[str, Any] = {
     "schedulers": {name: NOISE_SCHEDULERS[name] for name in ("DPM-Solver++ 2M Karras", *NOISE_SCHEDULERS)},
     "text_lengths": (120, 40),
-    "call_options": {"use_resolution_binning": False, "clean_caption": False},
+    "call_options": UNCHANGED,
 }
 FAMILIES: Final = {
     "sd": ParityFamily(
@@ -143,6 +144,14 @@ FAMILIES: Final = {
         title="PixArt-Sigma", maker="pixart", sizes=((128, 128), *PATCHED_SIZES[1:]), **PIXART,
     ),
     "pixart-alpha": ParityFamily(title="PixArt-Alpha, told the size", maker="pixart-alpha", sizes=PATCHED_SIZES, **PIXART),
+    "sana": ParityFamily(
+        title="Sana", maker="sana", sizes=((128, 128), (192, 128), (64, 256), (96, 160)),
+        schedulers={
+            name: FLOW_SCHEDULERS[name]
+            for name in ("flow DPM-Solver++ 2M", "flow Euler", "flow Euler, Karras", "flow UniPC")
+        },
+        text_lengths=(300, 60), call_options=UNCHANGED,
+    ),
     "sd3": ParityFamily(
         title="SD3 without T5", maker="sd3", sizes=PATCHED_SIZES, schedulers=FLOW_SCHEDULERS, clip_skips=(None, 1),
     ),

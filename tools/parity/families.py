@@ -38,7 +38,7 @@ NOISE_SCHEDULERS: Final = {
     "UniPC": Scheduler("UniPCMultistepScheduler", ScaledLinear),
     "Heun": Scheduler("HeunDiscreteScheduler", ScaledLinear),
     "DDIM, trailing, v-prediction": Scheduler(
-        "DDIMScheduler", {**ScaledLinear, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+        "DDIMScheduler", {**ScaledLinear, "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}
     ),
     "PNDM": Scheduler("PNDMScheduler", {**ScaledLinear, "skip_prk_steps": True, "steps_offset": 1}),
     "Euler, trailing, zero SNR": Scheduler(

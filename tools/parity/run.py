@@ -59,5 +59,8 @@ def _measured(names: Sequence[str], combined: int, workers: int) -> Iterator[tup
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of one process starve another's
     with ProcessPoolExecutor(min(workers, len(names)), multiprocessing.get_context("spawn")) as pool:
         pending = {pool.submit(measure_family, name, combined): name for name in names}
-        for done in as_completed(pending):
-            yield pending[done], done.result()
+        try:
+            for done in as_completed(pending):
+                yield pending[done], done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # nothing is begun after an error

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.small_text import clip_tokenizer, t5_tokenizer
+from tools.acceptance.small_text import clip_tokenizer, t5_tokenizer
 
 TEXT_WIDTH = 32
 T5_TOKENS = 20

@@ -103,13 +103,17 @@ def scheduler_form(scheduler: Any) -> dict[str, Any]:
     """A scheduler as JSON data: class name and configuration, without infinite numbers, which are its class's defaults."""
     config = {
         key: value
-        for key, value in json.loads(scheduler.to_json_string()).items()
-        if (not key.startswith("_") or key == _DEFAULTED)
-        and not (isinstance(value, float) and not math.isfinite(value))
+        for key, value in _finite(json.loads(scheduler.to_json_string())).items()
+        if not key.startswith("_") or key == _DEFAULTED
     }
     if _DEFAULTED in config:  # from a set, in any order
         config[_DEFAULTED] = sorted(config[_DEFAULTED])
     return {"class": type(scheduler).__name__, "config": config}
+
+
+def _finite(config: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration without the infinite numbers, such as the lambda_min_clipped of DPM-Solver."""
+    return {key: value for key, value in config.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
 
 def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
@@ -243,7 +247,8 @@ def _scheduler(own: Mapping[str, Any], asked: str | None) -> tuple[Any, str]:
 def _form_of_file(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
-        return {"class": data["_class_name"], "config": {k: v for k, v in data.items() if not k.startswith("_")}}
+        config = {key: value for key, value in _finite(data).items() if not key.startswith("_")}
+        return {"class": data["_class_name"], "config": config}
     except OSError as error:
         raise BuildError(f"scheduler configuration {path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.odd_prompts import ODD_PROMPTS
-from helpers.small_text import clip_tokenizer, gemma_tokenizer, t5_tokenizer
 
 from engines.documents import FileEntry
 from engines.errors import BundleError, PromptError
 from engines.text import cut_words, encode_texts, guided_text, kept_positions, load_tokenizer, require_whole
 from engines.text_entry import Reading, TextEntry
+from tools.acceptance.odd_prompts import ODD_PROMPTS
+from tools.acceptance.small_text import clip_tokenizer, gemma_tokenizer, t5_tokenizer
 
 FILE = FileEntry(path="tokenizer.json", sha256="0" * 64, bytes=1)
 PLAIN = Reading()

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.odd_prompts import NEGATIVES, ODD_PROMPTS
 from helpers.stored_graphs import save_stored
-from helpers.text_pipelines import TEXT_PIPELINES, clip_encoder
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engines.errors import BuildError
@@ -21,6 +19,8 @@ from tmpdiff_export.onnx_graphs.export import ExportInput, export_graph
 from tmpdiff_export.pipelines.families.family import Family, require_clip_skip, with_clip_skip
 from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.texts import source_texts
+from tools.acceptance.odd_prompts import NEGATIVES, ODD_PROMPTS
+from tools.acceptance.text_pipelines import TEXT_PIPELINES, clip_encoder
 
 TOLERANCE = 1e-5
 MASKED_PIPELINES = {"PixArtAlphaPipeline", "SanaPipeline"}
@@ -176,7 +176,7 @@ def test_text_encoders_that_the_pipeline_cannot_join_are_refused(name: str, chan
     pipe = TEXT_PIPELINES[name]()
     for part, length in changes.items():
         if length is None:
-            setattr(pipe, part, clip_encoder(pipe.tokenizer, 48, projected=False))
+            setattr(pipe, part, clip_encoder(pipe.tokenizer, 48))
         else:
             getattr(pipe, part).model_max_length = length
     with pytest.raises(BuildError, match=f"this {type(pipe).__name__} cannot be built: {reason}"):

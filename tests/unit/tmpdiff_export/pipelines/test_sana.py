@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.odd_prompts import NEGATIVES, ODD_PROMPTS
-from helpers.text_pipelines import TEXT_PIPELINES, gemma_encoder
 
 from engines import DenoiseRuntime
 from engines.errors import BuildError
@@ -21,6 +19,8 @@ from tmpdiff_export import attach
 from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.pipelines.families.table import family_of
+from tools.acceptance.odd_prompts import NEGATIVES, ODD_PROMPTS
+from tools.acceptance.text_pipelines import TEXT_PIPELINES, gemma_encoder
 
 STEPS = 3
 SIZES = ((64, 96), (128, 64), (32, 160))

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.runtime_command import rewrite_manifest
-from helpers.small_text import clip_tokenizer, t5_tokenizer
 from helpers.whole_pipeline import setting_of, whole_pipeline
 
 from engines import DenoiseRuntime
@@ -25,6 +24,7 @@ from tmpdiff_export.pipelines.families.flux import pack, unpack
 from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.load import SourcePipeline, open_pipeline
 from tmpdiff_export.pipelines.settings import SettingRequest, resolve
+from tools.acceptance.small_text import clip_tokenizer, t5_tokenizer
 
 PROMPTS = ("a red circle", "A small BLUE square!")
 NUM_STEPS = 4

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.small_text import clip_tokenizer
 from helpers.whole_pipeline import setting_of, whole_pipeline
 from PIL import Image
 
@@ -24,6 +23,7 @@ from tmpdiff_export.bundling.bundle import build
 from tmpdiff_export.bundling.options import BuildOptions
 from tmpdiff_export.pipelines.families.table import family_of
 from tmpdiff_export.pipelines.load import SourcePipeline
+from tools.acceptance.small_text import clip_tokenizer
 
 PROMPTS = ("a red circle", "A small BLUE square, in the center!")
 NUM_STEPS = 4

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.odd_prompts import ODD_PROMPTS
-from helpers.small_text import gemma_tokenizer
-from helpers.text_pipelines import TEXT_PIPELINES
 
 from engines.errors import BuildError
 from tmpdiff_export.pipelines.load import open_pipeline
 from tmpdiff_export.pipelines.texts import SourceText
 from tmpdiff_export.pipelines.tokenizer_files import require_tokenizer_files
+from tools.acceptance.odd_prompts import ODD_PROMPTS
+from tools.acceptance.small_text import gemma_tokenizer
+from tools.acceptance.text_pipelines import TEXT_PIPELINES
 
 PROMPTS = list(ODD_PROMPTS.values())
 Change = Callable[[Path], None]

@@ -167,10 +167,10 @@ def test_a_text_encoder_that_has_run_can_travel_to_a_worker() -> None:
     import pickle
 
     import torch
-    from helpers.small_text import SecondLastHidden
 
     from tmpdiff_export.targets.torch.compile import EngineModule, without_capturing_hooks
     from tmpdiff_export.weights.streamed import on_meta
+    from tools.acceptance.small_text import SecondLastHidden
 
     encoder, ids = SecondLastHidden(), torch.arange(7)[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Pipelines of every family with small random text encoders, to hold readings of prompts to `encode_prompt`."""
+"""Pipelines of every family with small random text encoders, to hold what is made of prompts to diffusers."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from helpers.small_text import clip_tokenizer, gemma_tokenizer, t5_tokenizer
+
+from tools.acceptance.miniatures import HEADS, POOLED, WIDTH, miniature
+from tools.acceptance.small_text import clip_tokenizer, gemma_tokenizer, t5_tokenizer
 
 LAYERS = 3
 LONG = 512  # `model_max_length` of T5's tokenizer
 MASKED = 120  # of PixArt's: shorter, so that prompts are cut
 
 
-def clip_encoder(tokenizer: Any, width: int, *, projected: bool = True) -> Any:
-    """A CLIP text encoder for a tokenizer."""
+def clip_encoder(tokenizer: Any, width: int, projection: int | None = None) -> Any:
+    """A CLIP text encoder for a tokenizer, with a projection to so many channels or without one."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=LAYERS,
-        num_attention_heads=2, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, initializer_factor=10.0,
+        num_attention_heads=2, projection_dim=projection or width, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, initializer_factor=2.0,
     )  # fmt: skip
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def t5_encoder(tokenizer: Any, width: int) -> Any:
@@ -63,25 +65,28 @@ def deep_compression_vae(channels: int) -> Any:
     ).eval()  # fmt: skip
 
 
-def text_pipeline(name: str, **parts: Any) -> Any:
-    """The miniature of a family (`tools.acceptance.miniatures`) with text encoders and tokenizers put in."""
+def kl_vae(channels: int, *, shifted: bool) -> Any:
+    """An AutoencoderKL of 8 pixels a latent; SD3 and FLUX.1 pipelines want a shift."""
     from diffusers import AutoencoderKL
 
-    from tools.acceptance.miniatures import miniature
+    return AutoencoderKL(
+        latent_channels=channels, block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=4, sample_size=64,
+        shift_factor=0.0609 if shifted else None,
+    ).eval()  # fmt: skip
 
+
+def text_pipeline(name: str, **parts: Any) -> Any:
+    """The miniature of a family (`tools.acceptance.miniatures`) with a VAE, text encoders and tokenizers put in."""
     pipe = miniature(name).pipe
     options = {"requires_safety_checker": False} if name == "unet" else {}
-    vae = (
-        deep_compression_vae(4)
-        if name == "sana"
-        else AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, shift_factor=0.1)
-    )
+    vae = deep_compression_vae(4) if name == "sana" else kl_vae(4, shifted=name.startswith(("sd3", "flux")))
     return type(pipe)(**{**pipe.components, "vae": vae, **parts}, **options)
 
 
 def _sd(**options: Any) -> Any:
     tokenizer = clip_tokenizer(**options)
-    return text_pipeline("unet", tokenizer=tokenizer, text_encoder=clip_encoder(tokenizer, 32, projected=False))
+    return text_pipeline("unet", tokenizer=tokenizer, text_encoder=clip_encoder(tokenizer, WIDTH))
 
 
 def _sdxl(first: Any, second: Any, *, zeros: bool = True) -> Any:
@@ -89,8 +94,8 @@ def _sdxl(first: Any, second: Any, *, zeros: bool = True) -> Any:
         "unet-sdxl",
         tokenizer=first,
         tokenizer_2=second,
-        text_encoder=clip_encoder(first, 32, projected=False),
-        text_encoder_2=clip_encoder(second, 48),
+        text_encoder=clip_encoder(first, 48),
+        text_encoder_2=clip_encoder(second, WIDTH - 48, projection=POOLED),
     )
     pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
     return pipe
@@ -99,8 +104,9 @@ def _sdxl(first: Any, second: Any, *, zeros: bool = True) -> Any:
 def _sd3(third: Any) -> Any:
     first, second = clip_tokenizer(), clip_tokenizer("!", model_max_length=64)
     return text_pipeline(
-        "sd3", tokenizer=first, tokenizer_2=second, tokenizer_3=third, text_encoder=clip_encoder(first, 32),
-        text_encoder_2=clip_encoder(second, 48), text_encoder_3=None if third is None else t5_encoder(third, 128),
+        "sd3", tokenizer=first, tokenizer_2=second, tokenizer_3=third, text_encoder=clip_encoder(first, 32, 24),
+        text_encoder_2=clip_encoder(second, 48, POOLED - 24),
+        text_encoder_3=None if third is None else t5_encoder(third, WIDTH),
     )  # fmt: skip
 
 
@@ -110,14 +116,25 @@ def _flux(name: str) -> Any:
         name,
         tokenizer=first,
         tokenizer_2=second,
-        text_encoder=clip_encoder(first, 32, projected=False),
-        text_encoder_2=t5_encoder(second, 64),
+        text_encoder=clip_encoder(first, POOLED),
+        text_encoder_2=t5_encoder(second, WIDTH),
     )
 
 
 def _pixart(**options: Any) -> Any:
     tokenizer = t5_tokenizer(MASKED, **options)
-    return text_pipeline("pixart", tokenizer=tokenizer, text_encoder=t5_encoder(tokenizer, 64))
+    return text_pipeline("pixart", tokenizer=tokenizer, text_encoder=t5_encoder(tokenizer, WIDTH))
+
+
+def _pixart_alpha() -> Any:
+    """As published for pictures of 1024 pixels, whose denoiser is told size and shape of the picture."""
+    from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    denoiser = PixArtTransformer2DModel(
+        **HEADS, num_layers=2, sample_size=128, in_channels=4, out_channels=8, cross_attention_dim=WIDTH,
+        caption_channels=WIDTH,
+    )  # fmt: skip
+    return PixArtAlphaPipeline(**{**_pixart().components, "transformer": denoiser})
 
 
 def _with_ring() -> Any:
@@ -129,7 +146,7 @@ def _with_ring() -> Any:
 
 def _sana(**options: Any) -> Any:
     tokenizer = gemma_tokenizer(**options)
-    return text_pipeline("sana", tokenizer=tokenizer, text_encoder=gemma_encoder(tokenizer, 128))
+    return text_pipeline("sana", tokenizer=tokenizer, text_encoder=gemma_encoder(tokenizer, WIDTH))
 
 
 def _with_added_tokens() -> Any:
@@ -163,6 +180,7 @@ TEXT_PIPELINES: dict[str, Callable[[], Any]] = {
         "flux": lambda: _flux("flux"),
         "flux-schnell": lambda: _flux("flux-schnell"),
         "pixart": _pixart,
+        "pixart-alpha": _pixart_alpha,
         "pixart-left": lambda: _pixart(padding_side="left"),
         "sana": _sana,
         "sana-eos": lambda: _sana(add_eos_token=True, padding_side="right"),

@@ -1,0 +1,31 @@
+"""Settings as users ask for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+
+from tmpdiff_export.pipelines.families.unet import UNET
+from tmpdiff_export.pipelines.scheduler_table import sampler_table
+from tmpdiff_export.pipelines.settings import PipelineFacts, SettingRequest, resolve
+
+FACTS = PipelineFacts(
+    family=UNET, scheduler={"class": "DDIMScheduler", "config": {}}, size=(64, 64), pixels_per_latent=8, size_step=8,
+    largest_side=None, latent_channels=4, guidance_scale=7.5, takes_guidance_scale=True, text_length=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_a_scheduler_comes_from_the_file_that_diffusers_saves(kind: str, tmp_path: Path) -> None:
+    """DPM-Solver's has an infinite number in it."""
+    scheduler = getattr(diffusers, kind)(use_karras_sigmas=True)
+    scheduler.save_config(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    assert ("Infinity" in file.read_text()) == (kind == "DPMSolverMultistepScheduler")
+    found = resolve(FACTS, SettingRequest(num_steps=5, scheduler=str(file)))
+    assert found.table.scheduler == kind
+    assert found.name.startswith(f"5-64x64-{kind}.")
+    np.testing.assert_array_equal(found.table.timesteps, sampler_table(scheduler, 5).timesteps)

@@ -137,8 +137,7 @@ class Sensitivity(Record):
         version = read_json(path, "sensitivity", TmpDiffError).get("version")
         if type(version) is int and 1 <= version < SENSITIVITY_VERSION:
             raise OutdatedCalibrationError(
-                f"sensitivity {path} has format version {version}, which holds no error vectors; calibrate the bundle anew: "
-                f"tmpdiff-export calibrate {path.parent} --prompts FILE"
+                f"sensitivity {path} has format version {version}, which holds no error vectors; calibrate the bundle anew"
             )
         data = read_document(path, "sensitivity", SENSITIVITY_VERSION, TmpDiffError)
         try:

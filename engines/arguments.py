@@ -13,6 +13,7 @@ MAX_THREADS = 1024
 MAX_RESIDENT_ENGINES = 64
 MAX_STEPS = 1000  # as many as schedulers are trained on
 MAX_PIXELS = 1 << 16
+MAX_TOKENS = 1 << 16
 
 
 def parse_prompt(text: str) -> str:
@@ -52,6 +53,11 @@ def _integer(text: str, low: int, high: int) -> int:
 def parse_steps(text: str) -> int:
     """An argument that is a number of inference steps."""
     return _integer(text, 1, MAX_STEPS)
+
+
+def parse_text_length(text: str) -> int:
+    """An argument that is a number of tokens."""
+    return _integer(text, 1, MAX_TOKENS)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -86,8 +86,9 @@ def choose_setting(settings: Sequence[SettingEntry], choice: SettingChoice) -> S
     for entry in settings:
         if entry.fits(choice):
             return entry
+    asked = choice.described.replace("--scheduler-setting", "--scheduler")
     listed = "; ".join(f"{entry.name} ({entry.described})" for entry in settings)
     raise BundleError(
         f"the bundle has no setting for {choice.described}; it has {listed}; add one with `tmpdiff-export calibrate BUNDLE "
-        f"--prompts FILE {choice.described}`"
+        f"--prompts FILE {asked}`"
     )

@@ -128,9 +128,7 @@ class Making:
         by_length = {setting.text_length: setting for setting in reversed(self.site.settings)}
         started = []
         for setting in sorted(by_length.values(), key=self.site.settings.index):
-            made = self._made(TEXT_ENCODER, setting, False)
-            if len(by_length) > 1:
-                made = replace(made, text_length=setting.text_length)
+            made = replace(self._made(TEXT_ENCODER, setting, False), text_length=setting.text_length)
             if setting.text_length != self.site.setting.text_length:
                 made = replace(made, name=f"{TEXT_ENCODER}.t{setting.text_length}")
             started.append(start_text_encoder(self.site, setting, made.name))

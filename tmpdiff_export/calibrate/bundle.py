@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration import CalibrationOptions, Sensitivity, calibrate, open_journal
+from calibration.document import OutdatedCalibrationError
 from calibration.measure.bundle_evaluator import BundleSamples, samples_per_call
 from calibration.measure.journal import JournalError
 from calibration.measure.latency import machine, step_latencies
@@ -154,7 +155,10 @@ def read_calibration(bundle: Bundle, setting: SettingEntry) -> Sensitivity:
             raise TmpDiffError(
                 f"setting {setting.name} of bundle {bundle.folder} is not calibrated: there is no {needed.name}; {remedy}"
             )
-    found = Sensitivity.load(path)
+    try:
+        found = Sensitivity.load(path)
+    except OutdatedCalibrationError as error:
+        raise OutdatedCalibrationError(f"{error}: {bundle.how_to_calibrate(setting)}") from error
     if found.precisions != bundle.manifest.precisions or found.num_steps != setting.num_steps:
         raise TmpDiffError(
             f"sensitivity {path} has {found.num_steps} steps at {', '.join(found.precisions)}, the setting "

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engines.bundle import MANIFEST_NAME, Bundle
@@ -44,7 +44,7 @@ def open_setting(folder: Path, wanted: Wanted) -> tuple[SettingEntry, bool]:
 
     Raises:
         BundleError: the bundle is damaged, or of a release whose bundles have one setting; or no engine of it runs the
-            size or text length.
+            size or text length; or a scheduler is left open that a file had configured.
         BuildError: the pipeline that the bundle was built from cannot have such a setting.
         SamplerError: the scheduler cannot be compiled to a table.
     """
@@ -58,17 +58,16 @@ def open_setting(folder: Path, wanted: Wanted) -> tuple[SettingEntry, bool]:
                 and wanted.text_length in (None, entry.text_length)
             ):
                 return entry, False
-    base = choose_setting(settings, SettingChoice(named=choice.named))
-    made = resolve(
-        pipeline_facts(bundle),
-        SettingRequest(
-            num_steps=choice.steps or base.num_inference_steps,
-            size=choice.size or (base.height, base.width),
-            guidance_scale=base.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale,
-            text_length=base.text_length if wanted.text_length is None else wanted.text_length,
-            scheduler=wanted.scheduler,
-        ),
+    base, facts = choose_setting(settings, SettingChoice(named=choice.named)), pipeline_facts(bundle)
+    begun = _request(facts, base, wanted.scheduler)
+    request = replace(
+        begun,
+        num_steps=choice.steps or begun.num_steps,
+        size=choice.size or begun.size,
+        guidance_scale=begun.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale,
+        text_length=wanted.text_length or begun.text_length,
     )
+    made = resolve(facts, request)
     with _alone(folder):
         manifest = Bundle.open(folder).manifest
         known = next((entry for entry in manifest.settings if entry.name == made.name), None)
@@ -120,6 +119,22 @@ def pipeline_facts(bundle: Bundle) -> PipelineFacts:
         guidance_scale=own.guidance_scale,
         takes_guidance_scale=family.takes_guidance_scale,
         text_length=own.text_length,
+    )
+
+
+def _request(facts: PipelineFacts, base: SettingEntry, scheduler: str | None) -> SettingRequest:
+    """What makes a setting that is there; with another scheduler, if one is given."""
+    request = SettingRequest(
+        base.num_inference_steps, (base.height, base.width), base.guidance_scale, base.text_length, scheduler
+    )
+    if scheduler is not None:
+        return request
+    for same in (request, replace(request, scheduler=base.scheduler)):
+        if resolve(facts, same).name == base.name:
+            return same
+    raise BundleError(
+        f"setting {base.name} has a scheduler that a file configured, which is not in the bundle; pass the file again with "
+        "--scheduler FILE.json"
     )
 
 

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
     add_setting_arguments(parser)
     parser.add_argument("--pipeline", type=Path, metavar="DIR", help="also time this pipeline's denoiser in FP32 torch")
+    parser.add_argument("--variant", metavar="NAME", help="with --pipeline: of its weight files, as for build")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"timed rounds (default {ROUNDS})")
     parser.add_argument("--threads", type=parse_threads, metavar="N", help="worker threads (default: one per core)")
     parser.add_argument(
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise ValueError(f"--rounds is {args.rounds}, expected 1 or more")
     with progress_bar() as report:
-        asked = BenchOptions(setting_choice(args), args.pipeline, args.rounds, args.threads, args.resident_engines)
+        asked = BenchOptions(
+            setting_choice(args), args.pipeline, args.variant, args.rounds, args.threads, args.resident_engines
+        )
         result = bench(args.bundle, asked, report)
     if args.json:
         print_json(result)
@@ -76,6 +79,7 @@ class BenchOptions:
     Attributes:
         setting: of the bundle, None for the first.
         pipeline: the pipeline it was built from, to time its denoiser in FP32 torch in the same turns.
+        variant: of its weight files, None for those without one, or the only one there.
         rounds: timed rounds.
         threads: worker threads, None for one per core; torch gets as many.
         resident_engines: on a GPU, a limit under which mixed loops are timed as well; every engine has to fit beside
@@ -84,6 +88,7 @@ class BenchOptions:
 
     setting: SettingChoice | None = None
     pipeline: Path | None = None
+    variant: str | None = None
     rounds: int = ROUNDS
     threads: int | None = None
     resident_engines: int | None = None
@@ -118,7 +123,7 @@ def bench(bundle: Path, options: BenchOptions, report: Callable[[str, int, int],
                 raise TmpDiffError(
                     "--pipeline times FP32 torch on the CPU; this bundle's engines run on a GPU: leave it out"
                 )
-            also["torch fp32"] = _torch_step(pipeline, runtime, conditioning, threads)
+            also["torch fp32"] = _torch_step(options, pipeline, runtime, conditioning)
         timings = step_latencies(
             runtime, conditioning, scale, rounds, lambda done, total: report("steps", done, total), also
         )
@@ -199,7 +204,7 @@ def _loops(
 
 
 def _torch_step(
-    pipeline: Path, runtime: DenoiseRuntime, conditioning: Conditioning, threads: int | None
+    options: BenchOptions, pipeline: Path, runtime: DenoiseRuntime, conditioning: Conditioning
 ) -> Callable[[], object]:
     """One call of the pipeline's own denoiser in FP32 torch on the inputs the engines get."""
     import numpy as np
@@ -207,10 +212,12 @@ def _torch_step(
 
     from tmpdiff_export.pipelines.load import open_pipeline
 
-    source = open_pipeline(pipeline)
+    source = open_pipeline(pipeline, options.variant)
     if source.weights.sha256() != runtime.manifest.model.denoiser_sha256:
-        raise TmpDiffError(f"the bundle was not built from pipeline {pipeline}; pass the pipeline it was built from")
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        raise TmpDiffError(
+            f"the bundle was not built from the weights in {source.weights.folder}; pass the --pipeline, and --variant, of its build"
+        )
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     component = source.family.component
     setattr(source.pipe, component, source.load(component, torch.float32))
     module = source.family.wrap(source.pipe).eval()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.arguments import parse_guidance_scale, parse_seed, parse_size, parse_steps
+from engines.arguments import parse_guidance_scale, parse_seed, parse_size, parse_steps, parse_text_length
 from engines.backends.table import BACKENDS
 from engines.files import require_replaceable
 from engines.manifest import EngineEntry, Manifest
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--text-length",
-        type=_several(_tokens),
+        type=_several(parse_text_length),
         default=(),
         metavar="TOKENS,...",
         help="of text encoders whose length may vary, such as FLUX.1's T5 (default: the pipeline's own)",
@@ -95,12 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _several(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """An argument of several values with commas between them."""
     return lambda text: tuple(parse(part) for part in text.split(","))
-
-
-def _tokens(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:6]) <= 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of tokens")
-    return int(text)
 
 
 def _folder(text: str) -> Path:

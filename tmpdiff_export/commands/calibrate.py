@@ -15,6 +15,7 @@ from engines.arguments import (
     parse_guidance_scale,
     parse_resident_engines,
     parse_seed,
+    parse_text_length,
     parse_threads,
     setting_choice,
 )
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     new.add_argument(
         "--guidance-scale", type=parse_guidance_scale, metavar="G", help="default: that of the first setting"
     )
-    new.add_argument("--text-length", type=int, metavar="TOKENS", help="default: that of the first setting")
+    new.add_argument(
+        "--text-length", type=parse_text_length, metavar="TOKENS", help="default: that of the first setting"
+    )
     new.add_argument(
         "--scheduler",
         metavar="CLASS|FILE.json",

@@ -42,10 +42,13 @@ def require_classes(index: dict[str, Any]) -> None:
         index: `model_index.json`.
 
     Raises:
-        BuildError: names the class and the modules.
+        BuildError: names the class, and the modules or why it cannot be imported.
     """
     for library, name in [("diffusers", index["_class_name"]), *(item for item in index.values() if is_entry(item))]:
-        found = getattr(importlib.import_module(library), str(name), None)
+        try:
+            found = getattr(importlib.import_module(library), str(name), None)
+        except Exception as error:  # whatever a module that they import raises; what is missing is said last
+            raise BuildError(f"{name} of {library} cannot be imported: {' '.join(str(error).split())}") from error
         if lacking := list(vars(found).get("_backends", ())) if isinstance(found, type) else []:
             raise BuildError(
                 f"{name} of {library} needs the modules {', '.join(lacking)}, of which one is not installed; "

@@ -16,7 +16,8 @@ from engines.errors import BuildError, first_line
 from engines.files import sha256_bytes, sha256_file, side_by_side
 from tmpdiff_export.weights.files import Place, places
 
-_STEMS = ("diffusion_pytorch_model", "model")
+_TRANSFORMERS = "model"
+_STEMS = ("diffusion_pytorch_model", _TRANSFORMERS)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -170,7 +171,7 @@ def _files_of(folder: Path, variant: str | None) -> tuple[Path, ...]:
     for stem in _STEMS:
         index = folder / f"{stem}.safetensors.index{inserted}.json"
         single = folder / f"{stem}{inserted}.safetensors"
-        if index.exists():
+        if index.exists() and not (stem == _TRANSFORMERS and single.exists()):  # of both it loads the single file
             try:
                 names = set(folder_json(index)["weight_map"].values())
                 if not names or any(Path(name).name != name or "\0" in name for name in names):

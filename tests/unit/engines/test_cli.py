@@ -47,7 +47,7 @@ def test_run_writes_the_picture_the_runtime_makes(
     assert main(command) == 0
     printed = json.loads(capsys.readouterr().out)
     runtime = DenoiseRuntime.load(small_bundle)
-    schedule = runtime.bundle.schedule(runtime.setting)
+    schedule = runtime.schedule()
     np.testing.assert_array_equal(np.asarray(Image.open(out)), runtime.generate([PROMPT], [7], schedule)[0])
     assert printed["pictures"] == [str(out)]
     assert printed["seeds"] == [7]

@@ -66,7 +66,7 @@ def test_where_none_fits_the_settings_are_listed() -> None:
     assert str(refused.value) == (
         "the bundle has no setting for --steps 9 --size 768x512 --scheduler-setting quick; it has first (DDIMScheduler, 20 "
         "steps, 512x512, guidance 4.5); quick (DDIMScheduler, 8 steps, 512x512, guidance 4.5); add one with `tmpdiff-export "
-        "calibrate BUNDLE --prompts FILE --steps 9 --size 768x512 --scheduler-setting quick`"
+        "calibrate BUNDLE --prompts FILE --steps 9 --size 768x512 --scheduler quick`"
     )
 
 
@@ -109,10 +109,10 @@ def test_settings_share_the_loaded_engines(bundle: Path) -> None:
         assert wide.setting.name == "wide"
         assert wide.denoiser("int8") is square.denoiser("int8")
         assert wide.noise([1]).shape == (1, 4, 16, 32)
-        schedule = wide.bundle.schedule(wide.setting, "uniform:int8")
+        schedule = wide.schedule("uniform:int8")
         pictures = wide.generate([PROMPT], [1], schedule)
         assert pictures.shape == (1, 64, 128, 3)
-        assert square.generate([PROMPT], [1], square.bundle.schedule(square.setting)).shape == (1, 64, 64, 3)
+        assert square.generate([PROMPT], [1], square.schedule()).shape == (1, 64, 64, 3)
     with DenoiseRuntime.load(bundle, setting=WIDE, threads=1) as alone:
         np.testing.assert_array_equal(alone.generate([PROMPT], [1], schedule), pictures)
     with DenoiseRuntime.load(bundle) as square, pytest.raises(BundleError, match="has no setting for --steps 99"):
@@ -185,7 +185,7 @@ def test_the_engine_for_the_size_and_text_length_of_the_setting_runs(bundle: Pat
 
 
 def schedule_of(runtime: DenoiseRuntime, precision: str) -> Schedule:
-    return runtime.bundle.schedule(runtime.setting, f"uniform:{precision}")
+    return runtime.schedule(f"uniform:{precision}")
 
 
 @pytest.mark.parametrize(
@@ -247,10 +247,10 @@ def test_a_bundle_of_an_earlier_release_draws_what_it_drew(old: Path, small_bund
     assert main(["verify", str(old)]) == 0
     with DenoiseRuntime.load(old, threads=1) as before, DenoiseRuntime.load(small_bundle, threads=1) as now:
         assert (before.setting.name, before.setting.text_length) == ("default", None)
-        assert before.bundle.schedule(before.setting).setting is None
+        assert before.schedule().setting is None
         assert schedule_path(old) == old / SCHEDULE_NAME
-        expected = now.generate([PROMPT], [7], now.bundle.schedule(now.setting))
-        np.testing.assert_array_equal(before.generate([PROMPT], [7], before.bundle.schedule(before.setting)), expected)
+        expected = now.generate([PROMPT], [7], now.schedule())
+        np.testing.assert_array_equal(before.generate([PROMPT], [7], before.schedule()), expected)
     for choice in ((), ("--steps", "4"), ("--scheduler-setting", "default")):
         command = ["run", str(old), "--prompt", PROMPT, "--seed", "7", "--out", str(out), *choice]
         assert main(command) == 0

@@ -196,7 +196,7 @@ def test_commands_are_those_of_a_user(tmp_path: Path) -> None:
         ("--compile", "blocks"),
         ("--fp8-attention", "fp8"),
         ("--batch", "1:1:1"),
-        ("--height", "128"),
+        ("--size", "128x128"),
     ):
         assert build[build.index(option) + 1] == value
     assert "--batch" not in words_of("build", setting(tmp_path, backend="onnxruntime"))

@@ -171,5 +171,5 @@ def test_experiments_run_on_its_bundle(trained: tuple[str, Path, str], tmp_path:
     assert np.shape(data["downcast"]) == (2, 3)
     assert np.min(data["downcast"]) > 0
     with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:
-        pictures = runtime.generate([captions[0]], [0], runtime.bundle.schedule(runtime.setting, "uniform:int8"))
+        pictures = runtime.generate([captions[0]], [0], runtime.schedule("uniform:int8"))
     assert pictures.shape == (1, 128, 128, 3)

@@ -103,7 +103,7 @@ def test_fp16_schedule_equals_a_plain_loop_bit_for_bit(demo_bundle: Path) -> Non
     runtime = DenoiseRuntime.load(demo_bundle)
     conditioning = runtime.encode(["a small red square on the left"])
     noise = runtime.noise([5])
-    swapped = runtime.denoise(conditioning, runtime.bundle.schedule(runtime.setting, "uniform:fp16"), noise)
+    swapped = runtime.denoise(conditioning, runtime.schedule("uniform:fp16"), noise)
 
     entry = runtime.manifest.denoisers["fp16"][0]
     engine = OnnxRuntimeEngine(demo_bundle / entry.file.path)
@@ -122,7 +122,7 @@ def test_runtime_loop_equals_the_diffusers_pipeline(demo_bundle: Path, demo_pipe
     source = whole_pipeline(demo_pipeline)
     noise = runtime.noise([3])
     prompt = "a large blue circle in the bottom left"
-    ours = runtime.denoise(runtime.encode([prompt]), runtime.bundle.schedule(runtime.setting, "uniform:fp16"), noise)
+    ours = runtime.denoise(runtime.encode([prompt]), runtime.schedule("uniform:fp16"), noise)
     with torch.inference_mode():
         theirs = source.pipe(
             prompt,
@@ -136,7 +136,7 @@ def test_runtime_loop_equals_the_diffusers_pipeline(demo_bundle: Path, demo_pipe
 
 def test_seeds_reproduce_and_prompts_share_a_batch(demo_bundle: Path) -> None:
     runtime = DenoiseRuntime.load(demo_bundle)
-    schedule = runtime.bundle.schedule(runtime.setting)
+    schedule = runtime.schedule()
     prompts = ["a large red ring on the right", "a small white square at the top"]
     both = runtime.generate(prompts, [1, 2], schedule)
     again = runtime.generate(prompts, [1, 2], schedule)
@@ -214,7 +214,7 @@ def test_an_existing_bundle_survives_a_failed_rebuild(
     bundle = copy_of(tiny_bundle)
     before = json.loads((bundle / "manifest.json").read_text())
     monkeypatch.setattr(
-        bundle_build._Build, "run", lambda self, out: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        bundle_build.Making, "run", lambda self, out: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space left"):
         build(tiny_pipeline, bundle, _options(force=True))
@@ -256,7 +256,7 @@ def test_other_pixart_denoisers_build_and_run(changes, options, tmp_path: Path, 
     pictures = runtime.generate(
         ["a red circle", "a blue ring", "a white square"],
         [0, 1, 2],
-        runtime.bundle.schedule(runtime.setting, "uniform:int4"),
+        runtime.schedule("uniform:int4"),
     )
     assert pictures.shape == (3, manifest.settings[0].height, manifest.settings[0].width, 3)
 

@@ -54,7 +54,7 @@ def test_each_draws_what_the_pipeline_draws_for_the_same_seed(
     size: tuple[int, int], steps: int, several: Path, source: SourcePipeline
 ) -> None:
     with DenoiseRuntime.load(several, setting=SettingChoice(steps, size), threads=1) as runtime:
-        schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
+        schedule = runtime.schedule("uniform:fp16")
         ours = runtime.denoise(runtime.encode(PROMPTS[:2]), schedule, runtime.noise([7, 8]))
         pictures = runtime.decode(ours)
     height, width = size

@@ -70,10 +70,7 @@ def test_what_is_not_quantized_is_stored_once(three: Path) -> None:
 def test_engines_of_one_store_run(three: Path) -> None:
     runtime = DenoiseRuntime.load(three)
     conditioning, noise = runtime.encode(["a red circle"]), runtime.noise([0])
-    found = [
-        runtime.denoise(conditioning, runtime.bundle.schedule(runtime.setting, f"uniform:{name}"), noise)
-        for name in PRECISIONS
-    ]
+    found = [runtime.denoise(conditioning, runtime.schedule(f"uniform:{name}"), noise) for name in PRECISIONS]
     assert all(np.isfinite(latents).all() for latents in found)
     assert len({latents.tobytes() for latents in found}) == len(PRECISIONS)
 

@@ -33,6 +33,8 @@ def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path)
     refused(*calibrate, "--budget-latency", "nan", says="expected a positive number")
     refused(*calibrate, "--high-steps", "-1", says="expected a whole number from 0")
     refused(*calibrate, "--samples", "0", says="--samples is 0")
+    refused(*calibrate, "--size", "64x65", says="height 65 does not fit this pipeline; give a positive multiple of 8")
+    refused(*calibrate, "--scheduler", "NoScheduler", says="scheduler 'NoScheduler' is no scheduler of diffusers")
     prompts.write_text("one\none\n")
     refused(*calibrate, says="repeats 'one'")
     prompts.write_text("a red circle\na blue square\n")
@@ -40,8 +42,6 @@ def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path)
         *calibrate,
         says="has 'a red circle' before its first section; head the prompts to calibrate with by a line [cal",
     )
-    refused(*calibrate, "--size", "64x65", says="height 65 does not fit this pipeline; give a positive multiple of 8")
-    refused(*calibrate, "--scheduler", "NoScheduler", says="scheduler 'NoScheduler' is no scheduler of diffusers")
     refused("calibrate", tmp_path, "--prompts", prompts, says="it holds no manifest.json")
     assert schedule_path(bundle).read_bytes() == before
     assert Bundle.open(bundle).verify() > 0

@@ -122,9 +122,7 @@ def test_pictures_of_the_fp16_engine_read_back(demo_bundle: Path, tmp_path: Path
     setting = SettingChoice(steps=STEPS)
     open_setting(linked_copy(demo_bundle, tmp_path / "bundle"), Wanted(setting))
     runtime = DenoiseRuntime.load(tmp_path / "bundle", setting=setting)
-    pictures = list(
-        runtime.generate(captions, range(len(captions)), runtime.bundle.schedule(runtime.setting, "uniform:fp16"))
-    )
+    pictures = list(runtime.generate(captions, range(len(captions)), runtime.schedule("uniform:fp16")))
     assert score(pictures, captions)["colour_and_position"] == 1.0
     assert score(pictures, captions[1:] + captions[:1])["colour_and_position"] == 0.0
 
@@ -138,7 +136,7 @@ def test_gate_pictures_of_unseen_captions_read_back(tmp_path: Path) -> None:
     options = BuildOptions(precisions=(Precision.FP16,), prompts=prompts, steps=(STEPS,))
     build(pipeline_folder(), tmp_path / "bundle", options)
     runtime = DenoiseRuntime.load(tmp_path / "bundle")
-    schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
+    schedule = runtime.schedule("uniform:fp16")
     pictures = [runtime.generate([caption], [seed], schedule)[0] for seed, caption in enumerate(captions)]
     accuracies = score(pictures, captions)
     print("read back of 100 unseen captions:", {name: f"{value:.0%}" for name, value in accuracies.items()})

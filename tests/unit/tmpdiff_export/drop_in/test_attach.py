@@ -1,6 +1,5 @@
 """`attach`: the bundle inside the diffusers pipeline against the runtime, over every way a pipeline loops."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,12 +7,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers.runtime_command import rewrite_manifest
 from helpers.whole_pipeline import whole_pipeline
 
 from engines import Bundle, DenoiseRuntime, Schedule
 from engines.errors import BundleError, SamplerError, ScheduleError
 from engines.files import sha256_bytes
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, manifest_identity
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
 from tmpdiff_export import attach, detach
 from tmpdiff_export.pipelines.families.table import FAMILIES
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
@@ -70,7 +70,7 @@ def relative(got, expected):
 
 def call(pipe, runtime, noise, guidance_scale=None, output_type="latent", **more):
     """A plain call of the pipeline; returns latents, or pictures for output_type="np"."""
-    sampling, text = runtime.setting, runtime.manifest.text
+    sampling, text = runtime.setting, runtime.manifest.texts[0]
     options = {
         "num_inference_steps": sampling.num_inference_steps,
         "height": sampling.height,
@@ -113,16 +113,18 @@ def rebuilt(bundle: Path, folder: Path, scheduler, num_inference_steps: int) -> 
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("schedule.json", "sensitivity.json"))
     table = sampler_table(scheduler, num_inference_steps)
     text = table.to_json().encode()
-    data = json.loads((folder / "manifest.json").read_text())
-    (folder / data["sampler"]["path"]).write_bytes(text)
-    data["sampler"] |= {"sha256": sha256_bytes(text), "bytes": len(text)}
-    data["sampling"] |= {
-        "scheduler": table.scheduler,
-        "num_inference_steps": num_inference_steps,
-        "num_steps": table.num_steps,
-    }
-    data["bundle_id"] = manifest_identity(data)
-    (folder / "manifest.json").write_text(json.dumps(data))
+
+    def change(data):
+        (setting,) = data["settings"]
+        (folder / setting["sampler"]["path"]).write_bytes(text)
+        setting["sampler"] |= {"sha256": sha256_bytes(text), "bytes": len(text)}
+        setting |= {
+            "scheduler": table.scheduler,
+            "num_inference_steps": num_inference_steps,
+            "num_steps": table.num_steps,
+        }
+
+    rewrite_manifest(folder, change)
     return folder
 
 
@@ -137,7 +139,7 @@ def alternating(runtime):
 
 def test_uniform_schedule_gives_the_runtimes_latents_and_picture(pipe, runtime):
     noise = runtime.noise([3])
-    schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
+    schedule = runtime.schedule("uniform:fp16")
     expected = runtime.denoise(runtime.encode([PROMPT]), schedule, noise)
     assert attach(pipe, runtime, schedule="uniform:fp16") is pipe
     latents = call(pipe, runtime, noise)
@@ -151,7 +153,7 @@ def test_uniform_schedule_gives_the_runtimes_latents_and_picture(pipe, runtime):
 
 def test_calibrated_schedule_gives_the_runtimes_picture_on_every_call(pipe, runtime, demo_bundle):
     noise = runtime.noise([4])
-    schedule = runtime.bundle.schedule(runtime.setting)
+    schedule = runtime.schedule()
     expected = runtime.denoise(runtime.encode([PROMPT]), schedule, noise)
     attach(pipe, demo_bundle)
     first = call(pipe, runtime, noise)

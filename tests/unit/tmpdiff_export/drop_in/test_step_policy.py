@@ -18,8 +18,10 @@ from calibration.choose.costs import AllocationCosts
 from calibration.choose.stored_prediction import StoredPrediction
 from calibration.records import CalibrationSettings
 from engines.bundle import Bundle
+from engines.documents import FileEntry
 from engines.errors import ScheduleError
 from engines.schedule import Schedule
+from engines.setting_entry import SettingEntry
 from tmpdiff_export import cli
 from tmpdiff_export.commands import schedule as command
 from tmpdiff_export.drop_in.step_policy import (
@@ -301,12 +303,13 @@ def bundle(tmp_path, monkeypatch):
         validation_prompts=("b",),
     )
     found = calibrated().model_copy(update={"settings": settings})
-    manifest = SimpleNamespace(
-        bundle_id=bundle_id, precisions=found.precisions, sampling=SimpleNamespace(num_steps=STEPS)
-    )
-    opened = Bundle(folder, manifest)
-    found.save(opened.sensitivity_path)
-    Schedule(bundle_id=bundle_id, precisions=found.schedule, origin="test").save(opened.schedule_path)
+    setting = SettingEntry(
+        scheduler="DDIMScheduler", num_inference_steps=STEPS, num_steps=STEPS, guidance_scale=3.0,
+        latents_shape=(4, 8, 8), height=64, width=64, sampler=FileEntry(path="sampler.json", sha256="a" * 64, bytes=1),
+    )  # fmt: skip
+    opened = Bundle(folder, SimpleNamespace(bundle_id=bundle_id, precisions=found.precisions, settings=(setting,)))
+    found.save(opened.sensitivity_path(setting))
+    Schedule(bundle_id=bundle_id, precisions=found.schedule, origin="test").save(opened.schedule_path(setting))
     monkeypatch.setattr(command.Bundle, "open", lambda path: opened)
     return opened
 

@@ -62,7 +62,7 @@ def test_a_mutated_folder_is_refused_in_one_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     what = mutated(made_once, seed, tmp_path / "pipeline")
-    monkeypatch.setattr(bundle, "_Build", ReadPrompts)
+    monkeypatch.setattr(bundle, "Making", ReadPrompts)
     capfd.readouterr()  # diffusers saves with a progress bar
     arguments = ["--prompts", prompts, "--backend", "onnxruntime", "--precisions", "fp16"]
     status = cli.main(list(map(str, ["build", tmp_path / "pipeline", "--out", tmp_path / "bundle", *arguments])))

@@ -58,7 +58,7 @@ def theirs(pipe: Any, prompt: str, size: tuple[int, int], **more: Any) -> np.nda
 
 def ours(runtime: DenoiseRuntime, prompt: str, precision: str = "fp16", negative: str | None = None) -> np.ndarray:
     """The same of the runtime."""
-    schedule = runtime.bundle.schedule(runtime.setting, f"uniform:{precision}")
+    schedule = runtime.schedule(f"uniform:{precision}")
     return runtime.denoise(runtime.encode([prompt], negative), schedule, runtime.noise([3]))
 
 
@@ -161,7 +161,7 @@ def test_the_manifest_says_how_prompts_are_framed(built: Built) -> None:
 def test_a_bundle_takes_the_transformers_place(built: Built) -> None:
     pipe, runtime = built.pipe(), built.at(SIZES[0])
     expected = theirs(pipe, "a red ring", SIZES[0], negative_prompt="blue")
-    schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
+    schedule = runtime.schedule("uniform:fp16")
     attach(pipe, runtime, schedule=schedule)
     assert relative(theirs(pipe, "a red ring", SIZES[0], negative_prompt="blue"), expected) < PARITY
     assert pipe.transformer.last_run == list(enumerate(schedule.precisions))

@@ -207,7 +207,7 @@ def test_guidance_is_the_pipelines(built: Built) -> None:
 
 def test_pictures_are_those_of_the_pipelines_decoder(built: Built) -> None:
     runtime, pipe = built.runtime, built.source().pipe
-    pictures = runtime.generate(list(PROMPTS), [1, 2], runtime.bundle.schedule(runtime.setting, "uniform:int8"))
+    pictures = runtime.generate(list(PROMPTS), [1, 2], runtime.schedule("uniform:int8"))
     assert pictures.shape == (2, 64, 96, 3)
     latents = runtime.noise([1, 2])
     with torch.inference_mode():
@@ -221,7 +221,7 @@ def test_pictures_are_those_of_the_pipelines_decoder(built: Built) -> None:
 def test_a_bundle_takes_the_transformers_place(built: Built, dtype: torch.dtype) -> None:
     runtime, source, noise = built.runtime, built.source(), built.runtime.noise([4])
     expected = built.theirs(source, PROMPTS[0], noise)
-    schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp16")
+    schedule = runtime.schedule("uniform:fp16")
     attach(source.pipe.to(dtype), runtime, schedule=schedule)
     measured = built.theirs(source, PROMPTS[0], noise)
     assert relative(measured, expected) < (5e-3 if dtype == torch.float32 else 5e-2)

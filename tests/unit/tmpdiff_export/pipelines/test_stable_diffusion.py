@@ -146,7 +146,7 @@ def test_the_runtime_loop_equals_the_diffusers_pipeline(built: Built) -> None:
     for prompt in ("a red circle", "  The RED  ring's\tleft, 3 \u00fcber "):
         expected = theirs(built, source, prompt, noise)
         for precision, low, high in (("fp16", 0.0, 5e-3), ("int8", 1e-4, 0.2)):
-            schedule = runtime.bundle.schedule(runtime.setting, f"uniform:{precision}")
+            schedule = runtime.schedule(f"uniform:{precision}")
             ours = runtime.denoise(runtime.encode([prompt]), schedule, noise)
             assert low < relative(ours, expected) < high
 

@@ -54,8 +54,13 @@ def test_what_diffusers_saves_is_opened_and_loaded(saved: SaveOnce, name: str) -
 
 
 @pytest.mark.parametrize("stored", ["shared.weight", "encoder.embed_tokens.weight", "both"])
-def test_tied_embeddings_may_be_stored_under_either_name(saved: SaveOnce, tmp_path: Path, stored: str) -> None:
+@pytest.mark.parametrize("tie", [True, False])  # T5 v1.1 says false, of the table that its decoder has at the end
+def test_tied_embeddings_may_be_stored_under_either_name(
+    saved: SaveOnce, tmp_path: Path, stored: str, tie: bool
+) -> None:
     folder = Path(shutil.copytree(saved("pixart"), tmp_path / "pipeline"))
+    config = folder / "text_encoder/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": tie}))
     expected = load_file(folder / TEXT)["shared.weight"]
 
     def rename(tensors: dict[str, torch.Tensor]) -> None:
@@ -175,6 +180,20 @@ def test_shards_of_a_variant_are_found(tmp_path: Path, saved: SaveOnce) -> None:
     for model in ("unet", "text_encoder"):
         expected = open_pipeline(saved("sd")).load(model).state_dict()
         assert all(torch.equal(expected[name], item) for name, item in source.load(model).state_dict().items())
+
+
+@pytest.mark.parametrize(("model", "file"), [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_of_shards_and_a_single_file_those_are_read_that_are_loaded(
+    folder: Path, tmp_path: Path, model: str, file: str
+) -> None:
+    save_small_pipeline("sd", tmp_path / "shards", max_shard_size="100KB")
+    for path in (tmp_path / "shards" / model).glob(f"{file}*"):
+        shutil.copy(path, folder / model)
+    change(folder / model / f"{file}.safetensors", lambda tensors: [item.fill_(7) for item in tensors.values()])
+    source = open_pipeline(folder)
+    for name, item in source.load(model).state_dict().items():
+        if name in source.stored(model).places:
+            assert torch.equal(source.stored(model).read(name), item)
 
 
 def test_weights_without_a_variant_are_taken_unless_one_is_asked_for(folder: Path, halves: Path) -> None:

@@ -22,7 +22,8 @@ from helpers.whole_pipeline import setting_of, whole_pipeline
 from engines.engine import Engine
 from engines.manifest import MODEL_OUTPUT
 from engines.runtime import DenoiseRuntime
-from tmpdiff_export.bundling.observed import CHECK_BATCHES, with_larger_batch
+from tmpdiff_export.bundling.checked import with_larger_batch
+from tmpdiff_export.bundling.observed import CHECK_BATCHES
 from tmpdiff_export.pipelines.load import gather_batches
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 from tmpdiff_export.quantization.ranges import spread

@@ -76,9 +76,7 @@ def test_the_manifest_counts_what_was_fused_and_what_was_not(bundle: Path) -> No
 def test_a_bundle_runs_in_the_device_loop(bundle: Path, limit: int | None, fakes: Fakes, ort: FakeOrtCuda) -> None:
     with DenoiseRuntime.load(bundle, resident_engines=limit) as runtime:
         conditioning, noise = runtime.encode(PROMPTS[:2]), runtime.noise([3, 4])
-        plan = runtime.bundle.schedule(runtime.setting, "uniform:fp16").model_copy(
-            update={"precisions": ("fp16", "int4", "int8", "fp8")}
-        )
+        plan = runtime.schedule("uniform:fp16").model_copy(update={"precisions": ("fp16", "int4", "int8", "fp8")})
         found = runtime.denoise(conditioning, plan, noise)
         scale = runtime.setting.guidance_scale
         loop = Loop(runtime.table, plan.precisions, conditioning.batch(scale), noise, scale)
@@ -95,9 +93,9 @@ def test_engines_agree_with_the_bundle_for_the_cpu(
     with DenoiseRuntime.load(small_bundle) as cpu, DenoiseRuntime.load(bundle) as gpu:
         assert cpu.manifest.denoisers["fp16"][0].device == "cpu"
         conditioning, noise = cpu.encode(PROMPTS[:1]), cpu.noise([1])
-        plan = cpu.bundle.schedule(cpu.setting, "uniform:fp16")
+        plan = cpu.schedule("uniform:fp16")
         expected = cpu.denoise(conditioning, plan, noise)
-        found = gpu.denoise(conditioning, gpu.bundle.schedule(gpu.setting, "uniform:fp16"), noise)
+        found = gpu.denoise(conditioning, gpu.schedule("uniform:fp16"), noise)
     assert -10 * np.log10(np.square(found - expected).sum() / np.square(expected).sum()) > 40
 
 

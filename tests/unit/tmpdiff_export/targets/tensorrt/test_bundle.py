@@ -116,11 +116,11 @@ def test_the_device_loop_equals_the_host_loop_over_the_same_engines(
 def test_it_is_near_the_same_bundle_on_the_cpu(bundle: Path, built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = DenoiseRuntime.load(built(tiny_options(num_steps=NUM_STEPS)))
     conditioning, noise = inputs_of(cpu)
-    expected = cpu.denoise(conditioning, cpu.bundle.schedule(cpu.setting, "uniform:fp16"), noise)
+    expected = cpu.denoise(conditioning, cpu.schedule("uniform:fp16"), noise)
     install(monkeypatch)
     with DenoiseRuntime.load(bundle) as runtime:
         conditioning, noise = inputs_of(runtime)
-        found = runtime.denoise(conditioning, runtime.bundle.schedule(runtime.setting, "uniform:fp16"), noise)
+        found = runtime.denoise(conditioning, runtime.schedule("uniform:fp16"), noise)
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.02
 
 
@@ -142,7 +142,7 @@ def test_prompt_to_picture_and_calibration_work(bundle: Path, copy_of: Any, monk
         pictures = runtime.generate(
             PROMPTS[:1],
             [0],
-            runtime.bundle.schedule(runtime.setting),
+            runtime.schedule(),
             on_step=lambda _index, _name, time: seconds.append(time),
         )
     assert pictures.shape == (1, 64, 64, 3)
@@ -202,7 +202,7 @@ def test_a_host_that_cannot_run_it_is_refused(
 ) -> None:
     install(monkeypatch, **host)
     with pytest.raises(BackendError, match=says), DenoiseRuntime.load(bundle) as runtime:
-        runtime.generate(PROMPTS[:1], [0], runtime.bundle.schedule(runtime.setting, "uniform:fp16"))
+        runtime.generate(PROMPTS[:1], [0], runtime.schedule("uniform:fp16"))
 
 
 def test_a_batch_outside_the_profile_names_the_profile(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_batch_outside_the_profile_names_the_profile(bundle: Path, monkeypatch
         DenoiseRuntime.load(bundle) as runtime,
         pytest.raises(BackendError, match=r"has shape \(10, 40\), optimization profile 0 takes \(1, 40\) to \(8, 40\)"),
     ):
-        runtime.generate(list(PROMPTS) * 3, list(range(9)), runtime.bundle.schedule(runtime.setting, "uniform:fp16"))
+        runtime.generate(list(PROMPTS) * 3, list(range(9)), runtime.schedule("uniform:fp16"))
 
 
 def test_an_interrupted_build_goes_on_with_the_plans_it_has(
@@ -242,7 +242,9 @@ def test_an_interrupted_build_goes_on_with_the_plans_it_has(
     build(tiny_pipeline, tmp_path / "again", options)
     assert len(fakes.settings.builds) - before == built
     first, again = (Bundle.open(tmp_path / name).manifest for name in ("bundle", "again"))
-    assert [entry.file for entry in first.denoisers.values()] == [entry.file for entry in again.denoisers.values()]
+    assert [entry.file for (entry,) in first.denoisers.values()] == [
+        entry.file for (entry,) in again.denoisers.values()
+    ]
 
 
 def test_what_cannot_be_built_is_refused_before_the_pipeline_is_loaded(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from helpers.needs_compiler import needs_compiler
+from helpers.runtime_command import rewrite_manifest
 from torch.nn import functional as F
 
 from engines.backends.torch.attention import attention_fp8, scales_tensor
 from engines.errors import BackendError, BuildError
-from engines.manifest import Manifest, manifest_identity
+from engines.manifest import Manifest
 from engines.precision import Precision
 from engines.runtime import DenoiseRuntime
 from tmpdiff_export.quantization.codes import AttentionRange
@@ -168,7 +168,7 @@ def test_a_bundle_has_it_where_it_was_asked_for(torch_variants: Path) -> None:
         assert other.package.operators == ()
     assert nvfp4.sqnr_db > nvfp4.sqnr_floor_db
     with DenoiseRuntime.load(torch_variants) as loaded:
-        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:nvfp4"))
+        picture = loaded.generate(["a red circle"], [3], loaded.schedule("uniform:nvfp4"))
     assert picture.shape == (1, 64, 64, 3)
     assert np.ptp(picture.astype(int)) > 10
 
@@ -192,10 +192,7 @@ def test_an_operator_that_this_release_does_not_know_is_refused(torch_variants: 
 
     copied = tmp_path / "bundle"
     shutil.copytree(torch_variants, copied)
-    data = json.loads((copied / "manifest.json").read_text())
-    data["denoisers"]["nvfp4"][0]["package"]["operators"] = ["attention_fp4"]
-    data["bundle_id"] = manifest_identity(data)
-    (copied / "manifest.json").write_text(json.dumps(data))
+    rewrite_manifest(copied, lambda data: data["denoisers"]["nvfp4"][0]["package"].update(operators=["attention_fp4"]))
     with pytest.raises(BundleError, match="operators"):
         DenoiseRuntime.load(copied)
 

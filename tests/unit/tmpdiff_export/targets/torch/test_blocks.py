@@ -305,7 +305,7 @@ def test_a_bundle_of_blocks_is_whole_and_runs(tmp_path: Path, monkeypatch: pytes
         "fp16", "fp8", backend="torch", device="cpu", compile="blocks", fp8_attention=(Precision.FP8,)
     )
     manifest = build(tmp_path / "pipeline", tmp_path / "bundle", options)
-    for name, entry in manifest.denoisers.items():
+    for name, (entry,) in manifest.denoisers.items():
         assert entry.package is not None
         assert len(entry.package.blocks) == 2, name
         assert [call.package for call in entry.package.calls] == [0, *[2] * LEAST_BLOCKS, 1]
@@ -313,7 +313,7 @@ def test_a_bundle_of_blocks_is_whole_and_runs(tmp_path: Path, monkeypatch: pytes
     own = [file.path for file in manifest.denoisers["fp8"][0].weights]
     assert "engines/fp8.attention.safetensors" in own
     with DenoiseRuntime.load(tmp_path / "bundle") as runtime:  # every file's hash is checked
-        schedule = runtime.bundle.schedule(runtime.setting, "uniform:fp8")
+        schedule = runtime.schedule("uniform:fp8")
         picture = runtime.generate(["a red circle"], [3], schedule)
         assert np.ptp(picture.astype(int)) > 10
     (tmp_path / "bundle" / "engines" / "fp8.2.pt2").unlink()

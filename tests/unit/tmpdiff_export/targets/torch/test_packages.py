@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -16,12 +15,13 @@ import numpy as np
 import pytest
 from helpers.needs_compiler import needs_compiler
 from helpers.paths import ROOT
+from helpers.runtime_command import rewrite_manifest
 from helpers.tiny_pipeline import PROMPTS, denoiser_inputs, tiny_options
 
 from calibration import CalibrationOptions, HighSteps
 from engines import DenoiseRuntime
 from engines.errors import BackendError, BundleError
-from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, Manifest, manifest_identity
+from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, Manifest
 from engines.text import PromptFile
 
 pytestmark = needs_compiler
@@ -58,7 +58,7 @@ def test_a_bundle_says_what_its_packages_are(bundles: dict[str, Path]) -> None:
     assert manifest.denoisers["int8"][0].lowering == {
         "int8 linear": manifest.denoisers["fp8"][0].lowering["fp8 linear"]
     }
-    stored = {name: entry.bytes for name, entry in manifest.denoisers.items()}
+    stored = {name: entry.bytes for name, (entry,) in manifest.denoisers.items()}
     fp8, fp16 = (sum(file.bytes for file in manifest.denoisers[name][0].weights) for name in ("fp8", "fp16"))
     assert fp8 < 0.7 * fp16, stored
     shared = {entry.weights[0].path for entry in manifest.denoisers.values()}
@@ -164,9 +164,7 @@ def test_a_mixed_schedule_draws_the_picture_that_onnx_runtime_draws(bundles: dic
     pictures = {}
     for backend, folder in bundles.items():
         with DenoiseRuntime.load(folder) as loaded:
-            pictures[backend] = loaded.generate(
-                ["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:fp16")
-            )
+            pictures[backend] = loaded.generate(["a red circle"], [3], loaded.schedule("uniform:fp16"))
     difference = np.abs(pictures["torch"].astype(int) - pictures["onnxruntime"].astype(int))
     assert difference.max() <= 2
 
@@ -239,10 +237,6 @@ def test_a_package_that_cannot_run_here_is_refused(
 ) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(bundles["torch"], copy)
-    data = json.loads((copy / "manifest.json").read_text())
-    for entry in data["denoisers"].values():
-        entry.update(change)
-    data["bundle_id"] = manifest_identity(data)
-    (copy / "manifest.json").write_text(json.dumps(data))
+    rewrite_manifest(copy, lambda data: [entry.update(change) for (entry,) in data["denoisers"].values()])
     with DenoiseRuntime.load(copy) as loaded, pytest.raises(BackendError, match=says):
         loaded.denoiser("fp16")

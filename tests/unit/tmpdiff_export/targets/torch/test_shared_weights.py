@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.needs_compiler import needs_compiler
+from helpers.runtime_command import rewrite_manifest
 from helpers.tiny_pipeline import denoiser_inputs
 
 from engines import DenoiseRuntime
 from engines.errors import BackendError
-from engines.manifest import MODEL_OUTPUT, EngineEntry, Manifest, manifest_identity
+from engines.manifest import MODEL_OUTPUT, EngineEntry, Manifest
 from engines.precision import Precision
 from tmpdiff_export.weights.files import places
 
@@ -38,7 +39,7 @@ def test_the_reference_may_be_made_of_the_weights_of_another_engine(torch_varian
         found, exact = (item.denoiser("fp16").run(inputs)[MODEL_OUTPUT] for item in (loaded, separate))
         error = np.square(found - exact).sum() / np.square(exact).sum()
         assert 20.0 < -10 * np.log10(error) < 50.0  # that of FP8 weights, and not none
-        picture = loaded.generate(["a red circle"], [3], loaded.bundle.schedule(loaded.setting, "uniform:fp16"))
+        picture = loaded.generate(["a red circle"], [3], loaded.schedule("uniform:fp16"))
         assert picture.shape == (1, 64, 64, 3)
 
 
@@ -61,7 +62,7 @@ def test_two_workers_make_what_one_process_makes(torch_variants: Path, torch_bun
         for folder in (torch_variants, torch_bundle)
     )
     assert spread.range_calibration == alone.range_calibration
-    for one, two in ((alone.text_encoder, spread.text_encoder), (alone.vae_decoder, spread.vae_decoder)):
+    for (one,), (two,) in ((alone.text_encoder, spread.text_encoder), (alone.vae_decoder, spread.vae_decoder)):
         # The hash of the weights among it; a package holds paths, and has another one each time.
         assert one.model_dump(exclude={"file"}) == two.model_dump(exclude={"file"})
     one, two = (item.denoisers["fp8"][0] for item in (alone, spread))
@@ -85,13 +86,14 @@ def test_weights_in_another_folder_than_their_package_are_refused(torch_variants
     copy = tmp_path / "bundle"
     shutil.copytree(torch_variants, copy)
     (copy / "elsewhere").mkdir()
-    data = json.loads((copy / "manifest.json").read_text())
-    first = data["denoisers"]["fp16"][0]["weights"][0]
-    elsewhere = f"elsewhere/{Path(first['path']).name}"
-    shutil.copyfile(copy / first["path"], copy / elsewhere)
-    first["path"] = elsewhere
-    data["bundle_id"] = manifest_identity(data)
-    (copy / "manifest.json").write_text(json.dumps(data))
+
+    def change(data: dict[str, Any]) -> None:
+        first = data["denoisers"]["fp16"][0]["weights"][0]
+        elsewhere = f"elsewhere/{Path(first['path']).name}"
+        shutil.copyfile(copy / first["path"], copy / elsewhere)
+        first["path"] = elsewhere
+
+    rewrite_manifest(copy, change)
     with (
         DenoiseRuntime.load(copy) as loaded,
         pytest.raises(BackendError, match=r"lies in another folder than engines/fp16\.pt2, expected the same"),

@@ -138,7 +138,9 @@ def start_vae_decoder(site: Site, latents: Sequence[torch.Tensor], name: str = V
 def with_narrow_weights(job: EngineJob) -> EngineJob:
     """The engine with its linear layers stored as INT8 codes; inputs of them, and all that is computed, stay as they are."""
     ranges = dict.fromkeys(linear_layers(job.model), LayerRange(None, None))
-    return replace(job, recipe=NARROW_WEIGHTS, precision=Precision.INT8, ranges=ranges, floor_db=NARROW_WEIGHTS_FLOOR_DB)
+    return replace(
+        job, recipe=NARROW_WEIGHTS, precision=Precision.INT8, ranges=ranges, floor_db=NARROW_WEIGHTS_FLOOR_DB
+    )
 
 
 def _start(

@@ -100,7 +100,9 @@ def test_the_runtime_equals_the_diffusers_pipeline_at_every_size(built: Built) -
         for prompt in ("  A RED ring ", "red " * 400):
             expected = theirs(pipe, prompt, size, **length)
             assert relative(ours(built.at(size), prompt), expected) < PARITY
-        assert relative(theirs(pipe, "blue", size, **length), expected) > 1e-2  # far more than rounding: the prompt matters
+        assert (
+            relative(theirs(pipe, "blue", size, **length), expected) > 1e-2
+        )  # far more than rounding: the prompt matters
 
 
 @only_euler

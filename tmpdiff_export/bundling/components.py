@@ -135,10 +135,12 @@ def start_vae_decoder(site: Site, latents: Sequence[torch.Tensor], name: str = V
     )
 
 
-def with_narrow_weights(job: EngineJob, precision: Precision) -> EngineJob:
-    """The engine with its linear layers stored as codes; inputs of them, and all that is computed, stay as they are."""
+def with_narrow_weights(job: EngineJob) -> EngineJob:
+    """The engine with its linear layers stored as INT8 codes; inputs of them, and all that is computed, stay as they are."""
     ranges = dict.fromkeys(linear_layers(job.model), LayerRange(None, None))
-    return replace(job, recipe=NARROW_WEIGHTS, precision=precision, ranges=ranges, floor_db=NARROW_WEIGHTS_FLOOR_DB)
+    return replace(
+        job, recipe=NARROW_WEIGHTS, precision=Precision.INT8, ranges=ranges, floor_db=NARROW_WEIGHTS_FLOOR_DB
+    )
 
 
 def _start(
@@ -193,7 +195,7 @@ def _start(
     )
     job = EngineJob(name, model, NO_RECIPE, REFERENCE, {}, COMPONENT_FLOOR_DB)
     if kind == TEXT_ENCODER and site.options.text_encoder_weights is not None:
-        job = with_narrow_weights(job, Precision(site.options.text_encoder_weights))
+        job = with_narrow_weights(job)
 
     def weight(layer: str) -> torch.Tensor:
         return read(f"{layer}.weight")

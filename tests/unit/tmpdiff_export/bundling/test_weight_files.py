@@ -113,7 +113,7 @@ def test_text_encoders_are_stored_in_8_bit_on_request(tiny_pipeline: Path, three
     options = tiny_options("fp16", text_encoder_weights="int8", onnx_dir=tmp_path / "onnx")
     (entry,) = build(tiny_pipeline, out, options).text_encoder
     (plain,) = Bundle.open(three).manifest.text_encoder
-    assert (entry.recipe, entry.sqnr_floor_db) == ("weights-only", 20.0)
+    assert (entry.recipe, entry.sqnr_floor_db) == ("int8-weights", 20.0)
     assert entry.sqnr_db > 25
     assert entry.bytes < 0.7 * plain.bytes  # embeddings stay
     names = {Path(file.path).name for file in entry.weights}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.needs_compiler import needs_compiler
 
 from engines import DenoiseRuntime
 from engines.errors import BuildError
@@ -79,7 +80,8 @@ def built(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Pa
         pipe.save_pretrained(folder / "pipeline")
         options = BuildOptions(
             precisions=PRECISIONS if euler else PRECISIONS[:1], prompts=("a red ring", "A small BLUE square!"),
-            steps=(STEPS,), sizes=SIZES if euler else SIZES[:1], backend="onnxruntime",
+            steps=(STEPS,), sizes=SIZES if euler else SIZES[:1], text_lengths=() if euler else (40,),
+            backend="onnxruntime",
         )  # fmt: skip
         build(folder / "pipeline", folder / "bundle", options)
 
@@ -94,9 +96,13 @@ def test_the_runtime_equals_the_diffusers_pipeline_at_every_size(built: Built) -
     pipe = built.pipe()
     for entry in built.runtime.manifest.settings:
         size = (entry.height, entry.width)
-        expected = theirs(pipe, "  A RED ring ", size)
-        assert relative(ours(built.at(size), "  A RED ring "), expected) < PARITY
-        assert relative(theirs(pipe, "blue", size), expected) > 1e-2  # far more than rounding: the prompt matters
+        length = {"max_sequence_length": entry.text_length}
+        for prompt in ("  A RED ring ", "red " * 400):
+            expected = theirs(pipe, prompt, size, **length)
+            assert relative(ours(built.at(size), prompt), expected) < PARITY
+        assert (
+            relative(theirs(pipe, "blue", size, **length), expected) > 1e-2
+        )  # far more than rounding: the prompt matters
 
 
 @only_euler
@@ -132,6 +138,17 @@ def test_pictures_are_those_of_the_pipelines_decoder(built: Built) -> None:
         assert np.abs(pictures - expected).max() < 1.5
 
 
+def test_what_is_cut_of_a_prompt_is_told(built: Built) -> None:
+    entry = built.runtime.manifest.settings[0]
+    words = [f"ring{number}" for number in range(200)]
+    ((prompt, cut),) = built.runtime.encode([" ".join(words)]).cut
+    assert prompt == " ".join(words)
+    assert prompt.endswith(cut)
+    kept = len(prompt) - len(cut)  # a token is a letter here; a blank is one as well
+    assert entry.text_length is not None
+    assert 0 <= entry.text_length - kept <= 4
+
+
 @only_euler
 def test_the_manifest_says_how_prompts_are_framed(built: Built) -> None:
     (text,) = built.runtime.manifest.texts
@@ -150,6 +167,21 @@ def test_a_bundle_takes_the_transformers_place(built: Built) -> None:
     attach(pipe, runtime, schedule=schedule)
     assert relative(theirs(pipe, "a red ring", SIZES[0], negative_prompt="blue"), expected) < PARITY
     assert pipe.transformer.last_run == list(enumerate(schedule.precisions))
+
+
+@needs_compiler
+@pytest.mark.long
+@only_euler
+def test_packages_draw_the_same(built: Built, tmp_path: Path) -> None:
+    """For the CPU, the denoiser in BF16."""
+    options = BuildOptions(
+        precisions=PRECISIONS[:1], prompts=("a red ring", "A small BLUE square!"), steps=(STEPS,), sizes=SIZES[:1],
+        backend="torch", device="cpu", text_encoder_weights="int8",
+    )  # fmt: skip
+    manifest = build(built.folder, tmp_path / "bundle", options)
+    assert manifest.text_encoder[0].recipe == "int8-weights"
+    with DenoiseRuntime.load(tmp_path / "bundle", threads=1) as runtime:
+        assert relative(ours(runtime, "a red ring"), theirs(built.pipe(), "a red ring", SIZES[0])) < 2e-2
 
 
 @pytest.mark.parametrize(

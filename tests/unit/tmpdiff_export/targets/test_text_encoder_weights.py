@@ -74,7 +74,7 @@ def narrow_job(name: str) -> EngineJob:
         dtype=torch.float32,
         half=False,
     )
-    return with_narrow_weights(EngineJob("text_encoder", model, NO_RECIPE, REFERENCE, {}, 40.0), Precision.INT8)
+    return with_narrow_weights(EngineJob("text_encoder", model, NO_RECIPE, REFERENCE, {}, 40.0))
 
 
 @pytest.mark.parametrize("name", NAMES)

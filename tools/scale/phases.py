@@ -14,7 +14,6 @@ from engines.bundle import Bundle
 from engines.errors import TmpDiffError
 from engines.manifest import Manifest
 from engines.text import read_prompts
-from tmpdiff_export.pipelines.families.table import FAMILIES
 from tools.scale.models import PIPELINES, ScalePipeline
 from tools.scale.watch import Attempt, watched
 
@@ -98,8 +97,6 @@ def run_phase(phase: str, setting: Setting, before: dict[str, Any], note: Note) 
     Returns:
         JSON data with "status": "done", "failed", or "none" where there is nothing to do.
     """
-    if phase not in ("make", "peer") and setting.pipeline.pipeline_class not in FAMILIES:
-        return {"status": "none", "why": f"no bundles of {setting.pipeline.pipeline_class} are built"}
     if phase == "run-limited" and setting.device == "cpu":
         return {"status": "none", "why": "engines on a CPU know no limit"}
     if phase == "make":

@@ -277,8 +277,13 @@ def test_each_worker_sees_one_gpu_or_its_share_of_the_threads(bundle, monkeypatc
         open_samples, environments, at_once = bundle_workers.open_workers(runtime, samples, 2, 7, 4)
     assert environments == expected
     assert at_once == 4
-    monkeypatch.setattr(bundle_workers.DenoiseRuntime, "load", lambda path, threads: pytest.fail(f"{threads} threads"))
-    with pytest.raises(pytest.fail.Exception, match="None threads" if on_gpu else "3 threads"):
+    name = runtime.setting.name
+
+    def load(path, setting, threads):
+        pytest.fail(f"{threads} threads in setting {setting.named}")
+
+    monkeypatch.setattr(bundle_workers.DenoiseRuntime, "load", load)
+    with pytest.raises(pytest.fail.Exception, match=f"{None if on_gpu else 3} threads in setting {name}"):
         open_samples()
 
 

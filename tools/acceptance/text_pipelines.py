@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tools.acceptance.miniatures import HEADS, POOLED, WIDTH, miniature
+from tools.acceptance.miniatures import POOLED, WIDTH, miniature
 from tools.acceptance.small_text import clip_tokenizer, gemma_tokenizer, t5_tokenizer
 
 LAYERS = 3
@@ -130,10 +130,11 @@ def _pixart_alpha() -> Any:
     """As published for pictures of 1024 pixels, whose denoiser is told size and shape of the picture."""
     from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 
+    heads, size = 6, WIDTH // 4  # three parts of the width are embeddings of height, width and their ratio
     denoiser = PixArtTransformer2DModel(
-        **HEADS, num_layers=2, sample_size=128, in_channels=4, out_channels=8, cross_attention_dim=WIDTH,
-        caption_channels=WIDTH,
-    )  # fmt: skip
+        num_attention_heads=heads, attention_head_dim=size, num_layers=2, sample_size=128, in_channels=4, out_channels=8,
+        cross_attention_dim=heads * size, caption_channels=WIDTH,
+    ).eval()  # fmt: skip
     return PixArtAlphaPipeline(**{**_pixart().components, "transformer": denoiser})
 
 

@@ -42,6 +42,7 @@ def test_calibrate_refuses_bad_input(tiny_bundle: Path, copy_of, tmp_path: Path)
         *calibrate,
         says="has 'a red circle' before its first section; head the prompts to calibrate with by a line [cal",
     )
+    save_prompts(tmp_path)
     refused("calibrate", tmp_path, "--prompts", prompts, says="it holds no manifest.json")
     assert schedule_path(bundle).read_bytes() == before
     assert Bundle.open(bundle).verify() > 0

@@ -22,6 +22,7 @@ from calibration import CalibrationOptions, HighSteps
 from engines import DenoiseRuntime
 from engines.errors import BackendError, BundleError
 from engines.manifest import LATENTS, MANIFEST_VERSION, MODEL_OUTPUT, TIMESTEP, Manifest
+from engines.setting_choice import SettingChoice
 from engines.text import PromptFile
 
 pytestmark = needs_compiler
@@ -61,7 +62,7 @@ def test_a_bundle_says_what_its_packages_are(bundles: dict[str, Path]) -> None:
     stored = {name: entry.bytes for name, (entry,) in manifest.denoisers.items()}
     fp8, fp16 = (sum(file.bytes for file in manifest.denoisers[name][0].weights) for name in ("fp8", "fp16"))
     assert fp8 < 0.7 * fp16, stored
-    shared = {entry.weights[0].path for entry in manifest.denoisers.values()}
+    shared = {entry.weights[0].path for (entry,) in manifest.denoisers.values()}
     assert shared == {"engines/fp16+fp8+int8.safetensors"}  # what no precision quantizes is there once
 
 
@@ -174,6 +175,7 @@ def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tmpdiff_export.calibrate import bundle as calibration_run
+    from tmpdiff_export.calibrate.settings import Wanted, open_setting
 
     found, rows = [], []
     options = CalibrationOptions(HighSteps(2))
@@ -192,7 +194,8 @@ def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
             monkeypatch.setattr(calibration_run, "samples_per_call", lambda *_: 1)
         prompts = PromptFile(PROMPTS[:2], PROMPTS[2:])
         monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
-        how = calibration_run.RunOptions(guidance_scale=1.0)
+        setting, _ = open_setting(folder, Wanted(guidance_scale=1.0))
+        how = calibration_run.RunOptions(setting=SettingChoice(named=setting.name))
         result = calibration_run.calibrate_bundle(folder, prompts, options, how)
         found.append(result.model_dump(exclude={"settings", "latencies_ms"}))
     assert set(rows[0]) == {2, 1}  # two samples of calibration, one of validation
@@ -201,6 +204,7 @@ def test_calibration_takes_as_many_samples_in_a_call_as_it_is_compiled_for(
     assert found[0] == found[1]
     folder = tmp_path / "workers"
     shutil.copytree(bundles["torch"], folder)
+    open_setting(folder, Wanted(guidance_scale=1.0))
     monkeypatch.undo()
     monkeypatch.setattr(calibration_run, "_latencies", lambda *_: {"fp16": 3.0, "fp8": 2.0, "int8": 1.0})
     result = calibration_run.calibrate_bundle(folder, prompts, options, replace(how, workers=2))

@@ -119,7 +119,7 @@ def encode_texts(
 
 
 def kept_positions(reading: Reading, length: int) -> np.ndarray:
-    """Which positions of the text encoder's outputs the denoiser gets, int64 [length]; `Reading` says how they are chosen."""
+    """Which positions of the text encoder's outputs the denoiser gets, int64 [length]; see `Reading`."""
     head, size = min(reading.head, length), length + reading.extra_tokens
     return np.concatenate([np.arange(head), np.arange(size - (length - head), size)])
 

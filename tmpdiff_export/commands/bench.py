@@ -103,9 +103,13 @@ def bench(bundle: Path, options: BenchOptions, report: Callable[[str, int, int],
         report: called with (stage, done, total).
 
     Returns:
-        JSON data: "machine", "setting", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for torch:
-        median and least ms, speed-up over the FP16 engine, and what the engine runs, in words) and "loops" (whole loops
-        that swap at every step, with a limit also once, against uniform ones).
+        JSON data: "machine", "setting", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for
+        torch: median and least ms, speed-up over the FP16 engine, and what the engine runs, in words) and "loops" (whole
+        loops that swap at every step, with a limit also once, against uniform ones).
+
+    Raises:
+        TmpDiffError: the bundle is damaged or has no such setting, its engines cannot run here, or `options.pipeline` is
+            not the one it was built from, or given for engines on a GPU.
     """
     setting, pipeline, threads, rounds = options.setting, options.pipeline, options.threads, options.rounds
     resident_engines = options.resident_engines

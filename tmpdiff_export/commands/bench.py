@@ -17,6 +17,7 @@ from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
+from engines.terminal import print_json
 from tmpdiff_export.commands.build import what_runs
 
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Times everything in turns and prints ratios."""
-    from tmpdiff_export.display import print_json, print_table, progress_bar
+    from tmpdiff_export.display import print_table, progress_bar
 
     if args.rounds < 1:
         raise ValueError(f"--rounds is {args.rounds}, expected 1 or more")

@@ -11,7 +11,7 @@ from engines.setting_choice import SettingChoice
 MAX_SEED = (1 << 63) - 1
 MAX_THREADS = 1024
 MAX_RESIDENT_ENGINES = 64
-MAX_STEPS = 1000  # as many as schedulers are trained on
+MAX_STEPS = 1000  # as many as schedulers are trained on; a table of more would only be slow to make
 MAX_PIXELS = 1 << 16
 MAX_TOKENS = 1 << 16
 

@@ -23,7 +23,7 @@ class Conditioning:
         guided: arrays by denoiser input name, each [2 N, ...], the unconditional half first.
         size: N.
         embeds_guidance: whether the denoiser takes the guidance scale as an input.
-        cut: what no text encoder has read of a prompt that is too long, by prompt.
+        cut: (prompt, what no text encoder has read of it) for every prompt or negative prompt that is too long.
     """
 
     guided: dict[str, np.ndarray]

@@ -23,7 +23,8 @@ class Loop:
 
     Attributes:
         table: the sampler, T rows.
-        precisions: name of the denoiser engine of every step, T of them.
+        precisions: name on the host of the denoiser engine of every step, T of them: a precision, where a bundle has
+            one engine of it, else such a name as "fp8 #2".
         conditioning: denoiser inputs other than latents and timestep, [B, ...]; B is 2 N with guidance
             (the unconditional half first), N without.
         noise: unit normal, float32 [N, C, h, w]; not changed.

@@ -19,9 +19,8 @@ from engines.setting_entry import SettingEntry
 from engines.text_entry import TextEntry
 
 MANIFEST_VERSION: Final = 6
-OLDEST_MANIFEST_VERSION: Final = (
-    1  # knows no plans, 2 no torch packages, 3 no operators of theirs, 4 one weight file, 5 one setting
-)
+# 1 knows no plans, 2 no torch packages, 3 no operators of theirs, 4 one weight file for an engine, 5 one setting.
+OLDEST_MANIFEST_VERSION: Final = 1
 LATENTS, TIMESTEP, MODEL_OUTPUT = "latents", "timestep", "model_output"
 GUIDANCE = "guidance"  # input of denoisers that embed the guidance scale: float32 [B]
 
@@ -109,7 +108,10 @@ class EngineEntry(Document):
     @property
     def shapes(self) -> str:
         """What it is for, in words."""
-        size = [] if self.for_size is None else [f"latents {size_text(*self.for_size)}"]
+        sizes = () if self.plan is None else self.plan.sizes(LATENTS)
+        if self.for_size is not None:
+            sizes = (size_text(*self.for_size),)
+        size = [f"latents {' or '.join(sizes)}"] if sizes else []
         text = [] if self.for_text is None else [f"{self.for_text} text tokens"]
         return ", ".join(size + text) or "any size"
 
@@ -234,7 +236,7 @@ class Manifest(Document):
 
     def engines(self) -> dict[str, EngineEntry]:
         """Every engine by a name for messages: the denoisers by precision, then the others."""
-        named = {**{f"denoiser {name}": entries for name, entries in self.denoisers.items()}}
+        named = {f"denoiser {name}": entries for name, entries in self.denoisers.items()}
         named |= {"text encoder": self.text_encoder, "VAE decoder": self.vae_decoder}
         return {
             name if len(entries) == 1 else f"{name} ({entry.shapes})": entry

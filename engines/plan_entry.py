@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from engines.documents import Document, FileEntry
+from engines.setting_choice import size_text
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
@@ -71,3 +72,13 @@ class PlanEntry(Document):
             for least, _, most in (profile[name] for profile in self.profiles)
             if len(least) == len(shape) + 1
         )
+
+    def sizes(self, name: str) -> tuple[str, ...]:
+        """Of an input [B, C, h, w] the w x h of every profile, "128x96" or "64x64 to 128x96"; empty for other inputs."""
+        found = []
+        for profile in self.profiles:
+            least, _, most = profile.get(name, ((), (), ()))
+            if len(least) == 4:
+                ends = dict.fromkeys((size_text(*least[2:]), size_text(*most[2:])))
+                found.append(" to ".join(ends))
+        return tuple(found)

@@ -89,7 +89,8 @@ class DenoiseRuntime:
                 all; with fewer than a schedule uses, engines are loaded and dropped during the loop.
 
         Raises:
-            BundleError: the folder is no bundle, or is damaged, or has no such setting.
+            BundleError, SamplerError: the folder is no bundle, or is damaged, or has no such setting.
+            BackendError: `resident_engines` is given for a backend that has no such limit.
         """
         return cls(Bundle.open(path), setting=setting, threads=threads, resident_engines=resident_engines)
 
@@ -97,7 +98,7 @@ class DenoiseRuntime:
         """A runtime for another setting that shares the loaded engines; `close` of either frees those of both.
 
         Raises:
-            BundleError: as `load`.
+            BundleError, SamplerError: as `load`.
         """
         return DenoiseRuntime(self.bundle, setting=setting, loaded=self._loaded)
 
@@ -122,11 +123,19 @@ class DenoiseRuntime:
         return self.manifest.precisions
 
     def schedule(self, choice: str | Path | None = None) -> Schedule:
-        """A schedule of the setting; see `Bundle.schedule`."""
+        """A schedule of the setting.
+
+        Raises:
+            ScheduleError, BundleError: as `Bundle.schedule`, which says what a choice is.
+        """
         return self.bundle.schedule(self.setting, choice)
 
     def preload(self, schedule: Schedule) -> None:
-        """Loads every engine a prompt-to-image run with `schedule` needs, or as many as may be resident."""
+        """Loads every engine a prompt-to-image run with `schedule` needs, or as many as may be resident.
+
+        Raises:
+            BackendError, BundleError: as `denoiser`.
+        """
         for precision in tuple(dict.fromkeys(schedule.precisions))[: self._loaded.resident_engines]:
             self.denoiser(precision)
         self._encoder.preload()
@@ -263,6 +272,7 @@ class DenoiseRuntime:
 
         Raises:
             ValueError: there are not as many seeds as prompts.
+            PromptError, ScheduleError, BackendError, BundleError: as `encode`, `denoise` and `decode`.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")

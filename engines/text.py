@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.errors import BackendError, BundleError, PromptError, first_line
+from engines.errors import BackendError, BundleError, PromptError, first_line, shortened
 from engines.text_entry import Reading, TextEntry
 
 SECTION = re.compile(r"\[(\w+)\]")
@@ -119,7 +119,7 @@ def encode_texts(
 
 
 def kept_positions(reading: Reading, length: int) -> np.ndarray:
-    """Which positions of the text encoder's outputs the denoiser gets, int64 [length]."""
+    """Which positions of the text encoder's outputs the denoiser gets, int64 [length]; see `Reading`."""
     head, size = min(reading.head, length), length + reading.extra_tokens
     return np.concatenate([np.arange(head), np.arange(size - (length - head), size)])
 
@@ -171,7 +171,7 @@ def require_whole(tokenizer: Any, prompts: Sequence[str], entry: TextEntry, read
         count = len(_encoded(tokenizer, prompt, entry, reading, None).ids)
         if count > size:
             raise PromptError(
-                f"prompt {_shorten(prompt)!r} has {count} tokens, this bundle takes at most {size}; shorten it"
+                f"prompt {shortened(prompt)!r} has {count} tokens, this bundle takes at most {size}; shorten it"
             )
 
 
@@ -256,17 +256,13 @@ def read_prompts(path: Path) -> PromptFile:
         raise PromptError(f"prompt file {path} holds no prompts; write one per line")
     repeated = next((prompt for prompt in prompts if prompts.count(prompt) > 1), None)
     if repeated is not None:
-        raise PromptError(f"prompt file {path} repeats {_shorten(repeated)!r}; validation needs prompts of its own")
+        raise PromptError(f"prompt file {path} repeats {shortened(repeated)!r}; validation needs prompts of its own")
     if loose:
         raise PromptError(
-            f"prompt file {path} has {_shorten(loose[0])!r} before its first section; head the prompts to calibrate with by a "
+            f"prompt file {path} has {shortened(loose[0])!r} before its first section; head the prompts to calibrate with by a "
             "line [calibration], and others to judge schedules by with a line [validation]"
         )
     for name in SECTIONS:
         if not sections.get(name):
             raise PromptError(f"prompt file {path} has no prompts under [{name}]")
     return PromptFile(tuple(sections["calibration"]), tuple(sections["validation"]))
-
-
-def _shorten(prompt: str) -> str:
-    return prompt if len(prompt) <= 60 else prompt[:57] + "..."

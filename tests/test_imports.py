@@ -100,7 +100,7 @@ ROOMS = {
         accuracy settings
     """,
     "tools": """
-        experiments scale
+        experiments scale parity
         gpu_bench
         release demo acceptance
     """,

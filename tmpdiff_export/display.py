@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import threading
 import time
@@ -139,11 +138,6 @@ def print_note(text: str) -> None:
     """One line on stderr, escaped: what a reader of stdout should not find there."""
     if sys.stderr is not None:
         print(printable(text), file=sys.stderr, flush=True)
-
-
-def print_json(data: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(data, indent=1, allow_nan=False))
 
 
 def schedule_strip(precisions: Sequence[str]) -> str:

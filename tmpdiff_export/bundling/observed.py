@@ -33,7 +33,6 @@ CHECK_BATCHES = 6
 OTHER_STEPS = 4
 OTHER_CHECKS = 2
 _PREFIX = f"{DENOISER}."
-_CHECK = "check.safetensors"
 _BATCHES = "batches.safetensors"
 _READ = "read.safetensors"
 _SCALES = "scales.safetensors"

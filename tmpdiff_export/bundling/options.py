@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from engines.arguments import MAX_STEPS
 from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.bundling.preflight import require_folders
@@ -16,9 +17,6 @@ from tmpdiff_export.targets.torch.settings import PackageSettings
 
 if TYPE_CHECKING:
     from tmpdiff_export.pipelines.settings import SettingRequest
-
-# As many as schedulers are trained on; a table of more would only be slow to make.
-MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,9 @@ def calibrate_bundle(
     Where the setting has no scores yet and another one of the bundle has, those are carried over if they hold here, and
     searched for anew if not; `say` is told which.
 
-    Every finished measurement is kept in a journal inside the bundle; the same call after an interruption
-    goes on from there and gives the same result. Latencies are kept as well, but those that a budget was refused for are
-    measured anew by the next call: the machine may have been busy. Packages compiled for several pictures take as many samples in every
+    Every finished measurement is kept in a journal inside the bundle; the same call after an interruption goes on from
+    there and gives the same result. Latencies are kept as well, but those that a budget was refused for are measured anew
+    by the next call: the machine may have been busy. Packages compiled for several pictures take as many samples in every
     call. The documents are written last, each in one piece.
 
     Args:
@@ -231,10 +231,10 @@ def _calibrate(
         except BudgetError:
             journal.doubt(remembered)
             raise
-    bundle_id, name = runtime.manifest.bundle_id, runtime.setting.name
+    bundle_id, setting = runtime.manifest.bundle_id, runtime.setting.name
     settings = CalibrationSettings(
         bundle_id=bundle_id,
-        setting=name,
+        setting=setting,
         machine=machine(runtime, how.threads),
         batch=how.batch,
         guidance_scale=scale,
@@ -244,7 +244,7 @@ def _calibrate(
     )
     found = result.sensitivity.model_copy(update={"settings": settings})
     found.save(runtime.bundle.sensitivity_path(runtime.setting))
-    result.schedule(bundle_id, name).save(runtime.bundle.schedule_path(runtime.setting))
+    result.schedule(bundle_id, setting).save(runtime.bundle.schedule_path(runtime.setting))
     return found
 
 

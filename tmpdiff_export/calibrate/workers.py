@@ -94,7 +94,13 @@ def open_workers(
 
 @dataclass(frozen=True)
 class OpenedBundle:
-    """A bundle and setting that a process has opened, for others to open: folder, `bundle_id`, and which setting."""
+    """A bundle that a process has opened, for others to open.
+
+    Attributes:
+        folder: bundle folder, absolute.
+        bundle_id: that the process has found there.
+        setting: which one is measured.
+    """
 
     folder: Path
     bundle_id: str

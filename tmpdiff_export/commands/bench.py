@@ -17,6 +17,7 @@ from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
+from engines.terminal import print_json
 from tmpdiff_export.commands.build import what_runs
 
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Times everything in turns and prints ratios."""
-    from tmpdiff_export.display import print_json, print_table, progress_bar
+    from tmpdiff_export.display import print_table, progress_bar
 
     if args.rounds < 1:
         raise ValueError(f"--rounds is {args.rounds}, expected 1 or more")
@@ -103,9 +104,13 @@ def bench(bundle: Path, options: BenchOptions, report: Callable[[str, int, int],
         report: called with (stage, done, total).
 
     Returns:
-        JSON data: "machine", "setting", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for torch:
-        median and least ms, speed-up over the FP16 engine, and what the engine runs, in words) and "loops" (whole loops
-        that swap at every step, with a limit also once, against uniform ones).
+        JSON data: "machine", "setting", "batch" (rows of a denoiser call: 2 with guidance), "rows" (per precision and for
+        torch: median and least ms, speed-up over the FP16 engine, and what the engine runs, in words) and "loops" (whole
+        loops that swap at every step, with a limit also once, against uniform ones).
+
+    Raises:
+        TmpDiffError: the bundle is damaged or has no such setting, its engines cannot run here, or `options.pipeline` is
+            not the one it was built from, or given for engines on a GPU.
     """
     setting, pipeline, threads, rounds = options.setting, options.pipeline, options.threads, options.rounds
     resident_engines = options.resident_engines

@@ -12,6 +12,7 @@ from engines.backends.table import BACKENDS
 from engines.files import require_replaceable
 from engines.manifest import EngineEntry, Manifest
 from engines.precision import DEFAULT_PRECISIONS, Precision, parse_precisions
+from engines.terminal import print_json
 from engines.text import read_prompts
 from tmpdiff_export.targets import settings as shared_settings
 from tmpdiff_export.targets.tensorrt import settings as tensorrt_settings
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     require_buildable(options, args.out, backend)
 
     from tmpdiff_export.bundling.bundle import build
-    from tmpdiff_export.display import print_json, print_note, progress_bar
+    from tmpdiff_export.display import print_note, progress_bar
 
     with progress_bar() as report:
         manifest = build(args.pipeline, args.out, options, report, print_note)

@@ -20,6 +20,7 @@ from engines.arguments import (
     setting_choice,
 )
 from engines.setting_choice import SettingChoice
+from engines.terminal import print_json
 from engines.text import PromptFile, read_prompts
 
 
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
     from tmpdiff_export.calibrate.settings import Wanted, open_setting
     from tmpdiff_export.commands.tables import print_sensitivity
-    from tmpdiff_export.display import print_json, print_note, progress_bar
+    from tmpdiff_export.display import print_note, progress_bar
 
     options = CalibrationOptions(
         budget=budget_of(args),

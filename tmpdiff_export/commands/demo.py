@@ -17,6 +17,7 @@ from engines.arguments import parse_seed
 from engines.files import atomic_write_text
 from engines.manifest import Manifest
 from engines.precision import REFERENCE, Precision
+from engines.terminal import print_json
 from engines.text import PromptFile, read_prompts
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
     from tmpdiff_export.demo import pipeline_folder
     from tmpdiff_export.demo.gallery import SCHEDULE, Gallery
-    from tmpdiff_export.display import print_json, print_note, progress_bar
+    from tmpdiff_export.display import print_note, progress_bar
 
     prompts = read_prompts(Path(str(files("calibration") / "prompts" / f"{args.prompt_set}.txt")))
     used = PromptFile(prompts.calibration[: args.samples], prompts.validation[: args.samples])

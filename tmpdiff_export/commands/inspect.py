@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from engines.bundle import Bundle
-from engines.terminal import printable
+from engines.terminal import print_json, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from tmpdiff_export.calibrate.bundle import read_calibration
     from tmpdiff_export.commands.build import print_engines
     from tmpdiff_export.commands.tables import print_sensitivity
-    from tmpdiff_export.display import print_json, schedule_strip
+    from tmpdiff_export.display import schedule_strip
 
     bundle = Bundle.open(args.bundle)
     found: dict[str, Sensitivity | None] = {}

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from engines.arguments import add_setting_arguments, parse_prompt, setting_choice
+from engines.terminal import print_json
 
 PICTURES = 2
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page and says where."""
-    from tmpdiff_export.display import print_json, progress_bar
+    from tmpdiff_export.display import progress_bar
     from tmpdiff_export.report.write import write_report
 
     count = args.pictures if args.pictures is not None else (PICTURES if args.prompt else 0)

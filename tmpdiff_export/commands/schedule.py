@@ -13,6 +13,7 @@ from engines.bundle import Bundle
 from engines.errors import ScheduleError
 from engines.schedule import Schedule
 from engines.setting_entry import SettingEntry
+from engines.terminal import print_json
 
 if TYPE_CHECKING:
     from calibration.choose.stored_prediction import StoredPrediction
@@ -53,8 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows the schedule and writes what was asked for."""
-    from tmpdiff_export.display import print_json
-
     if args.precision is not None and args.import_policy is None:
         raise ValueError("--precision says what the native steps of an imported policy run at; add --import-policy")
     if args.nearest and args.export_policy is None:

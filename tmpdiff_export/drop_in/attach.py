@@ -53,8 +53,8 @@ def attach(
     Raises:
         BundleError: the bundle is damaged, was not calibrated, or was built from another denoiser class.
         AttachedError: the denoiser has something that engines would leave out, such as LoRA adapters.
-        ScheduleError: the schedule belongs to another bundle.
-        SamplerError: the pipeline's scheduler is not the one the bundle was built with.
+        ScheduleError: the schedule belongs to another bundle or setting.
+        SamplerError: the pipeline's scheduler is not the one of the setting.
         BackendError: an engine cannot be loaded.
     """
     runtime = _runtime(bundle, setting)

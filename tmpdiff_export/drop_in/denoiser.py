@@ -25,7 +25,7 @@ from tmpdiff_export.pipelines.families.family import Family, bind_call
 OUTPUTS = {"transformer": Transformer2DModelOutput, "unet": UNet2DConditionOutput}
 
 LATENTS_ARGUMENTS = {"hidden_states", "sample"}  # of transformers, of UNets
-# The picture size is part of the engine; of FLUX, so are the positions of its tokens.
+# What engines make themselves, from the size of the latents: the picture's size, and of FLUX the positions of its tokens.
 CONSTANT_ARGUMENTS = {"return_dict", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
 
 # Attributes of these types are read off the replaced denoiser; nothing that is done with them could need its layers.

@@ -90,7 +90,7 @@ def require_plain(pipeline: str, component: str, denoiser: Any) -> None:
 
 
 def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> None:
-    """Refuses a scheduler that does not do what the bundle's sampler table does.
+    """Refuses a scheduler that does not do what the sampler table of the runtime's setting does.
 
     Compares trajectories, not coefficients: tables read on two machines differ in the last bits.
 
@@ -101,8 +101,9 @@ def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> Non
     name = type(scheduler).__name__
     if name != expected.scheduler:
         raise SamplerError(
-            f"the pipeline's scheduler is a {name}, the bundle was built with a {expected.scheduler}; set "
-            "pipe.scheduler to the one the bundle was built with, or build a bundle from the pipeline as it is"
+            f"the pipeline's scheduler is a {name}, setting {runtime.setting.name} of the bundle has a {expected.scheduler}; "
+            "set pipe.scheduler to one of that class, attach with setting= another one of the bundle's, or build a bundle "
+            "from the pipeline as it is"
         )
     steps, (_, rows, columns) = expected.num_inference_steps, runtime.setting.latents_shape
     config = getattr(pipe, family.component).config
@@ -118,7 +119,8 @@ def require_scheduler(pipe: Any, family: Family, runtime: DenoiseRuntime) -> Non
     raise SamplerError(
         f"the pipeline's {name} is configured otherwise than the one the bundle was built with: at "
         f"num_inference_steps={steps} it gives {differs}; load the scheduler from the pipeline "
-        "folder that was built from, or build a bundle from the pipeline as it is"
+        "folder that was built from, attach with setting= another one of the bundle's, or build a bundle from the "
+        "pipeline as it is"
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from engines.errors import BuildError, first_line
+from tmpdiff_export.pipelines.folder import is_entry
 
 _TAKEN_BY_ANY: Final = ("tokenizer.model", "tiktoken.model", "tekken.json")  # whatever the tokenizer's class says
 _SENTENCEPIECE: Final = {"sentencepiece": "sentencepiece.sentencepiece_model_pb2", "protobuf": "google.protobuf"}
@@ -29,7 +30,7 @@ def require_tokenizer_files(folder: Path, index: dict[str, Any]) -> None:
         OSError: a folder cannot be read.
     """
     for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers":
+        if is_entry(entry) and entry[0] == "transformers":
             kind = getattr(importlib.import_module("transformers"), str(entry[1]), None)
             if names := getattr(kind, "vocab_files_names", None):
                 _require_files(folder / name, {key: value for key, value in names.items() if key != "tokenizer_file"})

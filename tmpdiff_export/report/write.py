@@ -36,8 +36,8 @@ def write_report(
         progress: called with (stage, done, total).
 
     Returns:
-        JSON data: "report" (path), "bundle_id", "setting", "bytes", "pictures" (how many the page shows) and "loses_to" (names of
-        validation rows that are no slower and have less typical error, beyond the interval).
+        JSON data: "report" (path), "bundle_id", "setting", "bytes", "pictures" (how many the page shows) and "loses_to"
+        (names of validation rows that are no slower and have less typical error, beyond the interval).
 
     Raises:
         TmpDiffError: the bundle is not calibrated or its documents do not belong together, an engine cannot

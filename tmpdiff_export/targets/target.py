@@ -65,7 +65,8 @@ class EngineJob:
     """One engine to make.
 
     Attributes:
-        name: "fp16", "int8", ..., "text_encoder" or "vae_decoder"; stem of its files.
+        name: "fp16", "int8", ..., "text_encoder" or "vae_decoder", of further sizes and text lengths with what tells them
+            apart behind a dot ("fp8.1216x832", "text_encoder.t256"); stem of its files.
         model: what it is made of.
         recipe: quantization variant, "none" where nothing is quantized.
         precision: of its quantized layers; the reference's where nothing is quantized.

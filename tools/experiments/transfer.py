@@ -2,7 +2,7 @@
 
     python -m tools.experiments.transfer SOURCE TARGET --prompts FILE --out transfer.json
 
-Sweeps both (settings of) bundles (what was measured before is reused), carries the downcast scores of SOURCE to TARGET, and puts
+Sweeps both settings (what was measured before is reused), carries the downcast scores of SOURCE to TARGET, and puts
 three rankings of TARGET's steps beside each other: fresh, carried as they are, and carried with the checked steps
 measured. Schedules by each, and two fixed rules, run on prompts that neither has seen. One entry of the result file
 is one pair of settings; a pair measured again replaces its entry.

@@ -15,6 +15,7 @@ import torch
 
 from engines.files import atomic_write_text
 from tmpdiff_export.weights.files import WeightFile
+from tools.acceptance.small_text import gemma_tokenizer, t5_tokenizer
 from tools.demo.networks import make_clip_tokenizer
 from tools.scale.models import CLIP_TOKENS, Component, ScalePipeline, t5_tokens
 
@@ -170,21 +171,9 @@ def _clip_tokenizer(_: ScalePipeline) -> Any:
 
 
 def _gemma_tokenizer(_: ScalePipeline) -> Any:
-    """Of single letters and bytes."""
-    from transformers import GemmaTokenizer
-
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    letters = [chr(code) for code in range(33, 127)]
-    tokens = [*special, *(f"<0x{code:02X}>" for code in range(256)), "\u2581", *letters]
-    return GemmaTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)}, merges=[], add_bos_token=True, add_eos_token=False
-    )
+    return gemma_tokenizer()
 
 
 def _t5_tokenizer(pipeline: ScalePipeline) -> Any:
-    """Of single letters: prompts are a few dozen tokens, padded to the length of the published pipeline."""
-    from transformers import T5TokenizerFast
-
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0)]
-    letters = [(chr(code), -4.0) for code in range(33, 127)]
-    return T5TokenizerFast(vocab=[*special, *letters], extra_ids=0, model_max_length=t5_tokens(pipeline.pipeline_class))
+    """Prompts are a few dozen tokens, padded to the length of the published pipeline."""
+    return t5_tokenizer(t5_tokens(pipeline.pipeline_class))

@@ -85,7 +85,7 @@ class Encoder:
         unread: dict[str, str] = {}
         for position, (tokenizer, text) in enumerate(zip(self._tokenizers, manifest.texts, strict=True)):
             length = self._length(position)
-            width = length + max(text.positive.extra_tokens, text.negative.extra_tokens)
+            width = length + text.extra_tokens
             read = []
             for some, reading in ((prompts, text.positive), (negatives, text.negative)):
                 read.append(encode_texts(tokenizer, some, text, reading, length, width).inputs(position))
@@ -106,8 +106,7 @@ class Encoder:
 
     def _length(self, position: int) -> int:
         """Text length of a text encoder in the setting."""
-        text = self._bundle.manifest.texts[position]
-        return self._setting.text_length or text.max_tokens if text.variable else text.max_tokens
+        return self._bundle.manifest.texts[position].length(self._setting.text_length)
 
 
 def _negatives(manifest: Manifest, size: int, negative_prompts: Sequence[str] | str | None) -> list[str]:

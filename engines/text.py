@@ -136,13 +136,12 @@ def kept_text(outputs: Mapping[str, np.ndarray], size: int, entry: TextEntry, le
     Returns:
         Arrays by the same names; those with a text axis are [N + M, length, ...].
     """
-    extra = max(entry.positive.extra_tokens, entry.negative.extra_tokens)
-    if not extra:
+    if not entry.extra_tokens:
         return dict(outputs)
     positions = [kept_positions(entry.positive, length), kept_positions(entry.negative, length)]
 
     def kept(values: np.ndarray) -> np.ndarray:
-        if values.ndim < 2 or values.shape[1] != length + extra:
+        if values.ndim < 2 or values.shape[1] != length + entry.extra_tokens:
             return values
         return np.concatenate([values[:size, positions[0]], values[size:, positions[1]]])
 

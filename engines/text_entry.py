@@ -54,3 +54,12 @@ class TextEntry(Document):
     variable: bool = False
     positive: Reading = Reading()
     negative: Reading = Reading()
+
+    @property
+    def extra_tokens(self) -> int:
+        """How many positions the text encoder engine has beside the text length."""
+        return max(self.positive.extra_tokens, self.negative.extra_tokens)
+
+    def length(self, text_length: int | None) -> int:
+        """The text length in a setting of `text_length`, which counts where it may vary."""
+        return text_length if self.variable and text_length is not None else self.max_tokens

@@ -121,8 +121,7 @@ def build_size(source: SourcePipeline, settings: Sequence[Setting], options: Bui
     largest = max(math.prod(place.shape) for place in layers)
     drawn = max(settings, key=lambda setting: setting.height * setting.width)
     step = source.facts.size_step
-    longest = max(setting.text_length or 0 for setting in settings)
-    texts = [max(text.max_tokens, longest) if text.entry.variable else text.max_tokens for text in source.texts]
+    texts = (max(text.entry.length(setting.text_length) for setting in settings) for text in source.texts)
     tokens = (drawn.height // step) * (drawn.width // step) + sum(texts)
     samples = 2 * (2 if any(map(source.doubled, settings)) else 1)  # one call of the check has twice the batch
     return BuildSize(

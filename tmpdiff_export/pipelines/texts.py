@@ -34,17 +34,20 @@ class SourceText:
 
     Attributes:
         tokenizer: the transformers tokenizer.
-        max_tokens: length that prompts are padded to.
         part: how the family describes it.
         json: the tokenizer in the form that the runtime reads.
         entry: what the manifest says of it.
     """
 
     tokenizer: Any
-    max_tokens: int
     part: Text
     json: str
     entry: TextEntry
+
+    @property
+    def max_tokens(self) -> int:
+        """Length that prompts are padded to, unless a setting has another one."""
+        return self.entry.max_tokens
 
     def tokens(self, prompts: Sequence[str], text_length: int | None = None) -> Tokens:
         """Token ids of prompts, int64 [N, L], as the runtime makes them.
@@ -55,9 +58,8 @@ class SourceText:
                 a template adds.
         """
         entry, tokenizer = self.entry, load_tokenizer(self.json.encode())
-        length = text_length if text_length is not None and entry.variable else self.max_tokens
-        width = length + max(entry.positive.extra_tokens, entry.negative.extra_tokens)
-        return encode_texts(tokenizer, prompts, entry, entry.positive, length, width)
+        length = entry.length(text_length)
+        return encode_texts(tokenizer, prompts, entry, entry.positive, length, length + entry.extra_tokens)
 
     def require_same_reading(self, prompts: Sequence[str]) -> None:
         """Holds the runtime's reading to the tokenizer that the pipeline has.
@@ -138,7 +140,7 @@ def _source_text(pipe: Any, family: Family, part: Text, position: int) -> Source
         positive=positive,
         negative=negative,
     )
-    return SourceText(tokenizer, length, part, json, entry)
+    return SourceText(tokenizer, part, json, entry)
 
 
 def _text_length(pipe: Any, part: Text) -> int:

@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers.text_pipelines import TEXT_PIPELINES
 from safetensors.torch import load_file
 
 from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine
@@ -30,6 +29,7 @@ from tmpdiff_export.targets.torch.target import TorchTarget
 from tmpdiff_export.weights.streamed import taken_weights
 from tools.acceptance.checks import check_of
 from tools.acceptance.export_families import store
+from tools.acceptance.text_pipelines import TEXT_PIPELINES
 
 # Linear layers of the encoders, and of them those that nothing depends on: SDXL and SD3 leave CLIP's last layers out, and
 # SDXL the projection of none.

@@ -86,14 +86,15 @@ class Encoder:
         for position, (tokenizer, text) in enumerate(zip(self._tokenizers, manifest.texts, strict=True)):
             length = self._length(position)
             width = length + text.extra_tokens
-            read = []
+            read = encode_texts(tokenizer, prompts, text, text.positive, length, width)
+            arrays |= read.followed_by(
+                encode_texts(tokenizer, negatives, text, text.negative, length, width)
+            ).inputs(position)
             for some, reading in ((prompts, text.positive), (negatives, text.negative)):
-                read.append(encode_texts(tokenizer, some, text, reading, length, width).inputs(position))
                 for prompt in some:
                     words = cut_words(tokenizer, prompt, text, reading, length)
                     if len(words) <= len(unread.get(prompt, words)):
                         unread[prompt] = words
-            arrays |= {name: np.concatenate([part[name] for part in read]) for name in read[0]}
         wanted = [spec.name for spec in manifest.text_encoder[0].inputs]
         if unknown := [name for name in wanted if name not in arrays]:
             raise BundleError(

@@ -90,7 +90,7 @@ class LoadedEngines:
         if entry is None:
             raise BundleError(
                 f"no engine of {name} runs setting {setting.name} ({setting.described}); there are engines for "
-                f"{'; '.join(entry.shapes for entry in entries)}; build the bundle with that --size and --text-length"
+                f"{'; '.join(entry.shapes(self._bundle.manifest.model.pixels_per_latent) for entry in entries)}; build the bundle with that --size and --text-length"
             )
         position = entries.index(entry)
         named = f"{name} #{position + 1}" if position else name

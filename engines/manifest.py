@@ -105,13 +105,16 @@ class EngineEntry(Document):
             return False
         return self.for_size in (None, setting.latents_shape[1:]) and self.for_text in (None, setting.text_length)
 
-    @property
-    def shapes(self) -> str:
-        """What it is for, in words."""
-        sizes = () if self.plan is None else self.plan.sizes(LATENTS)
+    def shapes(self, pixels: int | None) -> str:
+        """What it is for, in words; `pixels` is `ModelEntry.pixels_per_latent`."""
         if self.for_size is not None:
-            sizes = (size_text(*self.for_size),)
-        size = [f"latents {' or '.join(sizes)}"] if sizes else []
+            height, width = self.for_size
+            size = [
+                f"latents {size_text(height, width)}" if pixels is None else size_text(pixels * height, pixels * width)
+            ]
+        else:
+            sizes = () if self.plan is None else self.plan.sizes(LATENTS)
+            size = [f"latents {' or '.join(sizes)}"] if sizes else []
         text = [] if self.for_text is None else [f"{self.for_text} text tokens"]
         return ", ".join(size + text) or "any size"
 
@@ -239,7 +242,7 @@ class Manifest(Document):
         named = {f"denoiser {name}": entries for name, entries in self.denoisers.items()}
         named |= {"text encoder": self.text_encoder, "VAE decoder": self.vae_decoder}
         return {
-            name if len(entries) == 1 else f"{name} ({entry.shapes})": entry
+            name if len(entries) == 1 else f"{name} ({entry.shapes(self.model.pixels_per_latent)})": entry
             for name, entries in named.items()
             for entry in entries
         }

@@ -159,21 +159,6 @@ def cut_words(tokenizer: Any, prompt: str, entry: TextEntry, reading: Reading, l
     return text[min(start for start, _ in cut) : max(end for _, end in cut)].strip()
 
 
-def require_whole(tokenizer: Any, prompts: Sequence[str], entry: TextEntry, reading: Reading, length: int) -> None:
-    """Refuses prompts that would be cut.
-
-    Raises:
-        PromptError: names the first one.
-    """
-    size = length + reading.extra_tokens
-    for prompt in prompts:
-        count = len(_encoded(tokenizer, prompt, entry, reading, None).ids)
-        if count > size:
-            raise PromptError(
-                f"prompt {shortened(prompt)!r} has {count} tokens, this bundle takes at most {size}; shorten it"
-            )
-
-
 def guided_text(outputs: Mapping[str, np.ndarray], size: int, *, zeros: bool) -> dict[str, np.ndarray]:
     """The denoiser's text inputs with classifier-free guidance, the negative prompts' half first.
 

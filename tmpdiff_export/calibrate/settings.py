@@ -147,7 +147,7 @@ def _require_engines(manifest: Manifest, entry: SettingEntry) -> None:
         if engine_for(entries, entry) is None:
             raise BundleError(
                 f"setting {entry.name} needs an engine of {name} for its size and text length; the bundle has engines for "
-                f"{'; '.join(engine.shapes for engine in entries)}: pick one of these, or build the bundle with that --size and "
+                f"{'; '.join(engine.shapes(manifest.model.pixels_per_latent) for engine in entries)}: pick one of these, or build the bundle with that --size and "
                 "--text-length"
             )
 

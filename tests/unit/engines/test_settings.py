@@ -179,8 +179,8 @@ def test_the_engine_for_the_size_and_text_length_of_the_setting_runs(bundle: Pat
                 square.generate([PROMPT], [1], schedule_of(square, "fp8"))).any()  # fmt: skip
         names = list(square.manifest.engines())
     assert [name for name in names if "int8" in name] == [
-        "denoiser int8 (latents 16x16, 40 text tokens)",
-        "denoiser int8 (latents 32x16)",
+        "denoiser int8 (64x64, 40 text tokens)",
+        "denoiser int8 (128x64)",
     ]
 
 
@@ -191,8 +191,8 @@ def schedule_of(runtime: DenoiseRuntime, precision: str) -> Schedule:
 @pytest.mark.parametrize(
     ("sizes", "listed"),
     [
-        ({"for_size": [8, 8]}, "latents 8x8; latents 32x16"),
-        ({"for_size": [16, 16], "for_text": 39}, "latents 16x16, 39 text tokens; latents 32x16"),
+        ({"for_size": [8, 8]}, "32x32; 128x64"),
+        ({"for_size": [16, 16], "for_text": 39}, "64x64, 39 text tokens; 128x64"),
     ],
 )
 def test_where_no_engine_is_for_the_setting_it_is_one_line(

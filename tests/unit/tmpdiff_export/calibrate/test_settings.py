@@ -168,7 +168,7 @@ def test_engines_of_fixed_shapes_take_other_steps_but_no_other_size(bundle: Path
     before = sorted(bundle.rglob("*"))
     with pytest.raises(
         BundleError,
-        match=r"setting 4-96x64-g4.5-t40 needs an engine of the VAE decoder for its size .*engines for latents 16x16: pick",
+        match=r"setting 4-96x64-g4.5-t40 needs an engine of the VAE decoder for its size .*engines for 64x64: pick",
     ):
         open_setting(bundle, Wanted(SettingChoice(size=(64, 96))))
     assert sorted(bundle.rglob("*")) == before

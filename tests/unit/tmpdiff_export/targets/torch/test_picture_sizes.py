@@ -68,5 +68,5 @@ def test_each_size_is_drawn_by_its_own_package(bundle: Path, tiny_pipeline: Path
 def test_a_setting_more_has_one_of_these_sizes(bundle: Path, tmp_path: Path) -> None:
     copy = linked_copy(bundle, tmp_path / "bundle")
     assert open_setting(copy, Wanted(SettingChoice(steps=6, size=(64, 96))))[1]
-    with pytest.raises(BundleError, match="the bundle has engines for latents 16x16; latents 24x16: pick one of these"):
+    with pytest.raises(BundleError, match="the bundle has engines for 64x64; 96x64: pick one of these"):
         open_setting(copy, Wanted(SettingChoice(size=(96, 96))))

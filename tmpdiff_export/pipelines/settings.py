@@ -16,7 +16,7 @@ from engines.arguments import MAX_PIXELS
 from engines.bundle import SAMPLER_NAME, SETTINGS
 from engines.documents import FileEntry, canonical_json
 from engines.errors import BuildError, first_line
-from engines.files import atomic_write_text, sha256_bytes, sha256_file
+from engines.files import atomic_write_text, sha256_bytes
 from engines.sampler import SamplerTable
 from engines.setting_choice import size_text
 from engines.setting_entry import SettingEntry
@@ -140,7 +140,7 @@ def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
         str(request.num_steps),
         size_text(height, width),
         chosen,
-        f"g{scale:g}" if facts.takes_guidance_scale else "",
+        f"g{_number_text(scale)}" if facts.takes_guidance_scale else "",
         "" if text_length is None else f"t{text_length}",
     ]
     return Setting(
@@ -156,11 +156,9 @@ def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
     )
 
 
-def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
-    """Writes a setting's sampler table into a bundle; returns what the manifest is to say of the setting."""
-    path = bundle / SETTINGS / setting.name / SAMPLER_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, setting.table.to_json())
+def setting_entry(setting: Setting) -> SettingEntry:
+    """What a manifest is to say of a setting."""
+    table = setting.table.to_json().encode()
     return SettingEntry(
         name=setting.name,
         scheduler=setting.table.scheduler,
@@ -173,9 +171,24 @@ def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
         text_length=setting.text_length,
         constants=dict(setting.constants),
         sampler=FileEntry(
-            path=path.relative_to(bundle).as_posix(), sha256=sha256_file(path), bytes=path.stat().st_size
+            path=f"{SETTINGS}/{setting.name}/{SAMPLER_NAME}", sha256=sha256_bytes(table), bytes=len(table)
         ),
     )
+
+
+def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
+    """Writes a setting's sampler table into a bundle; returns what the manifest is to say of the setting."""
+    entry = setting_entry(setting)
+    path = bundle / entry.sampler.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, setting.table.to_json())
+    return entry
+
+
+def _number_text(number: float) -> str:
+    """A number as names have it: no two are the same, and none has a plus sign."""
+    short = f"{number:g}"
+    return (short if float(short) == number else repr(number)).replace("+", "")
 
 
 def _require_size(facts: PipelineFacts, height: int, width: int) -> None:

@@ -14,7 +14,7 @@ import diffusers
 
 from engines.arguments import MAX_PIXELS
 from engines.bundle import SAMPLER_NAME, SETTINGS
-from engines.documents import FileEntry, canonical_json
+from engines.documents import FileEntry, canonical_json, read_json
 from engines.errors import BuildError, first_line
 from engines.files import atomic_write_text, sha256_bytes
 from engines.sampler import SamplerTable
@@ -258,11 +258,15 @@ def _scheduler(own: Mapping[str, Any], asked: str | None) -> tuple[Any, str]:
 
 
 def _form_of_file(path: Path) -> dict[str, Any]:
+    data = read_json(path, "scheduler configuration", BuildError, infinite=True)
+    if not isinstance(data.get("_class_name"), str):
+        raise BuildError(f"{path} is no scheduler_config.json: it names no _class_name")
+    form = {
+        "class": data["_class_name"],
+        "config": {key: value for key, value in _finite(data).items() if not key.startswith("_")},
+    }
     try:
-        data = json.loads(path.read_bytes())
-        config = {key: value for key, value in _finite(data).items() if not key.startswith("_")}
-        return {"class": data["_class_name"], "config": config}
-    except OSError as error:
-        raise BuildError(f"scheduler configuration {path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise BuildError(f"{path} is no scheduler_config.json: it names no _class_name") from None
+        canonical_json(form)
+    except (ValueError, RecursionError) as error:
+        raise BuildError(f"scheduler configuration {path} cannot be used: {first_line(error)}") from None
+    return form

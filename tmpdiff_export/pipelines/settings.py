@@ -100,7 +100,11 @@ class Setting:
 
 
 def scheduler_form(scheduler: Any) -> dict[str, Any]:
-    """A scheduler as JSON data: class name and configuration, without infinite numbers, which are its class's defaults."""
+    """A scheduler as JSON data: class name and configuration, without infinite numbers, which are its class's defaults.
+
+    Raises:
+        BuildError: a number of its configuration is NaN.
+    """
     config = {
         key: value
         for key, value in _finite(json.loads(scheduler.to_json_string())).items()
@@ -112,8 +116,15 @@ def scheduler_form(scheduler: Any) -> dict[str, Any]:
 
 
 def _finite(config: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's configuration without the infinite numbers, such as the lambda_min_clipped of DPM-Solver."""
-    return {key: value for key, value in config.items() if not (isinstance(value, float) and not math.isfinite(value))}
+    """A scheduler's configuration without the infinite numbers, such as the lambda_min_clipped of DPM-Solver.
+
+    Raises:
+        BuildError: one is no number.
+    """
+    for key, value in config.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise BuildError(f"the scheduler's configuration has NaN for {key}; correct its scheduler_config.json")
+    return {key: value for key, value in config.items() if not (isinstance(value, float) and math.isinf(value))}
 
 
 def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:

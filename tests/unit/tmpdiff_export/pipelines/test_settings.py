@@ -8,9 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 
+from engines.errors import BuildError
 from tmpdiff_export.pipelines.families.unet import UNET
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
-from tmpdiff_export.pipelines.settings import PipelineFacts, SettingRequest, resolve, setting_entry
+from tmpdiff_export.pipelines.settings import PipelineFacts, SettingRequest, resolve, scheduler_form, setting_entry
 
 FACTS = PipelineFacts(
     family=UNET, scheduler={"class": "DDIMScheduler", "config": {}}, size=(64, 64), pixels_per_latent=8, size_step=8,
@@ -47,3 +48,8 @@ def test_every_guidance_scale_has_a_name_of_its_own_that_a_manifest_takes(scale:
     assert found.name == f"2-64x64-EulerDiscreteScheduler-{name}"
     entry = setting_entry(found)
     assert (entry.name, entry.guidance_scale) == (found.name, scale)
+
+
+def test_a_pipelines_scheduler_with_nan_is_not_run_with_a_default_in_its_place() -> None:
+    with pytest.raises(BuildError, match=r"configuration has NaN for beta_start; correct its scheduler_config\.json"):
+        scheduler_form(diffusers.EulerDiscreteScheduler(beta_start=float("nan")))

@@ -68,8 +68,8 @@ def read_document(
     return data
 
 
-def read_json(path: Path, kind: str, error: type[TmpDiffError]) -> dict[str, Any]:
-    """Parses a JSON object from `path`; NaN and Infinity are refused.
+def read_json(path: Path, kind: str, error: type[TmpDiffError], *, infinite: bool = False) -> dict[str, Any]:
+    """Parses a JSON object from `path`; NaN is refused, and Infinity unless `infinite` is true.
 
     Raises:
         TmpDiffError: (as the class `error`) missing, too large, or not a JSON object.
@@ -79,7 +79,7 @@ def read_json(path: Path, kind: str, error: type[TmpDiffError]) -> dict[str, Any
             raise error(f"{kind} {path} is not a regular file; name a {kind} file")
         if path.stat().st_size > MAX_DOCUMENT_BYTES:
             raise error(f"{kind} {path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB; it is no {kind}")
-        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        data = json.loads(path.read_bytes(), parse_constant=_infinity if infinite else _refuse_constant)
     except FileNotFoundError:
         raise error(f"{kind} {path} does not exist") from None
     except (ValueError, RecursionError) as reason:
@@ -117,3 +117,7 @@ def one_line(error: ValidationError) -> str:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not allowed")
+
+
+def _infinity(name: str) -> float:
+    return _refuse_constant(name) if name == "NaN" else float(name)

@@ -17,7 +17,7 @@ from engines.manifest import Manifest, engine_for, manifest_text
 from engines.setting_choice import SettingChoice
 from engines.setting_entry import SettingEntry, choose_setting
 from tmpdiff_export.pipelines.families.table import FAMILIES, family_of_bundle
-from tmpdiff_export.pipelines.settings import PipelineFacts, SettingRequest, resolve, write_setting
+from tmpdiff_export.pipelines.settings import PipelineFacts, SettingRequest, resolve, setting_entry, write_setting
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,8 @@ def open_setting(folder: Path, wanted: Wanted) -> tuple[SettingEntry, bool]:
         known = next((entry for entry in manifest.settings if entry.name == made.name), None)
         if known is not None:
             return known, False
+        _require_engines(manifest, setting_entry(made))
         entry = write_setting(folder, made)
-        try:
-            _require_engines(manifest, entry)
-        except BundleError:
-            path = folder / entry.sampler.path
-            path.unlink()
-            path.parent.rmdir()
-            raise
         data = read_json(folder / MANIFEST_NAME, "manifest", BundleError)
         data["settings"].append(entry.model_dump(mode="json"))
         text = manifest_text(data)

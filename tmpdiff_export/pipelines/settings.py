@@ -14,9 +14,9 @@ import diffusers
 
 from engines.arguments import MAX_PIXELS
 from engines.bundle import SAMPLER_NAME, SETTINGS
-from engines.documents import FileEntry, canonical_json
+from engines.documents import FileEntry, canonical_json, read_json
 from engines.errors import BuildError, first_line
-from engines.files import atomic_write_text, sha256_bytes, sha256_file
+from engines.files import atomic_write_text, sha256_bytes
 from engines.sampler import SamplerTable
 from engines.setting_choice import size_text
 from engines.setting_entry import SettingEntry
@@ -100,7 +100,11 @@ class Setting:
 
 
 def scheduler_form(scheduler: Any) -> dict[str, Any]:
-    """A scheduler as JSON data: class name and configuration, without infinite numbers, which are its class's defaults."""
+    """A scheduler as JSON data: class name and configuration, without infinite numbers, which are its class's defaults.
+
+    Raises:
+        BuildError: a number of its configuration is NaN.
+    """
     config = {
         key: value
         for key, value in _finite(json.loads(scheduler.to_json_string())).items()
@@ -112,8 +116,15 @@ def scheduler_form(scheduler: Any) -> dict[str, Any]:
 
 
 def _finite(config: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's configuration without the infinite numbers, such as the lambda_min_clipped of DPM-Solver."""
-    return {key: value for key, value in config.items() if not (isinstance(value, float) and not math.isfinite(value))}
+    """A scheduler's configuration without the infinite numbers, such as the lambda_min_clipped of DPM-Solver.
+
+    Raises:
+        BuildError: one is no number.
+    """
+    for key, value in config.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise BuildError(f"the scheduler's configuration has NaN for {key}; correct its scheduler_config.json")
+    return {key: value for key, value in config.items() if not (isinstance(value, float) and math.isinf(value))}
 
 
 def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
@@ -140,7 +151,7 @@ def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
         str(request.num_steps),
         size_text(height, width),
         chosen,
-        f"g{scale:g}" if facts.takes_guidance_scale else "",
+        f"g{_number_text(scale)}" if facts.takes_guidance_scale else "",
         "" if text_length is None else f"t{text_length}",
     ]
     return Setting(
@@ -156,11 +167,9 @@ def resolve(facts: PipelineFacts, request: SettingRequest) -> Setting:
     )
 
 
-def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
-    """Writes a setting's sampler table into a bundle; returns what the manifest is to say of the setting."""
-    path = bundle / SETTINGS / setting.name / SAMPLER_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, setting.table.to_json())
+def setting_entry(setting: Setting) -> SettingEntry:
+    """What a manifest is to say of a setting."""
+    table = setting.table.to_json().encode()
     return SettingEntry(
         name=setting.name,
         scheduler=setting.table.scheduler,
@@ -173,9 +182,24 @@ def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
         text_length=setting.text_length,
         constants=dict(setting.constants),
         sampler=FileEntry(
-            path=path.relative_to(bundle).as_posix(), sha256=sha256_file(path), bytes=path.stat().st_size
+            path=f"{SETTINGS}/{setting.name}/{SAMPLER_NAME}", sha256=sha256_bytes(table), bytes=len(table)
         ),
     )
+
+
+def write_setting(bundle: Path, setting: Setting) -> SettingEntry:
+    """Writes a setting's sampler table into a bundle; returns what the manifest is to say of the setting."""
+    entry = setting_entry(setting)
+    path = bundle / entry.sampler.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, setting.table.to_json())
+    return entry
+
+
+def _number_text(number: float) -> str:
+    """A number as names have it: no two are the same, and none has a plus sign."""
+    short = f"{number:g}"
+    return (short if float(short) == number else repr(number)).replace("+", "")
 
 
 def _require_size(facts: PipelineFacts, height: int, width: int) -> None:
@@ -245,11 +269,15 @@ def _scheduler(own: Mapping[str, Any], asked: str | None) -> tuple[Any, str]:
 
 
 def _form_of_file(path: Path) -> dict[str, Any]:
+    data = read_json(path, "scheduler configuration", BuildError, infinite=True)
+    if not isinstance(data.get("_class_name"), str):
+        raise BuildError(f"{path} is no scheduler_config.json: it names no _class_name")
+    form = {
+        "class": data["_class_name"],
+        "config": {key: value for key, value in _finite(data).items() if not key.startswith("_")},
+    }
     try:
-        data = json.loads(path.read_bytes())
-        config = {key: value for key, value in _finite(data).items() if not key.startswith("_")}
-        return {"class": data["_class_name"], "config": config}
-    except OSError as error:
-        raise BuildError(f"scheduler configuration {path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise BuildError(f"{path} is no scheduler_config.json: it names no _class_name") from None
+        canonical_json(form)
+    except (ValueError, RecursionError) as error:
+        raise BuildError(f"scheduler configuration {path} cannot be used: {first_line(error)}") from None
+    return form

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,7 +129,7 @@ def test_settings_with_other_schedulers_draw_what_the_pipeline_draws_with_them(
         (Wanted(SettingChoice(size=(8, 64))), None),
         (Wanted(scheduler="UNet2DConditionModel"), "scheduler 'UNet2DConditionModel' is no scheduler of diffusers"),
         (Wanted(scheduler="../x"), "scheduler '../x' is no scheduler of diffusers"),
-        (Wanted(scheduler="none.json"), "scheduler configuration none.json cannot be read: No such file"),
+        (Wanted(scheduler="none.json"), "scheduler configuration none.json does not exist"),
         (Wanted(scheduler="DDPMScheduler"), "DDPMScheduler"),
         (Wanted(SettingChoice(named="other")), "the bundle has no setting for --scheduler-setting other; it has 4-64x64"),
         (Wanted(text_length=20), "needs an engine of the text encoder for its size and text length; the bundle has engines for "
@@ -150,12 +151,45 @@ def test_what_the_pipeline_or_the_engines_cannot_have_is_refused_and_leaves_noth
     assert sorted(bundle.rglob("*")) == before
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"_class_name": 7}', '{"_class_name": "PNDMPipeline"}'])
-def test_a_file_that_is_no_scheduler_configuration_is_refused(text: str, bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[]", "holds a JSON list, expected an object"),
+        ("{}", "is no scheduler_config.json: it names no _class_name"),
+        ("nonsense", "is not valid JSON"),
+        ('{"_class_name": 7}', "is no scheduler_config.json: it names no _class_name"),
+        ('{"_class_name": "PNDMPipeline"}', "is no scheduler of diffusers"),
+    ],
+)
+def test_a_file_that_is_no_scheduler_configuration_is_refused(
+    text: str, says: str, bundle: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "scheduler_config.json"
     file.write_text(text)
-    with pytest.raises(BuildError, match=r"is no scheduler"):
+    with pytest.raises(BuildError, match=says):
         open_setting(bundle, Wanted(scheduler=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"_class_name": "DDIMScheduler", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not valid JSON"),
+        ('{"_class_name": "DDIMScheduler", "beta_start": NaN}', "is not valid JSON: NaN is not allowed"),
+        ('{"_class_name": "DDIMScheduler", "trained_betas": [Infinity]}', "cannot be used: Out of range float values"),
+        (None, "is not a regular file"),
+    ],
+)
+def test_a_scheduler_configuration_that_would_hang_or_hide_is_refused(
+    text: str | None, says: str, bundle: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "scheduler_config.json"
+    if text is None:
+        os.mkfifo(file)  # reading it would wait for ever
+    else:
+        file.write_text(text)
+    with pytest.raises(BuildError, match=rf"scheduler configuration .*{says}"):
+        open_setting(bundle, Wanted(scheduler=str(file)))
+    assert names(bundle) == [OWN]
 
 
 def test_engines_of_fixed_shapes_take_other_steps_but_no_other_size(bundle: Path) -> None:

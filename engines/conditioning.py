@@ -87,9 +87,9 @@ class Encoder:
             length = self._length(position)
             width = length + text.extra_tokens
             read = encode_texts(tokenizer, prompts, text, text.positive, length, width)
-            arrays |= read.followed_by(
-                encode_texts(tokenizer, negatives, text, text.negative, length, width)
-            ).inputs(position)
+            arrays |= read.followed_by(encode_texts(tokenizer, negatives, text, text.negative, length, width)).inputs(
+                position
+            )
             for some, reading in ((prompts, text.positive), (negatives, text.negative)):
                 for prompt in some:
                     words = cut_words(tokenizer, prompt, text, reading, length)

@@ -162,7 +162,7 @@ def test_a_bundle_has_it_where_it_was_asked_for(torch_variants: Path) -> None:
     assert nvfp4.lowering["fp8 attention"] >= 1
     assert nvfp4.package is not None
     assert nvfp4.package.operators == ("attention_fp8",)
-    for other in (fp8, fp16, manifest.text_encoder, manifest.vae_decoder):
+    for other in (fp8, fp16, *manifest.text_encoder, *manifest.vae_decoder):
         assert "fp8 attention" not in other.lowering
         assert other.package is not None
         assert other.package.operators == ()

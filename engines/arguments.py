@@ -6,14 +6,12 @@ import argparse
 import math
 import re
 
-from engines.setting_choice import SettingChoice
+from engines.setting_choice import MAX_PIXELS, MAX_TOKENS, SettingChoice
 
 MAX_SEED = (1 << 63) - 1
 MAX_THREADS = 1024
 MAX_RESIDENT_ENGINES = 64
 MAX_STEPS = 1000  # as many as schedulers are trained on; a table of more would only be slow to make
-MAX_PIXELS = 1 << 16
-MAX_TOKENS = 1 << 16
 
 
 def parse_prompt(text: str) -> str:

@@ -220,6 +220,9 @@ class Manifest(Document):
         for what in ("name", "folder"):
             if len({getattr(entry, what) for entry in self.settings}) < len(self.settings):
                 raise ValueError(f"two settings have the same {what}, expected different ones")
+        if self.model.pixels_per_latent is not None:
+            for entry in self.settings:
+                entry.check_size(self.model.pixels_per_latent)
         return self
 
     @property

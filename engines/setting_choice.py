@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_PIXELS = 1 << 16  # of a side
+MAX_TOKENS = 1 << 16
+
 
 @dataclass(frozen=True)
 class SettingChoice:

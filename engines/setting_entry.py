@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, field_validator
 
 from engines.documents import Document, FileEntry
 from engines.errors import BundleError
-from engines.setting_choice import SettingChoice, size_text
+from engines.setting_choice import MAX_PIXELS, MAX_TOKENS, SettingChoice, size_text
 
 
 class SettingEntry(Document):
@@ -37,9 +37,9 @@ class SettingEntry(Document):
     num_steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
     latents_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    text_length: PositiveInt | None = None
+    height: int = Field(ge=1, le=MAX_PIXELS)
+    width: int = Field(ge=1, le=MAX_PIXELS)
+    text_length: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     constants: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     sampler: FileEntry
 
@@ -59,6 +59,19 @@ class SettingEntry(Document):
     def size(self) -> str:
         """Picture size as the command line has it, "1216x832": width, then height."""
         return size_text(self.height, self.width)
+
+    def check_size(self, pixels_per_latent: int) -> None:
+        """Refuses latents that are not those of its pictures.
+
+        Raises:
+            ValueError: naming both.
+        """
+        _, *size = self.latents_shape
+        expected = [self.height // pixels_per_latent, self.width // pixels_per_latent]
+        if size != expected:
+            raise ValueError(
+                f"setting {self.name} has latents {size_text(*size)} for pictures of {self.size}, expected {size_text(*expected)}"
+            )
 
     @property
     def described(self) -> str:

@@ -12,13 +12,12 @@ from typing import Any
 
 import diffusers
 
-from engines.arguments import MAX_PIXELS
 from engines.bundle import SAMPLER_NAME, SETTINGS
 from engines.documents import FileEntry, canonical_json, read_json
 from engines.errors import BuildError, first_line
 from engines.files import atomic_write_text, sha256_bytes
 from engines.sampler import SamplerTable
-from engines.setting_choice import size_text
+from engines.setting_choice import MAX_PIXELS, size_text
 from engines.setting_entry import SettingEntry
 from tmpdiff_export.pipelines.families.family import Family
 from tmpdiff_export.pipelines.scheduler_table import sampler_table

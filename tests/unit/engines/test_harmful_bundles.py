@@ -193,8 +193,18 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative size": (edit(lambda data: data["settings"][0].update(latents_shape=[4, -1, 8])), "latents_shape"),
     "endless size": (
         edit(lambda data: data["settings"][0].update(latents_shape=[4, 1 << 20, 1 << 20])),
+        "has latents 1048576x1048576 for pictures of ",
+    ),
+    "endless channels": (
+        edit(lambda data: data["settings"][0]["latents_shape"].__setitem__(0, 1 << 40)),
         "out of memory",
     ),
+    "latents of another size than the picture": (
+        edit(lambda data: data["settings"][0].update(latents_shape=[4, 5, 7])),
+        "has latents 7x5 for pictures of ",
+    ),
+    "endless height": (edit(lambda data: data["settings"][0].update(height=10**9)), "settings.0.height"),
+    "endless text": (edit(lambda data: data["settings"][0].update(text_length=10**9)), "settings.0.text_length"),
     "more steps than the table": (
         edit(lambda data: data["settings"][0].update(num_steps=10**12)),
         "has 4 steps, the manifest says 1000",
@@ -241,7 +251,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "is not a folder"),
 }
 ONLY_A_RUN_NOTICES = {
-    "endless size",
+    "endless channels",
     "more steps than the table",
     "unknown backend",
     "sampler that is none",

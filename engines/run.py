@@ -24,6 +24,8 @@ from engines.files import require_writable
 from engines.pictures import PNG, output_paths, write_pictures
 from engines.terminal import StepBar, print_json, printable
 
+NAMED = 4  # prompts in one line of warning
+
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `run`."""
@@ -197,7 +199,8 @@ def _say_what_was_cut(cut: Sequence[tuple[str, str]], *, strict: bool) -> None:
     """
     if not cut:
         return
-    parts = "; ".join(f"{shortened(prompt)!r} without {shortened(words)!r}" for prompt, words in cut)
+    parts = "; ".join(f"{shortened(prompt)!r} without {shortened(words)!r}" for prompt, words in cut[:NAMED])
+    parts += f"; and {len(cut) - NAMED} more that are cut" if len(cut) > NAMED else ""
     if strict:
         raise PromptError(f"prompts are longer than the text encoder takes, which would read {parts}; shorten them")
     print(printable(f"warning: prompts are longer than the text encoder takes, it reads {parts}"), file=sys.stderr)

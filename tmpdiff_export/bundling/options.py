@@ -18,6 +18,8 @@ from tmpdiff_export.targets.torch.settings import PackageSettings
 if TYPE_CHECKING:
     from tmpdiff_export.pipelines.settings import SettingRequest
 
+MAX_SETTINGS = 64  # a table is computed for each before anything else
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -117,6 +119,11 @@ def require_buildable(options: BuildOptions, out: Path, backend: str) -> None:
     if not options.steps or not all(1 <= steps <= MAX_STEPS for steps in options.steps):
         listed = ", ".join(map(str, options.steps)) or "none"
         raise BuildError(f"number of steps is {listed}, expected 1 to {MAX_STEPS}")
+    count = len(options.steps) * max(len(options.sizes), 1) * max(len(options.text_lengths), 1)
+    if count > MAX_SETTINGS:
+        raise BuildError(
+            f"{count} settings are asked for, expected {MAX_SETTINGS} at most; `calibrate` adds those that are needed later"
+        )
     for name, given in (("steps", options.steps), ("size", options.sizes), ("text-length", options.text_lengths)):
         if len(set(given)) < len(given):
             raise BuildError(f"--{name} names the same twice; name each once")

@@ -144,6 +144,16 @@ def test_what_is_cut_of_a_prompt_is_one_line_of_warning(
             assert out.read_bytes() == whole, "what is left draws the same"
 
 
+def test_of_many_prompts_that_are_cut_the_first_are_named(
+    small_bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [word for index in range(6) for word in ("--prompt", f"{'red ' * (40 + index)}end")]
+    assert main(arguments(small_bundle, out, *prompts)) == 0
+    shown = capsys.readouterr().err
+    assert shown.count(" without ") == 4
+    assert shown.endswith("; and 2 more that are cut\n")
+
+
 def on_a_terminal(words: list[str]) -> tuple[int, str]:
     """Runs `tmpdiff-runtime` with stderr on a terminal of its own; exit status and what was shown there."""
     ours, theirs = pty.openpty()

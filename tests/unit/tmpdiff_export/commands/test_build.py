@@ -144,6 +144,10 @@ def test_build_refuses_to_overwrite(tiny_bundle: Path, copy_of, prompts: Path, t
         (("--backend", "torch", "--refittable", "--out", "absent"), "--refittable are settings of TensorRT plans"),
         (("--backend", "onnxruntime", "--workers", 2, "--out", "absent"), "--workers is for packages of the torch"),
         (("--backend", "onnxruntime", "--steps", "4,4", "--out", "absent"), "--steps names the same twice"),
+        (
+            ("--backend", "onnxruntime", "--steps", ",".join(map(str, range(1, 66))), "--out", "absent"),
+            "65 settings are asked for, expected 64 at most",
+        ),
         (("--backend", "onnxruntime", "--out", "/proc/bundle"), "output folder /proc/bundle cannot be written"),
     ],
 )

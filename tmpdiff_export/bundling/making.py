@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.stage_files import link
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.settings import Setting
-from tmpdiff_export.quantization.coverage import coverage, multiply_adds
+from tmpdiff_export.quantization.coverage import coverage, multiply_adds, warning
 from tmpdiff_export.weights.streamed import OnDevice
 
 
@@ -118,9 +118,9 @@ class Making:
             if precision is not REFERENCE:
                 job = engines.job(precision, precision, self.built[precision.value].entry.recipe)
                 share = coverage(counts, job.ranges)
-                found[precision.value] = CoverageEntry(**asdict(share))
-                if warning := share.warning(precision.value):
-                    self.site.tell(f"warning: {warning}")
+                found[precision.value] = share
+                if line := warning(precision.value, share):
+                    self.site.tell(f"warning: {line}")
         return found
 
     def _start_text_encoders(self) -> list[StartedComponent]:

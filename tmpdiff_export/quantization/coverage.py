@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engines.manifest import CoverageEntry
 from tmpdiff_export.devices import Batch
 from tmpdiff_export.weights.streamed import on_meta
 
@@ -17,28 +17,14 @@ LEAST_SHARE = 0.5
 _KINDS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """What of an engine is quantized.
-
-    Attributes:
-        quantized_layers: linear layers and convolutions that are.
-        layers: all of them.
-        quantized_share: part of the multiply-adds of all of them, 0 to 1; products within attention are none of them.
-    """
-
-    quantized_layers: int
-    layers: int
-    quantized_share: float
-
-    def warning(self, name: str) -> str | None:
-        """One line where less than `LEAST_SHARE` of an engine is quantized, None where it is enough."""
-        if self.quantized_share >= LEAST_SHARE:
-            return None
-        return (
-            f"{name}: only {self.quantized_layers} of {self.layers} layers are quantized, with {self.quantized_share:.0%} of "
-            "the multiply-adds; the others are too narrow or too sensitive, and stay in 16 bit"
-        )
+def warning(name: str, found: CoverageEntry) -> str | None:
+    """One line where less than `LEAST_SHARE` of an engine is quantized, None where it is enough."""
+    if found.quantized_share >= LEAST_SHARE:
+        return None
+    return (
+        f"{name}: only {found.quantized_layers} of {found.layers} layers are quantized, with {found.quantized_share:.0%} of "
+        "the multiply-adds; the others are too narrow or too sensitive, and stay in 16 bit"
+    )
 
 
 def multiply_adds(module: torch.nn.Module, batch: Batch) -> dict[str, int]:
@@ -69,7 +55,7 @@ def multiply_adds(module: torch.nn.Module, batch: Batch) -> dict[str, int]:
     return found
 
 
-def coverage(counts: Mapping[str, int], quantized: Collection[str]) -> Coverage:
+def coverage(counts: Mapping[str, int], quantized: Collection[str]) -> CoverageEntry:
     """What of a denoiser is quantized.
 
     Args:
@@ -79,4 +65,4 @@ def coverage(counts: Mapping[str, int], quantized: Collection[str]) -> Coverage:
     total = sum(counts.values())
     chosen = [name for name in counts if name in quantized]
     share = sum(counts[name] for name in chosen) / total if total else 0.0
-    return Coverage(len(chosen), len(counts), share)
+    return CoverageEntry(quantized_layers=len(chosen), layers=len(counts), quantized_share=share)

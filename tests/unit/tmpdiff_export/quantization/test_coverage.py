@@ -6,13 +6,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from engines.manifest import CoverageEntry
 from engines.precision import Precision
 from tmpdiff_export.pipelines.families.family import DENOISER
 from tmpdiff_export.pipelines.families.table import DENOISERS
-from tmpdiff_export.quantization.coverage import Coverage, coverage, multiply_adds
+from tmpdiff_export.quantization.coverage import coverage, multiply_adds, warning
 from tmpdiff_export.quantization.ranges import quantizable_layers
 from tmpdiff_export.quantization.recipes import RECIPES
 from tools.acceptance.miniatures import miniature
+
+
+def covered(quantized: int, layers: int, share: float) -> CoverageEntry:
+    return CoverageEntry(quantized_layers=quantized, layers=layers, quantized_share=share)
 
 
 class Planted(torch.nn.Module):
@@ -40,7 +45,7 @@ def test_multiply_adds_are_weights_times_rows_or_positions() -> None:
         "idle": 0,
     }
     found = coverage(counts, {"twice", "idle", "of another model"})
-    assert found == Coverage(2, 4, counts["twice"] / sum(counts.values()))
+    assert found == covered(2, 4, counts["twice"] / sum(counts.values()))
 
 
 @pytest.mark.parametrize("key", DENOISERS)
@@ -65,7 +70,7 @@ def test_every_family_is_counted_without_computing_and_as_torch_counts(key: str)
 
 @pytest.mark.parametrize(("share", "warned"), [(0.0, True), (0.49, True), (0.5, False), (1.0, False)])
 def test_less_than_half_is_warned_of_in_one_line(share: float, warned: bool) -> None:
-    said = Coverage(1, 40, share).warning("int4")
+    said = warning("int4", covered(1, 40, share))
     assert (said is not None) == warned
     if said is not None:
         assert said.startswith(f"int4: only 1 of 40 layers are quantized, with {share:.0%} of the multiply-adds")
@@ -73,4 +78,4 @@ def test_less_than_half_is_warned_of_in_one_line(share: float, warned: bool) -> 
 
 
 def test_an_engine_of_no_layers_has_no_share() -> None:
-    assert coverage({}, ()) == Coverage(0, 0, 0.0)
+    assert coverage({}, ()) == covered(0, 0, 0.0)

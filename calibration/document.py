@@ -14,6 +14,7 @@ from calibration.records import (
     Count,
     DepartureRecord,
     DroppedRecord,
+    FewerStepsRecord,
     FitPoint,
     FitRecord,
     GramRecord,
@@ -23,14 +24,18 @@ from calibration.records import (
     Predictor,
     QualityRecord,
     Record,
+    ReuseRecord,
     ScoreRecord,
     TransferRecord,
     ValidationRow,
 )
 from engines.documents import one_line, read_document, read_json, write_document
 from engines.errors import TmpDiffError
+from engines.reuse import REUSES
 
-SENSITIVITY_VERSION: Final = 3
+SENSITIVITY_VERSION: Final = 4
+"""4: reuse. Documents of version 3 are the same without it."""
+OLDEST_VERSION: Final = 3
 LATENCY_TOLERANCE = 1e-9
 
 LatencyMs = Annotated[float, Field(ge=1e-6, le=1e12)]
@@ -67,9 +72,11 @@ class Sensitivity(Record):
         validation: empty without validation samples.
         settings: None where no bundle was calibrated.
         transfer: where scores were carried from, for method "transfer".
+        reuse: None where no step was allowed to reuse model outputs.
+        fewer_steps: loops of fewer steps, which reuse was compared with, the best first; empty without reuse.
     """
 
-    version: Literal[3] = SENSITIVITY_VERSION
+    version: Literal[4] = SENSITIVITY_VERSION
     evaluator_key: str
     validation_key: str | None
     method: Literal["bisection", "sweep", "transfer"]
@@ -100,11 +107,15 @@ class Sensitivity(Record):
     validation: tuple[ValidationRow, ...]
     settings: CalibrationSettings | None = None
     transfer: TransferRecord | None = None
+    reuse: ReuseRecord | None = None
+    fewer_steps: tuple[FewerStepsRecord, ...] = ()
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Sensitivity:
         """Lengths and names agree, so that no reader has to look twice."""
-        for contradiction in chain(_of_precisions(self), _of_scores(self), _of_schedules(self), _of_samples(self)):
+        for contradiction in chain(
+            _of_precisions(self), _of_scores(self), _of_reuse(self), _of_schedules(self), _of_samples(self)
+        ):
             raise ValueError(contradiction)
         return self
 
@@ -135,13 +146,13 @@ class Sensitivity(Record):
             TmpDiffError: it is missing, malformed, altered, or of a later version.
         """
         version = read_json(path, "sensitivity", TmpDiffError).get("version")
-        if type(version) is int and 1 <= version < SENSITIVITY_VERSION:
+        if type(version) is int and 1 <= version < OLDEST_VERSION:
             raise OutdatedCalibrationError(
                 f"sensitivity {path} has format version {version}, which holds no error vectors; calibrate the bundle anew"
             )
-        data = read_document(path, "sensitivity", SENSITIVITY_VERSION, TmpDiffError)
+        data = read_document(path, "sensitivity", SENSITIVITY_VERSION, TmpDiffError, oldest=OLDEST_VERSION)
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(data | {"version": SENSITIVITY_VERSION})
         except ValidationError as error:
             raise TmpDiffError(
                 f"sensitivity {path} is malformed: {one_line(error)}; calibrate the bundle anew"
@@ -196,13 +207,35 @@ def _of_scores(found: Sensitivity) -> Iterator[str]:
             yield f"gram has correlations of {item.first} and {item.second} that are not {rows} rows of {columns}"
 
 
+def _of_reuse(found: Sensitivity) -> Iterator[str]:
+    if found.reuse is None:
+        if found.fewer_steps:
+            yield "fewer steps were compared without reuse"
+        return
+    steps = found.num_steps
+    if not set(found.reuse.scores) <= set(REUSES) or any(len(row) != steps for row in found.reuse.scores.values()):
+        yield f"scores of reuse are not of {', '.join(REUSES)} and {steps} steps"
+    for plan in found.reuse.plans:
+        computed = set(plan.choices) - set(REUSES)
+        if len(plan.choices) != steps or len(plan.influence) != steps or computed != {found.precisions[0]}:
+            yield f"a plan of reuse is not of {steps} steps at {found.precisions[0]}"
+        elif plan.choices[0] in REUSES or not set(plan.choices) & set(REUSES):
+            yield "a plan of reuse computes no first step, or reuses none"
+    if max(found.reuse.samples) >= found.num_samples:
+        yield f"reuse has a sample {max(found.reuse.samples)}, expected less than {found.num_samples}"
+    if not {record.precision for record in found.fewer_steps} <= set(found.precisions):
+        yield "fewer steps are at unknown precisions"
+
+
 def _of_schedules(found: Sensitivity) -> Iterator[str]:
+    reuses = set(REUSES) if found.reuse else set()
     kept = {found.precisions[0], *(record.precision for record in found.scores)}
     measured = found.guard.candidates if found.guard else ()
     of_kept = [found.schedule, *(point.precisions for point in found.pareto)]
     of_kept += [*(point.precisions for point in found.fit_points), *(candidate.precisions for candidate in measured)]
-    of_all = chain.from_iterable(row.schedules for row in found.validation)
-    for allowed, schedules in ((kept, of_kept), (set(found.precisions), of_all)):
+    shorter = {record.name for record in found.fewer_steps}
+    of_all = chain.from_iterable(row.schedules for row in found.validation if row.name not in shorter)
+    for allowed, schedules in ((kept | reuses, of_kept), (set(found.precisions) | reuses, of_all)):
         for schedule in schedules:
             if len(schedule) != found.num_steps or not set(schedule) <= allowed:
                 yield (
@@ -212,7 +245,7 @@ def _of_schedules(found: Sensitivity) -> Iterator[str]:
     if measured and measured[0].precisions != found.schedule:
         yield "guard has another winner than the schedule"
     for row in found.validation:
-        if not set(row.counts) <= set(found.precisions):
+        if not set(row.counts) <= set(found.precisions) | reuses:
             yield f"validation counts steps of {row.name} at unknown precisions"
 
 

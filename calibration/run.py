@@ -11,6 +11,9 @@ import numpy as np
 
 from calibration.choose.allocation import drop_dominated, require_reachable
 from calibration.choose.costs import LatencyModel
+from calibration.choose.fewer_steps import STAGE as FEWER
+from calibration.choose.fewer_steps import Runs, fewer_steps, fewer_steps_row
+from calibration.choose.joint import fastest_latency
 from calibration.choose.pareto import Allocation, integers
 from calibration.choose.picture_budget import QualityBudget
 from calibration.document import Sensitivity
@@ -20,13 +23,16 @@ from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import typical_errors
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
-from calibration.records import GuardRecord, ParetoPoint, QualityRecord, ValidationRow
-from calibration.stages import DEFAULT_OPTIONS, CalibrationOptions, Progress, choose, score_steps
+from calibration.records import GuardRecord, ParetoPoint, QualityRecord, ReuseRecord, ValidationRow
+from calibration.stages import DEFAULT_OPTIONS, CalibrationOptions, Progress, choose, score_reuse, score_steps
 from calibration.statistics import departure_record, typical_interval
 from calibration.validation import validation_rows
 from engines.schedule import Schedule
 
 log = logging.getLogger(__name__)
+
+REUSE = "reuse"
+"""What latencies name a reused step by."""
 
 PARETO_POINTS = 200
 """Points of the Pareto front that the document keeps."""
@@ -74,8 +80,8 @@ def calibrate(
 
     Args:
         sets: what is measured on.
-        latencies_ms: measured step latency of every precision; keep them in the journal
-            (`Journal.remember`), so that a resumed run has the same.
+        latencies_ms: measured step latency of every precision, and of a reused step as `REUSE` where steps may be reused;
+            keep them in the journal (`Journal.remember`), so that a resumed run has the same.
         options: what is asked for.
         journal: from `open_journal`, to survive interruption; None keeps measurements in memory.
         pool: takes the measurements, of sets of samples named as those of `sets`, which are then asked for no step and
@@ -97,20 +103,30 @@ def calibrate(
     by_pictures = isinstance(options.budget, QualityBudget)
     calibration = Measurements("calibration", sets.calibration, journal, pool, pictures=by_pictures)
 
-    built = LatencyModel(evaluator.precisions, latencies_ms, options.costs)
+    built = LatencyModel(evaluator.precisions, latencies_ms, options.costs, latencies_ms.get(REUSE))
     uniform = _uniform_runs(calibration, built.precisions, partial(report, "calibration runs"))
     kept, dropped = drop_dominated(built, {name: float(typical_errors(found)) for name, found in uniform.items()})
     for loser in dropped:
         calibration.forget(loser.precision)
     scored = score_steps(calibration, replace(built, precisions=kept), options, report)
+    reuse: ReuseRecord | None = None
+    if options.reuse:
+        predictions, reuse = score_reuse(calibration, evaluator, scored.predictions, options.reuse, report)
+        scored = replace(scored, predictions=predictions)
     predictions = scored.predictions
     chosen, wording, guarded = choose(calibration, scored, options.budget, report)
+    shorter: Runs = []
+    if reuse and sets.shorter:
+        shorter = fewer_steps(calibration, sets.shorter, chosen, predictions.latency_model, partial(report, FEWER))
     counted = [calibration]
     rows: tuple[ValidationRow, ...] = ()
     if sets.validation:
         counted.append(Measurements("validation", sets.validation, journal, pool))
         rule = best_rule_of(guarded)
-        rows = validation_rows(counted[-1], chosen.precisions, built, rule, partial(report, "validation"))
+        also = reuse_rows(guarded)
+        rows = validation_rows(counted[-1], chosen.precisions, built, rule, partial(report, "validation"), also)
+        if shorter and shorter[0][1].reason is None:
+            rows = (*rows, fewer_steps_row(counted[-1], *shorter[0], rows[0]))
     for measurements in counted:
         if measurements.recomputed:
             log.info("%s: recomputed_calls %s after resuming", measurements.name, dict(measurements.recomputed))
@@ -148,6 +164,8 @@ def calibrate(
             guard=guarded,
             validation=rows,
             transfer=scored.transfer,
+            reuse=reuse,
+            fewer_steps=tuple(record for _, record in shorter),
         )
     )
 
@@ -158,6 +176,18 @@ def best_rule_of(guarded: GuardRecord | None) -> tuple[str, tuple[str, ...]] | N
         return None
     trial = next(trial for trial in guarded.candidates if trial.rule == guarded.best_rule)
     return guarded.best_rule, trial.precisions
+
+
+def reuse_rows(guarded: GuardRecord | None) -> dict[str, tuple[str, ...]]:
+    """Schedules of the guard beside one that reuses steps, by name: without reuse, and the best rule that reuses."""
+    trials = guarded.candidates if guarded else ()
+    found = {}
+    for kind, wanted in (("no reuse", ", no reuse"), ("best reuse rule", "every ")):
+        named = [(trial, name) for trial in trials for name in trial.names if wanted in name]
+        if named:
+            trial, name = min(named, key=lambda pair: pair[0].expected)
+            found[kind if kind == "no reuse" else f"{kind}: {name}"] = trial.precisions
+    return found
 
 
 def _uniform_runs(
@@ -197,10 +227,14 @@ def _check(
         raise ValueError("validation runs another number of steps or other precisions than calibration")
     if journal and journal.key != journal_key(evaluator, validation):
         raise ValueError("the journal was opened for other evaluators; open it with open_journal")
-    built = LatencyModel(evaluator.precisions, latencies_ms, options.costs)
+    if options.reuse and REUSE not in latencies_ms:
+        raise ValueError(f"latencies_ms lacks {REUSE}, the step latency of a reused step; give it, or allow no reuse")
+    if options.reuse >= evaluator.num_steps:
+        raise ValueError(f"reuse of {options.reuse} steps is asked for; of {evaluator.num_steps} the first is computed")
+    built = LatencyModel(evaluator.precisions, latencies_ms, options.costs, latencies_ms.get(REUSE))
     integers(built, np.zeros((evaluator.num_steps, len(built.precisions))))  # refuses latencies and costs out of range
     if not isinstance(options.budget, QualityBudget):
-        fastest = min(latencies_ms[name] for name in evaluator.precisions) / latencies_ms[evaluator.precisions[0]]
+        fastest = min(fastest_latency(built, reused, evaluator.num_steps) for reused in (0, options.reuse))
         require_reachable(options.budget, fastest, evaluator.num_steps, options.costs)
     elif not sets.calibration.decode:
         raise ValueError(f"a budget of {options.budget} needs a decoder of the calibration samples to be measured with")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -15,15 +17,32 @@ from calibration.choose.costs import NO_COSTS, AllocationCosts, LatencyModel
 from calibration.choose.fit import best_fit, measure_fit
 from calibration.choose.guard import STAGE as GUARD
 from calibration.choose.guard import fragile_samples, guard
+from calibration.choose.joint import worthwhile
 from calibration.choose.pareto import Allocation
 from calibration.choose.picture_budget import QualityBudget, meet_quality
 from calibration.choose.predictions import Predictions, predicted_best
+from calibration.choose.reuse_plans import STAGE as PLANS
+from calibration.choose.reuse_plans import most_calls, search_plans
+from calibration.measure.evaluator import Evaluator
 from calibration.measure.measurements import Measurements
-from calibration.records import FitPoint, FitRecord, GuardRecord, Predictor, TransferRecord
+from calibration.records import (
+    FitPoint,
+    FitRecord,
+    GuardRecord,
+    Predictor,
+    ReusePlanRecord,
+    ReuseRecord,
+    TransferRecord,
+)
 from calibration.scores.carried import CarriedScores, checked_curves
 from calibration.scores.gram import Correlations, Gram
 from calibration.scores.measured_gram import MeasuredGram, measured_gram
+from calibration.scores.reuse import STAGE as SINGLES
+from calibration.scores.reuse import measure_reuses
 from calibration.scores.single_step import METHODS, Downcasts, measure_downcasts
+from engines.reuse import REUSES
+
+MOST_REUSE_SAMPLES = 8
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); a search that settles early stops short of its total."""
@@ -40,19 +59,23 @@ class CalibrationOptions:
         carried: scores of another calibration, which take the place of a search where a few measurements agree
             with them; `method` has then no say.
         costs: what a change of precision costs, and how many precisions a schedule may use.
+        reuse: most steps that may reuse model outputs; 0: none is.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or a negative number of steps.
     """
 
     budget: Budget | QualityBudget | None = None
     method: Literal["bisection", "sweep"] = "bisection"
     carried: CarriedScores | None = None
     costs: AllocationCosts = NO_COSTS
+    reuse: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.reuse < 0:
+            raise ValueError(f"reuse is {self.reuse}, expected 0 or more steps")
 
 
 DEFAULT_OPTIONS = CalibrationOptions()
@@ -113,6 +136,64 @@ def score_steps(
     return Scored(
         tuple(curves), found, fits, points, Predictions(latency_model, grams, best_fit(fits)), fragile, transfer
     )
+
+
+def score_reuse(
+    measurements: Measurements, evaluator: Evaluator, predictions: Predictions, most: int, report: Progress
+) -> tuple[Predictions, ReuseRecord]:
+    """Measures single reuses, and plans of which steps to reuse.
+
+    Args:
+        measurements: of the calibration samples.
+        evaluator: of the same.
+        predictions: without reuse; its latency model knows what a reused step takes.
+        most: reused steps, at most.
+        report: see `Progress`; the name of the stage has the most calls that it may take.
+
+    Returns:
+        The predictions with plans, and the record of these.
+    """
+    step_ms = predictions.latency_model.reuse_ms
+    assert step_ms is not None
+    order = np.random.default_rng(0).permutation(measurements.num_samples)
+    samples = tuple(sorted(order[: reuse_samples(len(order))].tolist()))
+    limit = most_calls(measurements.num_steps, most, len(samples))
+    words = f"at most {limit} calls"
+    reuses = measure_reuses(
+        measurements, evaluator.timesteps(), samples, partial(report, f"single reuses ({words} with plans)")
+    )
+    tried = search_plans(measurements, reuses, evaluator.influence, most, samples, partial(report, "reuse plans"))
+    plans = worthwhile(tried, predictions.gram)
+    calls = Counter[str]()
+    for stage in (SINGLES, PLANS):
+        calls.update(measurements.calls.get(f"{measurements.name}: {stage}", {}))
+    record = ReuseRecord(
+        most=most,
+        step_ms=step_ms,
+        samples=samples,
+        scores={
+            REUSES[order]: tuple(None if math.isinf(error) else error for error in reuses.errors[:, order].tolist())
+            for order in reuses.orders
+        },
+        plans=tuple(
+            ReusePlanRecord(
+                choices=plan.choices,
+                predicted=plan.predicted,
+                measured=plan.error,
+                influence=tuple(plan.influence.tolist()),
+                rule=plan.rule,
+            )
+            for plan in plans
+        ),
+        calls=dict(calls),
+        most_calls=limit,
+    )
+    return replace(predictions, plans=plans), record
+
+
+def reuse_samples(num_samples: int) -> int:
+    """On how many samples reuse is looked for: half of few, as its errors are systematic."""
+    return min(MOST_REUSE_SAMPLES, max(num_samples // 2, min(num_samples, 2)))
 
 
 def choose(

@@ -15,6 +15,7 @@ from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import mean, psnr_db, typical_errors
 from calibration.records import ValidationRow
 from calibration.statistics import departure_record, ratio_interval, typical_interval
+from engines.reuse import order_of
 
 RANDOM_DRAWS = 3
 SEED = 0
@@ -24,6 +25,7 @@ MIXED = "uniform, mixed"
 """Name of the row whose pictures are shared out among two uniform precisions."""
 
 Schedule = tuple[str, ...]
+NOTHING: Mapping[str, Schedule] = {}
 OnRun = Callable[[int, int], None]
 """Called after every run of a schedule on a sample with (done, total)."""
 
@@ -50,6 +52,7 @@ def validation_rows(
     latency_model: LatencyModel,
     best_rule: tuple[str, Schedule] | None = None,
     on_run: OnRun | None = None,
+    also: Mapping[str, Schedule] = NOTHING,
 ) -> tuple[ValidationRow, ...]:
     """Runs the chosen schedule and what it has to compare with on the validation samples, which only judge.
 
@@ -59,23 +62,26 @@ def validation_rows(
         latency_model: of all built precisions, in order of precision.
         best_rule: name and schedule of the rule that was best on the calibration samples.
         on_run: see `OnRun`.
+        also: further schedules by the name of their row.
 
     Returns:
-        The chosen schedule first, then the best rule, uniform schedules, those of them that are mixed to the same
+        The chosen schedule first, then the best rule, `also`, uniform schedules, those of them that are mixed to the same
         latency, the rules with the same number of steps per precision, and random orders of these. A schedule that
         several names stand for is run once.
     """
     precisions = latency_model.precisions
-    pool = sorted(chosen, key=list(precisions).index)
+    computed = [choice for choice in chosen if order_of(choice) is None]
+    pool = sorted(computed, key=list(precisions).index)
     generator = np.random.default_rng(SEED)
     named: dict[str, tuple[Schedule, ...]] = {
         "schedule": (chosen,),
         **({f"best rule: {best_rule[0]}": (best_rule[1],)} if best_rule else {}),
+        **{name: (schedule,) for name, schedule in also.items()},
         **{f"uniform {name}": ((name,) * len(chosen),) for name in precisions},
         **{name: (schedule,) for name, schedule in baselines.fixed_rules(chosen, precisions).items()},
     }
-    if len(set(chosen)) > 1:
-        draws = tuple(baselines.shuffled(pool, generator) for _ in range(RANDOM_DRAWS))
+    if len(set(computed)) > 1:
+        draws = tuple(baselines.arrange(chosen, baselines.shuffled(pool, generator)) for _ in range(RANDOM_DRAWS))
         named[f"random {chosen.count(precisions[0])}"] = draws
     runs = _measured(measurements, named, on_run)
     uniform = {name: runs[f"uniform {name}"] for name in precisions}

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from engines.reuse import order_of
+
 
 def first(pool: Sequence[str]) -> tuple[str, ...]:
     """The most precise steps first. `pool`: one name per step, most precise first."""
@@ -65,25 +67,37 @@ def rule_name(rule: str, schedule: Sequence[str], precisions: Sequence[str]) -> 
         schedule: what it made of the pool.
         precisions: in order of precision, the reference first.
     """
-    if len(set(schedule)) == 1:
-        return f"uniform {schedule[0]}"
+    computed = [choice for choice in schedule if order_of(choice) is None]
+    reuse = ", reuse as chosen" if len(computed) < len(schedule) else ""
+    if len(set(computed)) == 1:
+        return f"uniform {computed[0]}{reuse}"
     low = [name for name in precisions[1:] if name in schedule]
     counts = low if len(low) == 1 else [f"{schedule.count(name)} {name}" for name in low]
     high = schedule.count(precisions[0])
-    return f"{rule.removesuffix(' K')}{f' {high}' if high else ''} ({', '.join(counts)})"
+    return f"{rule.removesuffix(' K')}{f' {high}' if high else ''} ({', '.join(counts)}){reuse}"
 
 
 def fixed_rules(schedule: Sequence[str], precisions: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The fixed rules with the step counts of a schedule, by `rule_name`; none for a uniform one.
 
+    Steps that are reused stay so: the rules arrange the precisions of the others.
+
     Args:
         schedule: one name per step.
         precisions: in order of precision, the reference first.
     """
-    if len(set(schedule)) == 1:
+    computed = [choice for choice in schedule if order_of(choice) is None]
+    if len(set(computed)) == 1:
         return {}
-    pool = sorted(schedule, key=list(precisions).index)
-    return {rule_name(name, rule(pool), precisions): rule(pool) for name, rule in RULES.items()}
+    pool = sorted(computed, key=list(precisions).index)
+    arranged = {name: arrange(schedule, rule(pool)) for name, rule in RULES.items()}
+    return {rule_name(name, found, precisions): found for name, found in arranged.items()}
+
+
+def arrange(schedule: Sequence[str], precisions: Sequence[str]) -> tuple[str, ...]:
+    """A schedule with other precisions at its computed steps, in order."""
+    names = iter(precisions)
+    return tuple(next(names) if order_of(choice) is None else choice for choice in schedule)
 
 
 def _place(pool: Sequence[str], positions: Sequence[int]) -> tuple[str, ...]:

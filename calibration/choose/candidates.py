@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from calibration.choose.allocation import BUDGET_TOLERANCE, Budget, HighSteps, LatencyBudget
 from calibration.choose.baselines import RULES, fixed_rules, rule_name
+from calibration.choose.joint import reduced_budget
 from calibration.choose.pareto import Allocation
 from calibration.choose.predictions import Predictions
 from calibration.choose.quadratic import best_schedule
 from engines.errors import BudgetError
+from engines.reuse import REUSES, order_of
 
 HELD_SHARES = (0.1, 0.2)
 """Shares of the loop whose steps are held at the reference, beside the first one and the first two."""
@@ -39,8 +42,10 @@ def candidates(predictions: Predictions, chosen: Allocation, budget: Budget | No
 
     - The choice of either predictor, and of the better one with the first steps held at the reference: errors there can
       make runs depart, which no prediction of typical error sees.
+    - The choice without reuse.
     - Every fixed rule, for every low precision with as many steps at the reference as the budget allows, and for the
-      precisions of `chosen` where it mixes several; uniform precisions.
+      precisions of `chosen` where it mixes several; uniform precisions. Every rule that reuses every n-th step, with the
+      best precisions for it.
 
     Args:
         predictions: of the kept precisions.
@@ -61,13 +66,15 @@ def candidates(predictions: Predictions, chosen: Allocation, budget: Budget | No
 
 
 def _predicted(predictions: Predictions, budget: HighSteps | LatencyBudget) -> Iterator[tuple[str, Schedule]]:
-    latency_model = predictions.latency_model
-    for name, gram in predictions.grams.items():
-        yield name, best_schedule(latency_model, gram, budget).precisions
+    for name in predictions.grams:
+        yield name, predictions.best(budget, predictor=name).precisions
+    if predictions.plans:
+        with suppress(BudgetError):
+            yield f"{predictions.predictor}, no reuse", replace(predictions, plans=()).best(budget).precisions
     num_steps = predictions.gram.num_steps
     for held in sorted({1, 2, *(math.ceil(share * num_steps) for share in HELD_SHARES)} & set(range(num_steps))):
         try:
-            schedule = best_schedule(latency_model, predictions.gram, budget, held).precisions
+            schedule = predictions.best(budget, held).precisions
         except BudgetError:
             return
         yield f"{predictions.predictor}, first {held} held", schedule
@@ -86,7 +93,7 @@ def _by_rule(
         counts = range(num_steps, -1, -1)
 
     def allowed(schedule: Schedule) -> bool:
-        if len(set(schedule)) > limit:
+        if len({choice for choice in schedule if order_of(choice) is None}) > limit:
             return False
         if isinstance(budget, HighSteps):
             return schedule.count(reference) == budget.count
@@ -98,7 +105,14 @@ def _by_rule(
             schedule = next((found for found in map(rule, pools) if allowed(found)), None)
             if schedule is not None:
                 yield rule_name(name, schedule, latency_model.precisions), schedule
-    if len(set(chosen.precisions) - {reference}) > 1:
+    for plan in predictions.plans:
+        if plan.rule:
+            reduced = reduced_budget(latency_model, plan, budget)
+            with suppress(BudgetError):
+                if reduced is not None:
+                    names = best_schedule(latency_model, plan.gram(predictions.gram), reduced).precisions
+                    yield plan.rule, plan.schedule(names)
+    if not set(chosen.precisions) & set(REUSES) and len(set(chosen.precisions) - {reference}) > 1:
         for name, mixed in fixed_rules(chosen.precisions, latency_model.precisions).items():
             if allowed(mixed):
                 yield name, mixed

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from engines.reuse import order_of
+
 NANOSECONDS_PER_MS = 1_000_000
 
 
@@ -84,19 +86,38 @@ class LatencyModel:
         precisions: the reference first.
         latencies_ms: step latency by precision.
         costs: of changes of precision, and the limit on precisions.
+        reuse_ms: step latency of a reused step; None where none is reused.
     """
 
     precisions: tuple[str, ...]
     latencies_ms: Mapping[str, float]
     costs: AllocationCosts = NO_COSTS
+    reuse_ms: float | None = None
 
     @property
     def reference(self) -> str:
         """What latencies and errors are relative to."""
         return self.precisions[0]
 
+    @property
+    def reuse_ns(self) -> int:
+        """A reused step in whole nanoseconds.
+
+        Raises:
+            ValueError: its latency is not known, or less than one.
+        """
+        if self.reuse_ms is None:
+            raise ValueError("a schedule reuses steps, but the latency of a reused step is not known; give reuse_ms")
+        return step_ns(self.reuse_ms)
+
     def latency(self, schedule: Sequence[str]) -> float:
-        """Mean step latency of a schedule, its changes of precision included, relative to the reference's."""
-        total = sum(step_ns(self.latencies_ms[name]) for name in schedule)
-        total += sum(self.costs.swap_ns(before, after) for before, after in pairwise(schedule))
+        """Mean step latency of a schedule, its changes of precision included, relative to the reference's.
+
+        The engine before a reused step stays: only computed steps change precisions.
+        """
+        computed = [name for name in schedule if order_of(name) is None]
+        total = sum(step_ns(self.latencies_ms[name]) for name in computed)
+        total += sum(self.costs.swap_ns(before, after) for before, after in pairwise(computed))
+        if len(computed) < len(schedule):
+            total += (len(schedule) - len(computed)) * self.reuse_ns
         return total / (len(schedule) * step_ns(self.latencies_ms[self.reference]))

@@ -166,7 +166,7 @@ def _most_runs(samples: Sequence[int], count: int) -> int:
 
 def _ranked(trials: Sequence[_Trial], predictions: Predictions) -> list[_Trial]:
     """The better first: those that do not depart significantly more than the one that does least, by expected error."""
-    predicted = [predictions.gram.error(trial.candidate.precisions) for trial in trials]
+    predicted = [predictions.error(trial.candidate.precisions) for trial in trials]
     expected = expected_errors(np.array([trial.values(trial.leading) for trial in trials]), np.array(predicted))
     for trial, error in zip(trials, expected.tolist(), strict=True):
         trial.expected = error

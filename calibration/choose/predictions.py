@@ -8,8 +8,8 @@ from functools import cached_property
 
 from calibration.choose.allocation import Budget, ErrorBudget, HighSteps, LatencyBudget
 from calibration.choose.costs import LatencyModel
+from calibration.choose.joint import ReusePlan, best_joint, joint_front, predicted_error
 from calibration.choose.pareto import Allocation
-from calibration.choose.quadratic import best_schedule, front
 from calibration.records import Predictor
 from calibration.scores.gram import Gram
 
@@ -27,11 +27,13 @@ class Predictions:
         latency_model: what they are made of.
         grams: by predictor, of the precisions of `latency_model`.
         predictor: the one that the front goes by.
+        plans: which steps may be reused; empty for none.
     """
 
     latency_model: LatencyModel
     grams: Mapping[Predictor, Gram]
     predictor: Predictor
+    plans: tuple[ReusePlan, ...] = ()
 
     @property
     def gram(self) -> Gram:
@@ -41,11 +43,28 @@ class Predictions:
     @cached_property
     def front(self) -> tuple[Allocation, ...]:
         """The Pareto front, fastest first."""
-        return front(self.latency_model, self.gram)
+        return joint_front(self.latency_model, self.gram, self.plans)
 
     def allocation(self, schedule: Sequence[str]) -> Allocation:
         """A schedule with its predicted error and its latency."""
-        return Allocation(tuple(schedule), self.gram.error(schedule), self.latency_model.latency(schedule))
+        return Allocation(tuple(schedule), self.error(schedule), self.latency_model.latency(schedule))
+
+    def error(self, schedule: Sequence[str]) -> float:
+        """Predicted E of a schedule.
+
+        Raises:
+            ValueError: it reuses steps as no plan does.
+        """
+        return predicted_error(self.gram, self.plans, schedule)
+
+    def best(self, budget: Budget, held: int = 0, predictor: Predictor | None = None) -> Allocation:
+        """The best schedule under a budget, by `predictor` or that of the front; see `calibration.choose.joint.best_joint`.
+
+        Raises:
+            BudgetError: no schedule that holds these steps meets the budget.
+        """
+        gram = self.grams[predictor or self.predictor]
+        return best_joint(self.latency_model, gram, self.plans, budget, held)
 
 
 def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[Allocation, str]:
@@ -66,4 +85,4 @@ def predicted_best(predictions: Predictions, budget: Budget | None) -> tuple[All
         wording = f"predicted error at most {budget.error:g}"
     elif isinstance(budget, HighSteps):
         wording = f"{budget.count} step{'s' * (budget.count != 1)} at {reference}"
-    return best_schedule(latency_model, gram, budget), wording
+    return predictions.best(budget), wording

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 
 from calibration.measure.evaluator import SampleSet, SampleSets
+from calibration.measure.influence import output_influence
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.reuse import MOST_COMPUTED
 from engines.runtime import DenoiseRuntime
-from engines.sampler import SamplerState, row_of, stacked
+from engines.sampler import SamplerState, SamplerTable, row_of, stacked
 from engines.text import PromptFile
 
 # Validation noise is drawn from seeds far from those of calibration, so that no sample is shared.
@@ -68,6 +70,7 @@ class BundleEvaluator:
         self._guidance_scale = guidance_scale
         self._conditioning = runtime.encode(prompts)
         self._batches: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
+        self._shorter: dict[str, BundleEvaluator] = {}
         self._seed = seed
         self._noise = runtime.noise([seed + index for index in range(len(prompts))])
         self._key = sha256_bytes(
@@ -112,6 +115,33 @@ class BundleEvaluator:
         """float32 [C, h, w], read-only."""
         latents: np.ndarray = state.together.latents[state.index]
         return latents
+
+    def timesteps(self) -> list[float]:
+        """Those of the sampler table."""
+        found: list[float] = self._runtime.table.timesteps.tolist()
+        return found
+
+    def influence(self, choices: Sequence[str]) -> np.ndarray:
+        """See `calibration.measure.influence.output_influence`.
+
+        Raises:
+            ScheduleError: a reused step has too few computed outputs before it.
+        """
+        return output_influence(self._runtime.table, choices)
+
+    def shorter(self, loop: str) -> BundleEvaluator:
+        """The same samples and engines with another sampler table, given as its JSON.
+
+        Raises:
+            SamplerError: it is none.
+        """
+        if loop not in self._shorter:
+            found = copy(self)
+            found._runtime = copy(self._runtime)
+            found._runtime.table = SamplerTable.from_json(loop)
+            found.num_steps = found._runtime.table.num_steps
+            self._shorter = {loop: found}
+        return self._shorter[loop]
 
     def key(self) -> str:
         """Digest of the bundle, its setting, the prompts, the seed and the guidance scale."""

@@ -23,8 +23,10 @@ Compare = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 class Evaluator(Protocol):
     """A denoising loop over fixed samples (prompt and starting noise) that can be entered at any step.
 
-    `steps` is deterministic: the same samples, states and precision give the same next states, bit for bit. The
+    `steps` is deterministic: the same samples, states and choice give the same next states, bit for bit. The
     resumption of an interrupted calibration and the reuse of shared prefixes rest on it.
+
+    What reuse is calibrated with (`timesteps`, `influence`, `shorter`) is asked for only then.
 
     Attributes:
         num_steps: T, the number of loop iterations.
@@ -51,15 +53,35 @@ class Evaluator(Protocol):
         """
         ...
 
-    def steps(self, samples: Sequence[int], states: Sequence[State], precision: str) -> list[State]:
+    def steps(self, samples: Sequence[int], states: Sequence[State], choice: str) -> list[State]:
         """The state of every sample after one more step, all at the same one: one denoiser call for all of them.
 
-        Counted as a call per sample; with guidance it is a batch of twice as many.
+        Counted as a call per sample; with guidance it is a batch of twice as many. A reuse (`engines.reuse`) is no call.
         """
         ...
 
     def latents(self, state: State) -> np.ndarray:
         """Latents of a state, float32 [C, H, W] (any shape, without a batch axis)."""
+        ...
+
+    def timesteps(self) -> list[float]:
+        """Where the model outputs of the T steps lie, in any units: what reused steps are extrapolated over."""
+        ...
+
+    def influence(self, choices: Sequence[str]) -> np.ndarray:
+        """dx_T / dm_j of every computed model output, the others held fixed: float64 [T], 0 for reused steps.
+
+        Args:
+            choices: precisions and reuses of a schedule.
+        """
+        ...
+
+    def shorter(self, loop: str) -> Evaluator:
+        """The same samples in a loop of fewer steps.
+
+        Args:
+            loop: as `SampleSets.shorter` gives it.
+        """
         ...
 
     def key(self) -> str:
@@ -83,6 +105,19 @@ class SampleSet:
 
 
 @dataclass(frozen=True)
+class ShorterLoop:
+    """A loop of fewer steps, as data that can travel.
+
+    Attributes:
+        loop: what `Evaluator.shorter` takes.
+        num_steps: its T.
+    """
+
+    loop: str
+    num_steps: int
+
+
+@dataclass(frozen=True)
 class SampleSets:
     """What a calibration measures on.
 
@@ -90,10 +125,13 @@ class SampleSets:
         calibration: the samples that scores are measured and schedules chosen on.
         validation: others, of the same steps and precisions, which only judge; with a decoder where SSIM and PSNR are
             wanted. None: no schedule is validated.
+        shorter: gives a loop of at most so many steps, which reuse has to beat; it raises `TmpDiffError` where there is
+            none. None: no such loop is compared.
     """
 
     calibration: SampleSet
     validation: SampleSet | None = None
+    shorter: Callable[[int], ShorterLoop] | None = None
 
     @property
     def evaluators(self) -> tuple[Evaluator, Evaluator | None]:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from calibration.measure import sketch
-from calibration.measure.evaluator import SampleSet
+from calibration.measure.evaluator import SampleSet, ShorterLoop
 from calibration.measure.journal import Entry, Journal, JournalError
 from calibration.measure.requests import Pool, Request
+from engines.files import sha256_bytes
+from engines.reuse import order_of
 
 MOST = 1e100
 """Largest E that a journal may hold; latents in float32 err by less."""
@@ -91,6 +93,18 @@ class Measurements:
         chosen = range(self.num_samples) if samples is None else samples
         self._ask([self._downcast(step_index, precision, sample) for sample in chosen])
 
+    def expect_planned(self, schedules: Iterable[Sequence[str]], samples: Iterable[int]) -> None:
+        """Announces that `planned` will be asked for on these samples."""
+        chosen = list(samples)
+        self._ask([self._planned(schedule, sample) for schedule in schedules for sample in chosen])
+
+    def expect_shorter(
+        self, runs: Iterable[tuple[ShorterLoop, str]], *, pictures: bool, samples: Iterable[int]
+    ) -> None:
+        """Announces that `shorter_error` will be asked for of these loops and precisions."""
+        chosen = list(samples)
+        self._ask([self._shorter(*run, sample, pictures) for run in runs for sample in chosen])
+
     def expect_nudged(self) -> None:
         """Announces that `nudged` will be asked for on all samples."""
         self._ask([self._nudged(sample) for sample in range(self.num_samples)])
@@ -122,9 +136,25 @@ class Measurements:
         self.uniform_error(self.reference, sample)
         return self._with_direction("rounding", self._nudged(sample))
 
+    def planned(self, stage: str, schedule: Sequence[str], sample: int) -> ErrorVector:
+        """The run of a whole schedule that reuses steps, with its error vector; calls as `schedule_calls` says.
+
+        Raises:
+            ScheduleError: a reused step has too few computed ones before it.
+        """
+        self.uniform_error(schedule[0], sample)
+        return self._with_direction(stage, self._planned(schedule, sample))
+
+    def shorter_error(
+        self, stage: str, loop: ShorterLoop, precision: str, sample: int, *, pictures: bool
+    ) -> dict[str, float]:
+        """Errors of the run of a loop of fewer steps at one precision, beside this loop's reference; as many calls."""
+        self.uniform_error(self.reference, sample)
+        return self._value(stage, self._shorter(loop, precision, sample, pictures))
+
     def schedule_calls(self, precisions: Sequence[str]) -> int:
-        """Denoiser calls that `schedule_error` takes per sample, if it was not measured before."""
-        return self.num_steps - self._shared(precisions)
+        """Denoiser calls that `schedule_error` and `planned` take per sample, if it was not measured before."""
+        return sum(order_of(choice) is None for choice in precisions[self._shared(precisions) :])
 
     def schedule_error(self, stage: str, precisions: Sequence[str], sample: int, *, pictures: bool) -> dict[str, float]:
         """Errors of the run of a whole schedule, as `uniform_error` returns them.
@@ -168,6 +198,19 @@ class Measurements:
         kind = "pictures" if pictures and self._decoded else "schedule"
         name = f"{self.name}/{kind}/{words}/{sample}"
         return Request(name, sample, base, tuple(precisions[shared:]), pictures, f"schedule {words}")
+
+    def _planned(self, schedule: Sequence[str], sample: int) -> Request:
+        words = " ".join(schedule)
+        rest = tuple(schedule[self._shared(schedule) :])
+        name = f"{self.name}/reuse/{words}/{sample}"
+        return Request(name, sample, schedule[0], rest, False, f"schedule {words}", vector=True)
+
+    def _shorter(self, loop: ShorterLoop, precision: str, sample: int, pictures: bool) -> Request:
+        decoded, run = pictures and self._decoded, f"uniform {precision} in {loop.num_steps} steps"
+        kind = "shorter-pictures" if decoded else "shorter"
+        name = f"{self.name}/{kind}/{sha256_bytes(loop.loop.encode())[:16]}/{precision}/{sample}"
+        rest = (precision,) * loop.num_steps
+        return Request(name, sample, self.reference, rest, decoded, run, shorter=loop.loop)
 
     def _with_direction(self, stage: str, request: Request) -> ErrorVector:
         value = self._value(stage, request)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-Run = tuple[str, tuple[str, ...], bool, bool, bool]
+Run = tuple[str, tuple[str, ...], bool, bool, bool, str | None]
 """What requests of different samples have in common that can be performed together."""
 
 
@@ -21,11 +21,13 @@ class Request:
         name: of the measurement, as the journal has it.
         sample: of its set of samples.
         base: a precision.
-        rest: precisions of the last len(rest) steps, at most T; empty for the uniform run itself.
+        rest: choices of the last len(rest) steps, at most T, precisions or reuses (`engines.reuse`); empty for the uniform
+            run itself.
         pictures: also compare the decoded pictures, where there is a decoder.
         run: the run in words, for error messages.
         vector: also keep the direction of the error of its final latents.
         nudged: starts from `Evaluator.start(sample, nudged=True)`; `rest` is then the whole run.
+        shorter: the loop of fewer steps that runs instead, as `Evaluator.shorter` takes it; `rest` is then its whole run.
     """
 
     name: str
@@ -36,11 +38,12 @@ class Request:
     run: str
     vector: bool = False
     nudged: bool = False
+    shorter: str | None = None
 
     @property
     def of_run(self) -> Run:
         """Its run, whatever the sample."""
-        return self.base, self.rest, self.pictures, self.vector, self.nudged
+        return self.base, self.rest, self.pictures, self.vector, self.nudged, self.shorter
 
 
 @dataclass(frozen=True)

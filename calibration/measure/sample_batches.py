@@ -19,6 +19,7 @@ from calibration.measure.evaluator import SampleSet, State
 from calibration.measure.metrics import relative_error
 from calibration.measure.requests import Outcome, Request, Run
 from engines.errors import TmpDiffError
+from engines.reuse import order_of
 
 
 class SampleBatches:
@@ -93,14 +94,15 @@ class _KeptSet:
         num_steps = self._evaluator.num_steps
         repeated = {sample: Counter[str]() for sample in chosen}
         if first.rest:
-            if first.nudged:
-                states = [self._evaluator.start(sample, nudged=True) for sample in chosen]
+            evaluator = self._evaluator if first.shorter is None else self._evaluator.shorter(first.shorter)
+            if first.nudged or first.shorter is not None:
+                states = [evaluator.start(sample, nudged=first.nudged) for sample in chosen]
             else:
                 self._restore(first.base, chosen, repeated)
                 states = [self._states[first.base, sample][num_steps - len(first.rest)] for sample in chosen]
-            for precision in first.rest:
-                states = self._evaluator.steps(chosen, states, precision)
-            calls = Counter(first.rest)
+            for choice in first.rest:
+                states = evaluator.steps(chosen, states, choice)
+            calls = Counter(choice for choice in first.rest if order_of(choice) is None)
         else:
             self._run_uniform(first.base, chosen)
             states = [self._states[first.base, sample][-1] for sample in chosen]

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
+from calibration.measure.influence import output_influence
 from calibration.scores.bisection import FLOOR
 from engines.errors import TmpDiffError
 from engines.sampler import SamplerTable
@@ -86,17 +87,7 @@ def output_weights(table: SamplerTable) -> np.ndarray:
 
     The other model outputs are held fixed, so that this is a property of the table alone.
     """
-    num_steps = table.num_steps
-    # dx_T / dx_k, from the last row backwards
-    of_sample = np.zeros(num_steps + 1)
-    of_sample[num_steps] = 1.0
-    weights = np.zeros(num_steps)
-    for k in reversed(range(num_steps)):
-        for j, coefficient in table.rows[k].outputs:
-            weights[j] += of_sample[k + 1] * coefficient
-        for j, coefficient in table.rows[k].samples:
-            of_sample[j] += of_sample[k + 1] * coefficient
-    return np.abs(weights)
+    return np.abs(output_influence(table))
 
 
 def step_axes(source: SamplerTable, target: SamplerTable) -> tuple[StepAxis, StepAxis]:

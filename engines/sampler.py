@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from engines.documents import canonical_json
 from engines.errors import SamplerError
 from engines.files import sha256_bytes
-from engines.reuse import Terms, extrapolation, with_computed
+from engines.reuse import Terms, extrapolation, taken_whole, with_computed
 from engines.sampler_document import SAMPLER_VERSION, parse_document
 
 History = tuple[tuple[int, NDArray[np.float32]], ...]
@@ -226,7 +226,7 @@ class SamplerTable:
         """
         computed = dict(state.computed)
         terms = extrapolation(order, self._position(state), tuple(computed), self.timesteps.tolist())
-        if len(terms) == 1 and terms[0][1] == 1.0:
+        if taken_whole(terms):
             return computed[terms[0][0]]
         return _summed([(computed[j], weight) for j, weight in terms])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundle import Bundle
+from engines.reuse import engines_of
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
@@ -64,10 +65,10 @@ def attach(
     require_plain(type(pipe).__name__, component, denoisers[component])
     require_scheduler(pipe, family, runtime)
     if isinstance(schedule, Schedule):
-        schedule.check(bundle_id=runtime.manifest.bundle_id, setting=runtime.setting, precisions=runtime.precisions)
+        runtime.bundle.check(schedule, runtime.setting)
     else:
         schedule = runtime.bundle.schedule(runtime.setting, schedule)
-    for precision in dict.fromkeys(schedule.precisions):
+    for precision in engines_of(schedule.precisions):
         runtime.denoiser(precision)
     setattr(pipe, component, stand_in(pipe, denoisers[component], family, runtime, schedule))
     refuse_methods(pipe, component)

@@ -14,7 +14,6 @@ from calibration.records import (
     Count,
     DepartureRecord,
     DroppedRecord,
-    FewerStepsRecord,
     FitPoint,
     FitRecord,
     GramRecord,
@@ -24,11 +23,11 @@ from calibration.records import (
     Predictor,
     QualityRecord,
     Record,
-    ReuseRecord,
     ScoreRecord,
     TransferRecord,
     ValidationRow,
 )
+from calibration.reuse_records import FewerStepsRecord, ReuseRecord
 from engines.documents import one_line, read_document, read_json, write_document
 from engines.errors import TmpDiffError
 from engines.reuse import REUSES

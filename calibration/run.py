@@ -23,7 +23,8 @@ from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import typical_errors
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
-from calibration.records import GuardRecord, ParetoPoint, QualityRecord, ReuseRecord, ValidationRow
+from calibration.records import GuardRecord, ParetoPoint, QualityRecord, ValidationRow
+from calibration.reuse_records import ReuseRecord
 from calibration.stages import DEFAULT_OPTIONS, CalibrationOptions, Progress, choose, score_reuse, score_steps
 from calibration.statistics import departure_record, typical_interval
 from calibration.validation import validation_rows

@@ -30,10 +30,9 @@ from calibration.records import (
     FitRecord,
     GuardRecord,
     Predictor,
-    ReusePlanRecord,
-    ReuseRecord,
     TransferRecord,
 )
+from calibration.reuse_records import ReusePlanRecord, ReuseRecord
 from calibration.scores.carried import CarriedScores, checked_curves
 from calibration.scores.gram import Correlations, Gram
 from calibration.scores.measured_gram import MeasuredGram, measured_gram

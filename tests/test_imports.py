@@ -77,6 +77,7 @@ ROOMS = {
         statistics
         measure
         document
+        reuse_records
         records
     """,
     "tmpdiff_export": """

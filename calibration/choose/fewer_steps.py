@@ -18,7 +18,8 @@ from calibration.choose.pareto import Allocation
 from calibration.measure.evaluator import ShorterLoop
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import mean, psnr_db, typical_errors
-from calibration.records import FewerStepsRecord, ValidationRow
+from calibration.records import ValidationRow
+from calibration.reuse_records import FewerStepsRecord
 from calibration.statistics import departure_record, ratio_interval, typical_interval
 from engines.errors import TmpDiffError
 

@@ -119,17 +119,14 @@ def search_plans(
     rules = reuse_rules(measurements.reference, reuses.timesteps, most)
     ladder = rungs(most)
     search.total = len(rules) + TRIED * len(ladder)
-    by_rule = [search.measure(choices, None, rule) for rule, choices in rules.items()]
-    anchor = search.nothing()
+    for rule, choices in rules.items():
+        search.measure(choices, None, rule)
+    below = 0
     for count in ladder:
-        below = len(reused_steps(anchor.choices))
-        near = [run for run in by_rule if below < len(reused_steps(run.choices)) <= count]
-        best = search.climb([anchor, *near], count)
-        if best is None:
+        best = search.climb(search.anchors(below, count), count)
+        if best is None or best.error > DEPARTED:
             break
-        anchor = best
-        if best.error > DEPARTED:
-            break
+        below = count
     return tuple(
         ReusePlan(run.choices, run.error, run.predicted, influence_ratios(influence, run.choices), run.rule)
         for run in sorted(search.runs.values(), key=lambda run: (len(reused_steps(run.choices)), run.error))
@@ -157,6 +154,16 @@ class _Search:
         """The reference run: no step reused, no error."""
         size = self.reuses.vectors.shape[2:]
         return _Run((self.measurements.reference,) * len(self.reuses.timesteps), np.zeros(size), 0.0, 0.0)
+
+    def anchors(self, below: int, count: int) -> list[_Run]:
+        """The best measured plan of `below` reused steps, and those of more, which are rules, up to a rung's.
+
+        No others: predictions from plans that are worse or further away promise more than they hold, and would be tried first.
+        """
+        runs = [*self.runs.values(), self.nothing()]
+        counts = {run.choices: len(reused_steps(run.choices)) for run in runs}
+        best = min((run for run in runs if counts[run.choices] == below), key=lambda run: run.error)
+        return [best, *(run for run in runs if below < counts[run.choices] < count)]
 
     def measure(self, choices: Choices, anchor: _Run | None, rule: str | None = None) -> _Run:
         """Runs a plan; `anchor` is what it was predicted from, None for nothing."""
@@ -189,9 +196,9 @@ class _Search:
 
     def climb(self, anchors: Sequence[_Run], count: int) -> _Run | None:
         """The best measured plan of so many reused steps, from measured plans of fewer; None if there is none."""
-        exact = [run for run in anchors if len(reused_steps(run.choices)) == count]
+        exact = [run for run in self.runs.values() if len(reused_steps(run.choices)) == count]
         best = min(exact, key=lambda run: run.error, default=None)
-        grown = [(self._grown(anchor, count - 1), anchor) for anchor in anchors if anchor not in exact]
+        grown = [(self._grown(anchor, count - 1), anchor) for anchor in anchors]
         for _ in range(TRIED):
             options: list[tuple[float, Choices, _Run]] = []
             for start, anchor in grown:
@@ -234,8 +241,7 @@ class _Search:
         """Plans with another step in place of one of those that are best left out, by prediction."""
         reference = self.measurements.reference
         without = [(*run.choices[:k], reference, *run.choices[k + 1 :]) for k in reused_steps(run.choices)]
-        valued = sorted(self._valued(without, run), key=lambda option: option[0])
-        for _, choices, _ in valued[:LEFT_OUT]:
+        for _, choices, _ in sorted(self._valued(without, run), key=lambda option: option[0])[:LEFT_OUT]:
             yield from (plan for plan in self._additions(choices) if plan != run.choices)
 
     def _with(self, choices: Choices, step: int) -> Iterator[Choices]:

@@ -10,7 +10,7 @@ import numpy as np
 from calibration.choose.costs import AllocationCosts, LatencyModel
 from calibration.choose.joint import ReusePlan, plan_of, predicted_error
 from calibration.document import Sensitivity
-from calibration.records import ReuseRecord
+from calibration.reuse_records import ReuseRecord
 from calibration.scores.gram import Gram
 from calibration.scores.measured_gram import gram_of
 from engines.reuse import REUSES

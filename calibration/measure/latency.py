@@ -15,9 +15,14 @@ from engines.backends.choose import backend_version
 from engines.bundle import UNIFORM_PREFIX
 from engines.conditioning import Conditioning
 from engines.manifest import EngineEntry
+from engines.reuse import REUSES
 from engines.runtime import DenoiseRuntime
+from engines.schedule import Schedule
 
 Key = TypeVar("Key", bound=Hashable)
+
+LEAST_MS = 1e-3
+"""A device's clock may tell no time between two events."""
 
 WARM_UP_ROUNDS = 2
 ROUNDS = 15
@@ -85,6 +90,44 @@ def step_latencies(
         return lambda: runtime.step(state, precision, batch, guidance_scale)
 
     return interleaved({name: one_step(name) for name in runtime.precisions} | dict(also or {}), rounds, on_round)
+
+
+def reuse_latency(
+    runtime: DenoiseRuntime, conditioning: Conditioning, guidance_scale: float, rounds: int = ROUNDS
+) -> Timing:
+    """Latency of one loop iteration that reuses the last model output: what the sampler takes without a denoiser.
+
+    Args:
+        runtime: the loaded bundle, of two steps at least.
+        conditioning: for N prompts; the batch size that is timed.
+        guidance_scale: as for `step_latencies`.
+        rounds: counted rounds; on a GPU whole loops.
+    """
+    reference, reused = runtime.precisions[0], REUSES[0]
+    noise = runtime.noise(range(conditioning.size))
+    if not runs_on_gpu(runtime):
+        batch = conditioning.batch(guidance_scale)
+        state = runtime.step(runtime.table.initial(noise), reference, batch, guidance_scale, 1)
+        return interleaved({reused: lambda: runtime.step(state, reused, batch, guidance_scale, 1)}, rounds)[reused]
+    schedule = Schedule(
+        bundle_id=runtime.manifest.bundle_id,
+        setting=runtime.setting.name,
+        precisions=(reference, *(reused,) * (runtime.num_steps - 1)),
+        origin="latency of reuse",
+    )
+    times: list[float] = []
+    for number in range(WARM_UP_ROUNDS + max(2, rounds // 5)):
+        steps: list[float] = []
+        runtime.denoise(
+            conditioning,
+            schedule,
+            noise,
+            guidance_scale=guidance_scale,
+            on_step=lambda _index, _choice, seconds, steps=steps: steps.append(seconds * 1e3),  # type: ignore[misc]
+        )
+        if number >= WARM_UP_ROUNDS:
+            times += steps[1:]
+    return Timing(max(statistics.median(times), LEAST_MS), min(times))
 
 
 def _device_step_latencies(

@@ -28,8 +28,9 @@ from engines.reuse import MOST_COMPUTED, REUSES, Terms, extrapolation, order_of,
 
 STAGE = "reuse scores"
 
-PROBES = 4
-"""Steps at which parabolas are tried; they are measured at all others where one of these is the best order there."""
+PROBES = 6
+"""Steps at which parabolas are tried, both ends among them; they are measured at all others where they are the best order
+at one of these."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def measure_reuses(
     steps = range(1, len(timesteps))
     measurer.measure([(step, order) for order in (0, 1) for step in steps])
     inner = [step for step in steps if measurer.possible(step, 2)]
-    probes = sorted({inner[round(at)] for at in np.linspace(0, len(inner) - 1, PROBES + 2)[1:-1]}) if inner else []
+    probes = sorted({inner[round(at)] for at in np.linspace(0, len(inner) - 1, PROBES)}) if inner else []
     measurer.measure([(step, 2) for step in probes])
     errors = measurer.errors()
     if any(errors[step, 2] < errors[step, :2].min() for step in probes):

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -16,6 +17,7 @@ from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.requests import Outcome, Request
 from calibration.measure.sample_batches import SampleBatches
+from engines.reuse import order_of
 
 DECADE = float(np.log(10))
 NUDGE = 2.0**-16
@@ -205,7 +207,7 @@ class Interrupted(Exception):
 class Counted(OneByOne):
     """Another evaluator, its calls counted independently of the calibrator, and cut off after `limit`."""
 
-    def __init__(self, inner: PlantedEvaluator, limit: int | None = None) -> None:
+    def __init__(self, inner: Any, limit: int | None = None) -> None:
         self.inner = inner
         self.limit = limit
         self.calls: Counter[str] = Counter()
@@ -216,7 +218,18 @@ class Counted(OneByOne):
         self.latents = inner.latents
         self.key = inner.key
 
+    def __getattr__(self, name: str) -> Any:
+        """What only reuse asks for."""
+        return getattr(self.inner, name)
+
+    def shorter(self, loop: str) -> Counted:
+        found = Counted(self.inner.shorter(loop), self.limit)
+        found.calls = self.calls
+        return found
+
     def step(self, sample: int, state: tuple[int, np.ndarray], precision: str) -> tuple[int, np.ndarray]:
+        if order_of(precision) is not None:
+            return self.inner.step(sample, state, precision)
         if self.limit is not None and self.calls.total() >= self.limit:
             raise Interrupted
         self.calls[precision] += 1
@@ -252,5 +265,6 @@ def measurements(evaluator: Evaluator, name: str = "calibration") -> Measurement
 def calibrate_loops(evaluator, latencies_ms, *, validation=None, decode=None, **options) -> CalibrationResult:
     """`calibrate` of planted loops, both with the decoder; `options` are its own, and those of `CalibrationOptions`."""
     own = {name: options.pop(name) for name in ("journal", "pool", "progress") if name in options}
-    sets = SampleSets(SampleSet(evaluator, decode), SampleSet(validation, decode) if validation else None)
+    shorter = options.pop("shorter", None)
+    sets = SampleSets(SampleSet(evaluator, decode), SampleSet(validation, decode) if validation else None, shorter)
     return calibrate(sets, latencies_ms, CalibrationOptions(**options), **own)

@@ -40,12 +40,12 @@ class ReuseLoop(OneByOne):
     Attributes:
         num_steps: T.
         low: by low precision the size of its error, relative to the model output.
-        response: how much outputs depend on the latents: 0 takes those of a run of its own, which depend on time alone.
+        response: whether outputs answer to the latents, or depend smoothly on time alone.
     """
 
     num_steps: int = 20
     low: tuple[tuple[str, float], ...] = (("int8", 0.01), ("int4", 0.03))
-    response: float = 1.0
+    response: bool = True
     num_samples: int = 4
     seed: int = 0
     size: int = 48
@@ -87,18 +87,20 @@ class ReuseLoop(OneByOne):
     def _output(self, state: SamplerState, precision: str) -> np.ndarray:
         assert self.table.sigmas is not None
         sigma = float(self.table.sigmas[state.step_index])
-        means, turn = self._made
+        means = self._made[0]
         x = state.latents.reshape(-1).astype(np.float64)
         if not self.response:
-            x = np.sin(np.arange(self.size) + 0.3 * sigma)
+            output = np.sin(np.arange(self.size) + 0.002 * self.table.timesteps[state.step_index])
+            return self._turned(output, precision).reshape(state.latents.shape)
         spread = 0.04 + sigma**2
         logs = -np.sum((x - means) ** 2, axis=1) / (2 * spread)
         shares = np.exp(logs - logs.max())
         shares /= shares.sum()
         denoised = shares @ (means + 0.04 / spread * (x - means))
-        output = (x - denoised) / sigma
-        output = output + dict(self.low).get(precision, 0.0) * (turn @ output)
-        return output.reshape(state.latents.shape)
+        return self._turned((x - denoised) / sigma, precision).reshape(state.latents.shape)
+
+    def _turned(self, output: np.ndarray, precision: str) -> np.ndarray:
+        return output + dict(self.low).get(precision, 0.0) * (self._made[1] @ output)
 
     @cached_property
     def table(self) -> SamplerTable:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from calibration import CalibrationOptions, Sensitivity, calibrate, open_journal
 from calibration.document import OutdatedCalibrationError
 from calibration.measure.bundle_evaluator import BundleSamples, samples_per_call
-from calibration.measure.journal import JournalError
-from calibration.measure.latency import machine, step_latencies
+from calibration.measure.journal import Journal, JournalError
+from calibration.measure.latency import machine, reuse_latency, step_latencies
 from calibration.measure.requests import Pool
 from calibration.measure.sample_batches import SampleBatches
 from calibration.records import CalibrationSettings
+from calibration.run import REUSE
 from calibration.scores.carried import CarriedScores, carried_scores
 from calibration.scores.transfer import TransferError, step_axes
 from calibration.stages import DEFAULT_OPTIONS, Progress
@@ -25,6 +27,7 @@ from engines.sampler import SamplerTable
 from engines.setting_choice import SettingChoice
 from engines.setting_entry import SettingEntry
 from engines.text import PromptFile
+from tmpdiff_export.calibrate.settings import shorter_loop
 from tmpdiff_export.calibrate.workers import open_workers, require_workers
 from tmpdiff_export.targets.settings import MAX_BATCH
 
@@ -200,7 +203,7 @@ def _calibrate(
     runtime.bundle.verify(runtime.manifest.files())
     scale = runtime.setting.guidance_scale
     samples = BundleSamples(prompts, how.seed, scale)
-    sets = samples.open(runtime)
+    sets = replace(samples.open(runtime), shorter=partial(shorter_loop, runtime.bundle, runtime.setting))
     folder = runtime.bundle.folder / JOURNAL_FOLDER
     folder.mkdir(exist_ok=True)
     name = "-".join(found.evaluator.key()[:12] for found in sets.named().values())
@@ -217,6 +220,8 @@ def _calibrate(
         )
         if not isinstance(latencies, dict) or not all(type(found) in (int, float) for found in latencies.values()):
             raise JournalError(f"journal {path} has no {remembered}; delete it to start afresh")
+        if options.reuse:
+            latencies = latencies | {REUSE: _reuse_latency(runtime, journal, f"reused {remembered}", prompts, how)}
         pool: Pool
         at_once = samples_per_call(runtime, scale)
         if how.workers > 1:
@@ -265,6 +270,19 @@ def _locked(journal: Path) -> Iterator[Path]:
                 f"journal {journal} is being written by another calibration of these prompts; wait until it is done"
             ) from None
         yield journal
+
+
+def _reuse_latency(runtime: DenoiseRuntime, journal: Journal, name: str, prompts: PromptFile, how: RunOptions) -> float:
+    """The latency of a reused step in ms, which the journal keeps by this name."""
+
+    def measure() -> float:
+        conditioning = runtime.encode([prompts.calibration[0]] * how.batch)
+        return reuse_latency(runtime, conditioning, runtime.setting.guidance_scale).median_ms
+
+    found = journal.remember(name, measure, how.fresh_latencies)
+    if type(found) not in (int, float):
+        raise JournalError(f"journal {journal.path} has no {name}; delete it to start afresh")
+    return float(found)
 
 
 def _latencies(runtime: DenoiseRuntime, prompts: list[str], scale: float, report: Progress) -> dict[str, float]:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from calibration.measure.evaluator import ShorterLoop
 from engines.bundle import MANIFEST_NAME, Bundle
 from engines.documents import read_json
-from engines.errors import BuildError, BundleError
+from engines.errors import BuildError, BundleError, SamplerError
 from engines.files import atomic_write_text
 from engines.manifest import Manifest, engine_for, manifest_text
 from engines.setting_choice import SettingChoice
@@ -81,6 +82,25 @@ def open_setting(folder: Path, wanted: Wanted) -> tuple[SettingEntry, bool]:
         Manifest.model_validate(json.loads(text))
         atomic_write_text(folder / MANIFEST_NAME, text)
     return entry, True
+
+
+def shorter_loop(bundle: Bundle, entry: SettingEntry, most: int) -> ShorterLoop:
+    """A setting's scheduler with fewer steps: the most that take no more than so many loop iterations.
+
+    Raises:
+        BundleError: the bundle does not say how its settings are made.
+        SamplerError: the scheduler cannot be compiled to a table of so few steps.
+    """
+    facts = pipeline_facts(bundle)
+    request = _request(facts, entry, None)
+    # loops of second order have more iterations than steps
+    steps = min(most * entry.num_inference_steps // entry.num_steps + 1, entry.num_inference_steps - 1)
+    while steps >= 1:
+        table = resolve(facts, replace(request, num_steps=steps)).table
+        if table.num_steps <= most:
+            return ShorterLoop(table.to_json(), table.num_steps)
+        steps -= 1
+    raise SamplerError(f"scheduler {entry.scheduler} has no loop of at most {most} iterations; allow more latency")
 
 
 def pipeline_facts(bundle: Bundle) -> PipelineFacts:

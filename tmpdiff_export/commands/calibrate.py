@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument("--high-steps", type=int, metavar="K", help="number of steps at FP16")
     parser.add_argument(
+        "--reuse",
+        type=_reuse,
+        default="auto",
+        metavar="auto|off|N",
+        help="most steps that take their model output from past ones instead of computing it (default auto: half the steps)",
+    )
+    parser.add_argument(
         "--swap-ms", type=float, default=0.0, metavar="MS", help="cost of a change of precision (`bench` measures it)"
     )
     parser.add_argument(
@@ -107,6 +114,15 @@ def _error_budget(text: str) -> ErrorBudget | QualityBudget:
     raise argparse.ArgumentTypeError(f"{text!r} names no quality; choose from {', '.join(METRICS)}, or give an error")
 
 
+def _reuse(text: str) -> int | None:
+    """An argument such as "auto" (None), "off" or "8"."""
+    if text in ("auto", "off"):
+        return None if text == "auto" else 0
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected auto, off, or a number of steps")
+    return int(text)
+
+
 def budget_of(args: argparse.Namespace) -> Budget | QualityBudget | None:
     """The budget the arguments ask for.
 
@@ -129,11 +145,7 @@ def run(args: argparse.Namespace) -> int:
     from tmpdiff_export.commands.tables import print_sensitivity
     from tmpdiff_export.display import print_note, progress_bar
 
-    options = CalibrationOptions(
-        budget=budget_of(args),
-        method=args.method,
-        costs=AllocationCosts(args.swap_ms, args.resident_engines),
-    )
+    budget, costs = budget_of(args), AllocationCosts(args.swap_ms, args.resident_engines)
     prompts = read_prompts(args.prompts)
     for name, count in (("--samples", args.samples), ("--validation-samples", args.validation_samples)):
         if count < 1:
@@ -143,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
     setting, added = open_setting(args.bundle, wanted)
     if added:
         print_note(f"setting {setting.name} was added to the bundle: {setting.described}")
+    reuse = setting.num_steps // 2 if args.reuse is None else args.reuse
+    options = CalibrationOptions(budget=budget, method=args.method, costs=costs, reuse=reuse)
     how = RunOptions(
         seed=args.seed,
         batch=args.batch,

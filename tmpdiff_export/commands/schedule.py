@@ -97,8 +97,8 @@ def _prediction(bundle: Bundle, setting: SettingEntry) -> StoredPrediction | Non
 
 
 def _predicted_error(prediction: StoredPrediction, schedule: tuple[str, ...]) -> float | None:
-    """None where a step is at a precision without scores."""
-    return prediction.error(schedule) if set(schedule) <= set(prediction.precisions) else None
+    """None where a step is at a precision without scores, or steps are reused as was not measured."""
+    return prediction.error(schedule) if prediction.predicts(schedule) else None
 
 
 def _imported(bundle: Bundle, setting: SettingEntry, args: argparse.Namespace) -> Schedule:

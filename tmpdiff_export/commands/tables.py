@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from calibration.choose.stored_prediction import StoredPrediction
 from calibration.document import Sensitivity
 from calibration.records import DepartureRecord, QualityRecord, TransferRecord, ValidationRow
+from calibration.scores.reuse import reused_steps
 from tmpdiff_export.display import departures, interval, number, print_table, schedule_strip
 
 NAME_WIDTH = 36
@@ -20,6 +22,7 @@ def print_sensitivity(found: Sensitivity) -> None:
     if found.transfer:
         print_transfer(found.transfer)
     _print_fit(found)
+    _print_reuse(found)
     print_table(
         "Pareto front (predicted)",
         [f"latency / {found.precisions[0]}", "E", *found.precisions],
@@ -34,6 +37,8 @@ def print_sensitivity(found: Sensitivity) -> None:
         print(f"latencies are sums of step latencies measured on {found.settings.machine}")
     print(f"budget: {found.budget}")
     print(f"schedule: {schedule_strip(found.schedule)}")
+    if found.reuse:
+        print(f"{len(reused_steps(found.schedule))} of {found.num_steps} steps reuse model outputs")
     print(f"predicted E {found.predicted_error:.3e} from {found.num_samples} calibration prompts, by {found.predictor}")
     for line in verdict(found):
         print(line)
@@ -45,7 +50,14 @@ def print_sensitivity(found: Sensitivity) -> None:
 
 
 def verdict(found: Sensitivity) -> Iterator[str]:
-    """What the validation rows say of the schedule, in words; nothing without any."""
+    """What the validation rows say of the schedule, in words; and whether fewer steps would do better."""
+    for record in found.fewer_steps:
+        if record.beats:
+            yield (
+                f"FEWER STEPS by the scheduler do better on calibration prompts: {record.num_steps} at {record.precision} are "
+                f"no slower and err less (the schedule has {interval(record.against, '.2f')} times their typical error); "
+                f"calibrate that number of steps instead"
+            )
     chosen, best = found.chosen, found.best_rule
     if chosen is None:
         yield "not run on validation prompts"
@@ -188,6 +200,35 @@ def _print_fit(found: Sensitivity) -> None:
             for fit in found.fit
         ],
     )
+
+
+def _print_reuse(found: Sensitivity) -> None:
+    if found.reuse is None:
+        return
+    record = found.reuse
+    model = StoredPrediction(found)
+    print_table(
+        f"Reuse of model outputs: plans, measured on {len(record.samples)} calibration prompts",
+        ["plan", "reused", f"latency / {found.precisions[0]}", "predicted E", "measured E", "largest influence"],
+        [
+            [
+                plan.rule or f"{len(reused_steps(plan.choices))} steps",
+                str(len(reused_steps(plan.choices))),
+                f"{model.latency(plan.choices):.3f}",
+                f"{plan.predicted:.2e}",
+                f"{plan.measured:.2e}",
+                f"{max(map(abs, plan.influence)):.1f}",
+            ]
+            for plan in record.plans
+        ],
+        [
+            f"denoiser calls for reuse: {sum(record.calls.values())}; at most {record.most_calls} were expected",
+            f"all other steps at {found.precisions[0]}; influence: how much more an output counts than without reuse",
+        ],
+    )
+    for fewer in found.fewer_steps:
+        if fewer.reason:
+            print(f"fewer steps at {fewer.precision} were not compared: {fewer.reason}")
 
 
 def _print_guard(found: Sensitivity) -> None:

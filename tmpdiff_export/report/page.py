@@ -15,6 +15,7 @@ from tmpdiff_export.report.gram import gradient, gram_section
 from tmpdiff_export.report.guard import guard_section
 from tmpdiff_export.report.latency import latency
 from tmpdiff_export.report.pictures import Row, palette, pictures_section
+from tmpdiff_export.report.reuse import reuse_section
 from tmpdiff_export.report.scores import scores
 from tmpdiff_export.report.svg import SHADES
 from tmpdiff_export.report.validation import validation
@@ -86,6 +87,7 @@ def page(manifest: Manifest, setting: SettingEntry, found: Sensitivity, rows: Se
         ("scores", "How much each step suffers", scores(found)),
         ("gram", "How errors of steps add up", gram_section(found)),
         ("fit", "Predicted against measured error", fit(found)),
+        *([("reuse", "Steps that reuse model outputs", reuse_section(found))] if found.reuse else []),
         ("guard", "The guard: candidates beside each other", guard_section(found)),
         ("pareto", "Error against latency", latency(found)),
         ("validation", "Validation: the schedule and simpler ones", validation(found)),

@@ -36,7 +36,7 @@ def test_an_old_document_is_to_be_made_anew(tmp_path: Path, version: int) -> Non
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [(4, "reads up to 3; upgrade"), (True, "version True"), ("2", "expected 3"), (0, "expected 3")],
+    [(5, "reads up to 4; upgrade"), (True, "version True"), ("2", "expected 4"), (0, "expected 4")],
 )
 def test_other_versions_are_refused(tmp_path: Path, version: object, words: str) -> None:
     path = tmp_path / "sensitivity.json"
@@ -44,6 +44,15 @@ def test_other_versions_are_refused(tmp_path: Path, version: object, words: str)
     with pytest.raises(TmpDiffError, match=words) as caught:
         Sensitivity.load(path)
     assert not isinstance(caught.value, OutdatedCalibrationError)
+
+
+def test_a_document_of_version_3_is_one_without_reuse(tmp_path: Path) -> None:
+    found = made_up.calibration(8, ("fp16", "int8", "int4"))
+    data = found.model_dump(mode="json") | {"version": 3}
+    for added in ("reuse", "fewer_steps"):
+        del data[added]
+    write_document(tmp_path / "sensitivity.json", data)
+    assert Sensitivity.load(tmp_path / "sensitivity.json") == found
 
 
 def test_a_loss_is_beyond_the_interval_and_no_slower() -> None:

@@ -375,8 +375,8 @@ def test_schedule_and_document_survive_the_disk(tmp_path):
     path.write_text(path.read_text().replace('"method": "bisection"', '"method": "sweep"'))
     with pytest.raises(TmpDiffError, match="altered"):
         Sensitivity.load(path)
-    assert json.loads(path.read_text())["version"] == 3
-    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    assert json.loads(path.read_text())["version"] == 4
+    path.write_text(path.read_text().replace('"version": 4', '"version": 2'))
     with pytest.raises(
         OutdatedCalibrationError, match=r"format version 2, which holds no error vectors; calibrate the"
     ):

@@ -185,8 +185,8 @@ def reuse_rows(guarded: GuardRecord | None) -> dict[str, tuple[str, ...]]:
     found = {}
     for kind, wanted in (("no reuse", ", no reuse"), ("best reuse rule", "every ")):
         named = [(trial, name) for trial in trials for name in trial.names if wanted in name]
-        if named:
-            trial, name = min(named, key=lambda pair: pair[0].expected)
+        trial, name = min(named, key=lambda pair: pair[0].expected, default=(None, ""))
+        if trial and guarded and name != guarded.best_rule:
             found[kind if kind == "no reuse" else f"{kind}: {name}"] = trial.precisions
     return found
 

@@ -159,8 +159,9 @@ class Bundle:
             choice: a schedule file, "uniform:<precision>", or None for the calibrated one.
 
         Raises:
-            ScheduleError: malformed, or as `check`.
-            BundleError, SamplerError: as `check`, or None was given and the setting was not calibrated.
+            ScheduleError: malformed, for another bundle, setting, T or set of precisions, or a step reuses more than was
+                computed before it.
+            BundleError, SamplerError: the table whose timesteps reused steps rest on is damaged; or None was given and the setting was not calibrated.
         """
         manifest = self.manifest
         if isinstance(choice, str) and choice.startswith(UNIFORM_PREFIX):
@@ -179,20 +180,10 @@ class Bundle:
                 f"bundle {self.folder} has no schedule for its setting {setting.name} yet; run `{self.how_to_calibrate(setting)}`, "
                 f"or pass --schedule uniform:{manifest.precisions[0]}"
             )
-        self.check(schedule, setting)
-        return schedule
-
-    def check(self, schedule: Schedule, setting: SettingEntry) -> None:
-        """Refuses a schedule that a setting of this bundle cannot run.
-
-        Raises:
-            ScheduleError: it is for another bundle, setting, T or set of precisions, or reuses more than it has computed.
-            BundleError, SamplerError: the setting's sampler table is damaged.
-        """
-        manifest = self.manifest
         schedule.check(bundle_id=manifest.bundle_id, setting=setting, precisions=manifest.precisions)
         if schedule.reused:
             reuse_terms(parse_document(self.read(setting.sampler)).timesteps, schedule.precisions)
+        return schedule
 
     def how_to_calibrate(self, setting: SettingEntry) -> str:
         """The command that calibrates a setting."""

@@ -17,7 +17,7 @@ from engines.loaded import VAE_DECODER, LoadedEngines
 from engines.loop import Loop, StepHook, guided_output, named_output
 from engines.manifest import LATENTS
 from engines.noise import gaussian_noise
-from engines.reuse import engines_of, order_of
+from engines.reuse import engines_of, order_of, reuse_terms
 from engines.sampler import SamplerState, SamplerTable
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
@@ -131,6 +131,15 @@ class DenoiseRuntime:
         """
         return self.bundle.schedule(self.setting, choice)
 
+    def check(self, schedule: Schedule) -> None:
+        """Refuses a schedule that this bundle and setting cannot run.
+
+        Raises:
+            ScheduleError: for another bundle, setting, T or set of precisions, or a step reuses more than was computed before.
+        """
+        schedule.check(bundle_id=self.manifest.bundle_id, setting=self.setting, precisions=self.precisions)
+        reuse_terms(self.table.timesteps.tolist(), schedule.precisions)
+
     def preload(self, schedule: Schedule) -> None:
         """Loads every engine a prompt-to-image run with `schedule` needs, or as many as may be resident.
 
@@ -226,7 +235,7 @@ class DenoiseRuntime:
             BackendError: an engine is not available or failed.
             ValueError: `noise` has another shape, or guidance is to be rescaled where the pipeline does not.
         """
-        self.bundle.check(schedule, self.setting)
+        self.check(schedule)
         expected = (conditioning.size, *self.setting.latents_shape)
         if noise.shape != expected:
             raise ValueError(f"noise has shape {noise.shape}, expected {expected}")

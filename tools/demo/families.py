@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +94,10 @@ def flow_matching(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     batch, device = len(clean), clean.device
     noise = torch.randn_like(clean)
     # Objects are few and bright, so they show through much noise: where they go is decided at high sigmas, which
-    # is why those are drawn more often. Some uniform sigmas keep the rest of the trajectory in view.
-    sigma = torch.sigmoid(1.5 + 1.2 * torch.randn(batch, device=device))
+    # is why those are drawn more often, and higher ones where more latents show the same scene. Some uniform sigmas
+    # keep the rest of the trajectory in view.
+    middle = 1.5 + math.log(max(1.0, clean.shape[-1] / 32))
+    sigma = torch.sigmoid(middle + 1.2 * torch.randn(batch, device=device))
     sigma = torch.where(torch.rand(batch, device=device) < 0.25, torch.rand(batch, device=device), sigma)
     return torch.lerp(clean, noise, sigma[:, None, None, None]), 1000 * sigma, noise - clean
 
@@ -205,7 +208,8 @@ def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
     """Returns a Stable Diffusion 3 for pictures of `size` pixels, with two CLIP encoders and no T5; flow matching.
 
     In place of T5's hidden states there are zeros, in training as many as in the pipeline by default: the denoiser
-    attends to them, and another number of them would be another conditioning.
+    attends to them, and another number of them would be another conditioning. Smaller latents than the pipeline's get
+    as many zeros for each of them.
     """
     zeros = int(inspect.signature(StableDiffusion3Pipeline.__call__).parameters["max_sequence_length"].default)
     tokenizer = make_clip_tokenizer()
@@ -222,7 +226,8 @@ def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
     def predict(
         mmdit: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor
     ) -> torch.Tensor:
-        text = torch.nn.functional.pad(text, (0, 0, 0, zeros))
+        share = (x_t.shape[-1] / mmdit.config.sample_size) ** 2
+        text = torch.nn.functional.pad(text, (0, 0, 0, round(zeros * share)))
         return mmdit(x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep, return_dict=False)[
             0
         ]

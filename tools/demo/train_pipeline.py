@@ -4,6 +4,8 @@
     python -m tools.demo.train_pipeline --family unet --out FOLDER
     python -m tools.demo.train_pipeline --family mmdit --out FOLDER
     python -m tools.demo.train_pipeline --family sana --out FOLDER
+    torchrun --nproc-per-node 2 -m tools.demo.train_pipeline --family mmdit --size 512 --denoiser-batch 128 \\
+        --scenes 40000 --text-iterations 1000 --minutes 8 --evaluation-captions 16 --out FOLDER
 
 from the project's root, in an environment with torch, diffusers, transformers and scikit-image. The first trains the
 embedded demo pipeline, a PixArt-Sigma, from nothing; the others train a Stable Diffusion (UNet, v-prediction, DDIM) and
@@ -14,6 +16,10 @@ encoders and denoiser together on the pictures' latents, writes everything as fp
 user would, and prints how well shapes, colours and positions of held-out captions can be read back from the pictures.
 The same seed gives the same scenes, captions and iteration counts; rounding on a GPU still makes two trainings differ,
 and so does a limit in minutes.
+
+The last one trains an MMDiT of 445 M parameters for pictures of 512 pixels on two GPUs (or, without `torchrun`, on
+one): first on pictures of 256 pixels, where most is learnt in less time, then on large ones, a quarter as many at once.
+SIGTERM ends a training early; what it has is saved.
 
 Where one run may not last that long, the autoencoder can be trained in a run of its own:
 
@@ -34,8 +40,10 @@ import copy
 import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -60,18 +68,31 @@ from tools.demo.families import (
     make_sana_family,
     make_unet_family,
 )
-from tools.demo.training import DenoiserTraining, encode, pretrain_text_encoders, reconstruct, train_denoiser, train_vae
+from tools.demo.parallel import first, join
+from tools.demo.training import (
+    STOP,
+    DenoiserTraining,
+    encode,
+    pretrain_text_encoders,
+    reconstruct,
+    smaller_latents,
+    train_denoiser,
+    train_vae,
+)
 
 CAPTIONS_PER_SCENE = 3
+LARGE = 512
+SMALL_SHARE = 0.45
+"""Of the time for the denoiser of large pictures, on smaller ones."""
 STEPS = 20
 
 
 def train(options: argparse.Namespace) -> DemoFamily | None:
     """Trains all parts and saves the pipeline; returns what was trained, None if that was the autoencoder only."""
-    device = torch.device(options.device)
+    device, rank = join(options.device)
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not options.vae  # trying algorithms pays where the autoencoder is trained
     drawn = training_captions(options.scenes, CAPTIONS_PER_SCENE, options.seed)
     arrays = {
         name: torch.as_tensor(array, device=device)
@@ -95,33 +116,39 @@ def train(options: argparse.Namespace) -> DemoFamily | None:
     if options.vae_out:
         vae.save_pretrained(options.vae_out)
         return None
-    latents = encode(vae, arrays, options.scenes, options.size) * vae.config.scaling_factor
-    extreme = latents.abs().amax().item()
-    _report(f"{options.scenes} latents encoded, deviation {latents.float().std():.3f}, extreme {extreme:.1f}", options)
+    latents = {}
+    for side in (IMAGE_SIZE, LARGE) if options.size == LARGE else (options.size,):
+        latents[side] = encode(vae, arrays, options.scenes, side) * vae.config.scaling_factor
+        found = f"deviation {latents[side].float().std():.3f}, extreme {latents[side].abs().amax().item():.1f}"
+        _report(f"{options.scenes} latents of {side} pixels encoded, {found}", options)
 
-    family = make_family(options)
+    family = make_family(options, device)
     vae = vae.to(memory_format=torch.contiguous_format)
     if options.family == "mmdit":
         vae.register_to_config(shift_factor=0.0)  # its pipeline adds one
     ids = caption_ids(family, [caption for _, captions in drawn for caption in captions])
+    torch.manual_seed(options.seed + rank)
     pretrain_text_encoders(family, ids, options.text_iterations, 512)
     _report("text encoder pretrained", options)
-    plan = DenoiserTraining(
-        options.denoiser_iterations,
-        options.denoiser_batch,
-        _left_s(options),
-        save=lambda: save(family, vae, options),
-        save_every_s=60 * options.save_minutes,
-    )
     ids = ids.reshape(options.scenes, CAPTIONS_PER_SCENE, -1)
-    train_denoiser(family, latents, ids, caption_ids(family, [""])[0], plan)
-    _report("text encoder and denoiser trained", options)
+    for side in latents:
+        smaller = side < options.size
+        plan = DenoiserTraining(
+            options.denoiser_iterations,
+            options.denoiser_batch if smaller or options.size < LARGE else max(1, options.denoiser_batch // 4),
+            _left_s(options) * (SMALL_SHARE if smaller else 1.0),
+            rate=3.5e-4 if options.size == LARGE else 7e-4,
+            save=(lambda: None) if smaller else (lambda: save(family, vae, options)),
+            save_every_s=60 * options.save_minutes,
+        )
+        with smaller_latents(family.denoiser, latents[side].shape[-1]) if smaller else nullcontext():
+            train_denoiser(family, latents[side], ids, caption_ids(family, [""])[0], plan)
+        _report(f"text encoder and denoiser trained on {side} pixels", options)
     return family
 
 
-def make_family(options: argparse.Namespace) -> DemoFamily:
-    """Returns the untrained parts of the family that the command line names, on its device."""
-    device = torch.device(options.device)
+def make_family(options: argparse.Namespace, device: torch.device) -> DemoFamily:
+    """Returns the untrained parts of the family that the command line names, on a device."""
     if options.family == "pixart":
         return make_pixart_family(device)
     makers = {"unet": make_unet_family, "mmdit": make_mmdit_family, "sana": make_sana_family}
@@ -184,9 +211,11 @@ def evaluate(family: DemoFamily, options: argparse.Namespace) -> None:
 def save(family: DemoFamily, vae: Autoencoder, options: argparse.Namespace) -> None:
     """Writes a copy of the pipeline as it stands as fp16 safetensors; replaces what an earlier call wrote.
 
-    transformers 5 writes a word-level tokenizer's class as one that transformers 4 lacks; the folder names the one that
+    Of several processes only the first one does. transformers 5 writes a word-level tokenizer's class as one that transformers 4 lacks; the folder names the one that
     both have.
     """
+    if not first():
+        return
     pipeline = family.assemble(vae)
     components = {
         name: copy.deepcopy(part).to("cpu", torch.float16) if isinstance(part, torch.nn.Module) else part
@@ -232,7 +261,9 @@ def parse_options() -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder to write the pipeline to; replaced if it exists"
     )
     parser.add_argument("--family", choices=("pixart", "unet", "mmdit", "sana"), default="pixart")
-    parser.add_argument("--size", type=int, choices=(256, 128), default=256, help="side of the pictures; pixart: 256")
+    parser.add_argument(
+        "--size", type=int, choices=(LARGE, 256, 128), default=256, help="side of the pictures; pixart: 256, 512: mmdit"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: all)")
@@ -247,7 +278,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--vae-out", type=Path, help="train the autoencoder only, and save it here")
     parser.add_argument("--text-iterations", type=int, default=2000)
     parser.add_argument("--denoiser-iterations", type=int, default=9660)
-    parser.add_argument("--denoiser-batch", type=int, default=256)
+    parser.add_argument("--denoiser-batch", type=int, default=256, help="scenes at once, of every process")
     parser.add_argument("--minutes", type=float, default=math.inf, help="do fewer iterations to end in this time")
     parser.add_argument("--save-minutes", type=float, default=math.inf, help="save this often on the way, too")
     parser.add_argument("--evaluation-captions", type=int, default=70, help="held-out captions of each kind")
@@ -255,6 +286,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.family == "pixart" and options.size != 256:
         parser.error(f"--size {options.size} is for the families unet, mmdit and sana; pixart draws 256 x 256 pictures")
+    if options.size == LARGE and options.family != "mmdit":
+        parser.error(f"--size {LARGE} is for the family mmdit, not for {options.family}")
     if options.family in ("unet", "mmdit"):
         if options.vae_out:
             parser.error(
@@ -272,8 +305,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
 
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     family = train(options)
-    if family is None:
+    if family is None or not first():
         return
     size = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file())
     parameters = sum(p.numel() for p in family.denoiser.parameters())

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from engines.engine import Arrays, Engine
 from engines.errors import BackendError
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
+from engines.reuse import kept_outputs, order_of, reuse_terms
 from engines.sampler import SamplerState, SamplerTable
 
 StepHook = Callable[[int, str, float], None]
@@ -24,7 +25,7 @@ class Loop:
     Attributes:
         table: the sampler, T rows.
         precisions: name on the host of the denoiser engine of every step, T of them: a precision, where a bundle has
-            one engine of it, else such a name as "fp8 #2".
+            one engine of it, else such a name as "fp8 #2"; or one of `engines.reuse.REUSES`.
         conditioning: denoiser inputs other than latents and timestep, [B, ...]; B is 2 N with guidance
             (the unconditional half first), N without.
         noise: unit normal, float32 [N, C, h, w]; not changed.
@@ -44,20 +45,25 @@ class Loop:
     guidance_rescale: float = 0.0
 
     @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines that the loop calls, each once."""
+        return tuple(dict.fromkeys(name for name in self.precisions if order_of(name) is None))
+
+    @property
     def guided(self) -> bool:
         """Whether every denoiser call is a batch of 2 N."""
         return self.guidance_scale > 1.0
 
 
-def host_step(
+def guided_output(
     table: SamplerTable,
     state: SamplerState,
     engine: Engine,
     conditioning: Arrays,
     guidance_scale: float,
     guidance_rescale: float = 0.0,
-) -> SamplerState:
-    """One loop iteration: one denoiser call (with guidance: one batch of 2 N) and the sampler update.
+) -> NDArray[np.float32]:
+    """The model output of a loop iteration: one denoiser call, with guidance of one batch of 2 N.
 
     Args:
         table: the sampler.
@@ -68,7 +74,7 @@ def host_step(
         guidance_rescale: as in `Loop`.
 
     Returns:
-        The next state; its arrays are new.
+        What `SamplerTable.advance` takes, [N, C, h, w].
 
     Raises:
         BackendError: the engine failed.
@@ -85,7 +91,7 @@ def host_step(
         output = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
         if guidance_rescale:
             output = _rescaled(output, conditional, guidance_rescale)
-    return table.advance(state, output)
+    return output
 
 
 def host_loop(loop: Loop, engine_of: Callable[[str], Engine]) -> NDArray[np.float32]:
@@ -98,16 +104,24 @@ def host_loop(loop: Loop, engine_of: Callable[[str], Engine]) -> NDArray[np.floa
 
     Raises:
         BackendError: an engine is not available or failed.
+        ScheduleError: a reused step has too few computed outputs before it.
     """
-    engines = {name: engine_of(name) for name in dict.fromkeys(loop.precisions)}
-    state = loop.table.initial(loop.noise)
-    for step_index, precision in enumerate(loop.precisions):
+    table = loop.table
+    reuse_terms(table.timesteps.tolist(), loop.precisions)  # before anything is loaded
+    engines = {name: engine_of(name) for name in loop.engines}
+    state = table.initial(loop.noise)
+    for step_index, (choice, keep) in enumerate(zip(loop.precisions, kept_outputs(loop.precisions), strict=True)):
         begin = time.perf_counter()
-        state = host_step(
-            loop.table, state, engines[precision], loop.conditioning, loop.guidance_scale, loop.guidance_rescale
-        )
+        order = order_of(choice)
+        if order is None:
+            output = guided_output(
+                table, state, engines[choice], loop.conditioning, loop.guidance_scale, loop.guidance_rescale
+            )
+            state = table.advance(state, output, keep)
+        else:
+            state = table.reuse(state, order, keep)
         if loop.on_step is not None:
-            loop.on_step(step_index, precision, time.perf_counter() - begin)
+            loop.on_step(step_index, choice, time.perf_counter() - begin)
     return state.latents.copy()
 
 

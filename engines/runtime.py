@@ -14,9 +14,10 @@ from engines.conditioning import Conditioning, Encoder
 from engines.engine import Arrays, Engine
 from engines.errors import BackendError, BundleError
 from engines.loaded import VAE_DECODER, LoadedEngines
-from engines.loop import Loop, StepHook, host_step, named_output
+from engines.loop import Loop, StepHook, guided_output, named_output
 from engines.manifest import LATENTS
 from engines.noise import gaussian_noise
+from engines.reuse import order_of
 from engines.sampler import SamplerState, SamplerTable
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
@@ -171,21 +172,30 @@ class DenoiseRuntime:
         """Starting noise, float32 [N, C, h, w]: what torch's generator on the CPU gives diffusers for each seed."""
         return gaussian_noise(seeds, self.setting.latents_shape)
 
-    def step(self, state: SamplerState, precision: str, conditioning: Arrays, guidance_scale: float) -> SamplerState:
+    def step(
+        self, state: SamplerState, choice: str, conditioning: Arrays, guidance_scale: float, keep: int = 0
+    ) -> SamplerState:
         """One loop iteration: a denoiser call (with classifier-free guidance: one batch of 2 N) and the sampler update.
 
         Args:
             state: latents [N, C, h, w] and history; not changed.
-            precision: which engine runs.
+            choice: the precision of the engine that runs, or one of `engines.reuse.REUSES`, which calls none.
             conditioning: `Conditioning.batch(guidance_scale)`.
             guidance_scale: at most 1 turns classifier-free guidance off.
+            keep: how many computed outputs the next state keeps, for later steps that reuse them.
 
         Returns:
-            The next state; its arrays are new.
+            The next state; its arrays are new, or those of `state`.
+
+        Raises:
+            ScheduleError: `state` has too few computed outputs for the reuse.
         """
-        return host_step(
-            self.table, state, self.denoiser(precision), conditioning, self._classifier_free(guidance_scale)
-        )
+        order = order_of(choice)
+        if order is not None:
+            return self.table.reuse(state, order, keep)
+        scale = self._classifier_free(guidance_scale)
+        output = guided_output(self.table, state, self.denoiser(choice), conditioning, scale)
+        return self.table.advance(state, output, keep)
 
     def denoise(
         self,

@@ -23,10 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from engines.documents import canonical_json
 from engines.errors import SamplerError
 from engines.files import sha256_bytes
+from engines.reuse import Terms, extrapolation, with_computed
 from engines.sampler_document import SAMPLER_VERSION, parse_document
-
-Terms = tuple[tuple[int, float], ...]
-"""Sparse coefficients: (step index j, coefficient) in ascending order of j."""
 
 History = tuple[tuple[int, NDArray[np.float32]], ...]
 """Arrays kept from earlier loop iterations: (step index j, array) in ascending order of j."""
@@ -54,29 +52,35 @@ class SamplerState:
         latents: x_k, float32 [..., C, H, W], read-only.
         past_samples: the x_j, j < k, that this or a later iteration needs; read-only arrays.
         past_outputs: the m_j, j < k, that this or a later iteration needs; read-only arrays.
+        computed: the last m_j, j < k, at distinct timesteps that an engine computed, for steps that reuse them: at most as
+            many as `SamplerTable.advance` was asked to keep; read-only arrays.
     """
 
     step_index: int
     latents: NDArray[np.float32]
     past_samples: History = ()
     past_outputs: History = ()
+    computed: History = ()
 
 
 def stacked(states: Sequence[SamplerState]) -> SamplerState:
     """States [N_k, C, H, W] of one table at one step, as one state of sum(N_k) samples.
 
     Raises:
-        ValueError: they stand at different steps.
+        ValueError: they stand at different steps, or keep the computed outputs of different ones.
     """
     first = states[0]
     if any(state.step_index != first.step_index for state in states):
         raise ValueError(f"states stand at steps {[state.step_index for state in states]}, expected all at one step")
+    kept = [[j for j, _ in state.computed] for state in states]
+    if any(indices != kept[0] for indices in kept):
+        raise ValueError(f"states keep the computed outputs of steps {kept}, expected the same steps in all")
     return SamplerState(
         first.step_index,
         _joined([state.latents for state in states]),
         *(
             tuple((j, _joined([dict(getattr(state, name))[j] for state in states])) for j, _ in getattr(first, name))
-            for name in ("past_samples", "past_outputs")
+            for name in ("past_samples", "past_outputs", "computed")
         ),
     )
 
@@ -87,8 +91,10 @@ def row_of(state: SamplerState, row: int) -> SamplerState:
     return SamplerState(
         state.step_index,
         state.latents[rows],
-        tuple((j, values[rows]) for j, values in state.past_samples),
-        tuple((j, values[rows]) for j, values in state.past_outputs),
+        *(
+            tuple((j, values[rows]) for j, values in history)
+            for history in (state.past_samples, state.past_outputs, state.computed)
+        ),
     )
 
 
@@ -172,7 +178,7 @@ class SamplerTable:
             return state.latents
         return _frozen(_scaled(state.latents, scale), np.float32)
 
-    def advance(self, state: SamplerState, model_output: ArrayLike) -> SamplerState:
+    def advance(self, state: SamplerState, model_output: ArrayLike, keep: int = 0) -> SamplerState:
         """The state after one loop iteration; `state` and its arrays stay as they are.
 
         Sums in float64, term by term in the table's order and elementwise, so that the result does
@@ -182,6 +188,7 @@ class SamplerTable:
             state: where the trajectory stands.
             model_output: the denoiser's output (after guidance) at `state`, floating point, shaped like
                 the latents; copied, so the caller may reuse its buffer.
+            keep: how many computed outputs the new state keeps for steps that reuse them, this one among them.
 
         Raises:
             ValueError: the trajectory is finished, or the shape differs from the latents'.
@@ -191,17 +198,52 @@ class SamplerTable:
         output = _frozen(_floating(model_output, "model_output"), np.float32)
         if output.shape != state.latents.shape:
             raise ValueError(f"model_output has shape {output.shape}, expected the latents' {state.latents.shape}")
+        known = dict(state.computed) | {k: output}
+        kept = with_computed([j for j, _ in state.computed], k, self.timesteps.tolist())
+        return self._advanced(state, output, _last([(j, known[j]) for j in kept], keep))
+
+    def reuse(self, state: SamplerState, order: int, keep: int = 0) -> SamplerState:
+        """The state after one loop iteration whose model output is extrapolated, not computed.
+
+        Args:
+            state: where the trajectory stands, with as many computed outputs as the order needs.
+            order: 0, 1 or 2; see `engines.reuse`.
+            keep: how many of the computed outputs the new state keeps.
+
+        Raises:
+            ScheduleError: the state has too few computed outputs.
+            ValueError: the trajectory is finished.
+        """
+        return self._advanced(state, self.reused_output(state, order), _last(state.computed, keep))
+
+    def reused_output(self, state: SamplerState, order: int) -> NDArray[np.float32]:
+        """The model output of a reused step: float32, shaped like the latents, read-only.
+
+        Summed as in `advance`; where it is one computed output with weight 1, that array itself.
+
+        Raises:
+            ScheduleError, ValueError: as `reuse`.
+        """
+        computed = dict(state.computed)
+        terms = extrapolation(order, self._position(state), tuple(computed), self.timesteps.tolist())
+        if len(terms) == 1 and terms[0][1] == 1.0:
+            return computed[terms[0][0]]
+        return _summed([(computed[j], weight) for j, weight in terms])
+
+    def _advanced(self, state: SamplerState, output: NDArray[np.float32], computed: History) -> SamplerState:
+        k = state.step_index
         samples = dict(state.past_samples) | {k: state.latents}
         outputs = dict(state.past_outputs) | {k: output}
-        total, term = np.zeros(output.shape, np.float64), np.empty(output.shape, np.float64)
-        for terms, arrays in ((self.rows[k].samples, samples), (self.rows[k].outputs, outputs)):
-            for j, coefficient in terms:
-                total += np.multiply(arrays[j], coefficient, out=term, dtype=np.float64)
+        row = self.rows[k]
         return SamplerState(
             k + 1,
-            _frozen(total, np.float32),
+            _summed(
+                [(samples[j], factor) for j, factor in row.samples]
+                + [(outputs[j], factor) for j, factor in row.outputs]
+            ),
             tuple((j, samples[j]) for j in self._kept_samples[k + 1]),
             tuple((j, outputs[j]) for j in self._kept_outputs[k + 1]),
+            computed,
         )
 
     def to_json(self) -> str:
@@ -286,6 +328,19 @@ def _kept(terms: Sequence[Terms]) -> tuple[tuple[int, ...], ...]:
         needed = {j for j in needed | {j for j, _ in terms[k]} if j < k}
         kept.append(tuple(sorted(needed)))
     return tuple(reversed(kept))
+
+
+def _summed(terms: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
+    """The sum of at least one array times its factor each: in float64, term by term, rounded once; read-only."""
+    shape = terms[0][0].shape
+    total, term = np.zeros(shape, np.float64), np.empty(shape, np.float64)
+    for values, factor in terms:
+        total += np.multiply(values, factor, out=term, dtype=np.float64)
+    return _frozen(total, np.float32)
+
+
+def _last(history: Sequence[tuple[int, NDArray[np.float32]]], count: int) -> History:
+    return tuple(history[-count:]) if count else ()
 
 
 def _floating(values: ArrayLike, name: str) -> NDArray[np.floating[Any]]:

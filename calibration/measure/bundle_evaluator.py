@@ -10,6 +10,7 @@ import numpy as np
 from calibration.measure.evaluator import SampleSet, SampleSets
 from engines.documents import canonical_json
 from engines.files import sha256_bytes
+from engines.reuse import MOST_COMPUTED
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerState, row_of, stacked
 from engines.text import PromptFile
@@ -88,16 +89,17 @@ class BundleEvaluator:
             noise = noise + NUDGE * np.sqrt(np.mean(noise.astype(np.float64) ** 2)) * added
         return Row(self._runtime.table.initial(noise), 0)
 
-    def steps(self, samples: Sequence[int], states: Sequence[Row], precision: str) -> list[Row]:
-        """One engine call and one sampler update.
+    def steps(self, samples: Sequence[int], states: Sequence[Row], choice: str) -> list[Row]:
+        """One engine call, or none where the step reuses computed outputs, and one sampler update.
 
         Equal to steps of each sample by itself but for what the engine's rounding owes to the size of its batch.
 
         Raises:
-            ValueError: the states stand at different steps.
+            ValueError: the states stand at different steps, or computed outputs at different ones before.
+            ScheduleError: fewer steps were computed before than the reuse needs.
         """
         batch = self._batch(tuple(samples))
-        after = self._runtime.step(_joined(states), precision, batch, self._guidance_scale)
+        after = self._runtime.step(_joined(states), choice, batch, self._guidance_scale, MOST_COMPUTED)
         return [Row(after, index) for index in range(len(states))]
 
     def _batch(self, samples: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -14,8 +14,10 @@ from calibration.measure.evaluator import SampleSet
 from calibration.measure.journal import Journal
 from calibration.measure.measurements import Measurements
 from calibration.measure.sample_batches import SampleBatches
-from engines.loop import host_step
+from engines.errors import ScheduleError
+from engines.loop import guided_output
 from engines.manifest import LATENTS, MODEL_OUTPUT
+from engines.reuse import REUSES, order_of
 from engines.runtime import Conditioning
 
 STEPS, SHAPE = 6, (2, 5, 3)
@@ -51,8 +53,11 @@ class FakeRuntime:
     def noise(self, seeds: Any) -> np.ndarray:
         return np.stack([np.random.default_rng(seed).standard_normal(SHAPE, dtype=np.float32) for seed in seeds])
 
-    def step(self, state: Any, precision: str, batch: Any, scale: float) -> Any:
-        return host_step(self.table, state, self.denoisers[precision], batch, scale)  # type: ignore[arg-type]
+    def step(self, state: Any, choice: str, batch: Any, scale: float, keep: int) -> Any:
+        if (order := order_of(choice)) is not None:
+            return self.table.reuse(state, order, keep)
+        output = guided_output(self.table, state, self.denoisers[choice], batch, scale)  # type: ignore[arg-type]
+        return self.table.advance(state, output, keep)
 
 
 def evaluator(reach: int = 3, scale: float = 3.0) -> tuple[BundleEvaluator, FakeRuntime]:
@@ -113,3 +118,23 @@ def test_measurements_in_batches_of_any_size_are_those_one_by_one() -> None:
     expected = measured(1)
     assert all(error > 0 for error, _ in expected)
     assert measured(2) == measured(3) == measured(8) == expected
+
+
+@pytest.mark.parametrize("choice", REUSES)
+def test_any_step_can_reuse_computed_outputs_once_there_are_enough(choice: str) -> None:
+    found, runtime = evaluator()
+    chosen = range(5)
+    states = [found.start(sample) for sample in chosen]
+    for k in range(STEPS):
+        if k <= REUSES.index(choice):
+            with pytest.raises(ScheduleError, match=f"step index {k} is {choice}"):
+                found.steps(chosen, states, choice)
+        else:
+            calls = len(runtime.denoisers["fp16"].seen)
+            reused = found.steps(chosen, states, choice)
+            for sample, state in zip(chosen, reused, strict=True):
+                alone = found.steps([sample], [states[sample]], choice)[0]
+                assert found.latents(state).tobytes() == found.latents(alone).tobytes()
+            assert len(runtime.denoisers["fp16"].seen) == calls
+            assert [j for j, _ in reused[0].together.computed] == list(range(max(0, k - 3), k))
+        states = found.steps(chosen, states, "fp16")

@@ -19,6 +19,7 @@ import argparse
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +37,7 @@ from engines.setting_choice import SettingChoice
 from engines.text import read_prompts
 from tools.experiments.command import compact_json, round_numbers
 from tools.experiments.figures import save
-from tools.headline.caching import VARIANTS, Cached
+from tools.headline.caching import Cached
 from tools.headline.figure import draw
 from tools.headline.goals import CACHE_DIT, findings
 from tools.headline.loops import time_choices
@@ -65,14 +66,21 @@ def measure(args: argparse.Namespace) -> int:
             )
         batches = make_batches(runtime, prompts, args.batch, args.seed, print)
         study = Study(runtime, batches, pool)
-        left_out = []
-        for method in _methods(args, runtime, batches[0], device):
-            if time.monotonic() - begin > args.seconds_limit:
-                left_out.append(method.name)
-            else:
-                study.run(method)
-        for name in left_out:
-            print(f"left out after {args.seconds_limit:.0f} s: {name}")
+        left_out, failed = list[str](), list[str]()
+        for part in _parts(args, runtime, batches[0], device):
+            try:
+                for method in part:
+                    if time.monotonic() - begin > args.seconds_limit:
+                        left_out.append(method.name)
+                    else:
+                        study.run(method)
+            except Exception as error:  # what others measured on a machine that is gone soon is worth writing
+                if not study.runs:
+                    raise
+                traceback.print_exc()
+                failed.append(f"after {study.runs[-1].method.name}: {error}")
+        if left_out:
+            print(f"left out after {args.seconds_limit:.0f} s: {'; '.join(left_out)}")
         rows = study.rows()
         model, setting = runtime.manifest.model, runtime.setting
         content = {
@@ -94,15 +102,20 @@ def measure(args: argparse.Namespace) -> int:
             },
             "seconds": time.monotonic() - begin,
             "left_out": left_out,
+            "failed": failed,
             "rows": rows,
             "findings": findings(rows),
         }
     _write(content, args.out)
+    if failed:
+        raise TmpDiffError(f"not all was measured: {'; '.join(failed)}; the rest is in {args.out}")
     return 0
 
 
-def _methods(args: argparse.Namespace, runtime: DenoiseRuntime, probe: Batch, device: torch.device) -> Iterator[Method]:
-    """All of them, the baseline first; what a user would pick before the rest of our own."""
+def _parts(
+    args: argparse.Namespace, runtime: DenoiseRuntime, probe: Batch, device: torch.device
+) -> Iterator[Iterator[Method]]:
+    """All methods in parts that do without each other, but for the first one, which holds the baseline."""
 
     def peer(fp8: bool) -> Peer:
         return Peer(args.pipeline, device, fp8=fp8, compile_backend=args.compile_backend)
@@ -111,23 +124,21 @@ def _methods(args: argparse.Namespace, runtime: DenoiseRuntime, probe: Batch, de
         return runtime.at(SettingChoice(steps=steps, size=(runtime.setting.height, runtime.setting.width)))
 
     sixteen = peer(fp8=False)
-    yield peer_method(sixteen, runtime, "16-bit compiled", "baseline")
-    yield from bundle_methods(runtime, args.schedules, args.fewer)
-    for steps in args.fewer:  # a graph is of a batch, whatever the number of steps
-        yield peer_method(sixteen, fewer(steps), f"{steps} steps, 16-bit compiled", "fewer steps, 16-bit compiled")
-    yield from _cached(args, sixteen, runtime, probe, CACHE_DIT)
+    yield iter([peer_method(sixteen, runtime, "16-bit compiled", "baseline")])
+    yield bundle_methods(runtime, args.schedules, args.fewer)
+    yield (  # a graph is of a batch, whatever the number of steps
+        peer_method(sixteen, fewer(steps), f"{steps} steps, 16-bit compiled", "fewer steps, 16-bit compiled")
+        for steps in args.fewer
+    )
+    cached = Cached(sixteen, runtime)
+    for variant in cached.variants:
+        yield cached.methods(CACHE_DIT, variant, probe, args.points)
     if device.type == "cuda":
         eight = peer(fp8=True)
-        yield peer_method(eight, runtime, "torchao FP8 compiled", "torchao FP8")
-        yield from _cached(args, eight, runtime, probe, f"{CACHE_DIT} and torchao FP8:")
-
-
-def _cached(
-    args: argparse.Namespace, peer: Peer, runtime: DenoiseRuntime, probe: Batch, group: str
-) -> Iterator[Method]:
-    cached = Cached(peer, runtime)
-    for variant in VARIANTS:
-        yield from cached.methods(group, variant, probe, args.points)
+        yield iter([peer_method(eight, runtime, "torchao FP8 compiled", "torchao FP8")])
+        cached = Cached(eight, runtime)
+        for variant in cached.variants:
+            yield cached.methods(f"{CACHE_DIT} and torchao FP8:", variant, probe, args.points)
 
 
 def _versions() -> dict[str, str | None]:

@@ -53,6 +53,7 @@ class Cached:
 
     Attributes:
         computed: steps of the last loop that were not taken from the cache.
+        variants: that the denoiser has enough blocks for.
     """
 
     def __init__(self, peer: Peer, runtime: DenoiseRuntime) -> None:
@@ -63,6 +64,8 @@ class Cached:
             raise BackendError("cache-dit is not installed; pip install cache-dit==1.5.3") from error
         self._peer, self._runtime = peer, runtime
         self.computed = 0
+        blocks = len(peer.module.transformer_blocks)
+        self.variants = tuple(variant for variant in VARIANTS if variant.first_blocks < blocks)
 
     def methods(self, group: str, variant: Variant, probe: Batch, points: int) -> Iterator[Method]:
         """Settings of a variant, by the number of steps that they compute of a probe.

@@ -13,6 +13,8 @@ from engines.documents import FileEntry, check_version, one_line, read_json
 from engines.errors import BundleError, ScheduleError
 from engines.files import inside, sha256_bytes, sha256_file, side_by_side
 from engines.manifest import MANIFEST_VERSION, OLDEST_MANIFEST_VERSION, Manifest
+from engines.reuse import reuse_terms
+from engines.sampler_document import parse_document
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
 from engines.setting_entry import SettingEntry, choose_setting
@@ -157,8 +159,9 @@ class Bundle:
             choice: a schedule file, "uniform:<precision>", or None for the calibrated one.
 
         Raises:
-            ScheduleError: malformed, or for another bundle, setting, T or set of precisions.
-            BundleError: None was given and the setting was not calibrated.
+            ScheduleError: malformed, for another bundle, setting, T or set of precisions, or a step reuses more than was
+                computed before it.
+            BundleError, SamplerError: the table whose timesteps reused steps rest on is damaged; or None was given and the setting was not calibrated.
         """
         manifest = self.manifest
         if isinstance(choice, str) and choice.startswith(UNIFORM_PREFIX):
@@ -178,6 +181,8 @@ class Bundle:
                 f"or pass --schedule uniform:{manifest.precisions[0]}"
             )
         schedule.check(bundle_id=manifest.bundle_id, setting=setting, precisions=manifest.precisions)
+        if schedule.reused:
+            reuse_terms(parse_document(self.read(setting.sampler)).timesteps, schedule.precisions)
         return schedule
 
     def how_to_calibrate(self, setting: SettingEntry) -> str:

@@ -10,6 +10,7 @@ from engines.engine import Engine
 from engines.errors import BackendError, BundleError
 from engines.host import EngineHost
 from engines.manifest import EngineEntry, Engines, engine_for
+from engines.reuse import engines_of
 from engines.setting_entry import SettingEntry
 
 TEXT_ENCODER, VAE_DECODER = "text encoder", "VAE decoder"
@@ -55,19 +56,20 @@ class LoadedEngines:
         host, (name,) = self.denoisers((precision,), setting)
         return host.engine(name)
 
-    def denoisers(self, precisions: Sequence[str], setting: SettingEntry) -> tuple[EngineHost, tuple[str, ...]]:
-        """The host of the denoisers, and the name there of each precision's engine for a setting.
+    def denoisers(self, choices: Sequence[str], setting: SettingEntry) -> tuple[EngineHost, tuple[str, ...]]:
+        """The host of the denoisers, and the name there of each precision's engine for a setting; reuses as they are.
 
         Raises:
             BackendError, BundleError: as `denoiser`.
         """
         held = self._bundle.manifest.denoisers
         found: dict[str, tuple[str, EngineHost]] = {}
-        for precision in dict.fromkeys(precisions):
+        for precision in engines_of(choices):
             if precision not in held:
                 raise BackendError(f"no engine of precision {precision!r}; the bundle holds {', '.join(held)}")
             found[precision] = self._host_of(precision, held[precision], setting)
-        return next(iter(found.values()))[1], tuple(found[precision][0] for precision in precisions)
+        names = tuple(found[choice][0] if choice in found else choice for choice in choices)
+        return next(iter(found.values()))[1], names
 
     def component(self, name: str, setting: SettingEntry) -> Engine:
         """The text encoder or the VAE decoder for a setting.

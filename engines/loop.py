@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engines.engine import Arrays, Engine
 from engines.errors import BackendError
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
-from engines.reuse import kept_outputs, order_of, reuse_terms
+from engines.reuse import engines_of, kept_outputs, order_of, reuse_terms
 from engines.sampler import SamplerState, SamplerTable
 
 StepHook = Callable[[int, str, float], None]
@@ -30,7 +30,7 @@ class Loop:
             (the unconditional half first), N without.
         noise: unit normal, float32 [N, C, h, w]; not changed.
         guidance_scale: classifier-free guidance scale; at most 1 turns guidance off.
-        on_step: called with step index, engine and seconds of each step, in order; a host that runs
+        on_step: called with step index, engine (or reuse) and seconds of each step, in order; a host that runs
             the loop on a device calls it when the loop has ended.
         guidance_rescale: how much of the guided output is brought to the standard deviation of the conditional one, 0
             to 1; Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4.
@@ -43,11 +43,6 @@ class Loop:
     guidance_scale: float
     on_step: StepHook | None = None
     guidance_rescale: float = 0.0
-
-    @property
-    def engines(self) -> tuple[str, ...]:
-        """Names of the engines that the loop calls, each once."""
-        return tuple(dict.fromkeys(name for name in self.precisions if order_of(name) is None))
 
     @property
     def guided(self) -> bool:
@@ -108,7 +103,7 @@ def host_loop(loop: Loop, engine_of: Callable[[str], Engine]) -> NDArray[np.floa
     """
     table = loop.table
     reuse_terms(table.timesteps.tolist(), loop.precisions)  # before anything is loaded
-    engines = {name: engine_of(name) for name in loop.engines}
+    engines = {name: engine_of(name) for name in engines_of(loop.precisions)}
     state = table.initial(loop.noise)
     for step_index, (choice, keep) in enumerate(zip(loop.precisions, kept_outputs(loop.precisions), strict=True)):
         begin = time.perf_counter()

@@ -27,6 +27,11 @@ def order_of(choice: str) -> int | None:
     return REUSES.index(choice) if choice in REUSES else None
 
 
+def engines_of(choices: Sequence[str]) -> tuple[str, ...]:
+    """Names of the engines that run, each once, in the order of their first step."""
+    return tuple(dict.fromkeys(choice for choice in choices if order_of(choice) is None))
+
+
 def kept_outputs(choices: Sequence[str]) -> tuple[int, ...]:
     """How many computed outputs have to be kept after every step for the reuses behind it, one number per step."""
     most, kept = 0, []
@@ -79,6 +84,11 @@ def extrapolation(order: int, step_index: int, computed: Sequence[int], timestep
         if weight:
             terms.append((j, float(weight)))
     return tuple(terms)
+
+
+def taken_whole(terms: Terms) -> bool:
+    """Whether a reused output is one computed output as it is, which needs no sum."""
+    return len(terms) == 1 and terms[0][1] == 1.0
 
 
 def reuse_terms(timesteps: Sequence[float], choices: Sequence[str]) -> tuple[Terms | None, ...]:

@@ -17,7 +17,7 @@ from engines.loaded import VAE_DECODER, LoadedEngines
 from engines.loop import Loop, StepHook, guided_output, named_output
 from engines.manifest import LATENTS
 from engines.noise import gaussian_noise
-from engines.reuse import order_of
+from engines.reuse import engines_of, order_of, reuse_terms
 from engines.sampler import SamplerState, SamplerTable
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
@@ -131,13 +131,22 @@ class DenoiseRuntime:
         """
         return self.bundle.schedule(self.setting, choice)
 
+    def check(self, schedule: Schedule) -> None:
+        """Refuses a schedule that this bundle and setting cannot run.
+
+        Raises:
+            ScheduleError: for another bundle, setting, T or set of precisions, or a step reuses more than was computed before.
+        """
+        schedule.check(bundle_id=self.manifest.bundle_id, setting=self.setting, precisions=self.precisions)
+        reuse_terms(self.table.timesteps.tolist(), schedule.precisions)
+
     def preload(self, schedule: Schedule) -> None:
         """Loads every engine a prompt-to-image run with `schedule` needs, or as many as may be resident.
 
         Raises:
             BackendError, BundleError: as `denoiser`.
         """
-        for precision in tuple(dict.fromkeys(schedule.precisions))[: self._loaded.resident_engines]:
+        for precision in engines_of(schedule.precisions)[: self._loaded.resident_engines]:
             self.denoiser(precision)
         self._encoder.preload()
         self._loaded.component(VAE_DECODER, self.setting)
@@ -215,18 +224,18 @@ class DenoiseRuntime:
             noise: unit normal, float32 [N, C, h, w]; not changed.
             guidance_scale: None for the setting's own.
             guidance_rescale: see `Loop`.
-            on_step: called with step index, precision and seconds of each step; after each step where
-                the loop runs on the CPU, after the last where it runs on a GPU.
+            on_step: called with step index, choice (precision or reuse) and seconds of each step; after each step
+                where the loop runs on the CPU, after the last where it runs on a GPU.
 
         Returns:
             Final latents, float32 [N, C, h, w], owned by the caller.
 
         Raises:
-            ScheduleError: the schedule belongs to another bundle or setting.
+            ScheduleError: the schedule belongs to another bundle or setting, or reuses more than it has computed.
             BackendError: an engine is not available or failed.
             ValueError: `noise` has another shape, or guidance is to be rescaled where the pipeline does not.
         """
-        schedule.check(bundle_id=self.manifest.bundle_id, setting=self.setting, precisions=self.precisions)
+        self.check(schedule)
         expected = (conditioning.size, *self.setting.latents_shape)
         if noise.shape != expected:
             raise ValueError(f"noise has shape {noise.shape}, expected {expected}")

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from engines.documents import canonical_json
 from engines.errors import SamplerError
 from engines.files import sha256_bytes
-from engines.reuse import Terms, extrapolation, with_computed
+from engines.reuse import Terms, extrapolation, taken_whole, with_computed
 from engines.sampler_document import SAMPLER_VERSION, parse_document
 
 History = tuple[tuple[int, NDArray[np.float32]], ...]
@@ -226,9 +226,9 @@ class SamplerTable:
         """
         computed = dict(state.computed)
         terms = extrapolation(order, self._position(state), tuple(computed), self.timesteps.tolist())
-        if len(terms) == 1 and terms[0][1] == 1.0:
+        if taken_whole(terms):
             return computed[terms[0][0]]
-        return _summed([(computed[j], weight) for j, weight in terms])
+        return weighted_sum([(computed[j], weight) for j, weight in terms])
 
     def _advanced(self, state: SamplerState, output: NDArray[np.float32], computed: History) -> SamplerState:
         k = state.step_index
@@ -237,7 +237,7 @@ class SamplerTable:
         row = self.rows[k]
         return SamplerState(
             k + 1,
-            _summed(
+            weighted_sum(
                 [(samples[j], factor) for j, factor in row.samples]
                 + [(outputs[j], factor) for j, factor in row.outputs]
             ),
@@ -330,8 +330,8 @@ def _kept(terms: Sequence[Terms]) -> tuple[tuple[int, ...], ...]:
     return tuple(reversed(kept))
 
 
-def _summed(terms: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
-    """The sum of at least one array times its factor each: in float64, term by term, rounded once; read-only."""
+def weighted_sum(terms: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
+    """The sum of arrays, at least one, times a factor each: in float64, term by term, rounded once to float32; read-only."""
     shape = terms[0][0].shape
     total, term = np.zeros(shape, np.float64), np.empty(shape, np.float64)
     for values, factor in terms:

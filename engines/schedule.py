@@ -1,4 +1,4 @@
-"""A schedule: which precision each step of the denoising loop runs at."""
+"""A schedule: which precision each step of the denoising loop runs at, and which steps reuse what others computed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engines.documents import one_line, read_document, write_document
 from engines.errors import ScheduleError
+from engines.reuse import REUSES, engines_of, order_of
 from engines.setting_entry import SettingEntry
 
-SCHEDULE_VERSION: Final = 2  # 1 names no setting
+SCHEDULE_VERSION: Final = 3  # 1 names no setting, 2 reuses nothing
 
 
 class Schedule(BaseModel):
-    """One precision per step index, bound to the bundle it was made for.
+    """One choice per step index, bound to the bundle it was made for.
 
     Attributes:
         bundle_id: `Manifest.bundle_id` of the bundle the schedule belongs to.
         setting: name of the setting in the bundle; None in schedules of earlier releases, whose bundles have one.
-        precisions: one name per step index, length T.
+        precisions: one choice per step index, length T: the precision of the engine that runs, or one of
+            `engines.reuse.REUSES`, which runs none.
         origin: how it came about, for a reader ("bisection, --high-steps 8", "uniform:fp16").
         predicted_error: predicted E of the final latents, None where nothing was predicted.
         predicted_latency: mean step latency relative to the reference, None where not measured.
@@ -29,7 +31,7 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1, 2] = SCHEDULE_VERSION
+    version: Literal[1, 2, 3] = SCHEDULE_VERSION
     bundle_id: str = Field(min_length=1)
     setting: str | None = None
     precisions: tuple[str, ...] = Field(min_length=1)
@@ -48,6 +50,11 @@ class Schedule(BaseModel):
     def num_steps(self) -> int:
         """T, the number of loop iterations."""
         return len(self.precisions)
+
+    @property
+    def reused(self) -> tuple[int, ...]:
+        """Step indices whose model output is not computed."""
+        return tuple(k for k, choice in enumerate(self.precisions) if order_of(choice) is not None)
 
     @classmethod
     def uniform(cls, bundle_id: str, setting: SettingEntry, precision: str) -> Schedule:
@@ -79,8 +86,10 @@ class Schedule(BaseModel):
     def check(self, *, bundle_id: str, setting: SettingEntry, precisions: Sequence[str]) -> None:
         """Refuses a schedule that does not fit a setting of a bundle.
 
+        Whether enough is computed before a reused step rests on the setting's timesteps: `engines.reuse.reuse_terms`.
+
         Raises:
-            ScheduleError: another bundle, setting or T, or a precision the bundle does not hold.
+            ScheduleError: another bundle, setting or T, or a choice that is no precision of the bundle and no reuse.
         """
         if self.num_steps != setting.num_steps:
             raise ScheduleError(
@@ -97,6 +106,9 @@ class Schedule(BaseModel):
                 f"schedule was made for setting {self.setting}, the one that runs is {setting.name}; pick that setting, or "
                 "calibrate this one"
             )
-        for name in dict.fromkeys(self.precisions):
+        for name in engines_of(self.precisions):
             if name not in precisions:
-                raise ScheduleError(f"schedule asks for precision {name!r}; the bundle holds {', '.join(precisions)}")
+                raise ScheduleError(
+                    f"schedule asks for precision {name!r}; the bundle holds {', '.join(precisions)}, and a step that computes "
+                    f"nothing is {', '.join(REUSES[:-1])} or {REUSES[-1]}"
+                )

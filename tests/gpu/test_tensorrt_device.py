@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_the_device_loop_is_bit_equal_to_the_host_loop(dtype: type[Any], guidanc
         found = host.denoise(loop)
         again = host.denoise(loop)  # now every engine has its CUDA graph
     expected = host_loop(loop, lambda name: HostStandIn(name, dtype))
+    assert np.isfinite(expected).all()
+    assert np.array_equal(found, expected)
+    assert np.array_equal(again, expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_reused_steps_are_bit_equal_to_those_of_the_host_loop(limit: int | None, guidance_scale: float) -> None:
+    loop = make_loop(steps=12, samples=3, guidance_scale=guidance_scale, precisions=("fp16", "int8"))
+    reused = {2: "reuse0", 3: "reuse1", 5: "reuse1", 7: "reuse2", 8: "reuse2", 11: "reuse0"}
+    loop = replace(loop, precisions=tuple(reused.get(k, name) for k, name in enumerate(loop.precisions)))
+    with StandInHost(np.float16, limit) as host:
+        found = host.denoise(loop)
+        again = host.denoise(loop)
+    expected = host_loop(loop, lambda name: HostStandIn(name, np.float16))
     assert np.isfinite(expected).all()
     assert np.array_equal(found, expected)
     assert np.array_equal(again, expected)

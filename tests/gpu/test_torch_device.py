@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.small_denoiser import SHAPE, TEXT, WIDTH, denoiser, loop_inputs, make_loop, require_agreement
+from helpers.small_denoiser import REUSING, SHAPE, TEXT, WIDTH, denoiser, loop_inputs, make_loop, require_agreement
 
 from engines.documents import FileEntry
 from engines.errors import BackendError
@@ -235,9 +235,12 @@ def test_packages_agree_with_fp32_torch_at_any_batch(host: Any, name: str, rows:
     require_agreement(host.engine(name), rows, FLOOR_DB[name])
 
 
+@pytest.mark.parametrize("choices", [PRECISIONS, REUSING], ids=["computed", "reusing"])
 @pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
-def test_the_device_loop_is_bit_equal_to_the_host_loop(host: Any, guidance_scale: float) -> None:
-    loop = make_loop(12, 3, guidance_scale, PRECISIONS)
+def test_the_device_loop_is_bit_equal_to_the_host_loop(
+    host: Any, guidance_scale: float, choices: tuple[str, ...]
+) -> None:
+    loop = make_loop(12, 3, guidance_scale, choices)
     first, again = host.denoise(loop), host.denoise(loop)  # now every engine has its CUDA graph
     assert host.notes == {}
     expected = host_loop(loop, host.engine)

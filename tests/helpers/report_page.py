@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -23,6 +24,22 @@ def page_of(found: Sensitivity, rows: Sequence[Row] = ()) -> str:
     """The page of a made-up calibration."""
     manifest = made_up.manifest(found)
     return page(manifest, manifest.settings[0], found, rows)
+
+
+def with_reuse(found: Sensitivity) -> Sensitivity:
+    """A calibration whose schedule, also among the guard's candidates and on validation prompts, reuses steps at every order."""
+    reused = {5: "reuse0", 8: "reuse1", 9: "reuse2", 13: "reuse1"}
+    choices = tuple(reused.get(k % 20, name) for k, name in enumerate(found.schedule))
+    assert found.guard is not None
+    first, *others = found.guard.candidates
+    guard = found.guard.model_copy(update={"candidates": (first.model_copy(update={"precisions": choices}), *others)})
+    rows = tuple(
+        row.model_copy(update={"schedules": (choices,), "counts": dict(Counter(choices))})
+        if row is found.chosen
+        else row
+        for row in found.validation
+    )
+    return found.model_copy(update={"schedule": choices, "guard": guard, "validation": rows})
 
 
 class Parsed(HTMLParser):

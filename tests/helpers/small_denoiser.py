@@ -70,6 +70,12 @@ def loop_inputs(rows: int) -> dict[str, np.ndarray]:
     }
 
 
+REUSING = (
+    "fp16", "int8", "reuse0", "reuse1", "fp16", "reuse1", "int8", "reuse2", "reuse2", "int8", "fp16", "reuse0",
+)  # fmt: skip
+"""Choices of a loop of 12 steps that reuses some at every order, also several in a row."""
+
+
 def make_loop(
     steps: int,
     samples: int,

@@ -9,6 +9,7 @@ import numpy as np
 from helpers.small_plans import CHANNELS, SIDE, TOKENS, WIDTH
 
 from engines.loop import Loop
+from engines.reuse import REUSES
 from engines.sampler import SamplerTable
 
 Opened = Callable[..., Any]
@@ -37,7 +38,9 @@ def loop_of(
 
 
 def schedule(pattern: str) -> tuple[str, ...]:
-    return tuple({"h": "fp16", "8": "fp8", "i": "int8", "4": "int4"}[letter] for letter in pattern)
+    """Letters are precisions; "a", "b" and "c" reuse at order 0, 1 and 2."""
+    names = {"h": "fp16", "8": "fp8", "i": "int8", "4": "int4"} | dict(zip("abc", REUSES, strict=True))
+    return tuple(names[letter] for letter in pattern)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

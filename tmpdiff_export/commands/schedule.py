@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     schedule = (
         bundle.schedule(setting, args.schedule) if args.import_policy is None else _imported(bundle, setting, args)
     )
+    if args.export_policy:
+        _require_computed(schedule)
     if prediction:
         schedule = schedule.model_copy(
             update={
@@ -94,6 +96,12 @@ def _prediction(bundle: Bundle, setting: SettingEntry) -> StoredPrediction | Non
     except OutdatedCalibrationError as error:
         print(error, file=sys.stderr)
         return None
+
+
+def _require_computed(schedule: Schedule) -> None:
+    from tmpdiff_export.drop_in.step_policy import require_computed
+
+    require_computed(schedule.precisions)
 
 
 def _predicted_error(prediction: StoredPrediction, schedule: tuple[str, ...]) -> float | None:

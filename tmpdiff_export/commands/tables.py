@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from calibration.document import Sensitivity
 from calibration.records import DepartureRecord, QualityRecord, TransferRecord, ValidationRow
+from engines.reuse import order_of
 from tmpdiff_export.display import departures, interval, number, print_table, schedule_strip
 
 NAME_WIDTH = 36
@@ -20,14 +21,7 @@ def print_sensitivity(found: Sensitivity) -> None:
     if found.transfer:
         print_transfer(found.transfer)
     _print_fit(found)
-    print_table(
-        "Pareto front (predicted)",
-        [f"latency / {found.precisions[0]}", "E", *found.precisions],
-        [
-            [f"{point.latency:.3f}", f"{point.error:.2e}", *(str(point.precisions.count(p)) for p in found.precisions)]
-            for point in found.pareto
-        ],
-    )
+    _print_front(found)
     _print_guard(found)
     print_validation(found)
     if found.settings:
@@ -186,6 +180,23 @@ def _print_fit(found: Sensitivity) -> None:
                 "used" if fit.predictor == found.predictor else "",
             ]
             for fit in found.fit
+        ],
+    )
+
+
+def _print_front(found: Sensitivity) -> None:
+    reused = [sum(order_of(choice) is not None for choice in point.precisions) for point in found.pareto]
+    print_table(
+        "Pareto front (predicted)",
+        [f"latency / {found.precisions[0]}", "E", *found.precisions, *(["reused"] if any(reused) else [])],
+        [
+            [
+                f"{point.latency:.3f}",
+                f"{point.error:.2e}",
+                *(str(point.precisions.count(name)) for name in found.precisions),
+                *([str(count)] if any(reused) else []),
+            ]
+            for point, count in zip(found.pareto, reused, strict=True)
         ],
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundle import Bundle
+from engines.reuse import engines_of
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
@@ -34,7 +35,8 @@ def attach(
 
     What needs the denoiser's own layers (LoRA and IP adapters, FreeU, attention processors and slicing, caches,
     deep copies) is refused until `detach`. `save_pretrained` writes the pipeline with its own denoiser;
-    offloading moves the other components. A pipeline made by `from_pipe` runs the engines as well, as long as it
+    offloading moves the other components. Reused steps extrapolate what the run's earlier calls returned; a call that has no
+    such outputs (it begins too late, or changes its batch) is refused. A pipeline made by `from_pipe` runs the engines as well, as long as it
     keeps the scheduler; attach a bundle to it where it gets another one.
 
     The weights of the pipeline's denoiser are not compared with those the bundle was built from: a
@@ -53,7 +55,7 @@ def attach(
     Raises:
         BundleError: the bundle is damaged, was not calibrated, or was built from another denoiser class.
         AttachedError: the denoiser has something that engines would leave out, such as LoRA adapters.
-        ScheduleError: the schedule belongs to another bundle or setting.
+        ScheduleError: the schedule belongs to another bundle or setting, or reuses more than it has computed.
         SamplerError: the pipeline's scheduler is not the one of the setting.
         BackendError: an engine cannot be loaded.
     """
@@ -64,10 +66,10 @@ def attach(
     require_plain(type(pipe).__name__, component, denoisers[component])
     require_scheduler(pipe, family, runtime)
     if isinstance(schedule, Schedule):
-        schedule.check(bundle_id=runtime.manifest.bundle_id, setting=runtime.setting, precisions=runtime.precisions)
+        runtime.check(schedule)
     else:
         schedule = runtime.bundle.schedule(runtime.setting, schedule)
-    for precision in dict.fromkeys(schedule.precisions):
+    for precision in engines_of(schedule.precisions):
         runtime.denoiser(precision)
     setattr(pipe, component, stand_in(pipe, denoisers[component], family, runtime, schedule))
     refuse_methods(pipe, component)

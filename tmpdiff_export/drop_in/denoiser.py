@@ -13,11 +13,14 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from numpy.typing import NDArray
 
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
+from engines.reuse import order_of, reuse_terms
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from tmpdiff_export.drop_in.fit import require_scheduler
+from tmpdiff_export.drop_in.past_outputs import PastOutputs
 from tmpdiff_export.drop_in.refusals import refuse
 from tmpdiff_export.drop_in.step_finder import StepFinder
 from tmpdiff_export.pipelines.families.family import Family, bind_call
@@ -44,7 +47,8 @@ class BundleDenoiser(torch.nn.Module):
         config: the configuration of the denoiser it replaces.
         schedule: the schedule that is followed.
         runtime: the bundle and its loaded engines.
-        last_run: (step index, precision) of every denoiser call of the last run, or of the current one.
+        last_run: (step index, precision or reuse) of every denoiser call of the last run, or of the current one; calls at
+            reused steps run no engine.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class BundleDenoiser(torch.nn.Module):
         self._original = [denoiser]  # in a list, so that moving this module leaves it where it is
         self._family = family
         self._finder = StepFinder(runtime.table)
+        self._past = PastOutputs(reuse_terms(runtime.table.timesteps.tolist(), schedule.precisions))
         self._pipe = weakref.ref(pipe)
         self._scheduler = pipe.scheduler
         self._timesteps: torch.Tensor | None = None
@@ -151,12 +156,12 @@ class BundleDenoiser(torch.nn.Module):
 
     @property
     def calls(self) -> Counter[str]:
-        """Denoiser calls of `last_run` per precision."""
-        return Counter(precision for _, precision in self.last_run)
+        """Engine calls of `last_run` per precision."""
+        return Counter(choice for _, choice in self.last_run if order_of(choice) is None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One denoiser call, at the precision that the schedule has for its timestep.
+        """One denoiser call, at the precision that the schedule has for its timestep, or from past outputs of the run.
 
         Args:
             args, kwargs: what the replaced denoiser takes; latents [B, C, h, w] of the bundle's size, any
@@ -170,7 +175,7 @@ class BundleDenoiser(torch.nn.Module):
         Raises:
             ValueError: latents of another size, different timesteps in one batch, or an argument that the
                 engines do not take.
-            ScheduleError: a timestep, or a loop, that the schedule does not cover.
+            ScheduleError: a timestep, or a loop, that the schedule does not cover, or that lacks what a step reuses.
             SamplerError: the pipeline was given another scheduler.
         """
         call = bind_call(self.original, args, kwargs)
@@ -178,16 +183,32 @@ class BundleDenoiser(torch.nn.Module):
         inputs = self._inputs(call)
         latents = inputs[LATENTS]
         step_index = self._step_index(inputs[TIMESTEP], call["timestep"])
-        precision = self.schedule.precisions[step_index]
-        inputs[TIMESTEP] = torch.full((len(latents),), float(self.runtime.table.timesteps[step_index]))
+        choice = self.schedule.precisions[step_index]
+        self._past.enter(step_index)
+        if order_of(choice) is None:
+            values = self._computed(choice, step_index, inputs)
+            self._past.add(values)
+        else:
+            values = self._past.reused(len(latents), rescaled=self._rescales_guidance()).copy()
+        self.last_run.append((step_index, choice))
+        output = self._family.returned(torch.from_numpy(values), self.config).to(latents.device, latents.dtype)
+        return OUTPUTS[self._family.component](sample=output) if call.get("return_dict", True) else (output,)
+
+    def _computed(self, precision: str, step_index: int, inputs: dict[str, torch.Tensor]) -> NDArray[np.float32]:
+        """What an engine returns at a step, [B, C, h, w]."""
+        step = torch.full((len(inputs[LATENTS]),), float(self.runtime.table.timesteps[step_index]))
+        given = {**inputs, TIMESTEP: step}
         arrays = {
-            spec.name: np.ascontiguousarray(inputs[spec.name].detach().to("cpu", getattr(torch, spec.dtype)).numpy())
+            spec.name: np.ascontiguousarray(given[spec.name].detach().to("cpu", getattr(torch, spec.dtype)).numpy())
             for spec in self.runtime.manifest.denoisers[precision][0].inputs
         }
-        values = torch.from_numpy(self.runtime.denoiser(precision).run(arrays)[MODEL_OUTPUT])
-        self.last_run.append((step_index, precision))
-        output = self._family.returned(values, self.config).to(latents.device, latents.dtype)
-        return OUTPUTS[self._family.component](sample=output) if call.get("return_dict", True) else (output,)
+        return np.asarray(self.runtime.denoiser(precision).run(arrays)[MODEL_OUTPUT], np.float32)
+
+    def _rescales_guidance(self) -> bool:
+        """Whether the pipeline's current call does more to outputs than a sum of them (SD and SDXL)."""
+        pipe = self._pipe()
+        guided = getattr(pipe, "do_classifier_free_guidance", True)
+        return guided and getattr(pipe, "guidance_rescale", 0.0) > 0.0
 
     def _inputs(self, call: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Engine inputs by name, still as the pipeline passed them."""
@@ -238,7 +259,7 @@ class BundleDenoiser(torch.nn.Module):
             handed = self._family.called_timesteps(handed, called.dtype)
         step_index, new_run = self._finder.find(values.pop(), handed.numpy())
         if new_run:
-            self.last_run = []
+            self._begin_run()
         return step_index
 
     def _follow_scheduler(self) -> None:
@@ -255,7 +276,11 @@ class BundleDenoiser(torch.nn.Module):
         start = self._finder.offset(scheduler.timesteps.cpu().numpy())
         self._finder.begin_run(start + (getattr(scheduler, "begin_index", None) or 0))
         self._timesteps = scheduler.timesteps
+        self._begin_run()
+
+    def _begin_run(self) -> None:
         self.last_run = []
+        self._past.begin_run()
 
 
 def stand_in(pipe: Any, denoiser: torch.nn.Module, family: Family, runtime: DenoiseRuntime, schedule: Schedule) -> Any:

@@ -26,6 +26,7 @@ from engines.documents import read_json
 from engines.errors import ScheduleError
 from engines.files import atomic_write_text
 from engines.precision import Precision
+from engines.reuse import order_of
 from engines.sampler import SamplerTable
 
 PLACE = ("quantization_config", "runtime", "diffusion_step_policy")
@@ -159,6 +160,20 @@ def calls_of_steps(table: SamplerTable) -> tuple[int, ...]:
         )
     ends = [*starts[1:], table.num_steps]
     return tuple(end - start for start, end in zip(starts, ends, strict=True))
+
+
+def require_computed(schedule: Sequence[str]) -> None:
+    """Refuses a schedule with reused steps, which no policy has.
+
+    Raises:
+        ScheduleError: naming their step indices.
+    """
+    reused = [str(k) for k, choice in enumerate(schedule) if order_of(choice) is not None]
+    if reused:
+        raise ScheduleError(
+            f"the schedule reuses model outputs at step index {', '.join(reused)}, which a {PLACE[-1]} cannot carry: its "
+            "readers compute every step; export a schedule without reused steps"
+        )
 
 
 def exact_policy(schedule: Sequence[str], reference: str, calls: Sequence[int]) -> tuple[StepPolicy, str] | None:

@@ -7,7 +7,16 @@ from html import escape
 from calibration.document import Sensitivity
 from calibration.records import CandidateRecord, GuardRecord
 from tmpdiff_export.report.marks import error_rows, tried
-from tmpdiff_export.report.pieces import BY_STEP, DEPARTURES, departures_cell, picture, strip, table, typical_cell
+from tmpdiff_export.report.pieces import (
+    BY_STEP,
+    DEPARTURES,
+    departures_cell,
+    picture,
+    reuse_note,
+    strip,
+    table,
+    typical_cell,
+)
 
 
 def guard_section(found: Sensitivity) -> str:
@@ -44,7 +53,7 @@ def guard_section(found: Sensitivity) -> str:
     return (
         f"{lead}<p>Of {len(record.candidates)} candidates, the winner is {escape(winner.names[0])}{others}.{rule} The comparison took "
         f"{sum(record.calls.values()):,} denoiser calls.</p>{figure}{table(head, rows, 'guard')}"
-        f'<p class="note">Candidates by round and leading prompts: {rounds or "-"}. The winner has the least expected error of '
+        f'<p class="note">{reuse_note(trial.precisions for trial in record.candidates)}Candidates by round and leading prompts: {rounds or "-"}. The winner has the least expected error of '
         "those that do not depart significantly more often. Expected is the typical error, averaged with the predicted one where "
         f"few prompts leave it noisy. Departures were looked for on {len(record.fragile)} fragile "
         f"prompt{'s' * (len(record.fragile) != 1)}, whichever round; a dot is a run that departed.</p>"

@@ -48,6 +48,10 @@ dl{display:grid;grid-template-columns:minmax(7rem,auto) 1fr;gap:.25rem 1rem;font
 dt{color:var(--muted)}dd{margin:0;min-width:0;overflow-wrap:anywhere}
 .strip{display:flex;gap:1px}.strip i{flex:1 1 0;min-width:0;height:1.1rem;background:var(--c)}
 .big i{height:2.6rem}.strip i:first-child{border-radius:.25rem 0 0 .25rem}.strip i:last-child{border-radius:0 .25rem .25rem 0}
+.reused{--up:repeating-linear-gradient(135deg,var(--muted) 0 1px,transparent 1px 4px);outline:1px solid var(--muted);outline-offset:-1px}
+.strip .reuse0,.dot.reuse0{background:repeating-linear-gradient(var(--muted) 0 1px,var(--paper) 1px 4px)}
+.strip .reuse1,.dot.reuse1{background:var(--up) var(--paper)}
+.strip .reuse2,.dot.reuse2{background:var(--up),repeating-linear-gradient(45deg,var(--muted) 0 1px,var(--paper) 1px 4px)}
 .axis{display:flex;gap:1px;font-size:.75rem;color:var(--muted)}.axis span{flex:1 1 0;min-width:0;overflow:visible;
 white-space:nowrap;text-align:center;display:flex;justify-content:center}
 td .strip{width:10rem;margin:1px 0}td .strip i{height:.7rem}td .strip i:is(:first-child,:last-child){border-radius:0}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from calibration.document import Sensitivity
 from calibration.records import DepartureRecord, IntervalRecord
+from engines.reuse import REUSES, order_of
 from tmpdiff_export.display import departures, interval, schedule_strip
 from tmpdiff_export.report.svg import places
 
@@ -17,13 +18,38 @@ LEFT = (BY_STEP, ORDER, DEPARTURES, "use", "steps", "checked steps")
 
 
 def strip(found: Sensitivity, schedule: Sequence[str], kind: str = "strip") -> str:
-    """A schedule as a row of coloured cells."""
+    """A schedule as a row of cells: coloured where a step is computed, hatched where it is reused."""
     place = places(found.precisions)
     cells = "".join(
-        f'<i style="--c:var(--p{place[name]})" title="step index {index}: {escape(name)}"></i>'
+        f'<i {_look(place, name)} title="step index {index}: {escape(name)}"></i>'
         for index, name in enumerate(schedule)
     )
     return f'<div class="{kind}" role="img" aria-label="{escape(schedule_strip(schedule))}">{cells}</div>'
+
+
+def _look(place: dict[str, int], choice: str) -> str:
+    return f'style="--c:var(--p{place[choice]})"' if order_of(choice) is None else f'class="reused {choice}"'
+
+
+def choice_keys(found: Sensitivity, schedule: Sequence[str]) -> str:
+    """The legend of a strip: how many of its steps there are at each precision, and at each order of reuse."""
+    names = {name: precision_name(found, name) for name in found.precisions}
+    names |= {name: f'<span class="dot reused {name}"></span>{name}' for name in REUSES}
+    return "".join(
+        f'<span class="key">{shown}: {schedule.count(name)} of {len(schedule)}</span>'
+        for name, shown in names.items()
+        if name in schedule
+    )
+
+
+def reuse_note(schedules: Iterable[Sequence[str]]) -> str:
+    """What hatched cells of strips are; "" where there are none."""
+    if not any(order_of(name) is not None for schedule in schedules for name in schedule):
+        return ""
+    return (
+        "Hatched steps are reused: their model output is not computed but is the last computed one (reuse0), or lies on the "
+        "line (reuse1) or parabola (reuse2) through the last two or three. "
+    )
 
 
 def precision_name(found: Sensitivity, precision: str) -> str:

@@ -11,8 +11,10 @@ from tmpdiff_export.display import departures, interval, schedule_strip
 from tmpdiff_export.report.pieces import (
     DEPARTURES,
     ORDER,
+    choice_keys,
     departures_cell,
     precision_name,
+    reuse_note,
     strip,
     table,
     typical_cell,
@@ -49,15 +51,11 @@ def schedule(found: Sensitivity) -> str:
     """The schedule, step by step."""
     every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if found.num_steps / step <= 11)
     marks = "".join(f"<span>{k if k % every == 0 else ''}</span>" for k in range(found.num_steps))
-    keys = "".join(
-        f'<span class="key">{precision_name(found, name)}: {found.schedule.count(name)} of {found.num_steps}</span>'
-        for name in found.precisions
-        if name in found.schedule
-    )
     return (
         '<p class="lead">The precision of every step index, from pure noise on the left to the finished picture on the '
         f'right.</p>{strip(found, found.schedule, "strip big")}<div class="axis" aria-hidden="true">{marks}</div>'
-        f'<p>{keys}</p><p class="note">By step index: {escape(schedule_strip(found.schedule))}. '
+        f'<p>{choice_keys(found, found.schedule)}</p><p class="note">By step index: {escape(schedule_strip(found.schedule))}. '
+        f"{reuse_note([found.schedule])}"
         f"Predicted E {found.predicted_error:.3e}{_measured(found)}.</p>"
     )
 

@@ -8,7 +8,16 @@ from calibration.document import Sensitivity
 from calibration.records import Standing, ValidationRow
 from tmpdiff_export.display import interval, number
 from tmpdiff_export.report.marks import BEST_RULE, error_rows, validated
-from tmpdiff_export.report.pieces import BY_STEP, DEPARTURES, departures_cell, picture, strip, table, typical_cell
+from tmpdiff_export.report.pieces import (
+    BY_STEP,
+    DEPARTURES,
+    departures_cell,
+    picture,
+    reuse_note,
+    strip,
+    table,
+    typical_cell,
+)
 
 WORDS: dict[Standing, str] = {
     "worse": "schedule worse",
@@ -39,7 +48,7 @@ def validation(found: Sensitivity) -> str:
     rows = [_row(found, row) for row in found.validation]
     return (
         f"{lead}{_verdict(found)}{figure}{table(head, rows, 'validation')}{_explained(found)}"
-        '<p class="note">Typical error: mean of E in which no prompt counts for more than ten medians; in brackets the 95 % '
+        f'<p class="note">{reuse_note(schedule for row in found.validation for schedule in row.schedules)}Typical error: mean of E in which no prompt counts for more than ten medians; in brackets the 95 % '
         "interval over resampled prompts, widened where they are few. A dot is a departure, a run that ended "
         "elsewhere: E above .05 and ten medians; in brackets the interval of their share. Schedule's / its: typical error of "
         "the schedule over that of the row, of the same prompts; below 1 the schedule is better. Latency is computed from "

@@ -16,6 +16,7 @@ from engines.backends.cuda.plan import DeviceContext, DevicePlan, Shapes, Tensor
 from engines.errors import BackendError
 from engines.loop import Loop
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry
+from engines.reuse import reuse_terms
 
 _HALF, _SINGLE = np.dtype(np.float16), np.dtype(np.float32)
 
@@ -49,6 +50,7 @@ class DeviceLoop:
 
         Raises:
             BackendError: the engines take other inputs, or there is not enough device memory.
+            ScheduleError: a reused step has too few computed outputs before it.
             ValueError: the loop is not of one piece: number of steps, batch.
         """
         self._kernels, self._memory, self._stream = kernels, memory, stream
@@ -72,11 +74,12 @@ class DeviceLoop:
         conditioning = _conditioning(loop, entries)
         self._uploaded = set(conditioning)
         first = loop.table.initial(loop.noise).latents
-        self._layout = HistoryLayout.of(loop.table)
+        reused = reuse_terms(loop.table.timesteps.tolist(), loop.precisions)
+        self._layout = HistoryLayout.of(loop.table, reused)
         slot_bytes = staged_bytes(first.nbytes)
         pool = memory.device("history", slot_bytes * self._layout.num_slots)
         self._slots = [pool + slot_bytes * index for index in range(self._layout.num_slots)]
-        terms, self._begins = term_table(loop.table, self._layout, self._slots)
+        terms, self._rows, self._sums = term_table(loop.table, reused, self._layout, self._slots)
         self._term_bytes = terms.itemsize
         arrays = [first, terms, first, *conditioning.values()]  # the first again: room for the result
         memory.stage(sum(staged_bytes(array.nbytes) for array in arrays))
@@ -148,13 +151,28 @@ class DeviceLoop:
             guidance_scale=self._guidance_scale,
             output=output,
         )
-        begin, end = self._begins[step_index : step_index + 2]
+        self._combine(self._rows[step_index], self._layout.samples[step_index + 1])
+
+    def reuse(self, step_index: int) -> None:
+        """Enqueues loop iteration k whose model output is not computed: its sum, where it is one, and the sampler update.
+
+        Args:
+            step_index: k; as in `step`.
+
+        Raises:
+            BackendError: CUDA refuses.
+        """
+        if self._sums[step_index]:
+            self._combine(self._sums[step_index], self._layout.outputs[step_index])
+        self._combine(self._rows[step_index], self._layout.samples[step_index + 1])
+
+    def _combine(self, terms: range, slot: int) -> None:
         self._kernels.combine(
             self._stream,
-            terms=self._terms + begin * self._term_bytes,
-            count=end - begin,
+            terms=self._terms + terms.start * self._term_bytes,
+            count=len(terms),
             size=self._size,
-            result=self._slots[self._layout.samples[step_index + 1]],
+            result=self._slots[slot],
         )
 
     def result(self) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ from engines.backends.cuda.resident_plans import ResidentPlans
 from engines.errors import BackendError
 from engines.loop import Loop, host_loop
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP, EngineEntry
+from engines.reuse import engines_of
 
 Check = Callable[[str, EngineEntry, Gpu], None]
 LoadPlan = Callable[[str, EngineEntry, Path], DevicePlan]
@@ -125,7 +126,7 @@ class CudaHost:
         self._begin()
         if loop.guidance_rescale:  # needs the spread of a whole output in each step, which the kernels do not have
             return host_loop(loop, self.engine)
-        for name in loop.precisions:
+        for name in engines_of(loop.precisions):
             self._entry(name)
         try:
             latents = self._denoise(loop)
@@ -146,11 +147,12 @@ class CudaHost:
         self._owned.close()
 
     def _denoise(self, loop: Loop) -> NDArray[np.float32]:
-        names = list(dict.fromkeys(loop.precisions))
+        names = engines_of(loop.precisions)
+        engines = [name if name in names else None for name in loop.precisions]
         residents = self._residents
         held = tuple(residents.plans)
         limit = self._limit or len({*names, *held})
-        loads = plan_loads(loop.precisions, limit, held)
+        loads = plan_loads(engines, limit, held)
         self._start(loads, -1, None)
         # Where no load has to wait for a step, all are waited for before the loop; else each when it is needed.
         fits = all(load.after_step < 0 for load in loads)
@@ -165,11 +167,14 @@ class CudaHost:
         while len(self._events) <= len(loop.precisions):
             self._events.append(Event())
         self._events[0].record(self._stream)
-        for step_index, name in enumerate(loop.precisions):
-            if name not in prepared:
-                plan = residents.wait(name)
-                prepared[name] = plan, device.prepare(plan)
-            device.step(step_index, *prepared[name])
+        for step_index, engine in enumerate(engines):
+            if engine is None:
+                device.reuse(step_index)
+            else:
+                if engine not in prepared:
+                    plan = residents.wait(engine)
+                    prepared[engine] = plan, device.prepare(plan)
+                device.step(step_index, *prepared[engine])
             self._events[step_index + 1].record(self._stream)
             for load in self._start(loads, step_index, self._events[step_index + 1]):
                 prepared.pop(load.evicts or "", None)

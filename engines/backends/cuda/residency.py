@@ -28,14 +28,14 @@ class Load:
     before_step: int
 
 
-def plan_loads(engines: Sequence[str], limit: int, resident: Sequence[str] = ()) -> tuple[Load, ...]:
+def plan_loads(engines: Sequence[str | None], limit: int, resident: Sequence[str] = ()) -> tuple[Load, ...]:
     """The loads a loop needs, in the order in which they are needed.
 
     Each load may run while the steps between `after_step` and `before_step` do; however the loads overlap, no
     more than `limit` engines are resident. With a limit of 1 a load cannot overlap anything.
 
     Args:
-        engines: name of the engine of every step.
+        engines: name of the engine of every step, None for a step that runs none.
         limit: most engines resident at once, at least 1.
         resident: engines that are resident before the loop, at most `limit`.
 
@@ -49,6 +49,8 @@ def plan_loads(engines: Sequence[str], limit: int, resident: Sequence[str] = ())
     last_use = dict.fromkeys(resident, -1)  # of every resident engine
     loads = []
     for step, engine in enumerate(engines):
+        if engine is None:
+            continue
         if engine not in last_use:
             evicts, after_step = None, -1
             if len(last_use) == limit:
@@ -59,7 +61,7 @@ def plan_loads(engines: Sequence[str], limit: int, resident: Sequence[str] = ())
     return tuple(loads)
 
 
-def _furthest(last_use: dict[str, int], future: Sequence[str]) -> str:
+def _furthest(last_use: dict[str, int], future: Sequence[str | None]) -> str:
     """The resident engine that is needed last; of several that are not needed again, the one idle the longest."""
 
     def key(name: str) -> tuple[int, int]:

@@ -210,6 +210,42 @@ def test_runs_without_the_export_world(small_bundle: Path, out: Path, tmp_path: 
     assert bare.read_bytes() == out.read_bytes()
 
 
+@pytest.mark.parametrize("choices", [("fp16", "int8", "reuse1", "reuse0"), ("fp16", "reuse0", "int8", "reuse1")])
+def test_a_product_runs_a_schedule_file_with_reused_steps(
+    small_bundle: Path, out: Path, tmp_path: Path, choices: tuple[str, ...]
+) -> None:
+    with DenoiseRuntime.load(small_bundle) as runtime:
+        bundle_id, setting = runtime.manifest.bundle_id, runtime.setting.name
+        schedule = Schedule(bundle_id=bundle_id, setting=setting, precisions=choices, origin="by hand")
+        reused = tuple(k for k, choice in enumerate(choices) if choice.startswith("reuse"))
+        assert schedule.reused == reused
+        schedule.save(tmp_path / "mine.json")
+        expected = runtime.generate([PROMPT, PROMPT], [7, 8], schedule)
+        computed = schedule.model_copy(
+            update={"precisions": tuple("int8" if k in reused else choice for k, choice in enumerate(choices))}
+        )
+        assert not np.array_equal(runtime.generate([PROMPT, PROMPT], [7, 8], computed), expected)
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "engines",
+            *arguments(small_bundle, out, "--prompt", PROMPT, "--json", schedule=str(tmp_path / "mine.json")),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = json.loads(done.stdout)
+    assert printed["steps_per_precision"] == {name: choices.count(name) for name in choices}
+    assert printed["mean_step_ms"]["reuse1"] < printed["mean_step_ms"]["fp16"]
+    for path, picture in zip(printed["pictures"], expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+
+
 def test_verify_counts_every_file(small_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(small_bundle), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -15,10 +15,11 @@ from helpers.demo_build import linked_copy
 from helpers.runtime_command import PROMPT, arguments, assert_one_error_line, manifest_data, replace, rewrite_manifest
 from helpers.stored import schedule_path
 
-from engines.bundle import MANIFEST_NAME
+from engines.bundle import MANIFEST_NAME, Bundle
 from engines.cli import main
 from engines.documents import write_document
 from engines.manifest import MANIFEST_VERSION
+from engines.schedule import Schedule
 
 Json = dict[str, Any]
 
@@ -301,6 +302,19 @@ WRONG_SCHEDULES: dict[str, tuple[Callable[[Path, Json], object], str]] = {
     "another T": (signed(lambda data: data["precisions"].append("int8")), "the bundle's loop has"),
     "another bundle": (signed(lambda data: data.update(bundle_id="f" * 64)), "was made for bundle ffffffffffff"),
     "a precision that is not there": (signed(lambda data: data["precisions"].__setitem__(0, "fp2")), "'fp2'"),
+    "a reuse that is not there": (
+        signed(lambda data: data["precisions"].__setitem__(3, "reuse3")),
+        "asks for precision 'reuse3'; the bundle holds fp16, fp8, int8, int4, and a step that computes nothing is reuse0, "
+        "reuse1 or reuse2",
+    ),
+    "too little to reuse": (
+        signed(lambda data: data["precisions"].__setitem__(1, "reuse1")),
+        "step index 1 is reuse1, which needs 2 model outputs computed before it at distinct timesteps, and there is 1",
+    ),
+    "a first step that is reused": (
+        signed(lambda data: data["precisions"].__setitem__(0, "reuse0")),
+        "step index 0 is reuse0, which needs 1 model output computed before it at distinct timesteps, and there are 0",
+    ),
     "a precision with a new line": (signed(lambda data: data["precisions"].__setitem__(0, "fp\n16")), "malformed"),
     "newer format": (signed(lambda data: data.update(version=9)), "upgrade tmpdiff-export"),
     "altered": (lambda path, data: path.write_text(json.dumps({**data, "sha256": "0" * 64})), "was altered"),
@@ -340,7 +354,24 @@ def test_a_wrong_schedule_is_refused_in_one_line(
         assert_one_error_line(capsys.readouterr().err, expected)
 
 
-@pytest.mark.parametrize("choice", ["uniform:", "uniform:fp2", "uniform:FP16", "uniform:a b\n"])
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_schedules_of_every_version_are_read(version: int, bundle: Path, tmp_path: Path) -> None:
+    opened = Bundle.open(bundle)
+    (setting,) = opened.manifest.settings
+    data = {
+        "version": version,
+        "bundle_id": opened.manifest.bundle_id,
+        "precisions": ["int8"] * setting.num_steps,
+        "origin": "by hand",
+        **({"setting": setting.name} if version > 1 else {}),
+    }
+    write_document(tmp_path / "mine.json", data)
+    read = opened.schedule(setting, tmp_path / "mine.json")
+    assert (read.precisions, read.reused) == (("int8",) * setting.num_steps, ())
+    assert Schedule.uniform(opened.manifest.bundle_id, setting, "int8").version == 3
+
+
+@pytest.mark.parametrize("choice", ["uniform:", "uniform:fp2", "uniform:reuse0", "uniform:FP16", "uniform:a b\n"])
 def test_an_unknown_uniform_precision_lists_those_there_are(
     choice: str, small_bundle: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,22 @@ def test_everything_is_printed(found: Sensitivity, capsys: pytest.CaptureFixture
     assert f"predicted E {found.predicted_error:.3e} from 24 calibration prompts, by gram" in printed
 
 
+def test_reused_steps_are_counted_beside_the_precisions(found: Sensitivity, capsys: pytest.CaptureFixture[str]) -> None:
+    fastest, *others = found.pareto
+    choices = (*fastest.precisions[:4], "reuse0", "reuse1", *fastest.precisions[6:])
+    reusing = found.model_copy(
+        update={"schedule": choices, "pareto": (fastest.model_copy(update={"precisions": choices}), *others)}
+    )
+    print_sensitivity(reusing)
+    printed = capsys.readouterr().out
+    front = cells(printed, "Pareto front")
+    assert [row[-1] for row in front] == ["2", *["0"] * len(others)]
+    assert [sum(map(int, row[2:])) for row in front] == [found.num_steps] * len(found.pareto)
+    assert "| reuse0 4 | reuse1 5 |" in printed.replace("\n", " ")
+    print_sensitivity(found)
+    assert "reused" not in capsys.readouterr().out
+
+
 def test_a_picture_budget_that_unseen_prompts_miss_says_so(found: Sensitivity) -> None:
     chosen = found.chosen
     assert chosen is not None

@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 from helpers.planted import PlantedEvaluator, calibrate_loops
+from helpers.small_plans import table
 
 from calibration import HighSteps
 from calibration.choose.costs import AllocationCosts
@@ -373,6 +374,22 @@ def test_another_schedule_is_refused_with_the_nearest_policy_and_its_error(bundl
         exported["last_steps"],
         exported["native"],
     )
+
+
+@pytest.mark.parametrize("more", [(), ("--nearest",)])
+def test_reused_steps_are_refused_by_name(bundle, tmp_path, capsys, more):
+    out = tmp_path / "policy.json"
+    choices = ("fp16", "fp8", "fp8", "reuse1", "reuse0", "fp16")
+    Schedule(bundle_id="c" * 64, precisions=choices, origin="mine").save(tmp_path / "mine.json")
+    bundle.read = lambda entry: table(STEPS, 1).to_json().encode()
+    status, shown = run(capsys, bundle.folder, "--schedule", tmp_path / "mine.json", "--export-policy", out, *more)
+    assert status == 1
+    assert shown.err.count("\n") == 1
+    assert (
+        "the schedule reuses model outputs at step index 3, 4, which a diffusion_step_policy cannot carry: its readers "
+        "compute every step; export a schedule without reused steps" in shown.err
+    )
+    assert not out.exists()
 
 
 def test_options_that_need_another_are_refused(bundle, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import made_up
 from helpers.chromium import CHROMIUM, Browser
-from helpers.report_page import HOSTILE, page_of
+from helpers.report_page import HOSTILE, page_of, with_reuse
 from PIL import Image
 
 from tmpdiff_export.report.pictures import Row, compare
@@ -28,16 +28,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes a report of so many steps and precisions, once."""
     folder = tmp_path_factory.mktemp("reports")
 
     @functools.cache
-    def write(num_steps: int, count: int) -> Path:
+    def write(num_steps: int, count: int, reuse: bool = False) -> Path:
         found = made_up.calibration(num_steps, PRECISIONS[count])
+        found = with_reuse(found) if reuse else found
         drawn = np.random.default_rng(0).integers(256, size=(count, 64, 64, 3)).astype(np.uint8)
         drawings = tuple(compare(name, one, drawn[0]) for name, one in zip(found.precisions, drawn, strict=True))
-        path = folder / f"{num_steps}-{count}.html"
+        path = folder / f"{num_steps}-{count}-{reuse}.html"
         path.write_text(page_of(found, [Row(HOSTILE, 0, drawings)]))
         return path
 
@@ -69,7 +70,7 @@ CUT_OFF = """[...document.querySelectorAll('svg')].flatMap(svg => { const o = sv
 """Text labels that reach over the edge of their figure."""
 
 
-def test_overlaps_are_seen(browser: Browser, report: Callable[[int, int], Path]) -> None:
+def test_overlaps_are_seen(browser: Browser, report: Callable[..., Path]) -> None:
     browser.open(report(8, 2), 1280, "light")
     browser.evaluate(
         "document.querySelectorAll('svg').forEach(e => { const t = e.querySelector('text'); t.after(t.cloneNode(true)) })"
@@ -84,7 +85,7 @@ def test_overlaps_are_seen(browser: Browser, report: Callable[[int, int], Path])
 @pytest.mark.parametrize("num_steps", [8, 20, 50])
 def test_page_in_a_browser(
     browser: Browser,
-    report: Callable[[int, int], Path],
+    report: Callable[..., Path],
     tmp_path: Path,
     num_steps: int,
     count: int,
@@ -111,3 +112,36 @@ def test_page_in_a_browser(
     assert [event for event in browser.events if event["method"] in kinds] == []
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+
+
+REUSED = """[...document.querySelectorAll('.reused')].map(e => { const s = getComputedStyle(e), r = e.getBoundingClientRect();
+  return [e.classList[e.classList.length - 1], s.backgroundImage, s.outlineStyle, r.width, r.height] })"""
+"""Class, hatching, frame and size of every mark of a reused step."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("num_steps", [20, 50])
+def test_reused_steps_are_seen(
+    browser: Browser, report: Callable[..., Path], num_steps: int, width: int, scheme: str
+) -> None:
+    browser.open(report(num_steps, 5, True), width, scheme)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    outside = "[...document.querySelectorAll('section *')].filter(e => !e.closest('.scroll') && !e.closest('svg') && "
+    assert browser.evaluate(outside + f"e.getBoundingClientRect().right > {width}).map(e => e.outerHTML)") == []
+    marks = browser.evaluate(REUSED)
+    hatchings = {name: hatching for name, hatching, *_ in marks}
+    assert len(hatchings) == len(set(hatchings.values())) == 3
+    for _, hatching, frame, across, down in marks:
+        assert "repeating-linear-gradient" in hatching
+        assert frame == "solid"
+        assert across > 1
+        assert down > 8
+    # they are as wide as computed steps, which have a plain colour
+    cells = "[...document.querySelectorAll('.big i')].map(e => [e.className, e.getBoundingClientRect().width, "
+    cells = browser.evaluate(cells + "getComputedStyle(e).backgroundColor])")
+    assert max(size for _, size, _ in cells) - min(size for _, size, _ in cells) < 1
+    plain = {colour for name, _, colour in cells if not name}
+    assert not plain & {colour for name, _, colour in cells if name}
+    contrast, element = browser.evaluate(CONTRAST)
+    assert contrast >= 4.5, element

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import made_up
-from helpers.report_page import HOSTILE, SECTIONS, Parsed, page_of
+from helpers.report_page import HOSTILE, SECTIONS, Parsed, page_of, with_reuse
 
 from calibration.document import Sensitivity
 from calibration.records import CheckRecord, IntervalRecord, TransferRecord, ValidationRow
 from engines.manifest import Manifest
+from tmpdiff_export.display import schedule_strip
 from tmpdiff_export.report.page import page
 
 
@@ -32,6 +33,31 @@ def test_strips_show_the_schedules(parsed: Parsed, found: Sensitivity) -> None:
     assert strips == tried
     colours = {(c["title"].partition(": ")[2], c["style"]) for c in parsed.named("i") if "title" in c}
     assert len(colours) == len({name for name, _ in colours}) == len({style for _, style in colours})
+
+
+def test_reused_steps_have_marks_of_their_own_a_legend_and_words(parsed: Parsed, found: Sensitivity) -> None:
+    reusing = with_reuse(found)
+    assert {"reuse0", "reuse1", "reuse2"} < set(reusing.schedule)
+    again = Parsed(page_of(reusing))
+    for section in ("schedule", "guard", "validation"):
+        cells = [cell for cell in again.named("i", section) if "title" in cell][: found.num_steps]
+        assert [cell["title"] for cell in cells] == [
+            f"step index {k}: {name}" for k, name in enumerate(reusing.schedule)
+        ]
+        for cell, name in zip(cells, reusing.schedule, strict=True):
+            assert cell.get("class") == (f"reused {name}" if name.startswith("reuse") else None)
+            assert ("style" in cell) != ("class" in cell)
+        (words, *_) = [
+            a["aria-label"] for tag, a, where in again.elements if where == section and "strip" in a.get("class", "")
+        ]
+        assert words == schedule_strip(reusing.schedule)
+        assert "Hatched steps are reused: their model output is not computed" in again.text[section]
+        assert "Hatched" not in parsed.text[section]
+    for name in ("fp16", "reuse0", "reuse1", "reuse2"):
+        assert f"{name}: {reusing.schedule.count(name)} of {found.num_steps}" in again.text["schedule"]
+    dots = [span["class"] for span in again.named("span", "schedule") if "reused" in span.get("class", "")]
+    assert dots == ["dot reused reuse0", "dot reused reuse1", "dot reused reuse2"]
+    assert again.tables["validation"][1][-1].count("reuse") == 3
 
 
 def test_tables_hold_the_documents_figures(parsed: Parsed, manifest: Manifest, found: Sensitivity) -> None:

@@ -96,6 +96,12 @@ def test_the_next_engine_is_loaded_while_earlier_steps_run() -> None:
     assert loads[-1] == Load("C", evicts="A", after_step=1, before_step=5)
 
 
+def test_a_step_that_runs_no_engine_needs_none_and_frees_none() -> None:
+    assert plan_loads(["A", None, "A", None, "B"], 1) == (Load("A", None, -1, 0), Load("B", "A", 2, 4))
+    assert plan_loads(["A", "B", None, "A"], 2) == plan_loads("ABA", 2)
+    assert plan_loads([None, None], 1) == ()
+
+
 def test_a_limit_of_one_cannot_overlap() -> None:
     loads = plan_loads("AABBA", 1)
     assert [(load.engine, load.after_step, load.before_step) for load in loads] == [

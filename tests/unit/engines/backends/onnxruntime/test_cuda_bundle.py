@@ -72,12 +72,21 @@ def test_the_manifest_counts_what_was_fused_and_what_was_not(bundle: Path) -> No
     assert "QuantizeLinear" not in denoisers["fp16"][0].lowering
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [("fp16", "int4", "int8", "fp8"), ("fp16", "int4", "reuse1", "int8"), ("int4", "reuse0", "fp16", "reuse1")],
+)
 @pytest.mark.parametrize("limit", [None, 1, 2])
-def test_a_bundle_runs_in_the_device_loop(bundle: Path, limit: int | None, fakes: Fakes, ort: FakeOrtCuda) -> None:
+def test_a_bundle_runs_in_the_device_loop(
+    bundle: Path, limit: int | None, choices: tuple[str, ...], fakes: Fakes, ort: FakeOrtCuda
+) -> None:
     with DenoiseRuntime.load(bundle, resident_engines=limit) as runtime:
         conditioning, noise = runtime.encode(PROMPTS[:2]), runtime.noise([3, 4])
-        plan = runtime.schedule("uniform:fp16").model_copy(update={"precisions": ("fp16", "int4", "int8", "fp8")})
-        found = runtime.denoise(conditioning, plan, noise)
+        plan = runtime.schedule("uniform:fp16").model_copy(update={"precisions": choices})
+        runtime.preload(plan)
+        seen: list[str] = []
+        found = runtime.denoise(conditioning, plan, noise, on_step=lambda _k, name, _seconds: seen.append(name))
+        assert tuple(seen) == choices
         scale = runtime.setting.guidance_scale
         loop = Loop(runtime.table, plan.precisions, conditioning.batch(scale), noise, scale)
         assert np.isfinite(found).all()

@@ -13,6 +13,7 @@ from fakes.install import Fakes, install
 from helpers.small_loops import Opened, loop_of, same_bits, schedule
 from helpers.small_plans import SEEDS, denoiser, entry, table
 
+from engines.errors import ScheduleError
 from engines.loop import host_loop
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -32,12 +33,49 @@ def test_the_device_loop_equals_the_host_loop_bit_for_bit(opened: Opened, patter
             assert same_bits(host.denoise(loop), host_loop(loop, host.engine))
 
 
+@pytest.mark.parametrize("limit", [None, 1, 2])
+@pytest.mark.parametrize("pattern", ["haaaaaaa", "hhbhabac", "h8ibac4b", "iiibbbcc"])
+def test_reused_steps_equal_those_of_the_host_loop_bit_for_bit(
+    opened: Opened, fakes: Fakes, pattern: str, limit: int | None
+) -> None:
+    host = opened(limit)
+    for sampler in (table(8, 1), table(8, 2), table(8, 3, past_samples=True), table(8, 8, past_samples=True)):
+        for guidance_scale, samples in ((4.5, 2), (1.0, 1)):
+            loop = loop_of(sampler, schedule(pattern), guidance_scale=guidance_scale, samples=samples)
+            start = len(fakes.cuda.calls)
+            latents = host.denoise(loop)
+            names = [call.name for call in fakes.cuda.calls[start:]]
+            computed = sum(letter not in "abc" for letter in pattern)
+            sums = sum(letter in "bc" for letter in pattern)
+            assert names.count("cuLaunchKernel") == 3 * computed + (8 - computed) + sums
+            assert same_bits(latents, host_loop(loop, host.engine))
+
+
+def test_a_reused_step_is_timed_by_its_own_name_and_loads_nothing(opened: Opened) -> None:
+    seen: list[tuple[int, str]] = []
+    host = opened(1)
+    loop = loop_of(table(6, 2), schedule("hhabia"), on_step=lambda k, name, seconds: seen.append((k, name)))
+    host.denoise(loop)
+    assert seen == list(enumerate(loop.precisions))
+    assert host.resident == ("int8",)
+    with pytest.raises(ScheduleError, match="step index 1 is reuse1"):
+        host.denoise(loop_of(table(4, 1), schedule("hbhh")))
+    assert same_bits(host.denoise(loop), host_loop(loop, host.engine))
+
+
+def test_a_loop_with_rescaled_guidance_reuses_as_the_host_loop_does(opened: Opened) -> None:
+    host = opened()
+    loop = loop_of(table(6, 2), schedule("hhab8c"), guidance_rescale=0.7)
+    assert same_bits(host.denoise(loop), host_loop(loop, host.engine))
+
+
 @pytest.mark.parametrize("policy", ["younger_first", "older_first", "lazy"])
 def test_the_order_in_which_streams_run_does_not_matter(opened: Opened, fakes: Fakes, policy: str) -> None:
     host = opened(2)
     fakes.cuda.scheduler.policy = policy
-    loop = loop_of(table(8, 3), schedule("h8i4h8i4"))
-    assert same_bits(host.denoise(loop), host_loop(loop, host.engine))
+    for pattern in ("h8i4h8i4", "h8bi4cba"):
+        loop = loop_of(table(8, 3), schedule(pattern))
+        assert same_bits(host.denoise(loop), host_loop(loop, host.engine))
 
 
 @pytest.mark.parametrize("version", ["10.13.2.6", "10.16.1.11"])

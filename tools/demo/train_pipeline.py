@@ -42,27 +42,22 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image
 
 from engines.files import staged_folder
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.drawing import place
 from tmpdiff_export.demo.readback import score
-from tmpdiff_export.demo.scenes import IMAGE_SIZE, held_out_captions, training_captions, write_caption
+from tmpdiff_export.demo.scenes import IMAGE_SIZE, training_captions, write_caption
 from tools.demo.autoencoders import Autoencoder, make_deep_vae, make_vae
+from tools.demo.evaluation import evaluate, full_size, percent
 from tools.demo.families import (
-    FLOW_SHIFT,
     DemoFamily,
-    make_dpm_scheduler,
     make_mmdit_family,
     make_pixart_family,
     make_sana_family,
@@ -84,7 +79,6 @@ CAPTIONS_PER_SCENE = 3
 LARGE = 512
 SMALL_SHARE = 0.45
 """Of the time for the denoiser of large pictures, on smaller ones."""
-STEPS = 20
 
 
 def train(options: argparse.Namespace) -> DemoFamily | None:
@@ -111,8 +105,8 @@ def train(options: argparse.Namespace) -> DemoFamily | None:
         share = 1.0 if options.vae_out else 0.3
         train_vae(vae, arrays, options.vae_iterations, options.vae_batch, share * _left_s(options))
     pictures, psnr_db = reconstruct(vae, arrays, min(256, options.scenes), options.size)
-    right = score(_full_size(pictures), [write_caption(scene) for scene, _ in drawn[: len(pictures)]])
-    _report(f"autoencoder: reconstruction PSNR {psnr_db:.1f} dB, read back {_percent(right)}", options)
+    right = score(full_size(pictures), [write_caption(scene) for scene, _ in drawn[: len(pictures)]])
+    _report(f"autoencoder: reconstruction PSNR {psnr_db:.1f} dB, read back {percent(right)}", options)
     if options.vae_out:
         vae.save_pretrained(options.vae_out)
         return None
@@ -166,48 +160,6 @@ def caption_ids(family: DemoFamily, captions: Sequence[str]) -> np.ndarray:
     return ids
 
 
-def generate(
-    pipeline: DiffusionPipeline, captions: list[str], call_options: Mapping[str, Any], guidance_scale: float, seed: int
-) -> list[np.ndarray]:
-    """Returns one picture [256, 256, 3] uint8 for each caption, in batches of 100; picture i starts from seed + i."""
-    pictures: list[np.ndarray] = []
-    for start in range(0, len(captions), 100):
-        part = captions[start : start + 100]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        output = pipeline(
-            part, num_inference_steps=STEPS, guidance_scale=guidance_scale, generator=generators, **call_options
-        )
-        pictures += _full_size([np.asarray(image) for image in output.images])
-    return pictures
-
-
-def evaluate(family: DemoFamily, options: argparse.Namespace) -> None:
-    """Loads the saved folder in fp16, prints read-back accuracies, and saves a sheet of held-out scenes."""
-    dtype = torch.float16 if options.device == "cuda" else torch.float32
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if options.family == "mmdit" else {}
-    pipeline = DiffusionPipeline.from_pretrained(options.out, torch_dtype=dtype, **absent).to(options.device)
-    pipeline.set_progress_bar_config(disable=True)
-    kinds = ("plain", "composed", "unusual")
-    count = options.evaluation_captions
-    captions = {kind: held_out_captions(kind, count, options.seed) for kind in kinds}
-    scales = family.guidance_scales
-    shifts = (FLOW_SHIFT, FLOW_SHIFT / 2) if options.family == "pixart" else (None,)
-    for number, (flow_shift, guidance_scale) in enumerate(product(shifts, scales)):
-        if flow_shift is not None:
-            pipeline.scheduler = make_dpm_scheduler(flow_shift)
-        prompts = [c for kind in kinds for c in captions[kind]]
-        pictures = generate(pipeline, prompts, family.call_options, guidance_scale, options.seed)
-        shifted = "" if flow_shift is None else f"flow_shift {flow_shift} "
-        print(f"{shifted}guidance_scale {guidance_scale}, {STEPS} steps", flush=True)
-        for k, kind in enumerate(kinds):
-            accuracies = score(pictures[k * count : (k + 1) * count], captions[kind])
-            print(f"  {kind}: {_percent(accuracies)}", flush=True)
-        if number == 0 and options.contact_sheet:
-            shown = np.stack(pictures)[np.linspace(0, len(pictures) - 1, 48).astype(int)]
-            rows = [np.concatenate(list(row), axis=1) for row in shown.reshape(6, 8, *shown.shape[1:])]
-            Image.fromarray(np.concatenate(rows)).save(options.contact_sheet)
-
-
 def save(family: DemoFamily, vae: Autoencoder, options: argparse.Namespace) -> None:
     """Writes a copy of the pipeline as it stands as fp16 safetensors; replaces what an earlier call wrote.
 
@@ -236,18 +188,8 @@ def save(family: DemoFamily, vae: Autoencoder, options: argparse.Namespace) -> N
     _report(f"saved to {options.out}", options)
 
 
-def _full_size(pictures: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """Pictures [size, size, 3], uint8, enlarged to the side that the read-back gate takes."""
-    full = (IMAGE_SIZE, IMAGE_SIZE)
-    return [np.asarray(Image.fromarray(p).resize(full, Image.Resampling.BILINEAR)) for p in pictures]
-
-
 def _left_s(options: argparse.Namespace) -> float:
     return 60 * options.minutes - (time.perf_counter() - options.start)
-
-
-def _percent(accuracies: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items())
 
 
 def _report(done: str, options: argparse.Namespace) -> None:

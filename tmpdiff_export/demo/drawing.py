@@ -92,18 +92,20 @@ def _sigmoid(x: Any, xp: Any) -> Any:
     return 1 / (1 + xp.exp(-xp.clip(x, -30.0, 30.0)))
 
 
-def draw(arrays: dict[str, Any], xp: Any = np) -> Any:
+def draw(arrays: dict[str, Any], xp: Any = np, side: int = IMAGE_SIZE) -> Any:
     """Draws pictures.
 
     Args:
         arrays: What `place` returns, as arrays of `xp`, on one device.
         xp: The array module: numpy or torch.
+        side: Pixels along each axis; the scene is the same, its outlines are as sharp as the pixels allow.
 
     Returns:
-        New array [n, 3, 256, 256], float32, sRGB in [0, 1], on the device of `arrays`.
+        New array [n, 3, side, side], float32, sRGB in [0, 1], on the device of `arrays`.
     """
-    x = xp.asarray(np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5, device=arrays["centre"].device)[None, None, :]
-    y = x.reshape(1, IMAGE_SIZE, 1)
+    pixel = IMAGE_SIZE / side
+    x = xp.asarray(pixel * (np.arange(side, dtype=np.float32) + 0.5), device=arrays["centre"].device)[None, None, :]
+    y = x.reshape(1, side, 1)
     picture = _background(arrays, x / IMAGE_SIZE, y / IMAGE_SIZE, xp)
     for k in range(_OBJECTS):
         centre, radius = arrays["centre"][:, k], arrays["radius"][:, k, None, None]
@@ -119,7 +121,7 @@ def draw(arrays: dict[str, Any], xp: Any = np) -> Any:
         gleam = 0.22 * xp.exp(-((dx + 0.38 * radius) ** 2 + (dy + 0.38 * radius) ** 2) / (0.05 * radius**2))
         colour = arrays["colour"][:, k, :, None, None]
         shaded = xp.clip(colour * light[:, None] + gleam[:, None], 0.0, 1.0)
-        cover = _sigmoid(-distance / 0.7, xp)[:, None]
+        cover = _sigmoid(-distance / (0.7 * pixel), xp)[:, None]
         picture = picture * (1 - cover) + shaded * cover
     return xp.clip(picture, 0.0, 1.0)
 

@@ -20,6 +20,7 @@ from diffusers import (
 )
 
 from tools.demo.autoencoders import DEEP_LATENT_CHANNELS, Autoencoder
+from tools.demo.corruption import flow_matching, v_prediction
 from tools.demo.networks import (
     CAPTION_TOKENS,
     CLIP_TOKENS,
@@ -79,42 +80,6 @@ class DemoFamily:
 def padded(tokenizer: Any, length: int) -> Callable[[Sequence[str]], list[list[int]]]:
     """Returns what makes a row of token ids of every caption, filled up to a length."""
     return lambda captions: tokenizer(list(captions), padding="max_length", max_length=length)["input_ids"]
-
-
-def flow_matching(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mixes noise into latents: x_t = (1 - sigma) clean + sigma noise, timestep = 1000 sigma.
-
-    Args:
-        clean: [n, C, h, w].
-
-    Returns:
-        x_t, the timestep [n], and the velocity: noise minus clean.
-    """
-    batch, device = len(clean), clean.device
-    noise = torch.randn_like(clean)
-    # Objects are few and bright, so they show through much noise: where they go is decided at high sigmas, which
-    # is why those are drawn more often. Some uniform sigmas keep the rest of the trajectory in view.
-    sigma = torch.sigmoid(1.5 + 1.2 * torch.randn(batch, device=device))
-    sigma = torch.where(torch.rand(batch, device=device) < 0.25, torch.rand(batch, device=device), sigma)
-    return torch.lerp(clean, noise, sigma[:, None, None, None]), 1000 * sigma, noise - clean
-
-
-def v_prediction(
-    alphas_cumprod: torch.Tensor,
-) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Returns the same for x_t = a clean + b noise with a^2 = alphas_cumprod[t] and a^2 + b^2 = 1, t uniform.
-
-    The denoiser is to predict v = a noise - b clean.
-    """
-
-    def corrupt(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        noise = torch.randn_like(clean)
-        timestep = torch.randint(len(alphas_cumprod), (len(clean),), device=clean.device)
-        kept = alphas_cumprod.to(clean.device)[timestep][:, None, None, None]
-        a, b = kept.sqrt(), (1 - kept).sqrt()
-        return a * clean + b * noise, timestep.float(), a * noise - b * clean
-
-    return corrupt
 
 
 def make_dpm_scheduler(flow_shift: float) -> DPMSolverMultistepScheduler:
@@ -205,7 +170,8 @@ def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
     """Returns a Stable Diffusion 3 for pictures of `size` pixels, with two CLIP encoders and no T5; flow matching.
 
     In place of T5's hidden states there are zeros, in training as many as in the pipeline by default: the denoiser
-    attends to them, and another number of them would be another conditioning.
+    attends to them, and another number of them would be another conditioning. Smaller latents than the pipeline's get
+    as many zeros for each of them.
     """
     zeros = int(inspect.signature(StableDiffusion3Pipeline.__call__).parameters["max_sequence_length"].default)
     tokenizer = make_clip_tokenizer()
@@ -222,7 +188,8 @@ def make_mmdit_family(device: torch.device, size: int) -> DemoFamily:
     def predict(
         mmdit: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor
     ) -> torch.Tensor:
-        text = torch.nn.functional.pad(text, (0, 0, 0, zeros))
+        share = (x_t.shape[-1] / mmdit.config.sample_size) ** 2
+        text = torch.nn.functional.pad(text, (0, 0, 0, round(zeros * share)))
         return mmdit(x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep, return_dict=False)[
             0
         ]

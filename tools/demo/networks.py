@@ -31,6 +31,8 @@ from tmpdiff_export.demo.scenes import vocabulary
 LATENT_CHANNELS = 4
 CAPTION_TOKENS = 40
 """Tokens that training pads captions to; longer than any caption of the grammar."""
+MMDITS = {16: (4, 3), 32: (6, 8), 64: (16, 12)}
+"""Heads of 64 and layers of MMDiTs, by the side of their latents."""
 CLIP_TOKENS = 32
 """The same for the pipelines with CLIP text encoders, whose captions begin and end with a mark."""
 
@@ -175,15 +177,17 @@ def make_unet(sample_size: int, text_width: int) -> UNet2DConditionModel:
 
 
 def make_mmdit(sample_size: int, text_width: int, pooled_width: int) -> SD3Transformer2DModel:
-    """Returns an untrained MMDiT for square latents: 7 M parameters for a side of 16, 42 M for one of 32.
+    """Returns an untrained MMDiT for square latents: parameters are 7 M, 42 M or 445 M for a side of 16, 32 or 64.
 
-    As in the DiT paper, modulation and output start at zero: every block begins as the identity.
+    As in the DiT paper, modulation and output start at zero: every block begins as the identity. The large one
+    normalizes queries and keys, as Stable Diffusion 3.5 does.
     """
-    heads, layers = (4, 3) if sample_size == 16 else (6, 8)
+    heads, layers = MMDITS[sample_size]
     denoiser = SD3Transformer2DModel(
         sample_size=sample_size, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         num_layers=layers, attention_head_dim=64, num_attention_heads=heads, caption_projection_dim=64 * heads,
         joint_attention_dim=text_width, pooled_projection_dim=pooled_width, pos_embed_max_size=sample_size // 2,
+        qk_norm="rms_norm" if sample_size == 64 else None,
     )  # fmt: skip
     norms = [block.norm1 for block in denoiser.transformer_blocks]
     norms += [block.norm1_context for block in denoiser.transformer_blocks]

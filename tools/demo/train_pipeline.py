@@ -4,6 +4,8 @@
     python -m tools.demo.train_pipeline --family unet --out FOLDER
     python -m tools.demo.train_pipeline --family mmdit --out FOLDER
     python -m tools.demo.train_pipeline --family sana --out FOLDER
+    torchrun --nproc-per-node 2 -m tools.demo.train_pipeline --family mmdit --size 512 --denoiser-batch 128 \\
+        --scenes 40000 --text-iterations 1000 --minutes 8 --evaluation-captions 16 --out FOLDER
 
 from the project's root, in an environment with torch, diffusers, transformers and scikit-image. The first trains the
 embedded demo pipeline, a PixArt-Sigma, from nothing; the others train a Stable Diffusion (UNet, v-prediction, DDIM) and
@@ -14,6 +16,10 @@ encoders and denoiser together on the pictures' latents, writes everything as fp
 user would, and prints how well shapes, colours and positions of held-out captions can be read back from the pictures.
 The same seed gives the same scenes, captions and iteration counts; rounding on a GPU still makes two trainings differ,
 and so does a limit in minutes.
+
+The last one trains an MMDiT of 445 M parameters for pictures of 512 pixels on two GPUs (or, without `torchrun`, on
+one): first on pictures of 256 pixels, where most is learnt in less time, then on large ones, a quarter as many at once.
+SIGTERM ends a training early; what it has is saved.
 
 Where one run may not last that long, the autoencoder can be trained in a run of its own:
 
@@ -34,44 +40,53 @@ import copy
 import json
 import logging
 import math
+import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image
 
 from engines.files import staged_folder
 from tmpdiff_export.demo import pipeline_folder
 from tmpdiff_export.demo.drawing import place
 from tmpdiff_export.demo.readback import score
-from tmpdiff_export.demo.scenes import IMAGE_SIZE, held_out_captions, training_captions, write_caption
+from tmpdiff_export.demo.scenes import IMAGE_SIZE, training_captions, write_caption
 from tools.demo.autoencoders import Autoencoder, make_deep_vae, make_vae
+from tools.demo.evaluation import evaluate, full_size, percent
 from tools.demo.families import (
-    FLOW_SHIFT,
     DemoFamily,
-    make_dpm_scheduler,
     make_mmdit_family,
     make_pixart_family,
     make_sana_family,
     make_unet_family,
 )
-from tools.demo.training import DenoiserTraining, encode, pretrain_text_encoders, reconstruct, train_denoiser, train_vae
+from tools.demo.parallel import first, join
+from tools.demo.training import (
+    STOP,
+    DenoiserTraining,
+    encode,
+    pretrain_text_encoders,
+    reconstruct,
+    smaller_latents,
+    train_denoiser,
+    train_vae,
+)
 
 CAPTIONS_PER_SCENE = 3
-STEPS = 20
+LARGE = 512
+SMALL_SHARE = 0.45
+"""Of the time for the denoiser of large pictures, on smaller ones."""
 
 
 def train(options: argparse.Namespace) -> DemoFamily | None:
     """Trains all parts and saves the pipeline; returns what was trained, None if that was the autoencoder only."""
-    device = torch.device(options.device)
+    device, rank = join(options.device)
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not options.vae  # trying algorithms pays where the autoencoder is trained
     drawn = training_captions(options.scenes, CAPTIONS_PER_SCENE, options.seed)
     arrays = {
         name: torch.as_tensor(array, device=device)
@@ -90,38 +105,44 @@ def train(options: argparse.Namespace) -> DemoFamily | None:
         share = 1.0 if options.vae_out else 0.3
         train_vae(vae, arrays, options.vae_iterations, options.vae_batch, share * _left_s(options))
     pictures, psnr_db = reconstruct(vae, arrays, min(256, options.scenes), options.size)
-    right = score(_full_size(pictures), [write_caption(scene) for scene, _ in drawn[: len(pictures)]])
-    _report(f"autoencoder: reconstruction PSNR {psnr_db:.1f} dB, read back {_percent(right)}", options)
+    right = score(full_size(pictures), [write_caption(scene) for scene, _ in drawn[: len(pictures)]])
+    _report(f"autoencoder: reconstruction PSNR {psnr_db:.1f} dB, read back {percent(right)}", options)
     if options.vae_out:
         vae.save_pretrained(options.vae_out)
         return None
-    latents = encode(vae, arrays, options.scenes, options.size) * vae.config.scaling_factor
-    extreme = latents.abs().amax().item()
-    _report(f"{options.scenes} latents encoded, deviation {latents.float().std():.3f}, extreme {extreme:.1f}", options)
+    latents = {}
+    for side in (IMAGE_SIZE, LARGE) if options.size == LARGE else (options.size,):
+        latents[side] = encode(vae, arrays, options.scenes, side) * vae.config.scaling_factor
+        found = f"deviation {latents[side].float().std():.3f}, extreme {latents[side].abs().amax().item():.1f}"
+        _report(f"{options.scenes} latents of {side} pixels encoded, {found}", options)
 
-    family = make_family(options)
+    family = make_family(options, device)
     vae = vae.to(memory_format=torch.contiguous_format)
     if options.family == "mmdit":
         vae.register_to_config(shift_factor=0.0)  # its pipeline adds one
     ids = caption_ids(family, [caption for _, captions in drawn for caption in captions])
+    torch.manual_seed(options.seed + rank)
     pretrain_text_encoders(family, ids, options.text_iterations, 512)
     _report("text encoder pretrained", options)
-    plan = DenoiserTraining(
-        options.denoiser_iterations,
-        options.denoiser_batch,
-        _left_s(options),
-        save=lambda: save(family, vae, options),
-        save_every_s=60 * options.save_minutes,
-    )
     ids = ids.reshape(options.scenes, CAPTIONS_PER_SCENE, -1)
-    train_denoiser(family, latents, ids, caption_ids(family, [""])[0], plan)
-    _report("text encoder and denoiser trained", options)
+    for side in latents:
+        smaller = side < options.size
+        plan = DenoiserTraining(
+            options.denoiser_iterations,
+            options.denoiser_batch if smaller or options.size < LARGE else max(1, options.denoiser_batch // 4),
+            _left_s(options) * (SMALL_SHARE if smaller else 1.0),
+            rate=3.5e-4 if options.size == LARGE else 7e-4,
+            save=(lambda: None) if smaller else (lambda: save(family, vae, options)),
+            save_every_s=60 * options.save_minutes,
+        )
+        with smaller_latents(family.denoiser, latents[side].shape[-1]) if smaller else nullcontext():
+            train_denoiser(family, latents[side], ids, caption_ids(family, [""])[0], plan)
+        _report(f"text encoder and denoiser trained on {side} pixels", options)
     return family
 
 
-def make_family(options: argparse.Namespace) -> DemoFamily:
-    """Returns the untrained parts of the family that the command line names, on its device."""
-    device = torch.device(options.device)
+def make_family(options: argparse.Namespace, device: torch.device) -> DemoFamily:
+    """Returns the untrained parts of the family that the command line names, on a device."""
     if options.family == "pixart":
         return make_pixart_family(device)
     makers = {"unet": make_unet_family, "mmdit": make_mmdit_family, "sana": make_sana_family}
@@ -139,54 +160,14 @@ def caption_ids(family: DemoFamily, captions: Sequence[str]) -> np.ndarray:
     return ids
 
 
-def generate(
-    pipeline: DiffusionPipeline, captions: list[str], call_options: Mapping[str, Any], guidance_scale: float, seed: int
-) -> list[np.ndarray]:
-    """Returns one picture [256, 256, 3] uint8 for each caption, in batches of 100; picture i starts from seed + i."""
-    pictures: list[np.ndarray] = []
-    for start in range(0, len(captions), 100):
-        part = captions[start : start + 100]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        output = pipeline(
-            part, num_inference_steps=STEPS, guidance_scale=guidance_scale, generator=generators, **call_options
-        )
-        pictures += _full_size([np.asarray(image) for image in output.images])
-    return pictures
-
-
-def evaluate(family: DemoFamily, options: argparse.Namespace) -> None:
-    """Loads the saved folder in fp16, prints read-back accuracies, and saves a sheet of held-out scenes."""
-    dtype = torch.float16 if options.device == "cuda" else torch.float32
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if options.family == "mmdit" else {}
-    pipeline = DiffusionPipeline.from_pretrained(options.out, torch_dtype=dtype, **absent).to(options.device)
-    pipeline.set_progress_bar_config(disable=True)
-    kinds = ("plain", "composed", "unusual")
-    count = options.evaluation_captions
-    captions = {kind: held_out_captions(kind, count, options.seed) for kind in kinds}
-    scales = family.guidance_scales
-    shifts = (FLOW_SHIFT, FLOW_SHIFT / 2) if options.family == "pixart" else (None,)
-    for number, (flow_shift, guidance_scale) in enumerate(product(shifts, scales)):
-        if flow_shift is not None:
-            pipeline.scheduler = make_dpm_scheduler(flow_shift)
-        prompts = [c for kind in kinds for c in captions[kind]]
-        pictures = generate(pipeline, prompts, family.call_options, guidance_scale, options.seed)
-        shifted = "" if flow_shift is None else f"flow_shift {flow_shift} "
-        print(f"{shifted}guidance_scale {guidance_scale}, {STEPS} steps", flush=True)
-        for k, kind in enumerate(kinds):
-            accuracies = score(pictures[k * count : (k + 1) * count], captions[kind])
-            print(f"  {kind}: {_percent(accuracies)}", flush=True)
-        if number == 0 and options.contact_sheet:
-            shown = np.stack(pictures)[np.linspace(0, len(pictures) - 1, 48).astype(int)]
-            rows = [np.concatenate(list(row), axis=1) for row in shown.reshape(6, 8, *shown.shape[1:])]
-            Image.fromarray(np.concatenate(rows)).save(options.contact_sheet)
-
-
 def save(family: DemoFamily, vae: Autoencoder, options: argparse.Namespace) -> None:
     """Writes a copy of the pipeline as it stands as fp16 safetensors; replaces what an earlier call wrote.
 
-    transformers 5 writes a word-level tokenizer's class as one that transformers 4 lacks; the folder names the one that
+    Of several processes only the first one does. transformers 5 writes a word-level tokenizer's class as one that transformers 4 lacks; the folder names the one that
     both have.
     """
+    if not first():
+        return
     pipeline = family.assemble(vae)
     components = {
         name: copy.deepcopy(part).to("cpu", torch.float16) if isinstance(part, torch.nn.Module) else part
@@ -207,18 +188,8 @@ def save(family: DemoFamily, vae: Autoencoder, options: argparse.Namespace) -> N
     _report(f"saved to {options.out}", options)
 
 
-def _full_size(pictures: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """Pictures [size, size, 3], uint8, enlarged to the side that the read-back gate takes."""
-    full = (IMAGE_SIZE, IMAGE_SIZE)
-    return [np.asarray(Image.fromarray(p).resize(full, Image.Resampling.BILINEAR)) for p in pictures]
-
-
 def _left_s(options: argparse.Namespace) -> float:
     return 60 * options.minutes - (time.perf_counter() - options.start)
-
-
-def _percent(accuracies: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items())
 
 
 def _report(done: str, options: argparse.Namespace) -> None:
@@ -232,7 +203,9 @@ def parse_options() -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder to write the pipeline to; replaced if it exists"
     )
     parser.add_argument("--family", choices=("pixart", "unet", "mmdit", "sana"), default="pixart")
-    parser.add_argument("--size", type=int, choices=(256, 128), default=256, help="side of the pictures; pixart: 256")
+    parser.add_argument(
+        "--size", type=int, choices=(LARGE, 256, 128), default=256, help="side of the pictures; pixart: 256, 512: mmdit"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: all)")
@@ -247,7 +220,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--vae-out", type=Path, help="train the autoencoder only, and save it here")
     parser.add_argument("--text-iterations", type=int, default=2000)
     parser.add_argument("--denoiser-iterations", type=int, default=9660)
-    parser.add_argument("--denoiser-batch", type=int, default=256)
+    parser.add_argument("--denoiser-batch", type=int, default=256, help="scenes at once, of every process")
     parser.add_argument("--minutes", type=float, default=math.inf, help="do fewer iterations to end in this time")
     parser.add_argument("--save-minutes", type=float, default=math.inf, help="save this often on the way, too")
     parser.add_argument("--evaluation-captions", type=int, default=70, help="held-out captions of each kind")
@@ -255,6 +228,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.family == "pixart" and options.size != 256:
         parser.error(f"--size {options.size} is for the families unet, mmdit and sana; pixart draws 256 x 256 pictures")
+    if options.size == LARGE and options.family != "mmdit":
+        parser.error(f"--size {LARGE} is for the family mmdit, not for {options.family}")
     if options.family in ("unet", "mmdit"):
         if options.vae_out:
             parser.error(
@@ -272,8 +247,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
 
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     family = train(options)
-    if family is None:
+    if family is None or not first():
         return
     size = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file())
     parameters = sum(p.numel() for p in family.denoiser.parameters())

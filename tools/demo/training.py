@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,17 +18,24 @@ from tmpdiff_export.demo.scenes import COLOURS, IMAGE_SIZE, POSITIONS, SHAPES, v
 from tools.demo.autoencoders import Autoencoder, decoded, latent_means, noisy_latents, pixels_per_latent
 from tools.demo.caption_words import attribute_targets, last_words
 from tools.demo.families import DemoFamily
+from tools.demo.parallel import agreed, average_gradients, same_start
 
 UNCONDITIONAL_FRACTION = 0.1
 ENCODE_BATCH = 256
+CHECK_EVERY = 20
+"""Iterations between two looks at clock and loss."""
+REPORT_S = 10
+STOP = threading.Event()
+"""Once set, what is being trained ends as it stands within `CHECK_EVERY` iterations."""
 
 
 def draw_batch(arrays: dict[str, torch.Tensor], index: torch.Tensor | slice, size: int = IMAGE_SIZE) -> torch.Tensor:
     """Draws the pictures [n, 3, size, size] at `index` of placed scenes, in [-1, 1], channels last in memory."""
     with torch.no_grad():
-        pictures = draw({name: array[index] for name, array in arrays.items()}, torch)
-        if size != IMAGE_SIZE:
-            pictures = F.avg_pool2d(pictures, IMAGE_SIZE // size)
+        drawn = max(size, IMAGE_SIZE)
+        pictures = draw({name: array[index] for name, array in arrays.items()}, torch, drawn)
+        if size < drawn:
+            pictures = F.avg_pool2d(pictures, drawn // size)
         return (2 * pictures - 1).to(memory_format=torch.channels_last)
 
 
@@ -61,17 +70,13 @@ def train_vae(vae: Autoencoder, arrays: dict[str, torch.Tensor], iterations: int
 def encode(vae: Autoencoder, arrays: dict[str, torch.Tensor], count: int, size: int = IMAGE_SIZE) -> torch.Tensor:
     """Returns mean latents of the first `count` placed scenes, [count, C, h, w], float16, unscaled."""
     device = arrays["centre"].device
-
-    def mean_of(x: torch.Tensor) -> torch.Tensor:
-        return latent_means(vae, x)
-
-    run = torch.compile(mean_of) if device.type == "cuda" and count >= 10 * ENCODE_BATCH else mean_of
+    batch = ENCODE_BATCH // max(1, size // IMAGE_SIZE) ** 2
     side = size // pixels_per_latent(vae)
     latents = torch.empty(count, vae.config.latent_channels, side, side, dtype=torch.float16, device=device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        for start in range(0, count, ENCODE_BATCH):
-            part = slice(start, min(start + ENCODE_BATCH, count))
-            latents[part] = run(draw_batch(arrays, part, size)).half()
+        for start in range(0, count, batch):
+            part = slice(start, min(start + batch, count))
+            latents[part] = latent_means(vae, draw_batch(arrays, part, size)).half()
     return latents
 
 
@@ -140,6 +145,7 @@ class DenoiserTraining:
         iterations: Number of optimizer steps.
         batch: Scenes in each.
         budget_s: Does fewer iterations if these would take longer.
+        rate: Largest learning rate of the denoiser.
         save: Called with the averaged weights in place, on the way and at the end.
         save_every_s: Seconds between two such calls.
     """
@@ -147,6 +153,7 @@ class DenoiserTraining:
     iterations: int
     batch: int
     budget_s: float
+    rate: float
     save: Callable[[], None]
     save_every_s: float = math.inf
 
@@ -172,15 +179,15 @@ def train_denoiser(
     bank = torch.as_tensor(tokens, device=device)
     empty = torch.as_tensor(unconditional, device=device)
     groups = [
-        (list(family.denoiser.parameters()), 7e-4),
+        (list(family.denoiser.parameters()), plan.rate),
         ([p for encoder in family.text_encoders for p in encoder.parameters()], 2e-4),
     ]
     parameters = [p for group, _ in groups for p in group]
     average = [p.detach().clone() for p in parameters]
     modules = (family.denoiser, *family.text_encoders)
     for module in modules:
-        module.train()
-    predict = torch.compile(family.predict) if device.type == "cuda" else family.predict
+        module.train().requires_grad_(True)
+    predict = _compiled(family) if device.type == "cuda" else family.predict
     saved = time.perf_counter()
 
     def loss_of() -> torch.Tensor:
@@ -212,6 +219,29 @@ def train_denoiser(
     plan.save()
 
 
+@contextmanager
+def smaller_latents(denoiser: torch.nn.Module, side: int) -> Iterator[None]:
+    """Lets an MMDiT take latents of a smaller side as the same scene seen from afar: its positions, averaged."""
+    embed = denoiser.pos_embed
+    own, own_side = embed.pos_embed, embed.pos_embed_max_size
+    shrink = denoiser.config.sample_size // side
+    grid = own.reshape(1, own_side, own_side, -1).permute(0, 3, 1, 2)
+    embed.pos_embed = F.avg_pool2d(grid, shrink).flatten(2).transpose(1, 2).contiguous()
+    embed.pos_embed_max_size = own_side // shrink
+    yield
+    embed.pos_embed, embed.pos_embed_max_size = own, own_side
+
+
+def _compiled(family: DemoFamily) -> Callable[..., torch.Tensor]:
+    """What predicts, compiled: a transformer by its blocks, which are alike and so are compiled once."""
+    blocks = getattr(family.denoiser, "transformer_blocks", None)
+    if blocks is None:
+        return torch.compile(family.predict)
+    for block in blocks:
+        block.compile(dynamic=False)
+    return family.predict
+
+
 def _word_tokens(family: DemoFamily) -> dict[str, str]:
     """The token of each word of the captions' vocabulary."""
     return {word: family.tokenizer.tokenize(word)[0] for word in vocabulary()}
@@ -227,16 +257,19 @@ def _fit(
 ) -> None:
     """Runs AdamW on groups of (parameters, learning rate): warm-up, cosine decay to zero, clipped gradients.
 
-    The speed is measured past compilation, again every 100 iterations; if `iterations` would overrun the budget, fewer
-    are done. `after` is called after each with the number of iterations planned.
+    The speed is measured past compilation, again at every look at the clock; if `iterations` would overrun the budget,
+    fewer are done. `after` is called after each with the number of iterations planned. Of several processes the first
+    one's clock decides.
     """
     parameters = [p for group, _ in groups for p in group]
+    same_start(parameters)
     optimizer = torch.optim.AdamW(
         [{"params": group, "lr": rate} for group, rate in groups],
         weight_decay=0.01, betas=(0.9, 0.99), fused=parameters[0].is_cuda,
     )  # fmt: skip
-    warm_up = min(300, iterations // 10 + 1)
-    start = time.perf_counter()
+    asked, warm_up = iterations, min(300, iterations // 10 + 1)
+    start = shown = time.perf_counter()
+    compiled_s = 0.0
     i = 0
     while i < iterations:
         decay = min(1, (i + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * i / iterations))
@@ -245,16 +278,22 @@ def _fit(
         loss = loss_of()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         after(iterations)
         i += 1
-        if i % 500 == 0 or i in (1, 50, 100, iterations):
-            seconds = time.perf_counter() - start
-            print(f"{name} iteration {i}/{iterations} loss {loss.item():.5f} after {seconds:.0f} s", flush=True)
-        if i == 50:
-            compiled_s = time.perf_counter() - start
-        elif i % 100 == 0 and math.isfinite(budget_s):
-            seconds = time.perf_counter() - start
-            left = (budget_s - seconds) * (i - 50) / (seconds - compiled_s)
-            iterations = min(iterations, i + max(0, int(left)))
+        if i % CHECK_EVERY and i not in (1, iterations):
+            continue
+        value = loss.item()  # waits for the GPU
+        seconds = time.perf_counter() - start
+        if i == CHECK_EVERY:
+            compiled_s = seconds
+        elif i > CHECK_EVERY and math.isfinite(budget_s):
+            left = (budget_s - seconds) * (i - CHECK_EVERY) / (seconds - compiled_s)
+            iterations = min(asked, i + max(0, int(left)))
+            warm_up = min(warm_up, iterations // 10 + 1)
+        iterations = agreed(i if STOP.is_set() else iterations, loss.device)
+        if i in (1, iterations) or start + seconds - shown >= REPORT_S:
+            shown = start + seconds
+            print(f"{name} iteration {i}/{iterations} loss {value:.5f} after {seconds:.0f} s", flush=True)

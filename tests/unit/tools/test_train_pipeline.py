@@ -16,9 +16,12 @@ from helpers.experiments import command
 from safetensors.torch import load_file
 
 from tmpdiff_export.demo import pipeline_folder
-from tmpdiff_export.demo.scenes import held_out_captions, vocabulary
+from tmpdiff_export.demo.drawing import place
+from tmpdiff_export.demo.scenes import held_out_captions, training_captions, vocabulary
 from tools.demo.autoencoders import make_deep_vae, make_vae
 from tools.demo.families import make_mmdit_family, make_sana_family, make_unet_family
+from tools.demo.networks import MMDITS
+from tools.demo.training import draw_batch, smaller_latents
 
 TINY = (
     *("--size=128", "--device=cpu", "--threads=1", "--scenes=4", "--text-iterations=1", "--denoiser-iterations=2"),
@@ -82,12 +85,43 @@ def test_sana_is_trained_on_what_its_pipeline_gives_the_denoiser() -> None:
     [
         (("--size", "128"), "--size 128 is for the families unet, mmdit and sana"),
         (("--family", "unet", "--vae-out", "x"), "--vae-out is for the families pixart and sana"),
+        (("--family", "unet", "--size", "512"), "--size 512 is for the family mmdit, not for unet"),
     ],
 )
 def test_options_of_another_family_are_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     done = called("tools.demo.train_pipeline", "--out", tmp_path / "pipeline", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_smaller_latents_have_the_mean_positions_of_what_they_stand_for_and_as_many_zeros_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(MMDITS, 64, (1, 1))
+    family = make_mmdit_family(torch.device("cpu"), 512)
+    own = family.denoiser.pos_embed.pos_embed
+    seen = []
+    family.denoiser.context_embedder.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    text = family.embed(torch.tensor(family.token_ids(["a red circle"])))
+    with torch.no_grad(), smaller_latents(family.denoiser, 32):
+        small = family.denoiser.pos_embed.pos_embed
+        torch.testing.assert_close(small[0, 17], own[0, [66, 67, 98, 99]].mean(0))  # row 1, column 1 of 16
+        assert family.predict(family.denoiser, torch.zeros(1, 4, 32, 32), torch.ones(1), *text).shape[2:] == (32, 32)
+    assert family.denoiser.pos_embed.pos_embed is own
+    with torch.no_grad():
+        family.predict(family.denoiser, torch.zeros(1, 4, 64, 64), torch.ones(1), *text)
+    assert seen == [32 + 64, 32 + 256]
+
+
+def test_a_larger_picture_shows_the_same_scene() -> None:
+    arrays = {
+        name: torch.as_tensor(array)
+        for name, array in place([s for s, _ in training_captions(3, 1, seed=4)], 4).items()
+    }
+    small, large = (draw_batch(arrays, slice(0, 3), size) for size in (256, 512))
+    assert large.shape == (3, 3, 512, 512)
+    difference = (torch.nn.functional.avg_pool2d(large, 2) - small).abs()
+    assert difference.mean() < 2e-3  # outlines are sharper
 
 
 # A training

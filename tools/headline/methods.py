@@ -1,0 +1,106 @@
+"""What is compared: a way to run whole loops, and those of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engines.conditioning import Conditioning
+from engines.reuse import order_of
+from engines.runtime import DenoiseRuntime
+from engines.schedule import Schedule
+from engines.setting_choice import SettingChoice
+
+OURS, PEER = "ours", "peer"
+"""Whose 16-bit run of all steps a method is compared with."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that a loop makes at once.
+
+    Attributes:
+        conditioning: for N prompts.
+        noise: unit normal, float32 [N, C, h, w].
+    """
+
+    conditioning: Conditioning
+    noise: np.ndarray
+
+
+Denoise = Callable[[Batch], np.ndarray]
+"""A whole loop: final latents, float32 [N, C, h, w] on the host, so that nothing is left to wait for."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to run the loop.
+
+    Attributes:
+        name: unique.
+        group: of a curve, such as "schedule".
+        reference: `OURS` or `PEER`.
+        open: makes it ready, and undoes that.
+        computed: steps at which the denoiser was computed in the last loop.
+        choices: of every step, where they are known beforehand.
+    """
+
+    name: str
+    group: str
+    reference: str
+    open: Callable[[], AbstractContextManager[Denoise]]
+    computed: Callable[[], int]
+    choices: tuple[str, ...] = ()
+
+
+def of_bundle(runtime: DenoiseRuntime, name: str, group: str, schedule: Schedule) -> Method:
+    """A schedule of a bundle's setting."""
+
+    def denoise(batch: Batch) -> np.ndarray:
+        return runtime.denoise(batch.conditioning, schedule, batch.noise)
+
+    computed = sum(order_of(choice) is None for choice in schedule.precisions)
+    return Method(name, group, OURS, lambda: nullcontext(denoise), lambda: computed, schedule.precisions)
+
+
+def bundle_methods(runtime: DenoiseRuntime, schedules: Sequence[Path], fewer: Sequence[int]) -> Iterator[Method]:
+    """Uniform precisions, the reference first; schedules; rules; fewer steps, of which the bundle needs settings."""
+    reference, *low = runtime.precisions
+    for precision in runtime.precisions:
+        yield of_bundle(runtime, f"uniform {precision}", "uniform", runtime.schedule(f"uniform:{precision}"))
+    for path in schedules:
+        yield of_bundle(runtime, path.stem, "schedule", Schedule.load(path))
+    for precision, orders in [(reference, (1,)), *((name, (0, 1)) for name in low[:1])]:
+        for name, choices in reuse_rules(runtime.num_steps, precision, orders).items():
+            yield of_bundle(runtime, name, f"reuse at fixed steps, {precision}", chosen(runtime, choices, name))
+    for precision in (reference, *low[:1]):
+        for steps in fewer:
+            shorter = runtime.at(SettingChoice(steps=steps, size=(runtime.setting.height, runtime.setting.width)))
+            schedule = shorter.schedule(f"uniform:{precision}")
+            yield of_bundle(shorter, f"{steps} steps, {precision}", f"fewer steps, {precision}", schedule)
+
+
+def chosen(runtime: DenoiseRuntime, choices: Sequence[str], origin: str) -> Schedule:
+    """A schedule of given choices."""
+    manifest = runtime.manifest
+    return Schedule(
+        bundle_id=manifest.bundle_id, setting=runtime.setting.name, precisions=tuple(choices), origin=origin
+    )
+
+
+def reuse_rules(num_steps: int, precision: str, orders: Sequence[int]) -> dict[str, tuple[str, ...]]:
+    """Every n-th step reused, or only every n-th one computed, from a tenth of the loop on."""
+    begin = max(-(-num_steps // 10), 1 + max(orders))
+    found = {}
+    for order in orders:
+        for n, one_reused in ((4, True), (3, True), (2, True), (3, False), (4, False)):
+            phases = [(k - begin) % n if k >= begin else None for k in range(num_steps)]
+            reused = [phase is not None and (phase == 0 if one_reused else phase != n - 1) for phase in phases]
+            word = "reused" if one_reused else "computed"
+            name = f"one in {n} {word}, order {order}, {precision}"
+            found[name] = tuple(f"reuse{order}" if again else precision for again in reused)
+    return found

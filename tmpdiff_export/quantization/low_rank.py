@@ -123,7 +123,7 @@ def price_db(share: float) -> float:
     FP8's error is nothing beside NVFP4's, and errors of layers add up, so that 1 - `share` of the squared error would
     be left; infinite where FP8 would take no more bytes.
     """
-    return -10 * math.log10(1 - share) if share < 1 else math.inf
+    return 10 * math.log10(1 / (1 - share)) if share < 1 else math.inf
 
 
 def _stored(basis: torch.Tensor, down: torch.Tensor) -> LowRank:

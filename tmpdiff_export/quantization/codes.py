@@ -118,7 +118,7 @@ def quantize_layer(
 
     Scales are rounded to the format that stores them before the codes are computed, so that codes are
     nearest to the scale that is stored. Next to `weight`, it takes the memory of one float32 copy and the codes, with a
-    branch of four.
+    branch of two copies and twice the codes.
 
     Args:
         weight: [N, K] (of a convolution K = C kh kw), floating, on any device; not changed. On "meta" only the shapes

@@ -7,7 +7,7 @@ quantized activations reaches the output through the residual alone, so a smalle
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ ROUNDS = 5
 _FIRST_ITERATIONS, _LATER_ITERATIONS = 6, 1
 _SEED = 0
 _FP16_MAX = torch.finfo(torch.float16).max
+_VALUES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,19 +87,16 @@ def split(weight: torch.Tensor, rank: int, shared_amax: float | None) -> SplitWe
         return SplitWeight(LowRank(*halves), *nvfp4.quantize_blocks(weight, scale), scale)
     noise = torch.randn(depth, rank, generator=torch.Generator().manual_seed(_SEED))
     basis = torch.linalg.qr(weight @ noise.to(device)).Q
-    wanted, best, least = weight, None, math.inf
+    best, least = None, math.inf
+    wanted = weight.clone()
     for index in range(ROUNDS):
         for _ in range(_LATER_ITERATIONS if index else _FIRST_ITERATIONS):
             basis = torch.linalg.qr(wanted @ torch.linalg.qr(wanted.T @ basis).Q).Q
         branch = _stored(basis, basis.T @ wanted)
-        residual = weight - branch.weight()
-        scale = nvfp4.tensor_scale(residual.abs().max() if shared_amax is None else shared_amax).to(device)
-        codes, block_scale = nvfp4.quantize_blocks(residual, scale)
-        rounded = nvfp4.dequantize(codes, block_scale, scale)
-        error = float(residual.sub_(rounded).square_().sum())
+        amax = _residual_amax(weight, branch) if shared_amax is None else shared_amax
+        made, error = _rounded(weight, branch, nvfp4.tensor_scale(amax).to(device), wanted)
         if best is None or error < least:
-            best, least = SplitWeight(branch, codes, block_scale, scale), error
-        wanted = weight - rounded
+            best, least = made, error
     assert best is not None
     return best
 
@@ -124,6 +122,33 @@ def price_db(share: float) -> float:
     be left; infinite where FP8 would take no more bytes.
     """
     return 10 * math.log10(1 / (1 - share)) if share < 1 else math.inf
+
+
+def _rounded(
+    weight: torch.Tensor, branch: LowRank, scale: torch.Tensor, wanted: torch.Tensor
+) -> tuple[SplitWeight, float]:
+    """The codes of what a branch leaves, and their squared error; `wanted` becomes the weight less what they stand for."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    block_scale = weight.new_empty((len(weight), weight.shape[1] // nvfp4.BLOCK_SIZE), dtype=torch.float8_e4m3fn)
+    error = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for part, residual in _residuals(weight, branch):
+        codes[part], block_scale[part] = nvfp4.quantize_blocks(residual, scale)
+        rounded = nvfp4.dequantize(codes[part], block_scale[part], scale)
+        error += residual.sub_(rounded).square_().sum()
+        wanted[part] = weight[part] - rounded
+    return SplitWeight(branch, codes, block_scale, scale), float(error)
+
+
+def _residual_amax(weight: torch.Tensor, branch: LowRank) -> torch.Tensor:
+    return torch.stack([residual.abs().max() for _, residual in _residuals(weight, branch)]).max()
+
+
+def _residuals(weight: torch.Tensor, branch: LowRank) -> Iterator[tuple[slice, torch.Tensor]]:
+    """What a branch leaves of a weight, some rows at a time: rounding takes several tensors of that size."""
+    down, rows = branch.down.float(), max(1, _VALUES_AT_ONCE // weight.shape[1])
+    for begin in range(0, len(weight), rows):
+        part = slice(begin, begin + rows)
+        yield part, weight[part] - branch.up[part].float() @ down
 
 
 def _stored(basis: torch.Tensor, down: torch.Tensor) -> LowRank:

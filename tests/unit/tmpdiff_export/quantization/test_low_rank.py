@@ -139,6 +139,23 @@ def test_rounds_leave_less_than_one_does(monkeypatch: pytest.MonkeyPatch) -> Non
     assert several > error() + 0.3
 
 
+def test_a_large_weight_is_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = structured(384, 256)
+    whole = made(weight, RANK)
+    monkeypatch.setattr("tmpdiff_export.quantization.low_rank._VALUES_AT_ONCE", 7 * 256)
+    parts = made(weight, RANK)
+    assert whole.branch is not None
+    assert parts.branch is not None
+    found = [noise_db(weight, item.dequantized() + item.branch.weight()) for item in (whole, parts)]
+    assert found[1] == pytest.approx(found[0], abs=0.1)
+    assert parts.codes.shape == weight.shape
+
+
+def test_k_must_be_a_multiple_of_16() -> None:
+    with pytest.raises(ValueError, match=r"K \(40\) to be a multiple of the block size \(16\)"):
+        made(normal(N, 40), RANK)
+
+
 def test_the_branch_is_nearly_that_of_the_singular_value_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tmpdiff_export.quantization.low_rank.ROUNDS", 1)
     weight = structured(384, 256)

@@ -111,7 +111,7 @@ def export_family(small: Miniature, precisions: tuple[Precision, ...], out: Path
         }
         rows.append(row)
         print(
-            f"{row['file']:26} {row['bytes'] / 1e6:6.2f} MB  {row['quantized_layers']:3} of {row['layers']} layers"
+            f"{row['file']:31} {row['bytes'] / 1e6:6.2f} MB  {row['quantized_layers']:3} of {row['layers']} layers"
             f"  {row['sqnr_db']:6.1f} dB  {row['recipe']}",
             flush=True,
         )

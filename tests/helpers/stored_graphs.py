@@ -19,7 +19,12 @@ Layers = Mapping[str, QuantizedLayer]
 
 def inputs_of(layers: Layers) -> dict[str, LayerInputs]:
     """What the graph holds itself of quantized layers."""
-    return {name: LayerInputs(layer.input_scale, layer.pre_quant_scale) for name, layer in layers.items()}
+    return {
+        name: LayerInputs(
+            layer.input_scale, layer.pre_quant_scale, 0 if layer.branch is None else layer.branch.up.shape[1]
+        )
+        for name, layer in layers.items()
+    }
 
 
 def save_stored(

@@ -13,6 +13,7 @@ from tmpdiff_export.bundling.observed import Ranges
 from tmpdiff_export.bundling.site import Site
 from tmpdiff_export.bundling.weights import ranges_digest, shared_tensors, store_codes, store_plain
 from tmpdiff_export.quantization.codes import AttentionRange, LayerRange
+from tmpdiff_export.quantization.low_rank import price_db, share_of_fp8
 from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.quantization.sixteen_bit import NO_RECIPE
 from tmpdiff_export.targets.target import EngineJob, PreparedEngine, SourceModel
@@ -62,6 +63,8 @@ class DenoiserEngines:
                 continue
             self._variants[precision] = []
             for variant, found in ranges[precision].items():
+                if self._share_of_fp8(found) >= 1:
+                    continue  # FP8 would take no more bytes
                 job, prepared = self._prepare(precision, precision, variant)
                 codes = store_codes(site, form, job, site.denoiser_sha256, weight)
                 self._variants[precision].append(_Variant(variant, job, prepared, found, codes))
@@ -115,7 +118,7 @@ class DenoiserEngines:
 
     def _trial(self, precision: Precision, item: _Variant, model: SourceModel, name: str) -> Trial:
         plain = [file for readers, file in self._plain.items() if precision.value in readers]
-        return start_trial(
+        trial = start_trial(
             self._site,
             EngineName(name, item.name),
             item.prepared,
@@ -128,6 +131,15 @@ class DenoiserEngines:
                 "attention": {layer: list(found.scales) for layer, found in self._attention(precision).items()},
             },
         )
+        return replace(trial, price_db=price_db(self._share_of_fp8(item.ranges)))
+
+    def _share_of_fp8(self, ranges: Mapping[str, LayerRange]) -> float:
+        """See `low_rank.share_of_fp8`; branches of one variant have one rank."""
+        rank = max((found.rank for found in ranges.values()), default=0)
+        if not rank:
+            return 0.0
+        shapes = (self._model.module.get_submodule(name).weight.shape for name in ranges)
+        return share_of_fp8(((width, depth) for width, depth in shapes), rank)
 
     def job(self, precision: Precision, coded: Precision | None, variant: str) -> EngineJob:
         """An engine whose layers have codes of a precision, by a variant of its recipe, or none."""

@@ -81,10 +81,12 @@ class Trial:
     Attributes:
         made: its manifest entry.
         keep: keeps the stage when it is there, at the first call.
+        price_db: what it has to be better by for the bytes that it takes more than others.
     """
 
     made: Future[EngineEntry]
     keep: Callable[[], BuiltEngine]
+    price_db: float = 0.0
 
 
 def start_trial(
@@ -161,13 +163,13 @@ class StartedEngine:
         return [trial.made for trial in self.trials if not trial.made.done()]
 
     def finish(self) -> BuiltEngine:
-        """Waits for the variants and returns the best one; to be called once.
+        """Waits for the variants and returns the best one for its price; to be called once.
 
         Raises:
             BuildError: it is below its SQNR floor, or what making a variant raised.
         """
-        built = [trial.keep() for trial in self.trials]
-        best = max(built, key=lambda engine: engine.entry.sqnr_db)  # the first of equals
+        worth = [trial.keep().entry.sqnr_db - trial.price_db for trial in self.trials]
+        best = self.trials[worth.index(max(worth))].keep()  # the first of equals
         require_floor(self.name, best.entry)
         return best
 

@@ -28,6 +28,8 @@ CACHE_BYTES = _GIB // 2
 # Tensors of an activation's size that are alive at once.
 _DENOISER_TENSORS = 8
 _DECODER_TENSORS, _DECODER_CHANNELS = 6, 128
+# Side of the largest layer to that of most, both as squares: 6869 to 3072 and more in FLUX.1.
+_LARGEST_SIDE_TO_MEAN = 2
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,11 @@ def estimate(size: BuildSize) -> Estimate:
         host["activations"] = size.activation_bytes
     if size.device == "cuda":
         gpu["engines"] = (2 * largest_engine + WORKSPACE_BYTES) * at_once
-    stored = {item: int(size.parameters * BITS_PER_WEIGHT[item] / 8) for item in size.precisions}
+    tried = {item: _variant_bytes(size, item) for item in size.precisions}
+    stored = {item: max(counts) for item, counts in tried.items()}
     components = 2 * size.component_parameters
     disk = {"text encoders and VAE decoder": components, **{item.value: count for item, count in stored.items()}}
-    trials = max((len(RECIPES[item].variants) - 1) * count for item, count in stored.items())
+    trials = max(sum(counts) - max(counts) for counts in tried.values())
     if trials > 0:
         disk["variants on trial"] = trials
     if size.backend == "tensorrt":  # plans have weights in them
@@ -255,6 +258,17 @@ def _engine_host_bytes(size: BuildSize, parameters: int) -> int:
     if size.backend == "onnxruntime" and size.device == "cpu":
         return 4 * parameters  # the session widens 16-bit weights
     return 0 if size.backend == "torch" and size.device == "cuda" else 2 * parameters
+
+
+def _variant_bytes(size: BuildSize, precision: Precision) -> list[int]:
+    """The weights of an engine by every variant of its recipe; branches of low rank take no more than FP8 would."""
+    codes = BITS_PER_WEIGHT[precision]
+    side = max(1, math.isqrt(size.largest_layer) // _LARGEST_SIDE_TO_MEAN)
+    bits = (
+        codes + min(32 * variant.rank / side, BITS_PER_WEIGHT[Precision.FP8] - codes) if variant.rank else codes
+        for variant in RECIPES[precision].variants
+    )
+    return [int(size.parameters * item / 8) for item in bits] or [int(size.parameters * codes / 8)]
 
 
 def _fewer_precisions(size: BuildSize) -> list[tuple[str, BuildSize]]:

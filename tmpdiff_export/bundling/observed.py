@@ -269,7 +269,7 @@ def _read(kept: Kept) -> Ranges:
             label = f"{precision.value}/{variant.name}"
             if label in kept.result:
                 layers.setdefault(precision, {})[variant.name] = {
-                    name: LayerRange(amax, scales.get(f"{label}/{name}"), shared)
+                    name: LayerRange(amax, scales.get(f"{label}/{name}"), shared, variant.rank)
                     for name, (amax, shared) in kept.result[label].items()
                 }
     return layers

@@ -121,6 +121,7 @@ def ranges_digest(ranges: Mapping[str, LayerRange]) -> str:
                 name: [
                     found.input_amax,
                     found.shared_weight_amax,
+                    found.rank,
                     None if found.pre_quant_scale is None else sha256_bytes(found.pre_quant_scale.numpy().tobytes()),
                 ]
                 for name, found in ranges.items()

@@ -19,8 +19,9 @@ from engines.precision import Precision
 from tmpdiff_export.onnx_graphs import qdq_nvfp4
 from tmpdiff_export.onnx_graphs.export import drop_unused
 from tmpdiff_export.onnx_graphs.external import data_less
-from tmpdiff_export.onnx_graphs.stored import CODES, SCALE, TRANSPOSED
+from tmpdiff_export.onnx_graphs.stored import CODES, LOW_RANK_DOWN, LOW_RANK_UP, SCALE, TRANSPOSED
 from tmpdiff_export.quantization.codes import LayerRange, input_scale
+from tmpdiff_export.quantization.low_rank import rank_within
 from tmpdiff_export.quantization.recipes import Recipe
 
 IR_VERSION = 10
@@ -38,22 +39,25 @@ class LayerInputs:
     Attributes:
         input_scale: see `QuantizedLayer`.
         pre_quant_scale: see `QuantizedLayer`.
+        rank: see `LayerRange`.
     """
 
     input_scale: torch.Tensor | None
     pre_quant_scale: torch.Tensor | None
+    rank: int = 0
 
     @classmethod
     def of(cls, found: LayerRange, precision: Precision) -> LayerInputs:
         """By a layer's range, before it is quantized."""
         scale = found.pre_quant_scale
-        return cls(input_scale(found, precision), None if scale is None else scale.half())
+        return cls(input_scale(found, precision), None if scale is None else scale.half(), found.rank)
 
 
 def insert_qdq(model: onnx.ModelProto, layers: Mapping[str, LayerInputs], recipe: Recipe) -> onnx.ModelProto:
     """A copy of `model` with every layer in `layers` quantized.
 
-    All operators are standard ONNX, except for NVFP4's dynamic quantization of activations (`qdq_nvfp4`).
+    All operators are standard ONNX, except for NVFP4's dynamic quantization of activations (`qdq_nvfp4`). A branch of
+    low rank is two products and an addition.
 
     Args:
         model: as `export.export_graph` returns it.
@@ -91,6 +95,19 @@ def insert_qdq(model: onnx.ModelProto, layers: Mapping[str, LayerInputs], recipe
     return result
 
 
+@dataclass(frozen=True)
+class Activation:
+    """The input of a layer, by the names of tensors.
+
+    Attributes:
+        smoothed: in 16 bit.
+        quantized: as the layer's codes see it.
+    """
+
+    smoothed: str
+    quantized: str
+
+
 class _Writer:
     """Collects the new node list; one Q/DQ pair per activation, one DQ per weight."""
 
@@ -103,7 +120,7 @@ class _Writer:
         self.float_types = {item.name: item.data_type for item in graph.initializer}
         self.dims = {item.name: tuple(item.dims) for item in graph.initializer}
         self.placed: set[str] = set()
-        self.activations: dict[tuple[str, bytes, bytes], str] = {}
+        self.activations: dict[tuple[str, bytes, bytes], Activation] = {}
 
     def add(self, node: onnx.NodeProto) -> None:
         """Appends `node`, quantized if its weight belongs to a layer."""
@@ -116,12 +133,18 @@ class _Writer:
         weight = self._weight(name, float_type, node)
         data = self._activation(node.input[0], layer, float_type)
         if node.op_type == "Conv":
-            self.nodes.append(helper.make_node("Conv", [data, weight, *node.input[2:]], node.output, name=node.name))
+            inputs = [data.quantized, weight, *node.input[2:]]
+            self.nodes.append(helper.make_node("Conv", inputs, node.output, name=node.name))
             self.nodes[-1].attribute.extend(node.attribute)
             return
         bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
         product = f"{node.output[0]}_product" if bias else node.output[0]
-        self.nodes.append(helper.make_node("MatMul", [data, weight], [product], name=node.name or f"{name}/MatMul"))
+        codes = f"{product}_of_codes" if layer.rank else product
+        inputs = [data.quantized, weight]
+        self.nodes.append(helper.make_node("MatMul", inputs, [codes], name=node.name or f"{name}/MatMul"))
+        if layer.rank:
+            self._branch(name, node, float_type, data.smoothed)
+            self.nodes.append(helper.make_node("Add", [codes, f"{name}.low_rank"], [product], name=f"{name}/low_rank"))
         if bias:
             self.nodes.append(helper.make_node("Add", [product, bias], [node.output[0]], name=f"{name}/Add"))
 
@@ -136,9 +159,7 @@ class _Writer:
         if name in self.placed:
             return output
         self.placed.add(name)
-        dims, precision, block_size = self.dims[reader.input[1]], self.recipe.precision, self.recipe.block_size
-        if not reader.input[1].endswith(TRANSPOSED) and reader.op_type == "Gemm":
-            dims = dims[::-1]  # [N, K], read transposed
+        dims, precision, block_size = self._dims(reader), self.recipe.precision, self.recipe.block_size
         if precision is Precision.NVFP4:
             return self._take(qdq_nvfp4.weight_fragment(name, dims[::-1], float_type))
         codes, scale = f"{name}.{CODES}", f"{name}.{SCALE}"
@@ -157,7 +178,25 @@ class _Writer:
         )
         return output
 
-    def _activation(self, source: str, layer: LayerInputs, float_type: int) -> str:
+    def _dims(self, reader: onnx.NodeProto) -> tuple[int, ...]:
+        """Of a weight as its reader multiplies by it: [K, N], of a convolution [N, C, kh, kw]."""
+        dims = self.dims[reader.input[1]]
+        transposed = not reader.input[1].endswith(TRANSPOSED) and reader.op_type == "Gemm"
+        return dims[::-1] if transposed else dims
+
+    def _branch(self, name: str, reader: onnx.NodeProto, float_type: int, data: str) -> None:
+        """Two products of what has not been quantized; their output is `<name>.low_rank`."""
+        depth, width = self._dims(reader)
+        rank = rank_within(self.layers[name].rank, (width, depth))
+        for part, dims, output in (
+            (LOW_RANK_DOWN, (depth, rank), f"{name}.low_rank_narrow"),
+            (LOW_RANK_UP, (rank, width), f"{name}.low_rank"),
+        ):
+            self.graph.initializer.append(data_less(f"{name}.{part}", float_type, dims))
+            self.nodes.append(helper.make_node("MatMul", [data, f"{name}.{part}"], [output], name=f"{name}/{part}"))
+            data = output
+
+    def _activation(self, source: str, layer: LayerInputs, float_type: int) -> Activation:
         key = (source, _bytes(layer.input_scale), _bytes(layer.pre_quant_scale))
         if key in self.activations:
             return self.activations[key]
@@ -170,6 +209,7 @@ class _Writer:
                 helper.make_node("Mul", [data, f"{stem}_smoothing"], [f"{stem}_smoothed"], name=f"{stem}/smooth")
             )
             data = f"{stem}_smoothed"
+        smoothed = data
         if layer.input_scale is not None and self.recipe.precision is Precision.NVFP4:
             data = self._take(qdq_nvfp4.activation_fragment(stem, data, layer.input_scale, float_type))
         elif layer.input_scale is not None:
@@ -182,8 +222,8 @@ class _Writer:
             ):
                 self.nodes.append(helper.make_node(op, [inputs, scale, zero], [output], name=f"{stem}/{op}"))
             data = f"{stem}_dequantized"
-        self.activations[key] = data
-        return data
+        self.activations[key] = Activation(smoothed, data)
+        return self.activations[key]
 
 
 def _bytes(scale: torch.Tensor | None) -> bytes:

@@ -12,6 +12,7 @@ from tmpdiff_export.quantization.packing import pack
 
 TRANSPOSED = "^T"
 CODES, SCALE, BLOCK_SCALE = "weight_codes", "weight_scale", "weight_block_scale"
+LOW_RANK_DOWN, LOW_RANK_UP = "low_rank_down", "low_rank_up"
 
 
 def plain_tensor(name: str, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -37,7 +38,7 @@ def layer_tensors(name: str, layer: QuantizedLayer, weight_shape: Sequence[int])
     Returns:
         `<name>.weight_codes`: [K, N] as MatMul reads it, of a convolution [N, C, kh, kw]; four-bit ones packed, as
         `external.stored_form` says; of NVFP4 [N, K] before packing. `<name>.weight_scale`: [N], of INT4 [K / block, N],
-        else []. `<name>.weight_block_scale` of NVFP4: [N, K / 16].
+        else []. `<name>.weight_block_scale` of NVFP4: [N, K / 16]. Of a branch, as `branch_tensors`.
     """
     codes, scale = layer.codes, layer.weight_scale
     found: dict[str, torch.Tensor] = {}
@@ -49,4 +50,17 @@ def layer_tensors(name: str, layer: QuantizedLayer, weight_shape: Sequence[int])
         scale = scale.T
     else:
         codes = codes.reshape(tuple(weight_shape)) if len(weight_shape) > 2 else codes.T
-    return {f"{name}.{part}": item.contiguous() for part, item in {CODES: codes, SCALE: scale, **found}.items()}
+    own = {f"{name}.{part}": item.contiguous() for part, item in {CODES: codes, SCALE: scale, **found}.items()}
+    return own | branch_tensors(name, layer)
+
+
+def branch_tensors(name: str, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
+    """The initializers of a layer's 16-bit branch, float16, as MatMul reads them; none where it has none.
+
+    Returns:
+        `<name>.low_rank_down`: [K, r]. `<name>.low_rank_up`: [r, N].
+    """
+    if layer.branch is None:
+        return {}
+    halves = {LOW_RANK_DOWN: layer.branch.down, LOW_RANK_UP: layer.branch.up}
+    return {f"{name}.{part}": item.T.contiguous() for part, item in halves.items()}

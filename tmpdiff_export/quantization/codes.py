@@ -12,6 +12,7 @@ import torch
 
 from engines.precision import Precision
 from tmpdiff_export.quantization import nvfp4
+from tmpdiff_export.quantization.low_rank import LowRank, split
 
 # Below this FP16 scales are subnormal and lose their bits.
 SMALLEST_FP16_SCALE = 6.2e-5
@@ -30,11 +31,13 @@ class LayerRange:
             them all.
         shared_weight_amax: NVFP4's: largest magnitude over the (divided) weights of all layers that read the same
             activation, None for a layer that is alone with its own.
+        rank: of the 16-bit branch beside NVFP4 codes, 0 for none.
     """
 
     input_amax: float | None
     pre_quant_scale: torch.Tensor | None
     shared_weight_amax: float | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class AttentionRange:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
-    """Codes and scales of one linear layer; `codes * scale` approximates the weight.
+    """Codes and scales of one linear layer; `codes * scale`, with its branch, approximates the weight.
 
     All tensors are on one device, which may be "meta".
 
@@ -71,6 +74,7 @@ class QuantizedLayer:
         input_scale: float16 [] or None (weight-only). NVFP4: the tensor scale, float32 [].
         pre_quant_scale: [K] float16 or None.
         block_scale: NVFP4's, float8_e4m3fn [N, K / 16]; None for the others.
+        branch: the 16-bit branch that reads the smoothed input before it is quantized; None for most layers.
     """
 
     precision: Precision
@@ -79,9 +83,10 @@ class QuantizedLayer:
     input_scale: torch.Tensor | None
     pre_quant_scale: torch.Tensor | None
     block_scale: torch.Tensor | None = None
+    branch: LowRank | None = None
 
     def dequantized(self) -> torch.Tensor:
-        """The (divided) weight that the codes stand for, float32 [N, K]."""
+        """The (divided) weight that the codes stand for, without the branch, float32 [N, K]."""
         if self.block_scale is not None:
             return nvfp4.dequantize(self.codes, self.block_scale, self.weight_scale)
         # A scale a tensor, a row, or a block of a row.
@@ -112,7 +117,8 @@ def quantize_layer(
     """Quantizes a weight symmetrically with the scale form of `precision`.
 
     Scales are rounded to the format that stores them before the codes are computed, so that codes are
-    nearest to the scale that is stored. Next to `weight`, it takes the memory of one float32 copy and the codes.
+    nearest to the scale that is stored. Next to `weight`, it takes the memory of one float32 copy and the codes, with a
+    branch of two copies and twice the codes.
 
     Args:
         weight: [N, K] (of a convolution K = C kh kw), floating, on any device; not changed. On "meta" only the shapes
@@ -131,8 +137,11 @@ def quantize_layer(
     scaled = weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if found.pre_quant_scale is not None:
         scaled.div_(found.pre_quant_scale.to(device))
-    block_scale = None
-    if precision is Precision.NVFP4:
+    block_scale = branch = None
+    if precision is Precision.NVFP4 and found.rank:
+        made = split(scaled, found.rank, found.shared_weight_amax)
+        branch, codes, block_scale, scale = made.branch, made.codes, made.block_scale, made.scale
+    elif precision is Precision.NVFP4:
         # Layers that read one activation share the tensor scale, because TensorRT then makes one product of them (a
         # block's q, k and v). It costs next to nothing, since block scales follow each weight: 21.9 dB became 21.8 on
         # the embedded pipeline, with 31 products in place of 45.
@@ -160,6 +169,7 @@ def quantize_layer(
         input_scale=None if taken is None else taken.to(device),
         pre_quant_scale=None if found.pre_quant_scale is None else found.pre_quant_scale.half().to(device),
         block_scale=block_scale,
+        branch=branch,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -107,7 +108,8 @@ def calibrate_ranges(
                 scales = smoothing_scales(observed, chosen, variant.smoothing, weight)
             else:
                 scales = {}
-            found[precision][variant.name] = find_ranges(observed, chosen, recipe, scales, weight)
+            ranges = find_ranges(observed, chosen, recipe, scales, weight)
+            found[precision][variant.name] = {name: replace(item, rank=variant.rank) for name, item in ranges.items()}
     return found
 
 

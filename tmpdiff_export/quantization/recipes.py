@@ -29,15 +29,17 @@ class Awq:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of choosing scales within a recipe; a build keeps the variant with the best SQNR.
+    """One way of choosing scales within a recipe; a build keeps the best SQNR, less the price of branches (`low_rank`).
 
     Attributes:
         name: how the manifest and the tables call it.
         smoothing: what scales channels of inputs and weights, None where ranges are taken as they are.
+        rank: of a 16-bit branch beside NVFP4 codes (`low_rank`), 0 for none.
     """
 
     name: str
     smoothing: SmoothQuant | Awq | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,12 @@ RECIPES: dict[Precision, Recipe] = {
     Precision.NVFP4: Recipe(
         Precision.NVFP4,
         opset=23,
-        # No SmoothQuant: +.5 dB with one set of prompts on the embedded pipeline, -1.1 dB with another.
-        variants=(Variant("max"),),
+        # Alone, no SmoothQuant: +.5 dB with one set of prompts on the embedded pipeline, -1.1 dB with another. A branch
+        # takes what it moves into the weights.
+        variants=(
+            Variant("max"),
+            *(Variant(f"rank{rank}", SmoothQuant(alpha=0.5), rank) for rank in (16, 32, 64)),
+        ),
         # There, quantizing modulation and embedders too costs .9 and 1.2 dB for a file smaller by 22 %.
         high_precision=_ACTIVATION_OUTLIERS,
         sqnr_floor_db=12.0,  # 21.9 and 22.4 dB there, for two sets of prompts

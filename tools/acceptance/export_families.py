@@ -2,10 +2,10 @@
 
     python -m tools.acceptance.export_families --out build/families
 
-Writes `<family>.<precision>.onnx`, the strongly typed graphs, their weights beside them in `.safetensors` files, and
-`exports.json`: per graph its size with the weights, its hash, how many layers are quantized, and the SQNR of the CPU engine
-of the same codes against FP32 torch. Exit status 1 if one cannot be made, or its engine is less accurate than its
-precision's floor.
+Writes `<family>.<precision>.onnx` and `<family>.nvfp4-rank32.onnx`, the strongly typed graphs, their weights beside them in
+`.safetensors` files, and `exports.json`: per graph its size with the weights, its hash, how many layers are quantized, and
+the SQNR of the CPU engine of the same codes against FP32 torch. Exit status 1 if one cannot be made, or its engine is less
+accurate than its precision's floor.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from tools.acceptance.miniatures import Miniature, miniature
 RANGE_STEPS = 6
 CHECK_STEPS = 3
 TABLE = "exports.json"
+JUDGED_RANK = 32
 CODES = {
     Precision.FP8: onnx.TensorProto.FLOAT8E4M3FN,
     Precision.INT8: onnx.TensorProto.INT8,
@@ -88,11 +89,12 @@ def export_family(small: Miniature, precisions: tuple[Precision, ...], out: Path
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     layers = [name for name, layer in model.module.named_modules() if isinstance(layer, kinds)]
     rows = []
-    for precision in precisions:
+    for precision, rank in [(item, rank) for item in precisions for rank in ranks(item)]:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as scratch:
-            job, entry = best_cpu_engine(model, precision, batches, Path(scratch))
+            job, entry = best_cpu_engine(model, precision, batches, Path(scratch), rank)
         require_floor(precision.value, entry)
-        path = write_strong_graph(job, out / f"{small.name}.{precision.value}.onnx")
+        suffix = f"-rank{rank}" if rank else ""
+        path = write_strong_graph(job, out / f"{small.name}.{precision.value}{suffix}.onnx")
         row = {
             "file": path.name,
             "family": small.name,
@@ -109,11 +111,16 @@ def export_family(small: Miniature, precisions: tuple[Precision, ...], out: Path
         }
         rows.append(row)
         print(
-            f"{row['file']:26} {row['bytes'] / 1e6:6.2f} MB  {row['quantized_layers']:3} of {row['layers']} layers"
+            f"{row['file']:31} {row['bytes'] / 1e6:6.2f} MB  {row['quantized_layers']:3} of {row['layers']} layers"
             f"  {row['sqnr_db']:6.1f} dB  {row['recipe']}",
             flush=True,
         )
     return rows
+
+
+def ranks(precision: Precision) -> list[int]:
+    """Of the branches of the graphs that are written at a precision; 0 for none."""
+    return sorted({variant.rank for variant in RECIPES[precision].variants} & {JUDGED_RANK} | {0})
 
 
 def family_model(small: Miniature, checks: Sequence[Batch]) -> SourceModel:
@@ -157,11 +164,14 @@ def find_ranges(model: SourceModel, precision: Precision, batches: Sequence[Batc
 
 
 def best_cpu_engine(
-    model: SourceModel, precision: Precision, batches: Sequence[Batch], folder: Path
+    model: SourceModel, precision: Precision, batches: Sequence[Batch], folder: Path, rank: int = 0
 ) -> tuple[EngineJob, EngineEntry]:
-    """Makes the CPU engines of all variants in an empty folder; the best one's job and manifest entry."""
+    """Makes the CPU engines of all variants with branches of a rank in an empty folder; the best one's job and entry."""
     made = []
+    others = {item.name for item in RECIPES[precision].variants if item.rank != rank}
     for variant, ranges in find_ranges(model, precision, batches).items():
+        if variant in others:
+            continue
         job = EngineJob(precision.value, model, variant, precision, ranges, RECIPES[precision].sqnr_floor_db)
         target, place = CpuTarget(), folder / variant
         prepared = target.prepare(job)

@@ -11,7 +11,8 @@ goes on where it stopped and none measures what another has. Where the bundle's 
 at once, so many samples are measured together. `--redraw FILE.json` analyses and draws again without a bundle.
 
 `python -m tools.experiments.proof` runs `prediction` and `quality` of several bundles and precisions at once, a process
-each, and `summary` puts their result files beside each other.
+each, and `summary` puts their result files beside each other. `speed_quality` draws files of `quality` over the speed-up,
+by a table of ratios of steps.
 
 `python -m tools.experiments.prompts --kinds plain,composed,unusual --out FILE` draws prompts in any number. `agreement`
 reads result files, `transfer` measures a pair of bundles; `steps` makes a bundle of another number of steps, and

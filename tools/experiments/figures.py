@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -38,6 +39,8 @@ STYLE = {
 DPI = 130
 LETTERS_PER_INCH = 12
 """Of a title, in the style's size."""
+NVFP4, RANK = "nvfp4", "rank"
+"""The precision, and what the recipes of those of its engines begin with that have 16-bit branches."""
 SIMULATED = ("onnxruntime", "torch")
 """The backends that have no kernels for NVFP4 and compute what they would give."""
 
@@ -62,11 +65,18 @@ def headline(figure: Figure, words: str) -> None:
     figure.suptitle("\n".join(textwrap.wrap(words, letters)))
 
 
-def label(precision: str, backend: str) -> str:
-    """A precision as figures and tables name it; what has no kernels on the backend is named as simulated."""
-    if precision == "nvfp4":
-        return "nvfp4 (W4A4, simulated)" if backend in SIMULATED else "nvfp4 (W4A4)"
-    return precision
+def label(precision: str, setting: Mapping[str, Any]) -> str:
+    """A precision as figures and tables name it; what has no kernels on the backend is named as simulated.
+
+    Args:
+        precision: its name.
+        setting: of a result file; older ones have no "recipes".
+    """
+    if precision != NVFP4:
+        return precision
+    recipe = str(setting.get("recipes", {}).get(precision, ""))
+    form = f"W4A4R{recipe.removeprefix(RANK)}" if recipe.startswith(RANK) else "W4A4"
+    return f"{precision} ({form}, simulated)" if setting["backend"] in SIMULATED else f"{precision} ({form})"
 
 
 def colour(precision: str) -> str:

@@ -89,9 +89,8 @@ def analyse(content: dict[str, Any]) -> Analysis:
     """How well every predictor does; intervals over unseen samples."""
     findings: dict[str, Any] = {}
     goals, notes = [], []
-    backend = content["setting"]["backend"]
     for precision, measured in content["data"].items():
-        name = label(precision, backend)
+        name = label(precision, content["setting"])
         fits = {predictor: _fit(measured, predictor) for predictor in measured["predicted"]}
         findings[precision] = fits
         found = fits["gram"]
@@ -156,7 +155,7 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
                 axis.set_major_formatter("{x:.2g}")
             axes.set_xlabel(f"predicted by the {words}")
             if row is rows[0]:
-                axes.set_title(label(precision, setting["backend"]))
+                axes.set_title(label(precision, setting))
         row[0].set_ylabel("measured E, unseen prompts")
     if mappable:
         figure.colorbar(mappable, ax=[axes for row in rows for axes in row], label="K", shrink=0.6)

@@ -28,7 +28,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
     found_goals: list[Goal] = []
     notes: list[str] = []
     for precision, measured in content["data"].items():
-        name = label(precision, setting["backend"])
+        name = label(precision, setting)
         cells = {count: _cell(measured, int(count)) for count in measured["cells"]}
         precisions[precision] = {"cells": cells, "predictor": measured["predictor"], "fit": measured["fit"]}
         for count, cell in cells.items():

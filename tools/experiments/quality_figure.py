@@ -26,7 +26,7 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
     for column, (precision, entry) in enumerate(found.items()):
         shade, cells = colour(precision), entry["cells"]
         axes = [row[column] for row in rows]
-        axes[0].set_title(label(precision, setting["backend"]))
+        axes[0].set_title(label(precision, setting))
         _lines(axes[0], cells, [{n: t["value"] for n, t in cell["typical"].items()} for cell in cells.values()], shade)
         bounds = np.array([[cell["typical"]["schedule"][key] for key in ("low", "high")] for cell in cells.values()]).T
         axes[0].fill_between([int(count) for count in cells], *bounds, color=shade, alpha=0.15, linewidth=0)

@@ -57,7 +57,7 @@ def analyse(content: dict[str, Any]) -> Analysis:
         deviation, regret = Interval(**found["deviation"]), Interval(**found["regret"])
         goals.append(
             Goal(
-                label(precision, setting["backend"]),
+                label(precision, setting),
                 f"calls <= {CALLS_SHARE:.0%}, deviation <= {DEVIATION:g}, regret <= {REGRET:.0%}",
                 f"calls {found['calls_share']:.0%}, deviation {deviation.value:.2f} "
                 f"[{deviation.low:.2f}, {deviation.high:.2f}], regret {regret.value:.1%} "
@@ -163,7 +163,7 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
             axes.axhline(goal, color=INK, linewidth=0.8, alpha=0.6)
             axes.axvline(default, color=RANDOM, linewidth=0.8, alpha=0.6)
             axes.set_ylim(bottom=0)
-        deviation.set_title(label(precision, setting["backend"]))
+        deviation.set_title(label(precision, setting))
         spent.set_xlabel("steps sampled")
     for row, name in zip(rows, ("rank deviation", "regret, %", "calls,\n% of sweep"), strict=True):
         row[0].set_ylabel(name)

@@ -120,7 +120,7 @@ def draw(content: dict[str, Any], findings: dict[str, Any]) -> Figure:
             axes.plot(steps[~above], np.full((~above).sum(), floor), "x", color=shade, markersize=6)
             axes.set(yscale="log", xlabel="step index", ylim=(floor * 0.8, top))
             if direction == directions[0]:
-                axes.set_title(label(precision, setting["backend"]))
+                axes.set_title(label(precision, setting))
         row[0].set_ylabel(f"{direction} score")
     samples = len(setting["calibration_prompts"])
     headline(

@@ -235,6 +235,7 @@ def open_study(args: argparse.Namespace, report: Report) -> Iterator[Study]:
                     "num_steps": runtime.num_steps,
                     "reference": runtime.precisions[0],
                     "precisions": list(precisions),
+                    "recipes": {name: runtime.manifest.denoisers[name][0].recipe for name in runtime.precisions[1:]},
                     "backend": runtime.manifest.reference.backend,
                     "machine": machine(runtime, args.threads),
                     "versions": {

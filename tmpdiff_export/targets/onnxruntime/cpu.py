@@ -14,9 +14,10 @@ from engines.backends.onnxruntime.cpu import OnnxRuntimeEngine, version
 from engines.documents import FileEntry
 from engines.manifest import EngineEntry
 from engines.precision import Precision
-from tmpdiff_export.onnx_graphs.stored import BLOCK_SCALE, CODES, SCALE, layer_tensors
+from tmpdiff_export.onnx_graphs.stored import BLOCK_SCALE, CODES, SCALE, branch_tensors, layer_tensors
 from tmpdiff_export.quantization.codes import QuantizedLayer
 from tmpdiff_export.quantization.packing import pack
+from tmpdiff_export.quantization.sixteen_bit import narrow_type
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.exported import plain_tensors, typed_graph, write_graph
 from tmpdiff_export.targets.onnxruntime.convolution import taps_matrix
@@ -121,7 +122,7 @@ def cpu_layer_tensors(name: str, layer: QuantizedLayer, weight_shape: Sequence[i
         `<name>.weight_codes`: int8 or FP8 [K, N], of a convolution [kh kw C, N]; INT4's for MatMulNBits, uint8
         [N, K / block, block / 2] with zero point 8; NVFP4's are twice the numbers, int8 [K, N].
         `<name>.weight_scale`: float32 [N], of INT4 [N, K / block], else []; NVFP4's is halved.
-        `<name>.weight_block_scale` of NVFP4: [K / 16, N].
+        `<name>.weight_block_scale` of NVFP4: [K / 16, N]. Of a branch, as `stored.branch_tensors`; small ones in float32.
     """
     codes, scale = layer.codes, layer.weight_scale.float()
     if layer.precision is Precision.INT4:
@@ -132,4 +133,7 @@ def cpu_layer_tensors(name: str, layer: QuantizedLayer, weight_shape: Sequence[i
     else:
         as_read = layer_tensors(name, layer, weight_shape)[f"{name}.{CODES}"]
         stored = {CODES: taps_matrix(as_read) if as_read.ndim == 4 else as_read, SCALE: scale}
-    return {f"{name}.{part}": item.contiguous() for part, item in stored.items()}
+    branch = branch_tensors(name, layer)
+    return {f"{name}.{part}": item.contiguous() for part, item in stored.items()} | {
+        part: item.to(narrow_type(item.shape, torch.float16)) for part, item in branch.items()
+    }

@@ -13,6 +13,7 @@ changes:
 - INT4: MatMulNBits on the packed codes.
 - NVFP4: emulated. Weights are dequantized when the engine is loaded, from 8-bit integers in blocks (`nvfp4`),
   activations are quantized to E2M1 with dynamic block scales and dequantized, in a function of standard operators.
+  Branches of low rank are products like others.
 
 The fused operators are ONNX Runtime's contrib operators, written explicitly and not left to its optimizer:
 its Q/DQ passes were seen to compute wrong results silently on such graphs.
@@ -32,6 +33,7 @@ from tmpdiff_export.onnx_graphs.export import drop_unused
 from tmpdiff_export.onnx_graphs.external import data_less
 from tmpdiff_export.onnx_graphs.fp32 import to_fp32
 from tmpdiff_export.onnx_graphs.qdq_nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN
+from tmpdiff_export.onnx_graphs.stored import LOW_RANK_UP
 from tmpdiff_export.quantization.nvfp4 import BLOCK_SIZE
 from tmpdiff_export.targets.onnxruntime import nvfp4
 from tmpdiff_export.targets.onnxruntime.convolution import gather_taps
@@ -59,6 +61,7 @@ def lower_for_cpu(
     graph = result.graph
     counts: Counter[str] = Counter()
     to_fp32(graph, source, counts)
+    counts["low-rank-branches"] = sum(item.name.endswith(f".{LOW_RANK_UP}") for item in graph.initializer)
     lowering = _Lowering(graph, counts)
     nodes = [lowered for node in graph.node for lowered in lowering.lower(node)]
     del graph.node[:]
@@ -74,7 +77,7 @@ def lower_for_cpu(
     if nvfp4.DOMAIN in domains:
         result.opset_import.append(helper.make_opsetid(nvfp4.DOMAIN, 1))
         result.functions.extend([nvfp4.function(versions[""].version)])
-    return result, dict(sorted(counts.items()))
+    return result, dict(sorted((+counts).items()))
 
 
 class _Lowering:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from engines.precision import Precision
 from tmpdiff_export.quantization import nvfp4
 from tmpdiff_export.quantization.codes import QuantizedLayer
+from tmpdiff_export.quantization.low_rank import LowRank
 from tmpdiff_export.quantization.packing import pack, unpack
 from tmpdiff_export.targets.torch.activations import static_codes
 from tmpdiff_export.targets.torch.kernels.gelu_codes import gelu_codes
@@ -24,19 +25,21 @@ FP8_ALIGNMENT = 16
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """What the codes of a layer and of its input are multiplied by.
+    """What the codes of a layer and of its input are multiplied by, and what is added.
 
     Attributes:
         weight: see the subclasses of `QuantizedLinear`.
         input: float32 [], or None where only weights have codes.
         smoothing: [K] that multiplies the input (SmoothQuant, AWQ), or None.
         block: of NVFP4's blocks, float8_e4m3fn [N, K / 16]; None for other layers.
+        branch: beside the codes, or None.
     """
 
     weight: torch.Tensor
     input: torch.Tensor | None = None
     smoothing: torch.Tensor | None = None
     block: torch.Tensor | None = None
+    branch: LowRank | None = None
 
 
 class QuantizedLinear(torch.nn.Module, ABC):
@@ -46,7 +49,8 @@ class QuantizedLinear(torch.nn.Module, ABC):
     higher precision from the same stored weights.
 
     Buffers: `codes`, `weight_scale`, `input_scale` (float32 [], but for weight-only layers), `smoothing`
-    ([K] in the layer's 16-bit type, or absent), `block_scale` (NVFP4 only) and `bias` ([N] in that type, or absent).
+    ([K] in the layer's 16-bit type, or absent), `block_scale` (NVFP4 only), `low_rank_up` and `low_rank_down` (those of
+    `LowRank` in that type, or absent) and `bias` ([N] in that type, or absent).
     """
 
     float32_buffers = ("weight_scale", "input_scale")
@@ -55,6 +59,8 @@ class QuantizedLinear(torch.nn.Module, ABC):
     input_scale: torch.Tensor
     block_scale: torch.Tensor
     smoothing: torch.Tensor | None
+    low_rank_up: torch.Tensor | None
+    low_rank_down: torch.Tensor | None
     bias: torch.Tensor | None
 
     def __init__(
@@ -80,6 +86,9 @@ class QuantizedLinear(torch.nn.Module, ABC):
         self.register_buffer("input_scale", scales.input)
         self.register_buffer("block_scale", scales.block)
         self.register_buffer("smoothing", None if scales.smoothing is None else scales.smoothing.to(dtype))
+        for side in ("up", "down"):
+            half = None if scales.branch is None else getattr(scales.branch, side).to(dtype)
+            self.register_buffer(f"low_rank_{side}", half)
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
@@ -181,16 +190,25 @@ class Nvfp4Linear(QuantizedLinear):
     """W4A4 NVFP4, emulated: codes uint8 [N, K / 2], weight_scale float32 [], block_scale float8_e4m3fn [N, K / 16].
 
     Weights and activations take the values that NVFP4 gives them, the product is a 16-bit one: its error, not its
-    speed.
+    speed. A branch of low rank reads what has not been quantized, and its products are 16-bit ones anywhere.
     """
 
     def weight(self) -> torch.Tensor:
         """See `QuantizedLinear.weight`."""
-        return nvfp4.dequantize(unpack(self.codes), self.block_scale, self.weight_scale).to(self.dtype)
+        weight = self._stood_for()
+        if self.low_rank_up is not None and self.low_rank_down is not None:
+            weight = weight + self.low_rank_up.float() @ self.low_rank_down.float()
+        return weight.to(self.dtype)
+
+    def _stood_for(self) -> torch.Tensor:
+        return nvfp4.dequantize(unpack(self.codes), self.block_scale, self.weight_scale)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         seen = nvfp4.fake_quantize(rows, self.input_scale).to(self.dtype)
-        return F.linear(seen, self.weight(), self.bias)
+        product = F.linear(seen, self._stood_for().to(self.dtype), self.bias)
+        if self.low_rank_up is None or self.low_rank_down is None:
+            return product
+        return product + F.linear(F.linear(rows, self.low_rank_down), self.low_rank_up)
 
 
 def linear_from(layer: QuantizedLayer, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
@@ -205,7 +223,7 @@ def linear_from(layer: QuantizedLayer, bias: torch.Tensor | None, dtype: torch.d
         ValueError: the precision has no codes.
     """
     input_scale = None if layer.input_scale is None else layer.input_scale.float()
-    scales = Scales(layer.weight_scale.float(), input_scale, layer.pre_quant_scale, layer.block_scale)
+    scales = Scales(layer.weight_scale.float(), input_scale, layer.pre_quant_scale, layer.block_scale, layer.branch)
     if layer.precision is Precision.NVFP4:
         return Nvfp4Linear(pack(layer.codes), scales, bias, dtype)
     if layer.precision is Precision.FP8:

@@ -70,7 +70,8 @@ def place_codes(
             linear.sixteen_bit = sixteen_bit
             setattr(module.get_submodule(parent), child, linear)
             emulated = " emulated" if layer.precision is Precision.NVFP4 else ""
-            kind = f"{layer.precision.value} linear{emulated}" + (
+            beside = "" if layer.branch is None else f" beside rank {layer.branch.up.shape[1]}"
+            kind = f"{layer.precision.value} linear{beside}{emulated}" + (
                 " in a 16-bit product" if sixteen_bit or emulated else ""
             )
             if dtype is torch.float32:

@@ -148,6 +148,7 @@ def planted_latencies() -> Iterator[None]:
     """Bundles calibrated in this process have INT8 twice as fast as FP16, however busy the machine is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tmpdiff_export.calibrate.bundle._latencies", lambda *arguments: {"fp16": 2.0, "int8": 1.0})
+        patch.setattr("tmpdiff_export.calibrate.bundle._reuse_latency", lambda *arguments: 0.01)
         yield
 
 

@@ -93,8 +93,8 @@ class _KeptSet:
         first, chosen = requests[0], [request.sample for request in requests]
         num_steps = self._evaluator.num_steps
         repeated = {sample: Counter[str]() for sample in chosen}
+        evaluator = self._evaluator if first.shorter is None else self._evaluator.shorter(first.shorter)
         if first.rest:
-            evaluator = self._evaluator if first.shorter is None else self._evaluator.shorter(first.shorter)
             if first.nudged or first.shorter is not None:
                 states = [evaluator.start(sample, nudged=first.nudged) for sample in chosen]
             else:
@@ -108,7 +108,7 @@ class _KeptSet:
             states = [self._states[first.base, sample][-1] for sample in chosen]
             calls = Counter({first.base: num_steps})
         self._restore(self._reference, chosen, repeated)
-        latents = [self._evaluator.latents(state) for state in states]
+        latents = [evaluator.latents(state) for state in states]
         values = [self._value(found, request) for found, request in zip(latents, requests, strict=True)]
         if first.pictures and self._samples.decode:
             for value, compared in zip(values, self._compared(chosen, latents), strict=True):

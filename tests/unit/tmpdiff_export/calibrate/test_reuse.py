@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.schedule import Schedule
+from engines.setting_choice import SettingChoice
 from engines.text import PromptFile
 from tmpdiff_export.calibrate.bundle import RunOptions, calibrate_bundle
-from tmpdiff_export.calibrate.settings import shorter_loop
+from tmpdiff_export.calibrate.settings import Wanted, open_setting, shorter_loop
 
 CHOSEN = PromptFile(PROMPTS[:2], ("a small green ring",))
 
@@ -90,3 +92,27 @@ def test_the_command_takes_auto_off_and_a_number(bundle: Path, tmp_path: Path) -
     for wrong in ("many", "-1"):
         assert called(EXPORT, *command, "--reuse", wrong).returncode == 2
     assert f"reuse of {steps} steps is asked for" in called(EXPORT, *command, "--reuse", steps).stderr
+
+
+def test_errors_of_steps_that_feed_a_reuse_grow_as_the_table_says(bundle: Path) -> None:
+    """INT8 at one step of a run of 12 with reused ones, beside INT8 there without."""
+    entry, _ = open_setting(bundle, Wanted(SettingChoice(steps=12)))
+    with DenoiseRuntime.load(bundle, setting=SettingChoice(named=entry.name)) as runtime:
+        evaluator = BundleSamples(CHOSEN, 0, 4.5).open(runtime).calibration.evaluator
+
+        def final(choices: Sequence[str]) -> np.ndarray:
+            state = evaluator.start(0)
+            for choice in choices:
+                state = evaluator.steps([0], [state], choice)[0]
+            return evaluator.latents(state).astype(np.float64)
+
+        reference = ["fp16"] * 12
+        plan = ["reuse1" if step in (5, 8) else "fp16" for step in range(12)]
+        factors = evaluator.influence(plan) / evaluator.influence(reference)
+        for step in (2, 4, 7):
+            ends = []
+            for base in (plan, reference):
+                low = [*base[:step], "int8", *base[step + 1 :]]
+                ends.append(np.linalg.norm(final(low) - final(base)))
+            assert ends[0] / ends[1] == pytest.approx(abs(factors[step]), rel=0.2)
+        assert abs(factors[4]) > 1.5

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from engines.documents import canonical_json
 from engines.errors import SamplerError
 from engines.files import sha256_bytes
+from engines.floating import floating, frozen, scaled, weighted_sum
 from engines.reuse import Terms, extrapolation, taken_whole, with_computed
 from engines.sampler_document import SAMPLER_VERSION, parse_document
 
@@ -136,7 +137,7 @@ class SamplerTable:
     def __post_init__(self) -> None:
         for name in ("timesteps", "input_scale", "sigmas"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _frozen(getattr(self, name), np.float64))
+                object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
         object.__setattr__(self, "rows", tuple(self.rows))
         self._check()
         object.__setattr__(self, "_kept_samples", _kept([row.samples for row in self.rows]))
@@ -165,7 +166,7 @@ class SamplerTable:
         Raises:
             TypeError: `noise` is not floating point.
         """
-        return SamplerState(0, _frozen(_scaled(_floating(noise, "noise"), self.init_noise_sigma), np.float32))
+        return SamplerState(0, frozen(scaled(floating(noise, "noise"), self.init_noise_sigma), np.float32))
 
     def model_input(self, state: SamplerState) -> NDArray[np.float32]:
         """What the denoiser is handed at `state`: float32, shaped like the latents, read-only.
@@ -176,7 +177,7 @@ class SamplerTable:
         scale = float(self.input_scale[self._position(state)])
         if scale == 1.0:
             return state.latents
-        return _frozen(_scaled(state.latents, scale), np.float32)
+        return frozen(scaled(state.latents, scale), np.float32)
 
     def advance(self, state: SamplerState, model_output: ArrayLike, keep: int = 0) -> SamplerState:
         """The state after one loop iteration; `state` and its arrays stay as they are.
@@ -195,7 +196,7 @@ class SamplerTable:
             TypeError: `model_output` is not floating point.
         """
         k = self._position(state)
-        output = _frozen(_floating(model_output, "model_output"), np.float32)
+        output = frozen(floating(model_output, "model_output"), np.float32)
         if output.shape != state.latents.shape:
             raise ValueError(f"model_output has shape {output.shape}, expected the latents' {state.latents.shape}")
         known = dict(state.computed) | {k: output}
@@ -330,34 +331,5 @@ def _kept(terms: Sequence[Terms]) -> tuple[tuple[int, ...], ...]:
     return tuple(reversed(kept))
 
 
-def weighted_sum(terms: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
-    """The sum of arrays, at least one, times a factor each: in float64, term by term, rounded once to float32; read-only."""
-    shape = terms[0][0].shape
-    total, term = np.zeros(shape, np.float64), np.empty(shape, np.float64)
-    for values, factor in terms:
-        total += np.multiply(values, factor, out=term, dtype=np.float64)
-    return _frozen(total, np.float32)
-
-
 def _last(history: Sequence[tuple[int, NDArray[np.float32]]], count: int) -> History:
     return tuple(history[-count:]) if count else ()
-
-
-def _floating(values: ArrayLike, name: str) -> NDArray[np.floating[Any]]:
-    array = np.asarray(values)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"{name} has dtype {array.dtype}, expected float16, float32 or float64")
-    return array
-
-
-def _scaled(values: NDArray[np.floating[Any]], factor: float) -> NDArray[np.float64]:
-    """`values * factor` in float64, whatever the dtype of `values`."""
-    scaled: NDArray[np.float64] = np.multiply(values, factor, dtype=np.float64)
-    return scaled
-
-
-def _frozen(values: NDArray[np.floating[Any]], dtype: type[np.floating[Any]]) -> NDArray[Any]:
-    """A read-only copy."""
-    copy = np.array(values, dtype=dtype, order="C")
-    copy.setflags(write=False)
-    return copy

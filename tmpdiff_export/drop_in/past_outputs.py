@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import ScheduleError
+from engines.floating import weighted_sum
 from engines.reuse import REUSES, Terms, taken_whole
-from engines.sampler import weighted_sum
 
 
 class PastOutputs:

@@ -14,8 +14,8 @@ from helpers.eager_runtime import EagerRuntime
 from helpers.small_pipelines import MAKERS
 
 from engines.errors import ScheduleError
+from engines.floating import weighted_sum
 from engines.reuse import Terms, reuse_terms
-from engines.sampler import weighted_sum
 from tmpdiff_export import attach
 from tmpdiff_export.drop_in.past_outputs import PastOutputs
 

@@ -71,6 +71,7 @@ def test_latencies_that_a_budget_was_refused_for_or_that_are_asked_for_are_measu
 
     monkeypatch.setattr("tmpdiff_export.calibrate.bundle._latencies", latencies)
     command = ["calibrate", bundle, "--prompts", save_prompts(tmp_path), "--samples", 1, "--validation-samples", 1]
+    command += ["--reuse", "off"]
 
     def latency(*budget: object) -> float:
         done = called(EXPORT, *command, *budget)
@@ -130,10 +131,10 @@ def test_a_killed_calibration_goes_on_and_ends_the_same(built, tmp_path: Path) -
                 "interrupted; finished measurements are kept, and the same command goes on from them\n"
             )
         assert not schedule_path(interrupted).exists()
-    # The other starts from the same measured latencies: its header and first line.
+    # The other starts from the same measured latencies, a reused step's among them: its header and first lines.
     journal = next(interrupted.glob("calibration/*.journal"))
     (straight / "calibration").mkdir()
-    (straight / "calibration" / journal.name).write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:2]))
+    (straight / "calibration" / journal.name).write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:3]))
     for bundle in (interrupted, straight):
         result = called(EXPORT, "calibrate", bundle, *arguments)
         assert result.returncode == 0, result.stderr

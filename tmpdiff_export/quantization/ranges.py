@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def observable_layers(module: torch.nn.Module, prefix: str) -> list[str]:
 def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
     """Names of the layers below `module.<prefix>` that a recipe quantizes.
 
-    They are linear layers, and with `recipe.convolutions` also undilated convolutions of one group.
+    They are linear layers, and as `recipe.convolutions` says undilated convolutions of one group.
 
     Args:
         module: the export wrapper.
@@ -57,6 +57,14 @@ def _layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
     ]
 
 
+def is_pointwise(layer: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
+    """Whether a layer is a convolution that computes every pixel from that pixel alone: a linear layer."""
+    if not isinstance(layer, torch.nn.Conv2d):
+        return False
+    whole = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
+    return whole and layer.padding in ((0, 0), "same", "valid")
+
+
 def _fits_linear(layer: torch.nn.Module, recipe: Recipe) -> bool:
     return isinstance(layer, torch.nn.Linear) and (
         recipe.block_size is None or layer.in_features % recipe.block_size == 0
@@ -64,9 +72,10 @@ def _fits_linear(layer: torch.nn.Module, recipe: Recipe) -> bool:
 
 
 def _fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
+    if recipe.convolutions == "none" or (recipe.convolutions == "pointwise" and not is_pointwise(layer)):
+        return False
     return (
-        recipe.convolutions
-        and isinstance(layer, torch.nn.Conv2d)
+        isinstance(layer, torch.nn.Conv2d)
         and layer.groups == 1
         and layer.dilation == (1, 1)
         and layer.padding_mode == "zeros"

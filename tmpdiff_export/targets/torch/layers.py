@@ -119,6 +119,10 @@ class StaticLinear(QuantizedLinear, ABC):
         first, second = (item.to(self.dtype).contiguous() for item in (first, second))
         return self._from_codes(gelu_codes(first, second, self.input_scale, self.smoothing, self.codes.dtype))
 
+    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """The input as codes [..., K], contiguous, -> [..., N] in `dtype`."""
+        return self._from_codes(codes.flatten(0, -2)).unflatten(0, codes.shape[:-1])
+
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         return self._from_codes(static_codes(rows, self.input_scale, self.codes.dtype))
 

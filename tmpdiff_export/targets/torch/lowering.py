@@ -9,10 +9,12 @@ import torch
 
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer
+from tmpdiff_export.quantization.ranges import is_pointwise
 from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
 from tmpdiff_export.targets.torch.attention import use_fp8_attention
 from tmpdiff_export.targets.torch.fusion import fuse
 from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, linear_from
+from tmpdiff_export.targets.torch.pointwise import as_convolution
 
 
 def lower_for_torch(
@@ -34,8 +36,8 @@ def lower_for_torch(
 
     Returns:
         The module, and how many layers of which kind were replaced. Layers that torch has no product for run in
-        `dtype` from the weight that their codes stand for: convolutions, and FP8 layers whose sizes are no multiple
-        of 16.
+        `dtype` from the weight that their codes stand for: convolutions that are not pointwise, and FP8 layers whose sizes
+        are no multiple of 16.
     """
     lowered = copy.deepcopy(module)
     counts = place_codes(lowered, layers, dtype, sixteen_bit=sixteen_bit)
@@ -68,6 +70,8 @@ def place_codes(
             parent, _, child = name.rpartition(".")
             linear = linear_from(layer, original.bias, dtype)
             linear.sixteen_bit = sixteen_bit
+            if isinstance(original, torch.nn.Conv2d):
+                as_convolution(linear)
             setattr(module.get_submodule(parent), child, linear)
             emulated = " emulated" if layer.precision is Precision.NVFP4 else ""
             kind = f"{layer.precision.value} linear{emulated}" + (
@@ -104,7 +108,7 @@ def torch_tensors(
 
 def _has_product(original: torch.nn.Module, layer: QuantizedLayer) -> bool:
     aligned = layer.precision is not Precision.FP8 or all(size % FP8_ALIGNMENT == 0 for size in layer.codes.shape)
-    return isinstance(original, torch.nn.Linear) and aligned
+    return (isinstance(original, torch.nn.Linear) or is_pointwise(original)) and aligned
 
 
 def _stood_for(original: torch.nn.Linear | torch.nn.Conv2d, layer: QuantizedLayer) -> torch.Tensor:

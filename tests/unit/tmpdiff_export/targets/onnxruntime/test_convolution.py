@@ -81,10 +81,11 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_pa
         assert sqnr_db(expected, measured) > 55.0
 
 
-def test_only_plain_convolutions_are_quantized_and_only_in_int8() -> None:
+def test_only_plain_convolutions_are_quantized_and_in_fp8_only_pointwise_ones() -> None:
     denoiser = torch.nn.ModuleDict(
         {
             "plain": torch.nn.Conv2d(8, 8, 3),
+            "pointwise": torch.nn.Conv2d(8, 8, 1),
             "depthwise": torch.nn.Conv2d(8, 8, 3, groups=8),
             "dilated": torch.nn.Conv2d(8, 8, 3, dilation=2),
             "reflecting": torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
@@ -95,6 +96,7 @@ def test_only_plain_convolutions_are_quantized_and_only_in_int8() -> None:
         }
     )
     module = Wrapper(denoiser)
-    assert quantizable_layers(module, "denoiser", RECIPE) == ["denoiser.plain", "denoiser.linear"]
-    for precision in (Precision.FP8, Precision.INT4, Precision.NVFP4):
+    assert quantizable_layers(module, "denoiser", RECIPE) == ["denoiser.plain", "denoiser.pointwise", "denoiser.linear"]
+    assert quantizable_layers(module, "denoiser", RECIPES[Precision.FP8]) == ["denoiser.pointwise", "denoiser.linear"]
+    for precision in (Precision.INT4, Precision.NVFP4):
         assert quantizable_layers(module, "denoiser", RECIPES[precision]) == ["denoiser.linear"]

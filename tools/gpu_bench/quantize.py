@@ -12,7 +12,8 @@ from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.quantization.ranges import is_pointwise
-from tmpdiff_export.quantization.recipes import RECIPES, stays_high_precision
+from tmpdiff_export.quantization.recipes import RECIPES, Recipe, stays_high_precision
+from tmpdiff_export.targets.torch import convolutions
 from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, QuantizedLinear, linear_from
 from tmpdiff_export.targets.torch.pointwise import as_convolution
 
@@ -22,7 +23,7 @@ class Chosen:
     """Which layers a precision quantizes.
 
     Attributes:
-        names: of the linear layers and pointwise convolutions that are.
+        names: of the linear layers and convolutions that are.
         kept: of the layers that are not, how many for which reason.
     """
 
@@ -31,7 +32,7 @@ class Chosen:
 
 
 def choose_layers(module: torch.nn.Module, precision: Precision, *, linear_only: bool = False) -> Chosen:
-    """The exporter's choice of linear layers and pointwise convolutions; others stay 16-bit here, whatever the recipe says.
+    """The exporter's choice of the layers that the `torch` backend has a product for; others stay 16-bit.
 
     Args:
         module: the denoiser.
@@ -46,8 +47,7 @@ def choose_layers(module: torch.nn.Module, precision: Precision, *, linear_only:
     names: list[str] = []
     kept: dict[str, int] = {}
     for name, layer in module.named_modules():
-        taken = not linear_only and recipe.convolutions != "none" and is_pointwise(layer)
-        if isinstance(layer, torch.nn.Conv2d) and not taken:
+        if isinstance(layer, torch.nn.Conv2d) and (linear_only or not _convolves(layer, recipe)):
             reason: str | None = "convolution"
         elif isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
             reason = "recipe" if stays_high_precision(name, recipe) is not None else None
@@ -67,13 +67,19 @@ def choose_layers(module: torch.nn.Module, precision: Precision, *, linear_only:
     return Chosen(tuple(names), kept)
 
 
+def _convolves(layer: torch.nn.Conv2d, recipe: Recipe) -> bool:
+    if is_pointwise(layer):
+        return recipe.convolutions != "none"
+    return recipe.convolutions == "all" and convolutions.has_product(layer, recipe.precision)
+
+
 def quantized_linear(
     layer: torch.nn.Linear | torch.nn.Conv2d, precision: Precision, input_amax: torch.Tensor | None, dtype: torch.dtype
 ) -> QuantizedLinear:
     """The module of the `torch` backend for one layer, as `tmpdiff_export.targets.torch.layers.linear_from` makes it.
 
     Args:
-        layer: of the 16-bit denoiser, linear or a pointwise convolution; its bias is shared.
+        layer: of the 16-bit denoiser, one that `choose_layers` names; its bias is shared.
         precision: FP8, INT8 or INT4.
         input_amax: float32 [], largest magnitude of the input; not used by INT4.
         dtype: of activations.
@@ -83,7 +89,10 @@ def quantized_linear(
         raise ValueError(f"input_amax is None, expected the input's largest magnitude: {precision.value} needs a scale")
     found = LayerRange(None if recipe.weight_only or input_amax is None else float(input_amax), None)
     quantized = quantize_layer(layer.weight.flatten(1), found, precision, recipe.block_size)
-    linear = linear_from(quantized, None if layer.bias is None else layer.bias.detach(), dtype)
+    bias = None if layer.bias is None else layer.bias.detach()
+    if convolutions.has_product(layer, precision):
+        return convolutions.convolution_from(quantized, bias, dtype)
+    linear = linear_from(quantized, bias, dtype)
     if isinstance(layer, torch.nn.Conv2d):
         as_convolution(linear)
     return linear

@@ -136,6 +136,11 @@ def makes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
     return isinstance(layer, StaticLinear) and not layer.sixteen_bit
 
 
+def takes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
+    """Whether the codes of a layer's input can be made by what comes before it: nothing multiplies the input first."""
+    return makes_codes(layer) and layer.smoothing is None
+
+
 class Fp8Linear(StaticLinear):
     """W8A8 FP8 E4M3: codes float8_e4m3fn [N, K], weight_scale float32 []."""
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 import torch
 from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 
 from tmpdiff_export.targets.torch.kernels.glu_convolution import glu_convolution
 from tmpdiff_export.targets.torch.kernels.linear_attention import linear_attention
-from tmpdiff_export.targets.torch.layers import StaticLinear, makes_codes
+from tmpdiff_export.targets.torch.layers import takes_codes
 from tmpdiff_export.targets.torch.pointwise import pointwise
 
 HEAD_SIZES = (16, 32, 64, 128)  # that the kernel of linear attention takes
@@ -24,7 +22,7 @@ class KernelFeedForward(GLUMBConv):
         data = hidden_states.permute(0, 2, 3, 1).contiguous()
         wide = pointwise(self.conv_inverted, data).contiguous()
         last, middle = self.conv_point, (self.conv_depth.weight, self.conv_depth.bias)
-        if _takes_codes(last):
+        if takes_codes(last):
             output = last.from_codes(glu_convolution(wide, *middle, last.input_scale, last.codes.dtype))
         else:
             output = pointwise(last, glu_convolution(wide, *middle))
@@ -50,7 +48,7 @@ class LinearAttentionProcessor:
         key = key if attn.norm_k is None else attn.norm_k(key)
         query, key, value = (item.unflatten(-1, (attn.heads, -1)) for item in (query, key, value))
         last = attn.to_out[0]
-        if _takes_codes(last):
+        if takes_codes(last):
             codes = linear_attention(query, key, value, last.input_scale, last.codes.dtype)
             output = last.from_codes(codes.flatten(2))
         else:
@@ -79,8 +77,3 @@ def use_sana_kernels(module: torch.nn.Module) -> int:
 
 def _fits(layer: Attention) -> bool:
     return layer.inner_dim == layer.inner_kv_dim and layer.inner_dim // layer.heads in HEAD_SIZES
-
-
-def _takes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
-    """Whether a layer's codes can be made by the kernel before it."""
-    return makes_codes(layer) and layer.smoothing is None

@@ -20,6 +20,22 @@ def _silu(data):  # type: ignore[no-untyped-def]
     return data / (1.0 + tl.exp(-data))
 
 
+@triton.jit
+def _window(weight, here):  # type: ignore[no-untyped-def]
+    """The nine weights of some channels, row by row."""
+    return (
+        tl.load(weight, mask=here, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 1, mask=here, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 2, mask=here, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 3, mask=here, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 4, mask=here, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 5, mask=here, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 6, mask=here, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 7, mask=here, other=0.0).to(tl.float32)[None, :],
+        tl.load(weight + 8, mask=here, other=0.0).to(tl.float32)[None, :],
+    )
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _glu_convolution(  # type: ignore[no-untyped-def]
     data,
@@ -48,6 +64,9 @@ def _glu_convolution(  # type: ignore[no-untyped-def]
     source = data + sample * height * width * 2 * channels
     target = result + sample * height * width * channels
     factor = tl.div_rn(1.0, tl.load(scale)) if CODES else 1.0
+    own, other = _window(weight + channel * 9, here), _window(weight + (channels + channel) * 9, here)
+    own_bias = tl.load(bias + channel, mask=here, other=0.0).to(tl.float32)[None, :]
+    other_bias = tl.load(bias + channels + channel, mask=here, other=0.0).to(tl.float32)[None, :]
     zeros = tl.zeros((COLUMNS, CHANNELS), dtype=tl.float32)
     # Of the rows before, at and behind the row that is read: value and gate.
     before_value, before_gate, at_value, at_gate = zeros, zeros, zeros, zeros
@@ -60,26 +79,22 @@ def _glu_convolution(  # type: ignore[no-untyped-def]
             start = source + (line * width + place)[:, None] * (2 * channels) + channel[None, :]
             value = _silu(tl.load(start, mask=inside, other=0.0).to(tl.float32))
             gate = _silu(tl.load(start + channels, mask=inside, other=0.0).to(tl.float32))
-            factors = weight + channel * 9 + shift
-            others = factors + channels * 9
             # The row is the lowest of the window around the row before it, and so on.
-            before_value += value * tl.load(factors + 6, mask=here, other=0.0).to(tl.float32)[None, :]
-            before_gate += gate * tl.load(others + 6, mask=here, other=0.0).to(tl.float32)[None, :]
-            at_value += value * tl.load(factors + 3, mask=here, other=0.0).to(tl.float32)[None, :]
-            at_gate += gate * tl.load(others + 3, mask=here, other=0.0).to(tl.float32)[None, :]
-            next_value += value * tl.load(factors, mask=here, other=0.0).to(tl.float32)[None, :]
-            next_gate += gate * tl.load(others, mask=here, other=0.0).to(tl.float32)[None, :]
+            before_value += value * own[6 + shift]
+            before_gate += gate * other[6 + shift]
+            at_value += value * own[3 + shift]
+            at_gate += gate * other[3 + shift]
+            next_value += value * own[shift]
+            next_gate += gate * other[shift]
         if step >= 2:
-            value = before_value + tl.load(bias + channel, mask=here, other=0.0).to(tl.float32)[None, :]
-            gate = before_gate + tl.load(bias + channels + channel, mask=here, other=0.0).to(tl.float32)[None, :]
-            value *= _silu(gate)
+            made = (before_value + own_bias) * _silu(before_gate + other_bias)
             if CODES:
-                value = tl.clamp(value * factor, LIMIT_LOW, LIMIT_HIGH, propagate_nan=tl.PropagateNan.ALL)
+                made = tl.clamp(made * factor, LIMIT_LOW, LIMIT_HIGH, propagate_nan=tl.PropagateNan.ALL)
             if ROUND:  # to even: 1.5 2^23 leaves no bits behind the point, and the code in the lowest byte
-                value = (value + 12582912.0).to(tl.int32, bitcast=True)
+                made = (made + 12582912.0).to(tl.int32, bitcast=True)
             written = (line - 1 < height) & (column < width)
-            start = target + ((line - 1) * width + column)[:, None] * channels + channel[None, :]
-            tl.store(start, value.to(result.dtype.element_ty), mask=written[:, None] & here[None, :])
+            at = ((line - 1) * width + column)[:, None] * channels + channel[None, :]
+            tl.store(target + at, made.to(result.dtype.element_ty), mask=written[:, None] & here[None, :])
         before_value, before_gate, at_value, at_gate = at_value, at_gate, next_value, next_gate
 
 

@@ -29,7 +29,7 @@ def observable_layers(module: torch.nn.Module, prefix: str) -> list[str]:
 def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
     """Names of the layers below `module.<prefix>` that a recipe quantizes.
 
-    They are linear layers, and as `recipe.convolutions` says undilated convolutions of one group.
+    They are linear layers, and with `recipe.convolutions` also undilated convolutions of one group and that width.
 
     Args:
         module: the export wrapper.
@@ -52,7 +52,7 @@ def _layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
     return [
         name
         for name, layer in module.named_modules()
-        if (_fits_linear(layer, recipe) or _fits_convolution(layer, recipe))
+        if (_fits_linear(layer, recipe) or fits_convolution(layer, recipe))
         and stays_high_precision(name.removeprefix(f"{prefix}."), recipe) is None
     ]
 
@@ -71,11 +71,12 @@ def _fits_linear(layer: torch.nn.Module, recipe: Recipe) -> bool:
     )
 
 
-def _fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
-    if recipe.convolutions == "none" or (recipe.convolutions == "pointwise" and not is_pointwise(layer)):
-        return False
+def fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
+    """Whether a layer is a convolution that a recipe quantizes, if its name does not say otherwise."""
     return (
-        isinstance(layer, torch.nn.Conv2d)
+        recipe.convolutions is not None
+        and isinstance(layer, torch.nn.Conv2d)
+        and min(layer.in_channels, layer.out_channels) >= recipe.convolutions
         and layer.groups == 1
         and layer.dilation == (1, 1)
         and layer.padding_mode == "zeros"

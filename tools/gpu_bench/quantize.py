@@ -11,7 +11,7 @@ import torch
 from engines.errors import BuildError
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
-from tmpdiff_export.quantization.ranges import is_pointwise
+from tmpdiff_export.quantization.ranges import fits_convolution, is_pointwise
 from tmpdiff_export.quantization.recipes import RECIPES, Recipe, stays_high_precision
 from tmpdiff_export.targets.torch import convolutions
 from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, QuantizedLinear, linear_from
@@ -68,9 +68,8 @@ def choose_layers(module: torch.nn.Module, precision: Precision, *, linear_only:
 
 
 def _convolves(layer: torch.nn.Conv2d, recipe: Recipe) -> bool:
-    if is_pointwise(layer):
-        return recipe.convolutions != "none"
-    return recipe.convolutions == "all" and convolutions.has_product(layer, recipe.precision)
+    has_product = is_pointwise(layer) or convolutions.has_product(layer, recipe.precision)
+    return has_product and fits_convolution(layer, recipe)
 
 
 def quantized_linear(

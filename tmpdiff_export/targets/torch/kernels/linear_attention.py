@@ -1,4 +1,4 @@
-"""Sana's linear attention in one kernel: its compilers' form widens queries, keys and values to FP32 in memory first."""
+"""Sana's linear attention in two kernels: what compilers make of it widens queries, keys and values to FP32 in memory first."""
 
 from __future__ import annotations
 

@@ -81,11 +81,15 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_pa
         assert sqnr_db(expected, measured) > 55.0
 
 
-def test_only_plain_convolutions_are_quantized_and_in_fp8_only_pointwise_ones() -> None:
+def test_only_plain_convolutions_are_quantized_and_only_in_eight_bits() -> None:
     denoiser = torch.nn.ModuleDict(
         {
             "plain": torch.nn.Conv2d(8, 8, 3),
             "pointwise": torch.nn.Conv2d(8, 8, 1),
+            "wide": torch.nn.Conv2d(512, 512, 1),
+            "down_blocks": torch.nn.ModuleList(
+                [torch.nn.ModuleDict({"resnet": torch.nn.ModuleDict({"conv1": torch.nn.Conv2d(512, 512, 1)})})]
+            ),
             "depthwise": torch.nn.Conv2d(8, 8, 3, groups=8),
             "dilated": torch.nn.Conv2d(8, 8, 3, dilation=2),
             "reflecting": torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
@@ -96,7 +100,9 @@ def test_only_plain_convolutions_are_quantized_and_in_fp8_only_pointwise_ones() 
         }
     )
     module = Wrapper(denoiser)
-    assert quantizable_layers(module, "denoiser", RECIPE) == ["denoiser.plain", "denoiser.pointwise", "denoiser.linear"]
-    assert quantizable_layers(module, "denoiser", RECIPES[Precision.FP8]) == ["denoiser.pointwise", "denoiser.linear"]
+    assert quantizable_layers(module, "denoiser", RECIPE) == [
+        "denoiser.plain", "denoiser.pointwise", "denoiser.wide", "denoiser.down_blocks.0.resnet.conv1", "denoiser.linear",
+    ]  # fmt: skip
+    assert quantizable_layers(module, "denoiser", RECIPES[Precision.FP8]) == ["denoiser.wide", "denoiser.linear"]
     for precision in (Precision.INT4, Precision.NVFP4):
         assert quantizable_layers(module, "denoiser", RECIPES[precision]) == ["denoiser.linear"]

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-# (rows, columns, depth of a tile, warps, stages) by the number of pixels.
-_TILES = ((16384, (128, 128, 128, 8, 4)), (0, (128, 128, 128, 8, 4)))
+# Rows, columns and depth of a tile, warps, stages: the best of six, or as good, at every shape of SDXL on an H200.
+_TILE = (128, 128, 128, 8, 3)
 _GROUP = 8  # row tiles that share the columns they read in the L2 cache
 
 
@@ -68,7 +68,7 @@ def convolution_fp8_op(
     batch, height, width, channels = codes.shape
     rows, columns = batch * height * width, weight.shape[0]
     result = torch.empty((batch, height, width, columns), device=codes.device, dtype=dtype)
-    tile_m, tile_n, tile_k, warps, stages = next(tile for least, tile in _TILES if rows >= least)
+    tile_m, tile_n, tile_k, warps, stages = _TILE
     torch.library.wrap_triton(_convolution_fp8)[(triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n),)](
         codes,
         weight,

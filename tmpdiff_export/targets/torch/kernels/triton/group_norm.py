@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 # Pixels and channels of a program that reads the data, and its warps.
-_PIXELS = 128
-_CHANNELS = 64
+_PIXELS = 256
+_CHANNELS = 32
 _WARPS = 8
 _CHUNKS = 64  # of those pixels, that are put together at once
 

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `kernels.linear_attention.linear_attention`; importing it needs Triton."""
+"""The Triton kernels behind `kernels.linear_attention.linear_attention`; importing it needs Triton."""
 
 from __future__ import annotations
 
@@ -8,26 +8,63 @@ import torch
 import triton
 import triton.language as tl
 
-_TOKENS = 128  # of a tile
+# Tokens of a program, of a tile, and warps. A head of a sample is the work of several programs: one alone waits for memory.
+_SPAN = 256
+_TOKENS = 128
 _WARPS = 4
-_STAGES = 3
+_STAGES = 2
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _linear_attention(  # type: ignore[no-untyped-def]
-    query,
+def _sums(  # type: ignore[no-untyped-def]
     key,
     value,
-    scale,
-    result,
+    states,
+    amounts,
     tokens,
     heads,
-    query_sample,
-    query_token,
     key_sample,
     key_token,
     value_sample,
     value_token,
+    SIZE: tl.constexpr,
+    SPAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Of some tokens of a head: keys times values, and keys, summed."""
+    head = tl.program_id(0)
+    span = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    column = tl.arange(0, SIZE)
+    keys = key + sample * key_sample + head * SIZE + column[None, :]
+    values = value + sample * value_sample + head * SIZE + column[None, :]
+    state = tl.zeros((SIZE, SIZE), dtype=tl.float32)
+    amount = tl.zeros((SIZE,), dtype=tl.float32)
+    for start in range(span * SPAN, span * SPAN + SPAN, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        inside = (token < tokens)[:, None]
+        seen = tl.load(keys + token[:, None].to(tl.int64) * key_token, mask=inside, other=0.0)
+        seen = tl.maximum(seen.to(tl.float32), 0.0).to(key.dtype.element_ty)
+        given = tl.load(values + token[:, None].to(tl.int64) * value_token, mask=inside, other=0.0)
+        state = tl.dot(tl.trans(seen), given, state)
+        amount += tl.sum(seen.to(tl.float32), axis=0)
+    place = (sample * heads + head) * tl.num_programs(1) + span
+    tl.store(states + place * SIZE * SIZE + column[:, None] * SIZE + column[None, :], state)
+    tl.store(amounts + place * SIZE + column, amount)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _answers(  # type: ignore[no-untyped-def]
+    query,
+    states,
+    amounts,
+    scale,
+    result,
+    tokens,
+    heads,
+    spans,
+    query_sample,
+    query_token,
     EPSILON: tl.constexpr,
     LIMIT_LOW: tl.constexpr,
     LIMIT_HIGH: tl.constexpr,
@@ -36,38 +73,30 @@ def _linear_attention(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """A head of a sample: once over keys and values, whose sums stay on the chip, then once over the queries."""
+    """The result of some tokens of a head, from the sums of all of them."""
     head = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
-    at = tl.arange(0, TOKENS)
+    sample = tl.program_id(2).to(tl.int64)
     column = tl.arange(0, SIZE)
-    keys = key + sample * key_sample + head * SIZE + column[None, :]
-    values = value + sample * value_sample + head * SIZE + column[None, :]
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    inside = (token < tokens)[:, None]
+    queries = query + sample * query_sample + head * SIZE + column[None, :]
+    asked = tl.load(queries + token[:, None].to(tl.int64) * query_token, mask=inside, other=0.0)
+    asked = tl.maximum(asked.to(tl.float32), 0.0)
     state = tl.zeros((SIZE, SIZE), dtype=tl.float32)
     amount = tl.zeros((SIZE,), dtype=tl.float32)
-    for start in range(0, tokens, TOKENS):
-        token = start + at
-        inside = (token < tokens)[:, None]
-        seen = tl.load(keys + token[:, None].to(tl.int64) * key_token, mask=inside, other=0.0)
-        seen = tl.maximum(seen.to(tl.float32), 0.0).to(key.dtype.element_ty)
-        given = tl.load(values + token[:, None].to(tl.int64) * value_token, mask=inside, other=0.0)
-        state = tl.dot(tl.trans(seen), given, state)
-        amount += tl.sum(seen.to(tl.float32), axis=0)
-    factor = tl.div_rn(1.0, tl.load(scale)) if CODES else 1.0
-    queries = query + sample * query_sample + head * SIZE + column[None, :]
-    target = result + sample * tokens * heads * SIZE + head * SIZE + column[None, :]
-    for start in range(0, tokens, TOKENS):
-        token = start + at
-        inside = (token < tokens)[:, None]
-        asked = tl.load(queries + token[:, None].to(tl.int64) * query_token, mask=inside, other=0.0)
-        asked = tl.maximum(asked.to(tl.float32), 0.0)
-        share = 1.0 / (tl.sum(asked * amount[None, :], axis=1) + EPSILON)
-        found = tl.dot(asked, state, input_precision="tf32") * share[:, None]
-        if CODES:
-            found = tl.clamp(found * factor, LIMIT_LOW, LIMIT_HIGH, propagate_nan=tl.PropagateNan.ALL)
-        if ROUND:  # to even: 1.5 2^23 leaves no bits behind the point, and the code in the lowest byte
-            found = (found + 12582912.0).to(tl.int32, bitcast=True)
-        tl.store(target + token[:, None].to(tl.int64) * heads * SIZE, found.to(result.dtype.element_ty), mask=inside)
+    place = (sample * heads + head) * spans
+    for span in range(0, spans):
+        state += tl.load(states + (place + span) * SIZE * SIZE + column[:, None] * SIZE + column[None, :])
+        amount += tl.load(amounts + (place + span) * SIZE + column)
+    share = 1.0 / (tl.sum(asked * amount[None, :], axis=1) + EPSILON)
+    found = tl.dot(asked, state, input_precision="tf32") * share[:, None]
+    if CODES:
+        factor = tl.div_rn(1.0, tl.load(scale))
+        found = tl.clamp(found * factor, LIMIT_LOW, LIMIT_HIGH, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND:  # to even: 1.5 2^23 leaves no bits behind the point, and the code in the lowest byte
+        found = (found + 12582912.0).to(tl.int32, bitcast=True)
+    at = ((sample * tokens + token[:, None]) * heads + head) * SIZE + column[None, :]
+    tl.store(result + at, found.to(result.dtype.element_ty), mask=inside)
 
 
 @torch.library.triton_op("tmpdiff::linear_attention", mutates_args={})  # type: ignore[untyped-decorator]
@@ -83,21 +112,38 @@ def linear_attention_op(
 ) -> torch.Tensor:
     """`kernels.linear_attention.linear_attention` on a GPU, with the least and the largest code."""
     batch, tokens, heads, size = query.shape
+    spans = triton.cdiv(key.shape[1], _SPAN)
+    states = torch.empty((batch, heads, spans, size, size), device=query.device, dtype=torch.float32)
+    amounts = torch.empty((batch, heads, spans, size), device=query.device, dtype=torch.float32)
     result = torch.empty((batch, tokens, heads, size), device=query.device, dtype=dtype)
-    torch.library.wrap_triton(_linear_attention)[(heads, batch)](
-        query,
+    torch.library.wrap_triton(_sums)[(heads, spans, batch)](
         key,
         value,
-        query if scale is None else scale,
-        result,
-        tokens,
+        states,
+        amounts,
+        key.shape[1],
         heads,
-        query.stride(0),
-        query.stride(1),
         key.stride(0),
         key.stride(1),
         value.stride(0),
         value.stride(1),
+        SIZE=size,
+        SPAN=_SPAN,
+        TOKENS=_TOKENS,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    )
+    torch.library.wrap_triton(_answers)[(heads, triton.cdiv(tokens, _TOKENS), batch)](
+        query,
+        states,
+        amounts,
+        query if scale is None else scale,
+        result,
+        tokens,
+        heads,
+        spans,
+        query.stride(0),
+        query.stride(1),
         EPSILON=epsilon,
         LIMIT_LOW=limit_low,
         LIMIT_HIGH=limit_high,
@@ -106,6 +152,5 @@ def linear_attention_op(
         SIZE=size,
         TOKENS=_TOKENS,
         num_warps=_WARPS,
-        num_stages=_STAGES,
     )
     return result

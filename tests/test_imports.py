@@ -101,6 +101,7 @@ ROOMS = {
         accuracy settings
     """,
     "tools": """
+        headline
         experiments scale parity
         gpu_bench
         release demo acceptance

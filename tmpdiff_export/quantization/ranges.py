@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def observable_layers(module: torch.nn.Module, prefix: str) -> list[str]:
 def quantizable_layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
     """Names of the layers below `module.<prefix>` that a recipe quantizes.
 
-    They are linear layers, and with `recipe.convolutions` also undilated convolutions of one group.
+    They are linear layers, and with `recipe.convolutions` also undilated convolutions of one group and that width.
 
     Args:
         module: the export wrapper.
@@ -53,9 +53,17 @@ def _layers(module: torch.nn.Module, prefix: str, recipe: Recipe) -> list[str]:
     return [
         name
         for name, layer in module.named_modules()
-        if (_fits_linear(layer, recipe) or _fits_convolution(layer, recipe))
+        if (_fits_linear(layer, recipe) or fits_convolution(layer, recipe))
         and stays_high_precision(name.removeprefix(f"{prefix}."), recipe) is None
     ]
+
+
+def is_pointwise(layer: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
+    """Whether a layer is a convolution that computes every pixel from that pixel alone: a linear layer."""
+    if not isinstance(layer, torch.nn.Conv2d):
+        return False
+    whole = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
+    return whole and layer.padding in ((0, 0), "same", "valid")
 
 
 def _fits_linear(layer: torch.nn.Module, recipe: Recipe) -> bool:
@@ -64,10 +72,12 @@ def _fits_linear(layer: torch.nn.Module, recipe: Recipe) -> bool:
     )
 
 
-def _fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
+def fits_convolution(layer: torch.nn.Module, recipe: Recipe) -> bool:
+    """Whether a layer is a convolution that a recipe quantizes, if its name does not say otherwise."""
     return (
-        recipe.convolutions
+        recipe.convolutions is not None
         and isinstance(layer, torch.nn.Conv2d)
+        and min(layer.in_channels, layer.out_channels) >= recipe.convolutions
         and layer.groups == 1
         and layer.dilation == (1, 1)
         and layer.padding_mode == "zeros"

@@ -54,14 +54,14 @@ def floor(
 ) -> dict[str, Any]:
     """The least time for a step's operations at the measured rates.
 
-    Operations of the linear layers in `quantized` count at the rate of `kind`, all others at the 16-bit rate, attention
+    Operations of the layers in `quantized` count at the rate of `kind`, all others at the 16-bit rate, attention
     at the rate of its own shape; normalisation, activation functions and quantizing count nothing. Of the memory
     traffic only reading the weights once counts.
 
     Returns:
         `floor_ms`, its parts and the operations; `floor_ms` None where a rate is missing.
     """
-    at_kind = sum(work.linear[name] for name in quantized if name in work.linear)
+    at_kind = sum(counts[name] for counts in (work.linear, work.convolution) for name in quantized if name in counts)
     totals = work.totals()
     at_16 = totals["linear"] + totals["convolution"] + totals["other_products"] - at_kind
     rates = ceilings["product_flops"]

@@ -47,6 +47,6 @@ def quantize_with_torchao(module: torch.nn.Module, row: str, *, recommended: boo
     arguments: dict[str, Any] = {"set_inductor_config": recommended}
     if granularity is not None:
         arguments["granularity"] = getattr(quantization, granularity)()
-    names = set(choose_layers(module, precision).names)
+    names = set(choose_layers(module, precision, linear_only=True).names)
     config = getattr(quantization, config_name)(**arguments)
     quantization.quantize_(module, config, filter_fn=lambda layer, name: name in names)

@@ -111,13 +111,13 @@ class Bench:
                 fuse(copied)
             return copied, {"layers": (), "kept": {}, "kind": "16-bit"}
         precision = OWN.get(row) or SHARED.get(row) or PEERS[row][0]
-        chosen = choose_layers(self.module, precision)
+        chosen = choose_layers(self.module, precision, linear_only=row in PEERS)
         kind = precision.value if row in OWN or row in PEERS else "16-bit"
         if row in PEERS:
             quantize_with_torchao(copied, row, recommended=self.setting.torchao_recommended)
         else:
 
-            def lower(name: str, layer: torch.nn.Linear) -> torch.nn.Module:
+            def lower(name: str, layer: torch.nn.Linear | torch.nn.Conv2d) -> torch.nn.Module:
                 own = quantized_linear(layer, precision, self.work.input_amax[name], self.model.dtype)
                 own.sixteen_bit = row in SHARED
                 return own

@@ -26,7 +26,8 @@ class Work:
         convolution: by layer name.
         attention: by shape (batch, heads, queries, keys, head size); 4 B H Sq Sk D, whatever a mask leaves out.
         other_products: batched products outside attention (Sana's linear attention).
-        input_amax: by layer name, largest magnitude of a linear layer's input over all steps seen, float32 [].
+        input_amax: by layer name, largest magnitude of the input of a linear layer or convolution over all steps seen,
+            float32 [].
         attention_amax: by name of the attention layer, where attention can be in FP8.
     """
 
@@ -65,7 +66,7 @@ class _Products(TorchDispatchMode):
 
 @contextmanager
 def watch_ranges(module: torch.nn.Module, work: Work) -> Iterator[None]:
-    """Notes `input_amax` of every linear layer, and `attention_amax`."""
+    """Notes `input_amax` of every linear layer and convolution, and `attention_amax`."""
 
     def note(name: str) -> Any:
         def hook(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -78,7 +79,7 @@ def watch_ranges(module: torch.nn.Module, work: Work) -> Iterator[None]:
     handles = [
         layer.register_forward_pre_hook(note(name))
         for name, layer in module.named_modules()
-        if isinstance(layer, torch.nn.Linear)
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
     ]
     try:
         with watch_attention(module, work.attention_amax):

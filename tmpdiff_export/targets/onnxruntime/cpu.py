@@ -119,8 +119,8 @@ def cpu_layer_tensors(name: str, layer: QuantizedLayer, weight_shape: Sequence[i
     """`stored.layer_tensors`, in the forms of `lower_for_cpu`.
 
     Returns:
-        `<name>.weight_codes`: int8 or FP8 [K, N], of a convolution [kh kw C, N]; INT4's for MatMulNBits, uint8
-        [N, K / block, block / 2] with zero point 8; NVFP4's are twice the numbers, int8 [K, N].
+        `<name>.weight_codes`: int8 or FP8 [K, N], of a convolution int8 [kh kw C, N] or FP8 [N, C, kh, kw]; INT4's, uint8
+        [N, K / block, block / 2] with zero point 8, for MatMulNBits; NVFP4's are twice the numbers, int8 [K, N].
         `<name>.weight_scale`: float32 [N], of INT4 [N, K / block], else []; NVFP4's is halved.
         `<name>.weight_block_scale` of NVFP4: [K / 16, N]. Of a branch, as `stored.branch_tensors`; small ones in float32.
     """
@@ -132,7 +132,8 @@ def cpu_layer_tensors(name: str, layer: QuantizedLayer, weight_shape: Sequence[i
         stored = {CODES: whole_codes(codes).T, SCALE: scale / 2, BLOCK_SCALE: layer.block_scale.T}
     else:
         as_read = layer_tensors(name, layer, weight_shape)[f"{name}.{CODES}"]
-        stored = {CODES: taps_matrix(as_read) if as_read.ndim == 4 else as_read, SCALE: scale}
+        product = as_read.ndim == 4 and layer.precision is Precision.INT8  # of FP8 a convolution stays one
+        stored = {CODES: taps_matrix(as_read) if product else as_read, SCALE: scale}
     branch = branch_tensors(name, layer)
     return {f"{name}.{part}": item.contiguous() for part, item in stored.items()} | {
         part: item.to(narrow_type(item.shape, torch.float16)) for part, item in branch.items()

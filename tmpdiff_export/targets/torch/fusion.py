@@ -9,6 +9,8 @@ from diffusers.models.attention import FeedForward
 from tmpdiff_export.targets.torch.flux import use_codes_kernel, use_rotary_kernel
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu
 from tmpdiff_export.targets.torch.layers import makes_codes
+from tmpdiff_export.targets.torch.sana import use_sana_kernels
+from tmpdiff_export.targets.torch.unet import use_channels_last
 
 
 def fuse(module: torch.nn.Module) -> None:
@@ -21,6 +23,8 @@ def fuse(module: torch.nn.Module) -> None:
     _move_gelu(module)
     use_rotary_kernel(module)
     use_codes_kernel(module)
+    use_sana_kernels(module)
+    use_channels_last(module)
 
 
 class GeluProjection(torch.nn.Module):

@@ -128,6 +128,10 @@ class StaticLinear(QuantizedLinear, ABC):
         first, second = (item.to(self.dtype).contiguous() for item in (first, second))
         return self._from_codes(gelu_codes(first, second, self.input_scale, self.smoothing, self.codes.dtype))
 
+    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """The input as codes [..., K], contiguous, -> [..., N] in `dtype`."""
+        return self._from_codes(codes.flatten(0, -2)).unflatten(0, codes.shape[:-1])
+
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         return self._from_codes(static_codes(rows, self.input_scale, self.codes.dtype))
 
@@ -139,6 +143,11 @@ class StaticLinear(QuantizedLinear, ABC):
 def makes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
     """Whether a layer turns its input into codes."""
     return isinstance(layer, StaticLinear) and not layer.sixteen_bit
+
+
+def takes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
+    """Whether the codes of a layer's input can be made by what comes before it: nothing multiplies the input first."""
+    return makes_codes(layer) and layer.smoothing is None
 
 
 class Fp8Linear(StaticLinear):

@@ -9,10 +9,13 @@ import torch
 
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer
+from tmpdiff_export.quantization.ranges import is_pointwise
 from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
+from tmpdiff_export.targets.torch import convolutions
 from tmpdiff_export.targets.torch.attention import use_fp8_attention
 from tmpdiff_export.targets.torch.fusion import fuse
-from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, linear_from
+from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, QuantizedLinear, linear_from
+from tmpdiff_export.targets.torch.pointwise import as_convolution
 
 
 def lower_for_torch(
@@ -34,8 +37,8 @@ def lower_for_torch(
 
     Returns:
         The module, and how many layers of which kind were replaced. Layers that torch has no product for run in
-        `dtype` from the weight that their codes stand for: convolutions, and FP8 layers whose sizes are no multiple
-        of 16.
+        `dtype` from the weight that their codes stand for: convolutions but pointwise ones and FP8's of 3 x 3, and FP8
+        layers whose sizes are no multiple of 16.
     """
     lowered = copy.deepcopy(module)
     counts = place_codes(lowered, layers, dtype, sixteen_bit=sixteen_bit)
@@ -64,14 +67,14 @@ def place_codes(
     for name, layer in layers.items():
         original = module.get_submodule(name)
         assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d)  # `quantizable_layers` names no others
-        if _has_product(original, layer):
+        if (own := _with_product(original, layer, original.bias, dtype)) is not None:
             parent, _, child = name.rpartition(".")
-            linear = linear_from(layer, original.bias, dtype)
-            linear.sixteen_bit = sixteen_bit
-            setattr(module.get_submodule(parent), child, linear)
+            own.sixteen_bit = sixteen_bit
+            setattr(module.get_submodule(parent), child, own)
             emulated = " emulated" if layer.precision is Precision.NVFP4 else ""
+            form = "convolution" if isinstance(own, convolutions.Fp8Convolution) else "linear"
             beside = "" if layer.branch is None else f" beside rank {layer.branch.up.shape[1]}"
-            kind = f"{layer.precision.value} linear{beside}{emulated}" + (
+            kind = f"{layer.precision.value} {form}{beside}{emulated}" + (
                 " in a 16-bit product" if sixteen_bit or emulated else ""
             )
             if dtype is torch.float32:
@@ -98,14 +101,25 @@ def torch_tensors(
         Tensors on the device of `layer`: `<name>.codes` and scales as `QuantizedLinear` has them, or `<name>.weight` of
         a layer that torch has no product for. The bias is not among them.
     """
-    if not _has_product(original, layer):
+    own = _with_product(original, layer, None, dtype)
+    if own is None:
         return {f"{name}.weight": _stood_for(original, layer).to(dtype)}
-    return {f"{name}.{key}": item for key, item in linear_from(layer, None, dtype).named_buffers()}
+    return {f"{name}.{key}": item for key, item in own.named_buffers()}
 
 
-def _has_product(original: torch.nn.Module, layer: QuantizedLayer) -> bool:
+def _with_product(
+    original: torch.nn.Module, layer: QuantizedLayer, bias: torch.Tensor | None, dtype: torch.dtype
+) -> QuantizedLinear | None:
+    """The layer over its codes, None where torch has no product for it; called as the original is."""
+    if convolutions.has_product(original, layer.precision):
+        return convolutions.convolution_from(layer, bias, dtype)
     aligned = layer.precision is not Precision.FP8 or all(size % FP8_ALIGNMENT == 0 for size in layer.codes.shape)
-    return isinstance(original, torch.nn.Linear) and aligned
+    if not aligned or not (isinstance(original, torch.nn.Linear) or is_pointwise(original)):
+        return None
+    linear = linear_from(layer, bias, dtype)
+    if isinstance(original, torch.nn.Conv2d):
+        as_convolution(linear)
+    return linear
 
 
 def _stood_for(original: torch.nn.Linear | torch.nn.Conv2d, layer: QuantizedLayer) -> torch.Tensor:

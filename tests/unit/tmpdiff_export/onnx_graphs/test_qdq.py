@@ -210,7 +210,7 @@ def test_what_stays_in_high_precision(name: str, stays: bool) -> None:
 
 def test_nothing_to_quantize_is_an_error() -> None:
     with pytest.raises(BuildError, match="no layer can be quantized"):
-        quantizable_layers(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)), "denoiser", RECIPES[Precision.FP8])
+        quantizable_layers(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, groups=3)), "denoiser", RECIPES[Precision.FP8])
 
 
 def test_sqnr_of_known_noise_and_of_broken_output() -> None:

@@ -148,7 +148,7 @@ QUANTIZED = [
     ("flux-schnell", Precision.INT8, 2 * 12 + 2 * 5),
     ("sd3", Precision.FP8, 2 * 16 + 9),  # the last block does not update the text
     ("unet", Precision.INT8, 6 * (10 + 2) + 12 * 2),  # 6 transformers with pointwise projections, 12 residual blocks
-    ("unet-sdxl", Precision.FP8, 6 * (2 * 10 + 2)),  # 6 transformers of two layers; no convolutions
+    ("unet-sdxl", Precision.FP8, 6 * (2 * 10 + 2)),  # 6 transformers of two layers; its convolutions are narrow
 ]
 
 

@@ -69,7 +69,7 @@ def weight_of(module: torch.nn.Module) -> Callable[[str], torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def found(module: Block, batches: list[tuple[torch.Tensor]]) -> dict:
-    wanted = {item: LAYERS if RECIPES[item].convolutions else LINEAR for item in QUANTIZED}
+    wanted = {item: LAYERS if RECIPES[item].convolutions == 1 else LINEAR for item in QUANTIZED}
     return found_ranges(module, wanted, batches, weight_of(module))
 
 
@@ -77,7 +77,7 @@ def found(module: Block, batches: list[tuple[torch.Tensor]]) -> dict:
 def test_ranges_are_modelopts(
     precision: Precision, variant: Variant, module: Block, batches: list[tuple[torch.Tensor]], found: dict
 ) -> None:
-    names = LAYERS if RECIPES[precision].convolutions else LINEAR
+    names = LAYERS if RECIPES[precision].convolutions == 1 else LINEAR
     expected = judged(module, names, precision, variant, batches, [GROUP])
     ours = found[precision][variant.name]
     assert list(ours) == names

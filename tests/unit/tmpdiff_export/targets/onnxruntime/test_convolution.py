@@ -1,4 +1,4 @@
-"""INT8 convolutions: the CPU engine against what codes and scales say, and which convolutions are quantized."""
+"""Convolutions in eight bits: the CPU engine against what codes and scales say, and which convolutions are quantized."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tmpdiff_export.quantization.recipes import RECIPES
 from tmpdiff_export.targets.accuracy import sqnr_db
 from tmpdiff_export.targets.onnxruntime.cpu import cpu_layer_tensors
 from tmpdiff_export.targets.onnxruntime.lowering import lower_for_cpu
+from tmpdiff_export.targets.torch.activations import static_codes
 
 RECIPE = RECIPES[Precision.INT8]
 
@@ -31,6 +32,7 @@ class Wrapper(torch.nn.Module):
         return self.denoiser(x)
 
 
+@pytest.mark.parametrize("precision", [Precision.FP8, Precision.INT8])
 @pytest.mark.parametrize(
     "options",
     [
@@ -42,7 +44,7 @@ class Wrapper(torch.nn.Module):
     ],
     ids=str,
 )
-def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_path: Path) -> None:
+def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, precision: Precision, tmp_path: Path) -> None:
     torch.manual_seed(0)
     # Two of them, so that the second reads what the first wrote.
     first, second = torch.nn.Conv2d(6, 10, 3, padding=1), torch.nn.Conv2d(10, 7, **options)
@@ -54,21 +56,22 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_pa
     with torch.inference_mode():
         between = module.denoiser[:2](x)
     layers = {
-        name: quantize_layer(layer.weight.flatten(1), LayerRange(float(data.abs().max()), None), Precision.INT8, None)
+        name: quantize_layer(layer.weight.flatten(1), LayerRange(float(data.abs().max()), None), precision, None)
         for name, layer, data in zip(names, (first, second), (x, between), strict=True)
     }
     inputs = [ExportInput("x", x, {0: "batch"})]
     base = export_graph(module, inputs, {"y": {0: "batch"}}, half=True)
-    model = insert_qdq(base, inputs_of(layers), RECIPE)
-    save_stored(model, tmp_path / "int8.onnx", module, layers)
+    model = insert_qdq(base, inputs_of(layers), RECIPES[precision])
+    save_stored(model, tmp_path / "strong.onnx", module, layers)
     lowered, counts = lower_for_cpu(model)
-    assert counts["MatMulIntegerToFloat"] == 2
-    assert "Conv" not in {node.op_type for node in lowered.graph.node}
+    integer = precision is Precision.INT8
+    assert counts.get("MatMulIntegerToFloat", 0) == (2 if integer else 0)
+    assert ("Conv" not in {node.op_type for node in lowered.graph.node}) is integer
     path = save_stored(lowered, tmp_path / "engine.onnx", module, layers, cpu_layer_tensors)
 
     def quantized(name: str, layer: torch.nn.Conv2d, data: torch.Tensor) -> torch.Tensor:
         scale = float(layers[name].input_scale)
-        codes = torch.clamp(torch.round(data.float() / scale), -128, 127).double()
+        codes = static_codes(data, scale, torch.int8 if integer else torch.float8_e4m3fn).double()
         weight = layers[name].dequantized().reshape(layer.weight.shape).double()
         bias = None if layer.bias is None else layer.bias.double()
         return torch.nn.functional.conv2d(codes * scale, weight, bias, layer.stride, layer.padding)
@@ -81,10 +84,15 @@ def test_the_cpu_engine_computes_what_codes_and_scales_say(options: dict, tmp_pa
         assert sqnr_db(expected, measured) > 55.0
 
 
-def test_only_plain_convolutions_are_quantized_and_only_in_int8() -> None:
+def test_only_plain_convolutions_are_quantized_and_only_in_eight_bits() -> None:
     denoiser = torch.nn.ModuleDict(
         {
             "plain": torch.nn.Conv2d(8, 8, 3),
+            "pointwise": torch.nn.Conv2d(8, 8, 1),
+            "wide": torch.nn.Conv2d(512, 512, 1),
+            "down_blocks": torch.nn.ModuleList(
+                [torch.nn.ModuleDict({"resnet": torch.nn.ModuleDict({"conv1": torch.nn.Conv2d(512, 512, 1)})})]
+            ),
             "depthwise": torch.nn.Conv2d(8, 8, 3, groups=8),
             "dilated": torch.nn.Conv2d(8, 8, 3, dilation=2),
             "reflecting": torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
@@ -95,6 +103,9 @@ def test_only_plain_convolutions_are_quantized_and_only_in_int8() -> None:
         }
     )
     module = Wrapper(denoiser)
-    assert quantizable_layers(module, "denoiser", RECIPE) == ["denoiser.plain", "denoiser.linear"]
-    for precision in (Precision.FP8, Precision.INT4, Precision.NVFP4):
+    assert quantizable_layers(module, "denoiser", RECIPE) == [
+        "denoiser.plain", "denoiser.pointwise", "denoiser.wide", "denoiser.down_blocks.0.resnet.conv1", "denoiser.linear",
+    ]  # fmt: skip
+    assert quantizable_layers(module, "denoiser", RECIPES[Precision.FP8]) == ["denoiser.wide", "denoiser.linear"]
+    for precision in (Precision.INT4, Precision.NVFP4):
         assert quantizable_layers(module, "denoiser", RECIPES[precision]) == ["denoiser.linear"]

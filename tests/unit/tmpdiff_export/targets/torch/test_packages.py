@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.cpp_program import compile_program
 from helpers.needs_compiler import needs_compiler
-from helpers.paths import ROOT
 from helpers.runtime_command import rewrite_manifest
 from helpers.tiny_pipeline import PROMPTS, denoiser_inputs, tiny_options
 
@@ -107,16 +107,10 @@ def test_the_runtime_command_runs_a_torch_bundle_and_imports_no_compiler(
 
 @pytest.mark.long  # the program's own compilation
 def test_a_package_runs_without_python(runtime: DenoiseRuntime, bundles: dict[str, Path], tmp_path: Path) -> None:
-    import torch
     from safetensors.numpy import save_file
-    from torch.utils.cpp_extension import include_paths, library_paths
 
-    program, source = tmp_path / "run_package", ROOT / "tools" / "cpp" / "run_package.cpp"
-    folders = [f"-I{path}" for path in include_paths()]
-    libraries = [word for path in library_paths() for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    command = ["g++", "-std=c++20", "-O0", abi, *folders, str(source), "-o", str(program), *libraries]
-    subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
+    program = tmp_path / "run_package"
+    compile_program(program)
     entry = runtime.manifest.denoisers["int8"][0]
     inputs = denoiser_inputs(runtime, entry.package.batch)  # type: ignore[union-attr]
     save_file(

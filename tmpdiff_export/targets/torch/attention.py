@@ -18,7 +18,7 @@ from tmpdiff_export.targets.torch.activations import FP8, static_codes
 
 SCALES = "fp8_scales"  # buffer of a layer whose attention is in FP8
 LEAST_TOKENS = 256  # shorter attention is no cost
-HEAD_SIZES = (64, 128)  # that cuDNN's FP8 attention was run with
+HEAD_SIZES = (64, 128)  # that cuDNN's FP8 attention was run with; others up to the largest are padded to the next one
 _TORCHS = F.scaled_dot_product_attention
 
 
@@ -41,11 +41,24 @@ class Fp8Processor:
 
 def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Attention [B, H, S, D] in a 16-bit type or float32 -> the same; with 1 / sqrt(D), without a mask."""
-    codes = (
-        static_codes(item.transpose(1, 2), scales[row, 0], FP8).contiguous()
-        for row, item in enumerate((query, key, value))
-    )
-    return result_of(attention_fp8(*codes, scales), scales, query.dtype).transpose(1, 2)
+    size = query.shape[3]
+    parts = (query.float() * query_factor(size), key, value)
+    codes = (padded(static_codes(item.transpose(1, 2), scales[row, 0], FP8)) for row, item in enumerate(parts))
+    return result_of(attention_fp8(*codes, scales)[..., :size], scales, query.dtype).transpose(1, 2)
+
+
+def padded(codes: torch.Tensor) -> torch.Tensor:
+    """[..., D] -> contiguous, with zeros behind it up to the next of `HEAD_SIZES`."""
+    return F.pad(codes.view(torch.uint8), (0, _taken(codes.shape[-1]) - codes.shape[-1])).view(FP8).contiguous()
+
+
+def query_factor(size: int) -> float:
+    """What queries of head size `size` are multiplied by: the operator divides by the root of the padded size."""
+    return float(_taken(size) / size) ** 0.5
+
+
+def _taken(size: int) -> int:
+    return next(item for item in HEAD_SIZES if item >= size)
 
 
 def result_of(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -60,7 +73,8 @@ def watch_attention(module: torch.nn.Module, found: dict[str, AttentionRange]) -
     Args:
         module: float32 export wrapper; called in the block, on any device.
         found: amax of query, key and value by name of the attention layer, for those whose attention can be in FP8:
-            head size 64 or 128, no mask, as many keys as queries and at least `LEAST_TOKENS`.
+            head size 64 to 128, no mask, as many keys as queries and at least `LEAST_TOKENS`. The query's is that of the
+            query times `query_factor`.
     """
     layers = {name: layer for name, layer in module.named_modules() if callable(getattr(layer, "processor", None))}
     originals = {name: layer.processor for name, layer in layers.items()}
@@ -81,8 +95,8 @@ def require_ranges(module: torch.nn.Module, found: Mapping[str, AttentionRange])
     """
     if not found:
         raise BuildError(
-            f"{type(module).__name__}: no attention layer can be in FP8; that takes head size "
-            f"{' or '.join(map(str, HEAD_SIZES))}, no mask, and as many keys as queries, {LEAST_TOKENS} at least"
+            f"{type(module).__name__}: no attention layer can be in FP8; that takes head size {HEAD_SIZES[0]} to "
+            f"{HEAD_SIZES[-1]}, no mask, and as many keys as queries, {LEAST_TOKENS} at least"
         )
 
 
@@ -115,7 +129,8 @@ class _Watched:
             return self._inner(layer, *args, **kwargs)
 
     def _note(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        seen = AttentionRange(*(float(item.detach().abs().amax()) for item in (query, key, value)))
+        amaxes = [float(item.detach().abs().amax()) for item in (query, key, value)]
+        seen = AttentionRange(amaxes[0] * query_factor(query.shape[3]), *amaxes[1:])
         known = self._found.get(self._name)
         self._found[self._name] = seen if known is None else known.joined(seen)
         return _TORCHS(query, key, value)
@@ -148,7 +163,7 @@ def _fits(
     """Whether a call of torch's attention, whose arguments these are, can be in FP8."""
     same = query.ndim == 4 and query.shape == key.shape == value.shape
     plain = attn_mask is None and dropout_p == 0.0 and not is_causal and not enable_gqa
-    if not same or not plain or query.shape[3] not in HEAD_SIZES or query.shape[2] < LEAST_TOKENS:
+    if not same or not plain or not HEAD_SIZES[0] <= query.shape[3] <= HEAD_SIZES[-1] or query.shape[2] < LEAST_TOKENS:
         return False
     return scale is None or abs(scale * float(query.shape[3]) ** 0.5 - 1.0) < 1e-6
 

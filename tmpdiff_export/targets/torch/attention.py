@@ -43,13 +43,16 @@ def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
     """Attention [B, H, S, D] in a 16-bit type or float32 -> the same; with 1 / sqrt(D), without a mask."""
     size = query.shape[3]
     parts = (query.float() * query_factor(size), key, value)
-    codes = (padded(static_codes(item.transpose(1, 2), scales[row, 0], FP8)) for row, item in enumerate(parts))
+    codes = (
+        static_codes(padded(item.transpose(1, 2)), scales[row, 0], FP8).contiguous() for row, item in enumerate(parts)
+    )
     return result_of(attention_fp8(*codes, scales)[..., :size], scales, query.dtype).transpose(1, 2)
 
 
-def padded(codes: torch.Tensor) -> torch.Tensor:
-    """[..., D] -> contiguous, with zeros behind it up to the next of `HEAD_SIZES`."""
-    return F.pad(codes.view(torch.uint8), (0, _taken(codes.shape[-1]) - codes.shape[-1])).view(FP8).contiguous()
+def padded(heads: torch.Tensor) -> torch.Tensor:
+    """[..., D] -> the same with zeros behind it, up to the next of `HEAD_SIZES`."""
+    more = _taken(heads.shape[-1]) - heads.shape[-1]
+    return F.pad(heads, (0, more)) if more else heads
 
 
 def query_factor(size: int) -> float:

@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 
+from tmpdiff_export.quantization.codes import LayerRange
 from tmpdiff_export.targets.torch.flux import use_codes_kernel, use_rotary_kernel
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu
-from tmpdiff_export.targets.torch.layers import makes_codes
+from tmpdiff_export.targets.torch.layers import StaticLinear, makes_codes
 
 
-def fuse(module: torch.nn.Module) -> None:
+def fuse(module: torch.nn.Module, ranges: Mapping[str, LayerRange]) -> None:
     """Changes a denoiser in place, with its quantized layers in it: the same functions under the same names of layers.
 
     Args:
         module: a denoiser or a wrapper of one.
+        ranges: those of its quantized layers, by name.
     """
+    share_codes(module, ranges)
     replace_tanh_gelu(module)
     _move_gelu(module)
     use_rotary_kernel(module)
     use_codes_kernel(module)
+
+
+def share_codes(module: torch.nn.Module, ranges: Mapping[str, LayerRange]) -> int:
+    """Makes layers of a block that read the same input take the scales of the first of them.
+
+    That they read the same shows in their ranges, which are then equal to the last bit; so are their scales.
+
+    Returns:
+        How many layers got a leader.
+    """
+    leaders: dict[tuple[str, float | None, bytes], StaticLinear] = {}
+    count = 0
+    for name, found in ranges.items():
+        layer = module.get_submodule(name)
+        if makes_codes(layer):
+            smoothing = b"" if found.pre_quant_scale is None else found.pre_quant_scale.numpy().tobytes()
+            leader = leaders.setdefault((_block_of(name), found.input_amax, smoothing), layer)
+            if leader is not layer and leader.codes.dtype == layer.codes.dtype:
+                layer.leader = (leader,)
+                count += 1
+    return count
+
+
+def _block_of(name: str) -> str:
+    """The part of a layer's name up to its last number: `transformer_blocks.3` of `transformer_blocks.3.attn.to_q`."""
+    parts = name.split(".")
+    numbers = [position for position, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else ""
 
 
 class GeluProjection(torch.nn.Module):

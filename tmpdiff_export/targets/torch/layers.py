@@ -85,10 +85,14 @@ class QuantizedLinear(torch.nn.Module, ABC):
     def forward(self, data: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N], in `dtype`."""
         rows = data.to(self.dtype).flatten(0, -2)
-        if self.smoothing is not None:
-            rows = rows * self.smoothing
+        smoothing = self._input_smoothing()
+        if smoothing is not None:
+            rows = rows * smoothing
         product = F.linear(rows, self.weight(), self.bias) if self.sixteen_bit else self._product(rows)
         return product.unflatten(0, data.shape[:-1])
+
+    def _input_smoothing(self) -> torch.Tensor | None:
+        return self.smoothing
 
     @abstractmethod
     def weight(self) -> torch.Tensor:
@@ -102,10 +106,13 @@ class QuantizedLinear(torch.nn.Module, ABC):
 class StaticLinear(QuantizedLinear, ABC):
     """W8A8 with one static scale for the input.
 
-    With `after_gelu` set, the input has yet to pass through GELU (tanh form), which is computed with its codes.
+    With `after_gelu` set, the input has yet to pass through GELU (tanh form), which is computed with its codes. A layer
+    with a `leader` reads the same input with the same scales, and takes the leader's: so a compiler makes codes once
+    for all of them.
     """
 
     after_gelu = False
+    leader: tuple[StaticLinear, ...] = ()  # one or none; in a tuple, it is not a part of this layer
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
         """See `QuantizedLinear.forward`."""
@@ -117,19 +124,33 @@ class StaticLinear(QuantizedLinear, ABC):
     def with_gelu(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """[M, K1] and [M, K2], which has yet to pass through GELU, side by side as the input -> [M, N] in `dtype`."""
         first, second = (item.to(self.dtype).contiguous() for item in (first, second))
-        return self._from_codes(gelu_codes(first, second, self.input_scale, self.smoothing, self.codes.dtype))
+        codes = gelu_codes(first, second, self.input_scale, self.smoothing, self.codes.dtype)
+        return self.from_codes(codes, self.input_scale)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._from_codes(static_codes(rows, self.input_scale, self.codes.dtype))
+        scale = self._leading.input_scale
+        return self.from_codes(static_codes(rows, scale, self.codes.dtype), scale)
+
+    def _input_smoothing(self) -> torch.Tensor | None:
+        return self._leading.smoothing
+
+    @property
+    def _leading(self) -> StaticLinear:
+        return self.leader[0] if self.leader else self
 
     @abstractmethod
-    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """[M, K] in the dtype of `codes` -> [M, N] in `dtype`."""
+    def from_codes(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """[M, K] in the dtype of `codes`, smoothed, and the scale float32 [] that they have -> [M, N] in `dtype`."""
 
 
 def makes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
     """Whether a layer turns its input into codes."""
     return isinstance(layer, StaticLinear) and not layer.sixteen_bit
+
+
+def takes_fp8(layer: torch.nn.Module) -> TypeGuard[Fp8Linear]:
+    """Whether a layer multiplies FP8 codes as they come, whatever their scale."""
+    return isinstance(layer, Fp8Linear) and makes_codes(layer) and layer.smoothing is None
 
 
 class Fp8Linear(StaticLinear):
@@ -139,11 +160,12 @@ class Fp8Linear(StaticLinear):
         """See `QuantizedLinear.weight`."""
         return (self.codes.float() * self.weight_scale).to(self.dtype)
 
-    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+    def from_codes(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """See `StaticLinear.from_codes`."""
         return torch._scaled_mm(
             codes,
             self.codes.t(),
-            scale_a=self.input_scale,
+            scale_a=scale,
             scale_b=self.weight_scale,
             bias=self.bias,
             out_dtype=self.dtype,
@@ -158,8 +180,9 @@ class Int8Linear(StaticLinear):
         """See `QuantizedLinear.weight`."""
         return (self.codes.float() * self.weight_scale[:, None]).to(self.dtype)
 
-    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        return int8_linear(codes, self.codes, self.weight_scale * self.input_scale, self.bias, self.dtype)
+    def from_codes(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """See `StaticLinear.from_codes`."""
+        return int8_linear(codes, self.codes, self.weight_scale * scale, self.bias, self.dtype)
 
 
 class Int4Linear(QuantizedLinear):

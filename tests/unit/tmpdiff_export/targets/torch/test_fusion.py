@@ -141,7 +141,7 @@ def test_fused_layers_compute_what_they_did_apart(precision: Precision, smoothin
     module = flux()
     apart = quantized(module, precision, smoothing)
     fused = copy.deepcopy(apart)
-    fuse(fused)
+    fuse(fused, {})
     assert [type(block) for block in fused.single_transformer_blocks] == [CodesSingleBlock] * 2
     assert sum(getattr(layer, "after_gelu", False) for layer in fused.modules()) == 4
     assert fused.state_dict().keys() == apart.state_dict().keys()
@@ -158,7 +158,7 @@ def test_shared_weights_stay_in_16_bit_products() -> None:
     for layer in apart.modules():
         if hasattr(layer, "sixteen_bit"):
             layer.sixteen_bit = True
-    fuse(apart)
+    fuse(apart, {})
     assert not any(isinstance(block, CodesSingleBlock) for block in apart.single_transformer_blocks)
     assert not any(getattr(layer, "after_gelu", False) for layer in apart.modules())
 

@@ -15,6 +15,7 @@ from engines.backends.torch.attention import attention_fp8, scales_tensor
 from engines.errors import BuildError
 from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
+from tmpdiff_export.targets.torch.layers import takes_fp8
 
 SCALES = "fp8_scales"  # buffer of a layer whose attention is in FP8
 LEAST_TOKENS = 256  # shorter attention is no cost
@@ -64,9 +65,44 @@ def _taken(size: int) -> int:
     return next(item for item in HEAD_SIZES if item >= size)
 
 
-def result_of(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the operator's result stands for, any shape."""
-    return (codes.float() * scales[2, 0]).to(dtype)
+def attend_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention without a mask, in FP8 where there are scales, of head size 64 or 128 then.
+
+    Args:
+        query: [B, S, H, D], codes where there are scales.
+        key: as `query`.
+        value: [B, S, H, D] in a 16-bit type or float32.
+        scales: buffer of a layer in FP8, or None.
+
+    Returns:
+        [B, S, H, D], codes where there are scales: see `result_of` and `project`.
+    """
+    if scales is None:
+        parts = (item.transpose(1, 2) for item in (query, key, value))
+        return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+    result: torch.Tensor = attention_fp8(query, key, static_codes(value, scales[2, 0], FP8).contiguous(), scales)
+    return result
+
+
+def project(
+    heads: torch.Tensor, scales: torch.Tensor | None, layer: torch.nn.Module, dtype: torch.dtype
+) -> torch.Tensor:
+    """The output projection of what `attend_heads` returned, [B, S, H, D] -> [B, S, N] in `dtype`.
+
+    A layer in FP8 multiplies the codes as they are: they have the values' scale, and are rounded once.
+    """
+    rows = heads.flatten(2).contiguous()
+    if scales is not None and takes_fp8(layer):
+        return layer.from_codes(rows.flatten(0, 1), scales[2, 0]).unflatten(0, rows.shape[:2])
+    result: torch.Tensor = layer(result_of(rows, scales, dtype))
+    return result
+
+
+def result_of(heads: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What the result of `attend_heads` stands for, any shape."""
+    return heads if scales is None else (heads.float() * scales[2, 0]).to(dtype)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from diffusers.models.attention import FeedForward
 
 from tmpdiff_export.quantization.codes import LayerRange
 from tmpdiff_export.targets.torch.flux import use_codes_kernel, use_rotary_kernel
+from tmpdiff_export.targets.torch.joint import use_joint_processor
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu
 from tmpdiff_export.targets.torch.layers import StaticLinear, makes_codes
 
@@ -26,6 +27,7 @@ def fuse(module: torch.nn.Module, ranges: Mapping[str, LayerRange]) -> None:
     _move_gelu(module)
     use_rotary_kernel(module)
     use_codes_kernel(module)
+    use_joint_processor(module)
 
 
 def share_codes(module: torch.nn.Module, ranges: Mapping[str, LayerRange]) -> int:

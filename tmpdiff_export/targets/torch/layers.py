@@ -121,10 +121,24 @@ class StaticLinear(QuantizedLinear, ABC):
         rows = data.flatten(0, -2)
         return self.with_gelu(rows[:, :0], rows).unflatten(0, data.shape[:-1])
 
-    def with_gelu(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """[M, K1] and [M, K2], which has yet to pass through GELU, side by side as the input -> [M, N] in `dtype`."""
-        first, second = (item.to(self.dtype).contiguous() for item in (first, second))
-        codes = gelu_codes(first, second, self.input_scale, self.smoothing, self.codes.dtype)
+    def with_gelu(
+        self, first: torch.Tensor, second: torch.Tensor, first_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the layer makes of two tensors side by side.
+
+        Args:
+            first: [M, K1], FP8 codes where they have a scale.
+            second: [M, K2], which has yet to pass through GELU.
+            first_scale: float32 [], of the codes; or None.
+
+        Returns:
+            [M, N] in `dtype`.
+        """
+        first = first.to(self.dtype) if first_scale is None else first
+        second = second.to(self.dtype)
+        codes = gelu_codes(
+            first.contiguous(), second.contiguous(), self.input_scale, self.smoothing, self.codes.dtype, first_scale
+        )
         return self.from_codes(codes, self.input_scale)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ class QuantizedLinear(torch.nn.Module, ABC):
         if smoothing is not None:
             rows = rows * smoothing
         product = F.linear(rows, self.weight(), self.bias) if self.sixteen_bit else self._product(rows)
-        return product.unflatten(0, data.shape[:-1])
+        return product.view(*data.shape[:-1], -1)  # Dynamo does not trace unflatten in a function mode
 
     def _input_smoothing(self) -> torch.Tensor | None:
         return self.smoothing
@@ -119,7 +119,7 @@ class StaticLinear(QuantizedLinear, ABC):
         if not self.after_gelu:
             return super().forward(data)
         rows = data.flatten(0, -2)
-        return self.with_gelu(rows[:, :0], rows).unflatten(0, data.shape[:-1])
+        return self.with_gelu(rows[:, :0], rows).view(*data.shape[:-1], -1)
 
     def with_gelu(
         self, first: torch.Tensor, second: torch.Tensor, first_scale: torch.Tensor | None = None

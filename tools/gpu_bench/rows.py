@@ -14,7 +14,7 @@ import torch
 
 from engines.errors import TmpDiffError
 from engines.precision import Precision
-from tmpdiff_export.quantization.codes import AttentionRange, LayerRange
+from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.attention import use_fp8_attention
 from tmpdiff_export.targets.torch.fusion import fuse
 from tools.gpu_bench.ceilings import floor
@@ -108,7 +108,7 @@ class Bench:
         copied = sharing_copy(self.module)
         if row in (BASELINE, LOWERED):
             if row == LOWERED:
-                fuse(copied, {})
+                fuse(copied, ())
             return copied, {"layers": (), "kept": {}, "kind": "16-bit"}
         precision = OWN.get(row) or SHARED.get(row) or PEERS[row][0]
         chosen = choose_layers(self.module, precision)
@@ -125,7 +125,7 @@ class Bench:
             replace_layers(copied, chosen.names, lower)
             if row in ATTENTION:
                 use_fp8_attention(copied, self._attention_ranges())
-            fuse(copied, {name: LayerRange(float(self.work.input_amax[name]), None) for name in chosen.names})
+            fuse(copied, self.work.readers)
         return copied, {"layers": chosen.names, "kept": chosen.kept, "kind": "16-bit" if row == "int4" else kind}
 
     def _attention_ranges(self) -> dict[str, AttentionRange]:

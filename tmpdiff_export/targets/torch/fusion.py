@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from diffusers.models.activations import GELU
@@ -15,14 +15,14 @@ from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu
 from tmpdiff_export.targets.torch.layers import StaticLinear, makes_codes
 
 
-def fuse(module: torch.nn.Module, ranges: Mapping[str, LayerRange]) -> None:
+def fuse(module: torch.nn.Module, groups: Iterable[Sequence[str]]) -> None:
     """Changes a denoiser in place, with its quantized layers in it: the same functions under the same names of layers.
 
     Args:
         module: a denoiser or a wrapper of one.
-        ranges: those of its quantized layers, by name.
+        groups: names of quantized layers that read the same input; of no consequence are layers alone.
     """
-    share_codes(module, ranges)
+    share_codes(module, groups)
     replace_tanh_gelu(module)
     _move_gelu(module)
     use_rotary_kernel(module)
@@ -30,24 +30,31 @@ def fuse(module: torch.nn.Module, ranges: Mapping[str, LayerRange]) -> None:
     use_joint_processor(module)
 
 
-def share_codes(module: torch.nn.Module, ranges: Mapping[str, LayerRange]) -> int:
-    """Makes layers of a block that read the same input take the scales of the first of them.
+def same_input(ranges: Mapping[str, LayerRange]) -> list[list[str]]:
+    """The layers that have read the same input, in groups: their ranges are equal to the last bit."""
+    groups: dict[tuple[float | None, bytes], list[str]] = {}
+    for name, found in ranges.items():
+        smoothing = b"" if found.pre_quant_scale is None else found.pre_quant_scale.numpy().tobytes()
+        groups.setdefault((found.input_amax, smoothing), []).append(name)
+    return list(groups.values())
 
-    That they read the same shows in their ranges, which are then equal to the last bit; so are their scales.
+
+def share_codes(module: torch.nn.Module, groups: Iterable[Sequence[str]]) -> int:
+    """Makes layers of one block that read the same input, and so have equal scales, take those of the first of them.
 
     Returns:
         How many layers got a leader.
     """
-    leaders: dict[tuple[str, float | None, bytes], StaticLinear] = {}
     count = 0
-    for name, found in ranges.items():
-        layer = module.get_submodule(name)
-        if makes_codes(layer):
-            smoothing = b"" if found.pre_quant_scale is None else found.pre_quant_scale.numpy().tobytes()
-            leader = leaders.setdefault((_block_of(name), found.input_amax, smoothing), layer)
-            if leader is not layer and leader.codes.dtype == layer.codes.dtype:
-                layer.leader = (leader,)
-                count += 1
+    for group in groups:
+        leaders: dict[str, StaticLinear] = {}
+        for name in group:
+            layer = module.get_submodule(name)
+            if makes_codes(layer):
+                leader = leaders.setdefault(_block_of(name), layer)
+                if leader is not layer and leader.codes.dtype == layer.codes.dtype:
+                    layer.leader = (leader,)
+                    count += 1
     return count
 
 

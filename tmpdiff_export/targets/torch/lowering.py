@@ -11,7 +11,7 @@ from engines.precision import Precision
 from tmpdiff_export.quantization.codes import AttentionRange, LayerRange, QuantizedLayer
 from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
 from tmpdiff_export.targets.torch.attention import use_fp8_attention
-from tmpdiff_export.targets.torch.fusion import fuse
+from tmpdiff_export.targets.torch.fusion import fuse, same_input
 from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, linear_from
 
 
@@ -44,7 +44,7 @@ def lower_for_torch(
     if attention:
         use_fp8_attention(lowered, attention)
         counts["fp8 attention"] = len(attention)
-    fuse(lowered, ranges or {})
+    fuse(lowered, same_input(ranges or {}))
     return _in_type(lowered, dtype), counts
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.targets.torch.flux import CodesSingleBlock, RotaryProcessor, use_rotary_kernel
-from tmpdiff_export.targets.torch.fusion import fuse, replace_tanh_gelu, share_codes
+from tmpdiff_export.targets.torch.fusion import fuse, replace_tanh_gelu, same_input, share_codes
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu, gelu_codes
 from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
 from tmpdiff_export.targets.torch.layers import Fp8Linear, linear_from
@@ -140,7 +140,7 @@ def test_fused_layers_compute_what_they_did_apart(precision: Precision, smoothin
     module = flux()
     apart = quantized(module, precision, smoothing)
     fused = copy.deepcopy(apart)
-    fuse(fused, {})
+    fuse(fused, ())
     assert [type(block) for block in fused.single_transformer_blocks] == [CodesSingleBlock] * 2
     assert sum(getattr(layer, "after_gelu", False) for layer in fused.modules()) == 4
     assert fused.state_dict().keys() == apart.state_dict().keys()
@@ -157,7 +157,7 @@ def test_shared_weights_stay_in_16_bit_products() -> None:
     for layer in apart.modules():
         if hasattr(layer, "sixteen_bit"):
             layer.sixteen_bit = True
-    fuse(apart, {})
+    fuse(apart, ())
     assert not any(isinstance(block, CodesSingleBlock) for block in apart.single_transformer_blocks)
     assert not any(getattr(layer, "after_gelu", False) for layer in apart.modules())
 
@@ -189,7 +189,7 @@ def test_layers_that_read_the_same_input_share_its_codes() -> None:
     }
     ranges["transformer_blocks.1.attn.to_k"] = LayerRange(3.0000002, None)
     apart = copy.deepcopy(module)
-    assert share_codes(module, ranges) == 7
+    assert share_codes(module, same_input(ranges)) == 7
     first, second = (block.attn for block in module.transformer_blocks)
     assert first.to_k.leader == first.to_v.leader == (first.to_q,)
     assert second.to_k.leader == ()  # another range: another input

@@ -17,7 +17,10 @@ from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
 from tmpdiff_export.targets.torch.layers import takes_fp8
 
-SCALES = "fp8_scales"  # buffer of a layer whose attention is in FP8
+# Buffers of a layer whose attention is in FP8. The values' scale is also in a tensor of its own: Inductor up to torch 2.13
+# takes the scale of a product that is a part of a tensor for the whole tensor.
+SCALES = "fp8_scales"
+VALUE_SCALE = "fp8_value_scale"
 LEAST_TOKENS = 256  # shorter attention is no cost
 HEAD_SIZES = (64, 128)  # that cuDNN's FP8 attention was run with; others up to the largest are padded to the next one
 _TORCHS = F.scaled_dot_product_attention
@@ -40,6 +43,11 @@ class Fp8Processor:
             return self.inner(layer, *args, **kwargs)
 
 
+def scales_of(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a layer whose attention is in FP8: what the operator takes, and float32 [], the scale of values and results."""
+    return layer.get_buffer(SCALES), layer.get_buffer(VALUE_SCALE)
+
+
 def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Attention [B, H, S, D] in a 16-bit type or float32 -> the same; with 1 / sqrt(D), without a mask."""
     size = query.shape[3]
@@ -47,7 +55,7 @@ def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
     codes = (
         static_codes(padded(item.transpose(1, 2)), scales[row, 0], FP8).contiguous() for row, item in enumerate(parts)
     )
-    return result_of(attention_fp8(*codes, scales)[..., :size], scales, query.dtype).transpose(1, 2)
+    return result_of(attention_fp8(*codes, scales)[..., :size], scales[2, 0], query.dtype).transpose(1, 2)
 
 
 def padded(heads: torch.Tensor) -> torch.Tensor:
@@ -87,22 +95,24 @@ def attend_heads(
 
 
 def project(
-    heads: torch.Tensor, scales: torch.Tensor | None, layer: torch.nn.Module, dtype: torch.dtype
+    heads: torch.Tensor, value_scale: torch.Tensor | None, layer: torch.nn.Module, dtype: torch.dtype
 ) -> torch.Tensor:
     """The output projection of what `attend_heads` returned, [B, S, H, D] -> [B, S, N] in `dtype`.
+
+    Without a scale it is no codes.
 
     A layer in FP8 multiplies the codes as they are: they have the values' scale, and are rounded once.
     """
     rows = heads.flatten(2).contiguous()
-    if scales is not None and takes_fp8(layer):
-        return layer.from_codes(rows.flatten(0, 1), scales[2, 0]).unflatten(0, rows.shape[:2])
-    result: torch.Tensor = layer(result_of(rows, scales, dtype))
+    if value_scale is not None and takes_fp8(layer):
+        return layer.from_codes(rows.flatten(0, 1), value_scale).unflatten(0, rows.shape[:2])
+    result: torch.Tensor = layer(result_of(rows, value_scale, dtype))
     return result
 
 
-def result_of(heads: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def result_of(heads: torch.Tensor, value_scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """What the result of `attend_heads` stands for, any shape."""
-    return heads if scales is None else (heads.float() * scales[2, 0]).to(dtype)
+    return heads if value_scale is None else (heads.float() * value_scale).to(dtype)
 
 
 @contextmanager
@@ -145,16 +155,22 @@ def use_fp8_attention(module: torch.nn.Module, ranges: Mapping[str, AttentionRan
     Their scales are buffers, as other weights are: so layers that compute the same are the same program.
     """
     device = next(itertools.chain(module.parameters(), module.buffers())).device
-    for name, scales in attention_tensors(ranges).items():
-        layer = module.get_submodule(name.removesuffix(f".{SCALES}"))
-        layer.register_buffer(SCALES, scales.to(device))
-        layer.float32_buffers = (SCALES,)
+    for name, item in attention_tensors(ranges).items():
+        owner, _, buffer = name.rpartition(".")
+        module.get_submodule(owner).register_buffer(buffer, item.to(device))
+    for name in ranges:
+        layer = module.get_submodule(name)
+        layer.float32_buffers = (SCALES, VALUE_SCALE)
         layer.processor = Fp8Processor(layer.processor)
 
 
 def attention_tensors(ranges: Mapping[str, AttentionRange]) -> dict[str, torch.Tensor]:
     """The buffers that `use_fp8_attention` gives a module, by name, on the CPU; see `scales_tensor`."""
-    return {f"{name}.{SCALES}": scales_tensor(*limits.scales) for name, limits in ranges.items()}
+    tensors = {}
+    for name, limits in ranges.items():
+        scales = scales_tensor(*limits.scales)
+        tensors.update({f"{name}.{SCALES}": scales, f"{name}.{VALUE_SCALE}": scales[2, 0].clone()})
+    return tensors
 
 
 class _Watched:

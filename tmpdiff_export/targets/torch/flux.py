@@ -12,7 +12,15 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from tmpdiff_export.targets.torch.activations import FP8
-from tmpdiff_export.targets.torch.attention import SCALES, Fp8Processor, attend_heads, project, result_of
+from tmpdiff_export.targets.torch.attention import (
+    SCALES,
+    VALUE_SCALE,
+    Fp8Processor,
+    attend_heads,
+    project,
+    result_of,
+    scales_of,
+)
 from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
 from tmpdiff_export.targets.torch.layers import makes_codes
 
@@ -55,7 +63,7 @@ class RotaryProcessor:
             value = torch.cat([text_value, value], dim=1)
             text_norms = attn.norm_added_q, attn.norm_added_k
             text_tokens = encoder_hidden_states.shape[1]
-        scales = attn.get_buffer(SCALES) if self.fp8 else None
+        scales, value_scale = scales_of(attn) if self.fp8 else (None, None)
         dtype = hidden_states.dtype if scales is None else FP8
         query, key = (
             norm_rotary((text, text_norm.weight), (image, norm.weight), image_rotary_emb, norm.eps, dtype, scale)
@@ -66,10 +74,10 @@ class RotaryProcessor:
         )
         result = attend_heads(query, key, value, scales)
         if encoder_hidden_states is None:
-            return result.flatten(2) if self.leaves_codes else result_of(result, scales, value.dtype).flatten(2)
+            return result.flatten(2) if self.leaves_codes else result_of(result, value_scale, value.dtype).flatten(2)
         text, image = result[:, :text_tokens], result[:, text_tokens:]
         image, text = (
-            project(item, scales, layer, value.dtype)
+            project(item, value_scale, layer, value.dtype)
             for item, layer in ((image, attn.to_out[0]), (text, attn.to_add_out))
         )
         return attn.to_out[1](image), text
@@ -107,7 +115,7 @@ class CodesSingleBlock(FluxSingleTransformerBlock):
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = self.norm(residual, emb=temb)
         attended = self.attn(normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        scale = self.attn.get_buffer(SCALES)[2, 0] if attended.dtype is FP8 else None
+        scale = self.attn.get_buffer(VALUE_SCALE) if attended.dtype is FP8 else None
         product = self.proj_out.with_gelu(attended.flatten(0, 1), self.proj_mlp(normed).flatten(0, 1), scale)
         result = residual + gate.unsqueeze(1) * product.unflatten(0, residual.shape[:2])
         if result.dtype == torch.float16:

@@ -17,6 +17,7 @@ from tmpdiff_export.targets.torch.attention import (
     project,
     query_factor,
     result_of,
+    scales_of,
 )
 from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
 
@@ -50,7 +51,7 @@ class JointProcessor:
         if attention_mask is not None or (encoder_hidden_states is not None and attn.add_q_proj is None):
             raise ValueError("expected no attention mask, and no text for a layer without projections of it")
         tokens = hidden_states.shape[1]
-        scales = attn.get_buffer(SCALES) if self.fp8 else None
+        scales, value_scale = scales_of(attn) if self.fp8 else (None, None)
         query, key, value = (_heads(attn, layer, hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
         if encoder_hidden_states is None:
             added = query[:, :0], key[:, :0], value[:, :0]
@@ -70,13 +71,13 @@ class JointProcessor:
         )
         value = _beside(value, added[2])
         heads = attend_heads(query, key, value if scales is None else padded(value), scales)[..., :size]
-        image = attn.to_out[1](project(heads[:, :tokens], scales, attn.to_out[0], dtype))
+        image = attn.to_out[1](project(heads[:, :tokens], value_scale, attn.to_out[0], dtype))
         if encoder_hidden_states is None:
             return image
         text = heads[:, tokens:]
         if attn.context_pre_only:
-            return image, result_of(text, scales, dtype).flatten(2)
-        return image, project(text, scales, attn.to_add_out, dtype)
+            return image, result_of(text, value_scale, dtype).flatten(2)
+        return image, project(text, value_scale, attn.to_add_out, dtype)
 
 
 def use_joint_processor(module: torch.nn.Module) -> int:

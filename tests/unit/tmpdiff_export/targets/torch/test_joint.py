@@ -142,3 +142,24 @@ def test_other_processors_and_layers_keep_theirs() -> None:
         second(data, attention_mask=torch.zeros(1, 1, 256))
     with pytest.raises(ValueError, match="no text for a layer without projections"):
         second(data, encoder_hidden_states=data)
+
+
+def test_scales_of_products_are_tensors_of_their_own() -> None:
+    # Inductor takes a scale that is a part of a tensor for the whole of it, and fails on a GPU.
+    module = sd3()
+    found: dict[str, AttentionRange] = {}
+    with watch_attention(module, found):
+        call(module, sd3_inputs())
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and ".attn" in name:
+            codes = quantize_layer(layer.weight, LayerRange(4.0, None), Precision.FP8, None)
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, linear_from(codes, layer.bias.detach(), torch.bfloat16))
+    use_fp8_attention(module, found)
+    assert use_joint_processor(module) == 5
+    layer = module.transformer_blocks[0].attn
+    arguments = torch.randn(1, 256, 128), torch.randn(1, 8, 128)
+    graph = torch.export.export(layer, arguments, strict=False).graph
+    products = [node for node in graph.nodes if node.target is torch.ops.aten._scaled_mm.default]
+    assert len(products) == 8
+    assert all(scale.op == "placeholder" for node in products for scale in node.args[2:4])

@@ -64,7 +64,7 @@ class RotaryProcessor:
             text_norms = attn.norm_added_q, attn.norm_added_k
             text_tokens = encoder_hidden_states.shape[1]
         scales, value_scale = scales_of(attn) if self.fp8 else (None, None)
-        dtype = hidden_states.dtype if scales is None else FP8
+        dtype = query.dtype if scales is None else FP8
         query, key = (
             norm_rotary((text, text_norm.weight), (image, norm.weight), image_rotary_emb, norm.eps, dtype, scale)
             for text, text_norm, image, norm, scale in (

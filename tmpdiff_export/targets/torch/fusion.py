@@ -13,6 +13,7 @@ from tmpdiff_export.targets.torch.flux import use_codes_kernel, use_rotary_kerne
 from tmpdiff_export.targets.torch.joint import use_joint_processor
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu
 from tmpdiff_export.targets.torch.layers import StaticLinear, makes_codes
+from tmpdiff_export.targets.torch.norms import use_norm_kernel
 
 
 def fuse(module: torch.nn.Module, groups: Iterable[Sequence[str]]) -> None:
@@ -28,6 +29,7 @@ def fuse(module: torch.nn.Module, groups: Iterable[Sequence[str]]) -> None:
     use_rotary_kernel(module)
     use_codes_kernel(module)
     use_joint_processor(module)
+    use_norm_kernel(module)
 
 
 def same_input(ranges: Mapping[str, LayerRange]) -> list[list[str]]:

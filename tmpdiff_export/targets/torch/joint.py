@@ -60,7 +60,7 @@ class JointProcessor:
             layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
             added = tuple(_heads(attn, layer, encoder_hidden_states) for layer in layers)
             added_norms = attn.norm_added_q, attn.norm_added_k
-        size, dtype = query.shape[3], hidden_states.dtype
+        size, dtype = query.shape[3], query.dtype
         factors = (None, None) if scales is None else (_query_scale(scales, size), scales[1, 0])
         query, key = (
             _joined(both, norms, factor, dtype)

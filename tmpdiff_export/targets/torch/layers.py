@@ -115,7 +115,9 @@ class StaticLinear(QuantizedLinear, ABC):
     leader: tuple[StaticLinear, ...] = ()  # one or none; in a tuple, it is not a part of this layer
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
-        """See `QuantizedLinear.forward`."""
+        """See `QuantizedLinear.forward`; `data` may be codes as `leading` makes them."""
+        if data.dtype == self.codes.dtype:
+            return self.from_codes(data.flatten(0, -2), self.leading.input_scale).view(*data.shape[:-1], -1)
         if not self.after_gelu:
             return super().forward(data)
         rows = data.flatten(0, -2)
@@ -142,14 +144,15 @@ class StaticLinear(QuantizedLinear, ABC):
         return self.from_codes(codes, self.input_scale)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        scale = self._leading.input_scale
+        scale = self.leading.input_scale
         return self.from_codes(static_codes(rows, scale, self.codes.dtype), scale)
 
     def _input_smoothing(self) -> torch.Tensor | None:
-        return self._leading.smoothing
+        return self.leading.smoothing
 
     @property
-    def _leading(self) -> StaticLinear:
+    def leading(self) -> StaticLinear:
+        """The layer whose codes this one takes: its leader, or itself."""
         return self.leader[0] if self.leader else self
 
     @abstractmethod

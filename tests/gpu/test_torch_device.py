@@ -146,6 +146,45 @@ def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
     assert ((found - expected).abs() <= step).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("tokens", "columns", "branch"), [(333, 1536, True), (300, 1152, False), (50, 3072, True)])
+def test_the_norm_kernel_computes_what_torch_does(
+    tokens: int, columns: int, branch: bool, dtype: str, compiled: bool
+) -> None:
+    import torch
+
+    from tmpdiff_export.targets.torch.kernels.norms import Codes, Modulation, add_norm_modulated, norm_modulated
+
+    generator = torch.Generator().manual_seed(tokens)
+    kind = getattr(torch, dtype)
+    model = torch.float16 if dtype == "float16" else torch.bfloat16
+    data, more = (torch.randn(2, tokens, columns, generator=generator).to(model) for _ in range(2))
+    table = torch.randn(2, 6, columns, generator=generator).to(model)
+    factors = torch.rand(columns, generator=generator).to(model) if kind is torch.int8 else None
+    scale = torch.tensor(0.03)
+
+    def run(device: str) -> tuple[torch.Tensor, ...]:
+        rows, added, made = (item.to(device) for item in (data, more, table))
+        codes = None
+        if kind is not model:
+            codes = Codes(kind, scale.to(device), None if factors is None else factors.to(device))
+        if branch:
+            return add_norm_modulated(rows, added, Modulation(made, 3, 4, 2), 1e-6, codes)
+        return norm_modulated(rows, Modulation(made, 0, 1), 1e-6, codes), rows
+
+    torch._dynamo.reset()  # it compiles one function so many times only
+    call = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+    (found, total), (expected, summed) = (
+        tuple(part.float().cpu() for part in made) for made in (call("cuda"), run("cpu"))
+    )
+    # Sums in another order may round to the neighbour, and then all that follows a little elsewhere.
+    least = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9, torch.int8: 0.0, torch.float8_e4m3fn: 2.0**-3}[kind]
+    assert ((found - expected).abs() <= 1.01 * least * expected.abs() + (1.0 if kind is torch.int8 else 0.01)).all()
+    assert (found != expected).float().mean() < 0.02
+    assert ((total - summed).abs() <= 2.0**-7 * summed.abs() + 1e-6).all()
+
+
 needs_cudnn = pytest.mark.skipif(importlib.util.find_spec("cudnn") is None, reason="cudnn is not installed")
 
 

@@ -35,7 +35,7 @@ class ChannelsLastTransformer(Transformer2DModel):
         data = hidden_states.permute(0, 2, 3, 1).contiguous()
         norm, layer = _norm_of(self.norm, silu=False), self.proj_in
         if takes_codes(layer):
-            tokens = layer.from_codes(group_norm(data, norm, None, layer.input_scale, layer.codes.dtype))
+            tokens = layer.of_codes(group_norm(data, norm, None, layer.input_scale, layer.codes.dtype))
         else:
             tokens = pointwise(layer, group_norm(data, norm))
         return tokens.flatten(1, 2), tokens.shape[-1]
@@ -82,7 +82,7 @@ def _normed(
     """Norm, SiLU and convolution of [B, H, W, C] plus [B, C] -> [B, H, W, N]."""
     form = _norm_of(norm, silu=True)
     if takes_codes(layer):
-        return layer.from_codes(group_norm(data, form, added, layer.input_scale, layer.codes.dtype))
+        return layer.of_codes(group_norm(data, form, added, layer.input_scale, layer.codes.dtype))
     pixels: torch.Tensor = layer(group_norm(data, form, added).permute(0, 3, 1, 2))
     return pixels.permute(0, 2, 3, 1).contiguous()
 

@@ -84,8 +84,7 @@ class CalibrationOptions:
         """
         if self.reuse >= num_steps:
             raise ValueError(
-                f"reuse of {self.reuse} steps is asked for; of the loop's {num_steps} the first is computed, so allow at most "
-                f"{num_steps - 1}"
+                f"reuse of {self.reuse} steps is asked for; of {num_steps} the first is computed, so allow at most {num_steps - 1}"
             )
 
 

@@ -101,7 +101,7 @@ def test_more_reuse_than_a_loop_has_is_refused_before_anything_runs(
     for steps in (1, 4):
         done = called(EXPORT, *command, "--steps", steps, "--reuse", steps)
         done.stderr = "\n".join(line for line in done.stderr.splitlines() if "was added to the bundle" not in line)
-        assert_refused(done, f"of the loop's {steps} the first is computed, so allow at most {steps - 1}")
+        assert_refused(done, f"of {steps} the first is computed, so allow at most {steps - 1}")
 
 
 def test_errors_of_steps_that_feed_a_reuse_grow_as_the_table_says(bundle: Path) -> None:

@@ -126,3 +126,16 @@ def test_errors_of_steps_that_feed_a_reuse_grow_as_the_table_says(bundle: Path) 
                 ends.append(np.linalg.norm(final(low) - final(base)))
             assert ends[0] / ends[1] == pytest.approx(abs(factors[step]), rel=0.2)
         assert abs(factors[4]) > 1.5
+
+
+def test_a_schedule_with_reuse_is_shown_beside_a_calibration_without(tiny_bundle: Path, tmp_path: Path) -> None:
+    """No reused step was timed, so its latency is as little known as its error."""
+    opened = Bundle.open(tiny_bundle)
+    choices = ("fp16", "reuse0", "int8", "reuse1")
+    schedule = Schedule(
+        bundle_id=opened.manifest.bundle_id, setting=opened.setting().name, precisions=choices, origin="by hand"
+    )
+    schedule.save(tmp_path / "schedule.json")
+    shown = called(EXPORT, "schedule", tiny_bundle, "--schedule", tmp_path / "schedule.json")
+    assert shown.returncode == 0, shown.stderr
+    assert "predicted E -, latency - of the reference" in shown.stdout

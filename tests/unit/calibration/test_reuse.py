@@ -257,3 +257,8 @@ def test_documents_that_contradict_themselves_are_refused() -> None:
             Sensitivity.model_validate(data | {"reuse": data["reuse"] | change})
     with pytest.raises(ValueError, match=r"fewer steps were compared without reuse|a schedule has"):
         Sensitivity.model_validate(data | {"reuse": None})
+    row = next(row for row in data["validation"] if row["name"].startswith("fewer steps: "))
+    others = [other for other in data["validation"] if other is not row]
+    for schedules in ([["odd"] * len(row["schedules"][0])], [[]], [row["schedules"][0][1:]]):
+        with pytest.raises(ValueError, match="is of another run"):
+            Sensitivity.model_validate(data | {"validation": [*others, row | {"schedules": schedules}]})

@@ -232,8 +232,11 @@ def _of_schedules(found: Sensitivity) -> Iterator[str]:
     measured = found.guard.candidates if found.guard else ()
     of_kept = [found.schedule, *(point.precisions for point in found.pareto)]
     of_kept += [*(point.precisions for point in found.fit_points), *(candidate.precisions for candidate in measured)]
-    shorter = {record.name for record in found.fewer_steps}
+    shorter = {record.name: ((record.precision,) * record.num_steps,) for record in found.fewer_steps}
     of_all = chain.from_iterable(row.schedules for row in found.validation if row.name not in shorter)
+    for row in found.validation:
+        if row.schedules != shorter.get(row.name, row.schedules):
+            yield f"validation of {row.name} is of another run"
     for allowed, schedules in ((kept | reuses, of_kept), (set(found.precisions) | reuses, of_all)):
         for schedule in schedules:
             if len(schedule) != found.num_steps or not set(schedule) <= allowed:

@@ -230,8 +230,7 @@ def _check(
         raise ValueError("the journal was opened for other evaluators; open it with open_journal")
     if options.reuse and REUSE not in latencies_ms:
         raise ValueError(f"latencies_ms lacks {REUSE}, the step latency of a reused step; give it, or allow no reuse")
-    if options.reuse >= evaluator.num_steps:
-        raise ValueError(f"reuse of {options.reuse} steps is asked for; of {evaluator.num_steps} the first is computed")
+    options.require_fit(evaluator.num_steps)
     built = LatencyModel(evaluator.precisions, latencies_ms, options.costs, latencies_ms.get(REUSE))
     integers(built, np.zeros((evaluator.num_steps, len(built.precisions))))  # refuses latencies and costs out of range
     if not isinstance(options.budget, QualityBudget):

@@ -76,6 +76,17 @@ class CalibrationOptions:
         if self.reuse < 0:
             raise ValueError(f"reuse is {self.reuse}, expected 0 or more steps")
 
+    def require_fit(self, num_steps: int) -> None:
+        """Refuses more reused steps than a loop of T can have.
+
+        Raises:
+            ValueError: saying how many it can.
+        """
+        if self.reuse >= num_steps:
+            raise ValueError(
+                f"reuse of {self.reuse} steps is asked for; of {num_steps} the first is computed, so allow at most {num_steps - 1}"
+            )
+
 
 DEFAULT_OPTIONS = CalibrationOptions()
 

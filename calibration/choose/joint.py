@@ -11,7 +11,7 @@ with and without the plan, from the sampler table alone. Reuse and precisions ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -177,7 +177,7 @@ def best_joint(
 def joint_front(latency_model: LatencyModel, gram: Gram, plans: Sequence[ReusePlan]) -> tuple[Allocation, ...]:
     """Schedules that trade latency for predicted error, fastest first; the union over all plans, and without reuse."""
     points = [*front_without(latency_model, gram)]
-    for plan in undominated(plans):
+    for plan in plans:
         points += [_whole(latency_model, plan, point) for point in front_without(latency_model, plan.gram(gram))]
     found: list[Allocation] = []
     for point in sorted(points, key=lambda entry: (entry.latency, entry.error)):
@@ -203,15 +203,6 @@ def worthwhile(plans: Sequence[ReusePlan], gram: Gram) -> tuple[ReusePlan, ...]:
         best = set(costs.argmin(axis=0).tolist())
         kept += [plan for k, plan in enumerate(rivals) if k in best or plan.rule]
     return tuple(kept)
-
-
-def undominated(plans: Sequence[ReusePlan]) -> Iterator[ReusePlan]:
-    """The plans that no other one beats in reused steps and E."""
-    best = np.inf
-    for plan in sorted(plans, key=lambda plan: (-len(plan.reused), plan.error)):
-        if plan.error < best:
-            best = plan.error
-            yield plan
 
 
 def fastest_latency(latency_model: LatencyModel, reused: int, num_steps: int) -> float:

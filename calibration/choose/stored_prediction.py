@@ -13,6 +13,7 @@ from calibration.document import Sensitivity
 from calibration.reuse_records import ReuseRecord
 from calibration.scores.gram import Gram
 from calibration.scores.measured_gram import gram_of
+from calibration.scores.reuse import reused_steps
 from engines.reuse import REUSES
 
 
@@ -77,5 +78,13 @@ class StoredPrediction:
         return True
 
     def latency(self, schedule: Sequence[str]) -> float:
-        """Mean step latency of a schedule, changes of precision included, relative to the reference."""
+        """Mean step latency of a schedule, changes of precision included, relative to the reference.
+
+        Raises:
+            ValueError: steps are reused, and the calibration did not time a reused step.
+        """
         return self._latency_model.latency(schedule)
+
+    def times(self, schedule: Sequence[str]) -> bool:
+        """Whether `latency` has an answer."""
+        return self._latency_model.reuse_ms is not None or not reused_steps(schedule)

@@ -21,6 +21,9 @@ from calibration.measure.requests import Outcome, Request, Run
 from engines.errors import TmpDiffError
 from engines.reuse import order_of
 
+OVERFLOWED = 1e6
+"""E of a run with reused steps whose latents are not finite: extrapolation can run away, and is then no choice."""
+
 
 class SampleBatches:
     """`calibration.measure.requests.Pool` in this process: one run of several samples takes one engine call a step.
@@ -138,10 +141,12 @@ class _KeptSet:
         """E of a run's final latents and, where it is asked for, the direction of their error.
 
         Raises:
-            TmpDiffError: they are not finite.
+            TmpDiffError: they are not finite, and no step was reused.
         """
         final = self._final(request.sample)
         error = relative_error(latents, final)
+        if not math.isfinite(error) and any(order_of(choice) is not None for choice in request.rest):
+            error, latents = OVERFLOWED, final + 1.0
         if not math.isfinite(error):
             raise TmpDiffError(
                 f"the {request.run} run of {self._name} sample {request.sample} gave latents that are not finite; "
@@ -161,6 +166,6 @@ class _KeptSet:
         if missing:
             finals = np.stack([self._final(sample) for sample in missing])
             self._pictures.update(zip(missing, decode(finals), strict=True))
-        pictures = decode(np.stack(latents))
+        pictures = decode(np.stack([np.nan_to_num(found, posinf=0.0, neginf=0.0) for found in latents]))
         with ThreadPoolExecutor(self._threads) as threads:
             return list(threads.map(self._samples.compare, pictures, [self._pictures[sample] for sample in samples]))

@@ -200,6 +200,7 @@ def scores_from(source: Bundle, entry: SettingEntry, found: Sensitivity, target:
 def _calibrate(
     runtime: DenoiseRuntime, prompts: PromptFile, options: CalibrationOptions, how: RunOptions, report: Progress
 ) -> Sensitivity:
+    options.require_fit(runtime.num_steps)  # before latencies are measured, as a reused step's cannot be without one
     runtime.bundle.verify(runtime.manifest.files())
     scale = runtime.setting.guidance_scale
     samples = BundleSamples(prompts, how.seed, scale)

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         schedule = schedule.model_copy(
             update={
                 "predicted_error": _predicted_error(prediction, schedule.precisions),
-                "predicted_latency": prediction.latency(schedule.precisions),
+                "predicted_latency": _predicted_latency(prediction, schedule.precisions),
             }
         )
     exported = _export(args, bundle, schedule, prediction, _calls(bundle, setting)) if args.export_policy else None
@@ -107,6 +107,11 @@ def _require_computed(schedule: Schedule) -> None:
 def _predicted_error(prediction: StoredPrediction, schedule: tuple[str, ...]) -> float | None:
     """None where a step is at a precision without scores, or steps are reused as was not measured."""
     return prediction.error(schedule) if prediction.predicts(schedule) else None
+
+
+def _predicted_latency(prediction: StoredPrediction, schedule: tuple[str, ...]) -> float | None:
+    """None where steps are reused, and the calibration did not time that."""
+    return prediction.latency(schedule) if prediction.times(schedule) else None
 
 
 def _imported(bundle: Bundle, setting: SettingEntry, args: argparse.Namespace) -> Schedule:

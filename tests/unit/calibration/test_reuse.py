@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from calibration.scores.reuse import reused_steps
 from calibration.scores.transfer import step_axes
 from engines.errors import BudgetError
 from engines.reuse import order_of
+from engines.sampler import SamplerState
 
 STEPS = 12
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.5, "int4": 3.0, "reuse": 0.02}
@@ -55,6 +57,22 @@ def stored(found: Sensitivity) -> str:
 
 def computed(schedule: tuple[str, ...]) -> list[str]:
     return [choice for choice in schedule if order_of(choice) is None]
+
+
+class RunsAway(ReuseLoop):
+    """A line overflows, and so does every step behind it."""
+
+    def step(self, sample: int, state: SamplerState, choice: str) -> SamplerState:
+        after = super().step(sample, state, choice)
+        return replace(after, latents=np.full_like(after.latents, np.inf)) if choice == "reuse1" else after
+
+
+def test_an_extrapolation_that_runs_away_is_a_choice_that_is_not_made() -> None:
+    found = run(RunsAway(STEPS, num_samples=4))
+    assert "reuse1" not in found.schedule
+    assert {"reuse0", "reuse2"} & set(found.schedule)
+    assert found.predicted_error < 0.1
+    assert found.predicted_latency <= 0.4
 
 
 def test_reuse_meets_a_latency_budget_with_less_error_than_without() -> None:
@@ -257,3 +275,8 @@ def test_documents_that_contradict_themselves_are_refused() -> None:
             Sensitivity.model_validate(data | {"reuse": data["reuse"] | change})
     with pytest.raises(ValueError, match=r"fewer steps were compared without reuse|a schedule has"):
         Sensitivity.model_validate(data | {"reuse": None})
+    row = next(row for row in data["validation"] if row["name"].startswith("fewer steps: "))
+    others = [other for other in data["validation"] if other is not row]
+    for schedules in ([["odd"] * len(row["schedules"][0])], [[]], [row["schedules"][0][1:]]):
+        with pytest.raises(ValueError, match="is of another run"):
+            Sensitivity.model_validate(data | {"validation": [*others, row | {"schedules": schedules}]})

@@ -12,6 +12,7 @@ from helpers.stored import schedule_path
 
 from engines.documents import read_document, write_document
 from engines.errors import ScheduleError
+from engines.schedule import SCHEDULE_VERSION
 
 
 def refused(*args: object, says: str) -> None:
@@ -69,7 +70,7 @@ def test_inspect_shows_engines_and_schedule(demo_bundle: Path) -> None:
 
 
 def test_a_schedule_must_fit_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
-    stored = read_document(schedule_path(tiny_bundle), "schedule", 2, ScheduleError)
+    stored = read_document(schedule_path(tiny_bundle), "schedule", SCHEDULE_VERSION, ScheduleError)
     run = ("run", tiny_bundle, "--prompt", "a red circle", "--seed", "0", "--out", tmp_path / "a.png", "--schedule")
     other = tmp_path / "other.json"
     write_document(other, {**stored, "precisions": stored["precisions"][:-1]})
@@ -80,10 +81,10 @@ def test_a_schedule_must_fit_the_bundle(tiny_bundle: Path, tmp_path: Path) -> No
     refused(*run, other, says="schedule asks for precision 'fp4'; the bundle holds fp16, int8")
     write_document(other, {**stored, "setting": "other"})
     refused(*run, other, says="schedule was made for setting other, the one that runs is ")
-    write_document(other, {**stored, "version": 3})
-    refused(*run, other, says="has format version 3, this release reads up to 2")
+    write_document(other, {**stored, "version": SCHEDULE_VERSION + 1})
+    refused(*run, other, says=f"has format version {SCHEDULE_VERSION + 1}, this release reads up to {SCHEDULE_VERSION}")
     refused(*run, "uniform:fp7", says="precision 'fp7'")
-    other.write_text(other.read_text().replace('"version": 3', '"version": 1'))
+    other.write_text(other.read_text().replace(f'"version": {SCHEDULE_VERSION + 1}', '"version": 1'))
     refused(*run, other, says="was altered")
     assert not (tmp_path / "a.png").exists()
 

@@ -125,6 +125,16 @@ def test_the_front_is_that_of_all_plans() -> None:
     assert len([name for name in points[0].precisions if order_of(name) is not None]) == 3
 
 
+def test_the_front_has_plans_that_err_more_themselves_and_multiply_less() -> None:
+    """A plan of fewer reused steps and more error, which leaves low precisions as they are."""
+    latency_model, whole = model(), gram()
+    fragile, sturdy = plan(1e-5, 9.0, s2="reuse0", s4="reuse1"), plan(1e-4, 1.0, s3="reuse1")
+    points = joint_front(latency_model, whole, (fragile, sturdy))
+    for ratio in (0.4, 0.5, 0.6):
+        best = best_joint(latency_model, whole, (fragile, sturdy), LatencyBudget(ratio))
+        assert [point for point in points if point.latency <= ratio][-1].error == pytest.approx(best.error, rel=1e-9)
+
+
 def test_budgets_out_of_reach_name_what_is_in_reach() -> None:
     with pytest.raises(BudgetError, match=r"the fastest takes 0\.205"):
         best_joint(model(), gram(), PLANS, LatencyBudget(0.1))

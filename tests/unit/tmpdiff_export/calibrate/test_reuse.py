@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.commands import EXPORT, called, save_prompts
+from helpers.commands import EXPORT, assert_refused, called, save_prompts
 from helpers.demo_build import linked_copy
 from helpers.stored import schedule_path, sensitivity_path
 from helpers.tiny_pipeline import PROMPTS, tiny_options
@@ -91,7 +91,17 @@ def test_the_command_takes_auto_off_and_a_number(bundle: Path, tmp_path: Path) -
     assert 'id="reuse"' in (tmp_path / "report.html").read_text()
     for wrong in ("many", "-1"):
         assert called(EXPORT, *command, "--reuse", wrong).returncode == 2
-    assert f"reuse of {steps} steps is asked for" in called(EXPORT, *command, "--reuse", steps).stderr
+
+
+def test_more_reuse_than_a_loop_has_is_refused_before_anything_runs(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("tmpdiff_export.calibrate.bundle._latencies")
+    command = ("calibrate", bundle, "--prompts", save_prompts(tmp_path))
+    for steps in (1, 4):
+        done = called(EXPORT, *command, "--steps", steps, "--reuse", steps)
+        done.stderr = "\n".join(line for line in done.stderr.splitlines() if "was added to the bundle" not in line)
+        assert_refused(done, f"of {steps} the first is computed, so allow at most {steps - 1}")
 
 
 def test_errors_of_steps_that_feed_a_reuse_grow_as_the_table_says(bundle: Path) -> None:
@@ -116,3 +126,16 @@ def test_errors_of_steps_that_feed_a_reuse_grow_as_the_table_says(bundle: Path) 
                 ends.append(np.linalg.norm(final(low) - final(base)))
             assert ends[0] / ends[1] == pytest.approx(abs(factors[step]), rel=0.2)
         assert abs(factors[4]) > 1.5
+
+
+def test_a_schedule_with_reuse_is_shown_beside_a_calibration_without(tiny_bundle: Path, tmp_path: Path) -> None:
+    """No reused step was timed, so its latency is as little known as its error."""
+    opened = Bundle.open(tiny_bundle)
+    choices = ("fp16", "reuse0", "int8", "reuse1")
+    schedule = Schedule(
+        bundle_id=opened.manifest.bundle_id, setting=opened.setting().name, precisions=choices, origin="by hand"
+    )
+    schedule.save(tmp_path / "schedule.json")
+    shown = called(EXPORT, "schedule", tiny_bundle, "--schedule", tmp_path / "schedule.json")
+    assert shown.returncode == 0, shown.stderr
+    assert "predicted E -, latency - of the reference" in shown.stdout

@@ -14,7 +14,8 @@ from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.reuse import MOST_COMPUTED
 from engines.runtime import DenoiseRuntime
-from engines.sampler import SamplerState, SamplerTable, row_of, stacked
+from engines.sampler import SamplerTable
+from engines.sampler_state import SamplerState, row_of, stacked
 from engines.text import PromptFile
 
 # Validation noise is drawn from seeds far from those of calibration, so that no sample is shared.

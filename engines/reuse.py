@@ -77,13 +77,19 @@ def extrapolation(order: int, step_index: int, computed: Sequence[int], timestep
     own, nodes = timesteps[step_index], computed[len(computed) - order - 1 :]
     terms = []
     for j in nodes:
-        weight = 1.0
-        for i in nodes:
-            if i != j:
-                weight *= (own - timesteps[i]) / (timesteps[j] - timesteps[i])
+        weight = lagrange_weight(nodes, j, own, timesteps)
         if weight:
             terms.append((j, float(weight)))
     return tuple(terms)
+
+
+def lagrange_weight(nodes: Sequence[int], node: int, at: float, timesteps: Sequence[float]) -> float:
+    """The weight of one of several step indices at distinct timesteps in the polynomial through all of them, at a timestep."""
+    weight = 1.0
+    for other in nodes:
+        if other != node:
+            weight *= (at - timesteps[other]) / (timesteps[node] - timesteps[other])
+    return weight
 
 
 def taken_whole(terms: Terms) -> bool:

@@ -24,7 +24,16 @@ import numpy as np
 
 from calibration.measure.measurements import ErrorVector, Measurements
 from calibration.measure.metrics import typical_error, typical_errors
-from engines.reuse import MOST_COMPUTED, REUSES, Terms, extrapolation, order_of, reuse_terms, with_computed
+from engines.reuse import (
+    MOST_COMPUTED,
+    REUSES,
+    Terms,
+    extrapolation,
+    lagrange_weight,
+    order_of,
+    reuse_terms,
+    with_computed,
+)
 
 STAGE = "reuse scores"
 
@@ -86,7 +95,8 @@ class Reuses:
             if j in nodes:
                 on_nodes[nodes.index(j)] += weight
             else:
-                on_nodes += weight * np.array([self._lagrange(nodes, node, self.timesteps[j]) for node in nodes])
+                at = self.timesteps[j]
+                on_nodes += weight * np.array([lagrange_weight(nodes, node, at, self.timesteps) for node in nodes])
         found[: len(basis)] = np.linalg.solve(basis.T, on_nodes[1:])
         return found
 
@@ -105,13 +115,6 @@ class Reuses:
                     basis[order, nodes.index(j) - 1] = weight
             found.append((nodes, basis))
         return found
-
-    def _lagrange(self, nodes: Sequence[int], node: int, at: float) -> float:
-        weight = 1.0
-        for other in nodes:
-            if other != node:
-                weight *= (at - self.timesteps[other]) / (self.timesteps[node] - self.timesteps[other])
-        return weight
 
 
 def single(reference: str, num_steps: int, step: int, order: int) -> tuple[str, ...]:

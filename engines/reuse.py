@@ -27,9 +27,19 @@ def order_of(choice: str) -> int | None:
     return REUSES.index(choice) if choice in REUSES else None
 
 
+def reused_steps(choices: Sequence[str]) -> tuple[int, ...]:
+    """Step indices whose model output is not computed."""
+    return tuple(step for step, choice in enumerate(choices) if order_of(choice) is not None)
+
+
+def computed_choices(choices: Sequence[str]) -> tuple[str, ...]:
+    """The choices of the computed steps, in order."""
+    return tuple(choice for choice in choices if order_of(choice) is None)
+
+
 def engines_of(choices: Sequence[str]) -> tuple[str, ...]:
     """Names of the engines that run, each once, in the order of their first step."""
-    return tuple(dict.fromkeys(choice for choice in choices if order_of(choice) is None))
+    return tuple(dict.fromkeys(computed_choices(choices)))
 
 
 def kept_outputs(choices: Sequence[str]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from calibration.measure.evaluator import SampleSet, State
 from calibration.measure.metrics import relative_error
 from calibration.measure.requests import Outcome, Request, Run
 from engines.errors import TmpDiffError
-from engines.reuse import order_of
+from engines.reuse import computed_choices
 
 
 class SampleBatches:
@@ -102,7 +102,7 @@ class _KeptSet:
                 states = [self._states[first.base, sample][num_steps - len(first.rest)] for sample in chosen]
             for choice in first.rest:
                 states = evaluator.steps(chosen, states, choice)
-            calls = Counter(choice for choice in first.rest if order_of(choice) is None)
+            calls = Counter(computed_choices(first.rest))
         else:
             self._run_uniform(first.base, chosen)
             states = [self._states[first.base, sample][-1] for sample in chosen]

@@ -24,16 +24,7 @@ import numpy as np
 
 from calibration.measure.measurements import ErrorVector, Measurements
 from calibration.measure.metrics import typical_error, typical_errors
-from engines.reuse import (
-    MOST_COMPUTED,
-    REUSES,
-    Terms,
-    extrapolation,
-    lagrange_weight,
-    order_of,
-    reuse_terms,
-    with_computed,
-)
+from engines.reuse import MOST_COMPUTED, REUSES, Terms, extrapolation, lagrange_weight, reuse_terms, with_computed
 
 STAGE = "reuse scores"
 
@@ -152,11 +143,6 @@ def measure_reuses(
     return measurer.reuses(2)
 
 
-def best_orders(errors: np.ndarray) -> np.ndarray:
-    """The order of least E at every step, int [T]; -1 where none was measured."""
-    return np.where(np.isfinite(errors).any(axis=1), errors.argmin(axis=1), -1)
-
-
 class _Measurer:
     """Singles as they come in."""
 
@@ -212,11 +198,6 @@ def vector_of(runs: Sequence[ErrorVector]) -> np.ndarray:
 def errors_of(vectors: np.ndarray) -> np.ndarray:
     """Typical E of error vectors float64 [N, S, K]: [N]."""
     return typical_errors(np.sum(vectors**2, axis=-1))
-
-
-def reused_steps(choices: Sequence[str]) -> tuple[int, ...]:
-    """Step indices that a schedule reuses."""
-    return tuple(step for step, choice in enumerate(choices) if order_of(choice) is not None)
 
 
 def _computed_before(timesteps: Sequence[float]) -> list[tuple[int, ...]]:

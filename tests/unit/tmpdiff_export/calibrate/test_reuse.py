@@ -16,9 +16,9 @@ from helpers.tiny_pipeline import PROMPTS, tiny_options
 from calibration import CalibrationOptions, LatencyBudget, Sensitivity
 from calibration.measure.bundle_evaluator import BundleSamples
 from calibration.measure.latency import reuse_latency
-from calibration.scores.reuse import reused_steps
 from engines.bundle import Bundle
 from engines.errors import TmpDiffError
+from engines.reuse import reused_steps
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.schedule import Schedule

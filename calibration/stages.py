@@ -165,8 +165,7 @@ def score_reuse(
     """
     step_ms = predictions.latency_model.reuse_ms
     assert step_ms is not None
-    order = np.random.default_rng(0).permutation(measurements.num_samples)
-    samples = tuple(sorted(order[: reuse_samples(len(order))].tolist()))
+    samples = reuse_samples(measurements.num_samples)
     limit = most_calls(measurements.num_steps, most, len(samples))
     words = f"at most {limit} calls"
     reuses = measure_reuses(
@@ -201,9 +200,10 @@ def score_reuse(
     return replace(predictions, plans=plans), record
 
 
-def reuse_samples(num_samples: int) -> int:
-    """On how many samples reuse is looked for: half of few, as its errors are systematic."""
-    return min(MOST_REUSE_SAMPLES, max(num_samples // 2, min(num_samples, 2)))
+def reuse_samples(num_samples: int) -> tuple[int, ...]:
+    """The samples on which reuse is looked for, ascending: half of few, as its errors are systematic."""
+    count = min(MOST_REUSE_SAMPLES, max(num_samples // 2, min(num_samples, 2)))
+    return tuple(sorted(np.random.default_rng(0).permutation(num_samples)[:count].tolist()))
 
 
 def choose(

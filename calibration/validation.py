@@ -15,7 +15,7 @@ from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import mean, psnr_db, typical_errors
 from calibration.records import ValidationRow
 from calibration.statistics import departure_record, ratio_interval, typical_interval
-from engines.reuse import order_of
+from engines.reuse import computed_choices
 
 RANDOM_DRAWS = 3
 SEED = 0
@@ -70,7 +70,7 @@ def validation_rows(
         several names stand for is run once.
     """
     precisions = latency_model.precisions
-    computed = [choice for choice in chosen if order_of(choice) is None]
+    computed = computed_choices(chosen)
     pool = sorted(computed, key=list(precisions).index)
     generator = np.random.default_rng(SEED)
     named: dict[str, tuple[Schedule, ...]] = {

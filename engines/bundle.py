@@ -161,7 +161,8 @@ class Bundle:
         Raises:
             ScheduleError: malformed, for another bundle, setting, T or set of precisions, or a step reuses more than was
                 computed before it.
-            BundleError, SamplerError: the table whose timesteps reused steps rest on is damaged; or None was given and the setting was not calibrated.
+            BundleError: None was given and the setting was not calibrated.
+            BundleError, SamplerError: steps are reused, and the sampler table is damaged.
         """
         manifest = self.manifest
         if isinstance(choice, str) and choice.startswith(UNIFORM_PREFIX):

@@ -13,7 +13,8 @@ from engines.engine import Arrays, Engine
 from engines.errors import BackendError
 from engines.manifest import LATENTS, MODEL_OUTPUT, TIMESTEP
 from engines.reuse import engines_of, kept_outputs, order_of, reuse_terms
-from engines.sampler import SamplerState, SamplerTable
+from engines.sampler import SamplerTable
+from engines.sampler_state import SamplerState
 
 StepHook = Callable[[int, str, float], None]
 

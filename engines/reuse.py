@@ -27,9 +27,19 @@ def order_of(choice: str) -> int | None:
     return REUSES.index(choice) if choice in REUSES else None
 
 
+def reused_steps(choices: Sequence[str]) -> tuple[int, ...]:
+    """Step indices whose model output is not computed."""
+    return tuple(step for step, choice in enumerate(choices) if order_of(choice) is not None)
+
+
+def computed_choices(choices: Sequence[str]) -> tuple[str, ...]:
+    """The choices of the computed steps, in order."""
+    return tuple(choice for choice in choices if order_of(choice) is None)
+
+
 def engines_of(choices: Sequence[str]) -> tuple[str, ...]:
     """Names of the engines that run, each once, in the order of their first step."""
-    return tuple(dict.fromkeys(choice for choice in choices if order_of(choice) is None))
+    return tuple(dict.fromkeys(computed_choices(choices)))
 
 
 def kept_outputs(choices: Sequence[str]) -> tuple[int, ...]:
@@ -77,13 +87,19 @@ def extrapolation(order: int, step_index: int, computed: Sequence[int], timestep
     own, nodes = timesteps[step_index], computed[len(computed) - order - 1 :]
     terms = []
     for j in nodes:
-        weight = 1.0
-        for i in nodes:
-            if i != j:
-                weight *= (own - timesteps[i]) / (timesteps[j] - timesteps[i])
+        weight = lagrange_weight(nodes, j, own, timesteps)
         if weight:
             terms.append((j, float(weight)))
     return tuple(terms)
+
+
+def lagrange_weight(nodes: Sequence[int], node: int, at: float, timesteps: Sequence[float]) -> float:
+    """The weight of one of several step indices at distinct timesteps in the polynomial through all of them, at a timestep."""
+    weight = 1.0
+    for other in nodes:
+        if other != node:
+            weight *= (at - timesteps[other]) / (timesteps[node] - timesteps[other])
+    return weight
 
 
 def taken_whole(terms: Terms) -> bool:

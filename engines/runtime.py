@@ -18,7 +18,8 @@ from engines.loop import Loop, StepHook, guided_output, named_output
 from engines.manifest import LATENTS
 from engines.noise import gaussian_noise
 from engines.reuse import engines_of, order_of, reuse_terms
-from engines.sampler import SamplerState, SamplerTable
+from engines.sampler import SamplerTable
+from engines.sampler_state import SamplerState
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engines.documents import one_line, read_document, write_document
 from engines.errors import ScheduleError
-from engines.reuse import REUSES, engines_of, order_of
+from engines.reuse import REUSES, engines_of, reused_steps
 from engines.setting_entry import SettingEntry
 
 SCHEDULE_VERSION: Final = 3  # 1 names no setting, 2 reuses nothing
@@ -54,7 +54,7 @@ class Schedule(BaseModel):
     @property
     def reused(self) -> tuple[int, ...]:
         """Step indices whose model output is not computed."""
-        return tuple(k for k, choice in enumerate(self.precisions) if order_of(choice) is not None)
+        return reused_steps(self.precisions)
 
     @classmethod
     def uniform(cls, bundle_id: str, setting: SettingEntry, precision: str) -> Schedule:

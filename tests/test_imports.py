@@ -58,7 +58,7 @@ ROOMS = {
         bundle sampler text pictures noise arguments terminal
         manifest sampler_document schedule
         plan_entry package_entry text_entry setting_entry
-        documents old_manifests precision reuse floating
+        documents old_manifests precision reuse floating sampler_state
         files
         setting_choice
         errors version

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from engines.reuse import order_of
+from engines.reuse import computed_choices, order_of
 
 
 def first(pool: Sequence[str]) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def rule_name(rule: str, schedule: Sequence[str], precisions: Sequence[str]) -> 
         schedule: what it made of the pool.
         precisions: in order of precision, the reference first.
     """
-    computed = [choice for choice in schedule if order_of(choice) is None]
+    computed = computed_choices(schedule)
     reuse = ", reuse as chosen" if len(computed) < len(schedule) else ""
     if len(set(computed)) == 1:
         return f"uniform {computed[0]}{reuse}"
@@ -86,7 +86,7 @@ def fixed_rules(schedule: Sequence[str], precisions: Sequence[str]) -> dict[str,
         schedule: one name per step.
         precisions: in order of precision, the reference first.
     """
-    computed = [choice for choice in schedule if order_of(choice) is None]
+    computed = computed_choices(schedule)
     if len(set(computed)) == 1:
         return {}
     pool = sorted(computed, key=list(precisions).index)

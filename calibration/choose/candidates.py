@@ -14,7 +14,7 @@ from calibration.choose.pareto import Allocation
 from calibration.choose.predictions import Predictions
 from calibration.choose.quadratic import best_schedule
 from engines.errors import BudgetError
-from engines.reuse import REUSES, order_of
+from engines.reuse import engines_of, reused_steps
 
 HELD_SHARES = (0.1, 0.2)
 """Shares of the loop whose steps are held at the reference, beside the first one and the first two."""
@@ -93,7 +93,7 @@ def _by_rule(
         counts = range(num_steps, -1, -1)
 
     def allowed(schedule: Schedule) -> bool:
-        if len({choice for choice in schedule if order_of(choice) is None}) > limit:
+        if len(engines_of(schedule)) > limit:
             return False
         if isinstance(budget, HighSteps):
             return schedule.count(reference) == budget.count
@@ -112,7 +112,7 @@ def _by_rule(
                 if reduced is not None:
                     names = best_schedule(latency_model, plan.gram(predictions.gram), reduced).precisions
                     yield plan.rule, plan.schedule(names)
-    if not set(chosen.precisions) & set(REUSES) and len(set(chosen.precisions) - {reference}) > 1:
+    if not reused_steps(chosen.precisions) and len(set(chosen.precisions) - {reference}) > 1:
         for name, mixed in fixed_rules(chosen.precisions, latency_model.precisions).items():
             if allowed(mixed):
                 yield name, mixed

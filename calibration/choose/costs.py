@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from engines.reuse import order_of
+from engines.reuse import computed_choices
 
 NANOSECONDS_PER_MS = 1_000_000
 
@@ -115,7 +115,7 @@ class LatencyModel:
 
         The engine before a reused step stays: only computed steps change precisions.
         """
-        computed = [name for name in schedule if order_of(name) is None]
+        computed = computed_choices(schedule)
         total = sum(step_ns(self.latencies_ms[name]) for name in computed)
         total += sum(self.costs.swap_ns(before, after) for before, after in pairwise(computed))
         if len(computed) < len(schedule):

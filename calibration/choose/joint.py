@@ -30,9 +30,8 @@ from calibration.choose.pareto import Allocation
 from calibration.choose.quadratic import best_schedule
 from calibration.choose.quadratic import front as front_without
 from calibration.scores.gram import Gram
-from calibration.scores.reuse import reused_steps
 from engines.errors import BudgetError
-from engines.reuse import order_of
+from engines.reuse import computed_choices, engines_of, order_of, reused_steps
 
 LEAST_INFLUENCE = 1e-3
 """An output that counts for less than this fraction of the largest is taken to count for it, in ratios."""
@@ -93,7 +92,7 @@ def influence_ratios(influence: Callable[[Sequence[str]], np.ndarray], choices: 
         influence: `Evaluator.influence`.
         choices: of a plan.
     """
-    reference = next(choice for choice in choices if order_of(choice) is None)
+    reference = engines_of(choices)[0]
     without = influence((reference,) * len(choices))
     least = LEAST_INFLUENCE * float(np.abs(without).max())
     floored = np.where(np.abs(without) < least, np.copysign(least, without), without)
@@ -125,7 +124,7 @@ def predicted_error(gram: Gram, plans: Sequence[ReusePlan], schedule: Sequence[s
     plan = plan_of(plans, schedule)
     if plan is None:
         return gram.error(schedule)
-    return plan.error + plan.gram(gram).error([choice for choice in schedule if order_of(choice) is None])
+    return plan.error + plan.gram(gram).error(computed_choices(schedule))
 
 
 def best_joint(

@@ -25,9 +25,9 @@ import numpy as np
 from calibration.choose.joint import ReusePlan, influence_ratios
 from calibration.measure.measurements import Measurements
 from calibration.measure.metrics import DEPARTED
-from calibration.scores.reuse import Reuses, errors_of, reused_steps, vector_of
+from calibration.scores.reuse import Reuses, errors_of, vector_of
 from engines.errors import ScheduleError
-from engines.reuse import REUSES, order_of, reuse_terms
+from engines.reuse import REUSES, order_of, reuse_terms, reused_steps
 
 STAGE = "reuse plans"
 

@@ -13,8 +13,7 @@ from calibration.document import Sensitivity
 from calibration.reuse_records import ReuseRecord
 from calibration.scores.gram import Gram
 from calibration.scores.measured_gram import gram_of
-from calibration.scores.reuse import reused_steps
-from engines.reuse import REUSES
+from engines.reuse import REUSES, reused_steps
 
 
 def stored_gram(found: Sensitivity) -> Gram | None:

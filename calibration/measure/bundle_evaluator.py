@@ -14,7 +14,8 @@ from engines.documents import canonical_json
 from engines.files import sha256_bytes
 from engines.reuse import MOST_COMPUTED
 from engines.runtime import DenoiseRuntime
-from engines.sampler import SamplerState, SamplerTable, row_of, stacked
+from engines.sampler import SamplerTable
+from engines.sampler_state import SamplerState, row_of, stacked
 from engines.text import PromptFile
 
 # Validation noise is drawn from seeds far from those of calibration, so that no sample is shared.
@@ -51,7 +52,9 @@ def _joined(rows: Sequence[Row]) -> SamplerState:
 class BundleEvaluator:
     """`calibration.measure.evaluator.Evaluator` over a loaded bundle; sample i is prompt i with seed + i."""
 
-    def __init__(self, runtime: DenoiseRuntime, prompts: Sequence[str], seed: int, guidance_scale: float) -> None:
+    def __init__(
+        self, runtime: DenoiseRuntime, prompts: Sequence[str], seed: int, guidance_scale: float, *, reuse: bool = False
+    ) -> None:
         """Encodes the prompts.
 
         Args:
@@ -59,6 +62,7 @@ class BundleEvaluator:
             prompts: one sample each.
             seed: seed of the first sample's starting noise.
             guidance_scale: classifier-free guidance scale.
+            reuse: whether steps may reuse computed outputs, which states then keep: about twice the memory.
 
         Raises:
             PromptError: a prompt cannot be encoded.
@@ -72,6 +76,7 @@ class BundleEvaluator:
         self._batches: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
         self._shorter: dict[str, BundleEvaluator] = {}
         self._seed = seed
+        self._keep = MOST_COMPUTED if reuse else 0
         self._noise = runtime.noise([seed + index for index in range(len(prompts))])
         self._key = sha256_bytes(
             canonical_json(
@@ -99,10 +104,10 @@ class BundleEvaluator:
 
         Raises:
             ValueError: the states stand at different steps, or computed outputs at different ones before.
-            ScheduleError: fewer steps were computed before than the reuse needs.
+            ScheduleError: fewer steps were computed before than the reuse needs, or none may be reused.
         """
         batch = self._batch(tuple(samples))
-        after = self._runtime.step(_joined(states), choice, batch, self._guidance_scale, MOST_COMPUTED)
+        after = self._runtime.step(_joined(states), choice, batch, self._guidance_scale, self._keep)
         return [Row(after, index) for index in range(len(states))]
 
     def _batch(self, samples: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -156,11 +161,13 @@ class BundleSamples:
         prompts: of calibration and validation, one sample each.
         seed: of the first calibration sample's starting noise; validation samples have seeds far from it.
         guidance_scale: of every run.
+        reuse: whether steps may reuse computed outputs.
     """
 
     prompts: PromptFile
     seed: int
     guidance_scale: float
+    reuse: bool = False
 
     def open(self, runtime: DenoiseRuntime) -> SampleSets:
         """The samples of a loaded bundle; pictures of validation samples are compared.
@@ -169,9 +176,12 @@ class BundleSamples:
             PromptError: a prompt cannot be encoded.
         """
         apart = self.seed + VALIDATION_SEED_OFFSET
-        calibration = BundleEvaluator(runtime, self.prompts.calibration, self.seed, self.guidance_scale)
-        validation = BundleEvaluator(runtime, self.prompts.validation, apart, self.guidance_scale)
-        return SampleSets(SampleSet(calibration, runtime.decode), SampleSet(validation, runtime.decode))
+
+        def opened(prompts: Sequence[str], seed: int) -> SampleSet:
+            evaluator = BundleEvaluator(runtime, prompts, seed, self.guidance_scale, reuse=self.reuse)
+            return SampleSet(evaluator, runtime.decode)
+
+        return SampleSets(opened(self.prompts.calibration, self.seed), opened(self.prompts.validation, apart))
 
 
 def samples_per_call(runtime: DenoiseRuntime, guidance_scale: float) -> int:

@@ -104,10 +104,10 @@ def reuse_latency(
         rounds: counted rounds; on a GPU whole loops.
     """
     reference, reused = runtime.precisions[0], REUSES[0]
-    noise = runtime.noise(range(conditioning.size))
     if not runs_on_gpu(runtime):
         batch = conditioning.batch(guidance_scale)
-        state = runtime.step(runtime.table.initial(noise), reference, batch, guidance_scale, 1)
+        start = runtime.table.initial(runtime.noise(range(conditioning.size)))
+        state = runtime.step(start, reference, batch, guidance_scale, 1)
         return interleaved({reused: lambda: runtime.step(state, reused, batch, guidance_scale, 1)}, rounds)[reused]
     schedule = Schedule(
         bundle_id=runtime.manifest.bundle_id,
@@ -117,14 +117,7 @@ def reuse_latency(
     )
     times: list[float] = []
     for number in range(WARM_UP_ROUNDS + max(2, rounds // 5)):
-        steps: list[float] = []
-        runtime.denoise(
-            conditioning,
-            schedule,
-            noise,
-            guidance_scale=guidance_scale,
-            on_step=lambda _index, _choice, seconds, steps=steps: steps.append(seconds * 1e3),  # type: ignore[misc]
-        )
+        steps = _loop_ms(runtime, conditioning, schedule, guidance_scale)
         if number >= WARM_UP_ROUNDS:
             times += steps[1:]
     return Timing(max(statistics.median(times), LEAST_MS), min(times))
@@ -138,23 +131,30 @@ def _device_step_latencies(
     on_round: Callable[[int, int], None] | None,
 ) -> dict[str, Timing]:
     times: dict[str, list[float]] = {name: [] for name in runtime.precisions}
-    noise = runtime.noise(range(conditioning.size))
     for number in range(WARM_UP_ROUNDS + rounds):
         for name, kept in times.items():
             schedule = runtime.bundle.schedule(runtime.setting, f"{UNIFORM_PREFIX}{name}")
-            steps: list[float] = []
-            runtime.denoise(
-                conditioning,
-                schedule,
-                noise,
-                guidance_scale=guidance_scale,
-                on_step=lambda _index, _precision, seconds, steps=steps: steps.append(seconds * 1e3),  # type: ignore[misc]
-            )
+            steps = _loop_ms(runtime, conditioning, schedule, guidance_scale)
             if number >= WARM_UP_ROUNDS:
                 kept += steps
         if on_round:
             on_round(number + 1, WARM_UP_ROUNDS + rounds)
     return {name: Timing(statistics.median(values), min(values)) for name, values in times.items()}
+
+
+def _loop_ms(
+    runtime: DenoiseRuntime, conditioning: Conditioning, schedule: Schedule, guidance_scale: float
+) -> list[float]:
+    """Milliseconds of every step of a run."""
+    steps: list[float] = []
+    runtime.denoise(
+        conditioning,
+        schedule,
+        runtime.noise(range(conditioning.size)),
+        guidance_scale=guidance_scale,
+        on_step=lambda _index, _choice, seconds: steps.append(seconds * 1e3),
+    )
+    return steps
 
 
 def runs_on_gpu(runtime: DenoiseRuntime) -> bool:

@@ -15,7 +15,7 @@ from calibration.measure.evaluator import SampleSet, ShorterLoop
 from calibration.measure.journal import Entry, Journal, JournalError
 from calibration.measure.requests import Pool, Request
 from engines.files import sha256_bytes
-from engines.reuse import order_of
+from engines.reuse import computed_choices
 
 MOST = 1e100
 """Largest E that a journal may hold; latents in float32 err by less."""
@@ -154,7 +154,7 @@ class Measurements:
 
     def schedule_calls(self, precisions: Sequence[str]) -> int:
         """Denoiser calls that `schedule_error` and `planned` take per sample, if it was not measured before."""
-        return sum(order_of(choice) is None for choice in precisions[self._shared(precisions) :])
+        return len(computed_choices(precisions[self._shared(precisions) :]))
 
     def schedule_error(self, stage: str, precisions: Sequence[str], sample: int, *, pictures: bool) -> dict[str, float]:
         """Errors of the run of a whole schedule, as `uniform_error` returns them.

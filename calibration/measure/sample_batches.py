@@ -19,7 +19,7 @@ from calibration.measure.evaluator import SampleSet, State
 from calibration.measure.metrics import relative_error
 from calibration.measure.requests import Outcome, Request, Run
 from engines.errors import TmpDiffError
-from engines.reuse import order_of
+from engines.reuse import computed_choices, reused_steps
 
 OVERFLOWED = 1e6
 """E of a run with reused steps whose latents are not finite: extrapolation can run away, and is then no choice."""
@@ -105,7 +105,7 @@ class _KeptSet:
                 states = [self._states[first.base, sample][num_steps - len(first.rest)] for sample in chosen]
             for choice in first.rest:
                 states = evaluator.steps(chosen, states, choice)
-            calls = Counter(choice for choice in first.rest if order_of(choice) is None)
+            calls = Counter(computed_choices(first.rest))
         else:
             self._run_uniform(first.base, chosen)
             states = [self._states[first.base, sample][-1] for sample in chosen]
@@ -145,7 +145,7 @@ class _KeptSet:
         """
         final = self._final(request.sample)
         error = relative_error(latents, final)
-        if not math.isfinite(error) and any(order_of(choice) is not None for choice in request.rest):
+        if not math.isfinite(error) and reused_steps(request.rest):
             error, latents = OVERFLOWED, final + 1.0
         if not math.isfinite(error):
             raise TmpDiffError(

@@ -24,7 +24,7 @@ import numpy as np
 
 from calibration.measure.measurements import ErrorVector, Measurements
 from calibration.measure.metrics import typical_error, typical_errors
-from engines.reuse import MOST_COMPUTED, REUSES, Terms, extrapolation, order_of, reuse_terms, with_computed
+from engines.reuse import MOST_COMPUTED, REUSES, Terms, extrapolation, lagrange_weight, reuse_terms, with_computed
 
 STAGE = "reuse scores"
 
@@ -86,7 +86,8 @@ class Reuses:
             if j in nodes:
                 on_nodes[nodes.index(j)] += weight
             else:
-                on_nodes += weight * np.array([self._lagrange(nodes, node, self.timesteps[j]) for node in nodes])
+                at = self.timesteps[j]
+                on_nodes += weight * np.array([lagrange_weight(nodes, node, at, self.timesteps) for node in nodes])
         found[: len(basis)] = np.linalg.solve(basis.T, on_nodes[1:])
         return found
 
@@ -105,13 +106,6 @@ class Reuses:
                     basis[order, nodes.index(j) - 1] = weight
             found.append((nodes, basis))
         return found
-
-    def _lagrange(self, nodes: Sequence[int], node: int, at: float) -> float:
-        weight = 1.0
-        for other in nodes:
-            if other != node:
-                weight *= (at - self.timesteps[other]) / (self.timesteps[node] - self.timesteps[other])
-        return weight
 
 
 def single(reference: str, num_steps: int, step: int, order: int) -> tuple[str, ...]:
@@ -147,11 +141,6 @@ def measure_reuses(
         measurer.measure([(step, 2) for step in inner])
         return measurer.reuses(3)
     return measurer.reuses(2)
-
-
-def best_orders(errors: np.ndarray) -> np.ndarray:
-    """The order of least E at every step, int [T]; -1 where none was measured."""
-    return np.where(np.isfinite(errors).any(axis=1), errors.argmin(axis=1), -1)
 
 
 class _Measurer:
@@ -209,11 +198,6 @@ def vector_of(runs: Sequence[ErrorVector]) -> np.ndarray:
 def errors_of(vectors: np.ndarray) -> np.ndarray:
     """Typical E of error vectors float64 [N, S, K]: [N]."""
     return typical_errors(np.sum(vectors**2, axis=-1))
-
-
-def reused_steps(choices: Sequence[str]) -> tuple[int, ...]:
-    """Step indices that a schedule reuses."""
-    return tuple(step for step, choice in enumerate(choices) if order_of(choice) is not None)
 
 
 def _computed_before(timesteps: Sequence[float]) -> list[tuple[int, ...]]:

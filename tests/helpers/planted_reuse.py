@@ -15,7 +15,8 @@ from calibration.measure.evaluator import ShorterLoop
 from calibration.measure.influence import output_influence
 from engines.errors import SamplerError
 from engines.reuse import order_of
-from engines.sampler import SamplerRow, SamplerState, SamplerTable
+from engines.sampler import SamplerRow, SamplerTable
+from engines.sampler_state import SamplerState
 
 
 def table(num_steps: int, second_order: bool = True) -> SamplerTable:

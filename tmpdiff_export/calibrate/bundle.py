@@ -203,7 +203,7 @@ def _calibrate(
     options.require_fit(runtime.num_steps)  # before latencies are measured, as a reused step's cannot be without one
     runtime.bundle.verify(runtime.manifest.files())
     scale = runtime.setting.guidance_scale
-    samples = BundleSamples(prompts, how.seed, scale)
+    samples = BundleSamples(prompts, how.seed, scale, reuse=options.reuse > 0)
     sets = replace(samples.open(runtime), shorter=partial(shorter_loop, runtime.bundle, runtime.setting))
     folder = runtime.bundle.folder / JOURNAL_FOLDER
     folder.mkdir(exist_ok=True)

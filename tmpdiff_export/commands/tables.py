@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from calibration.choose.stored_prediction import StoredPrediction
 from calibration.document import Sensitivity
 from calibration.records import DepartureRecord, QualityRecord, TransferRecord, ValidationRow
-from calibration.scores.reuse import reused_steps
-from engines.reuse import order_of
+from engines.reuse import reused_steps
 from tmpdiff_export.display import departures, interval, number, print_table, schedule_strip
 
 NAME_WIDTH = 36
@@ -226,7 +225,7 @@ def _print_reuse(found: Sensitivity) -> None:
 
 
 def _print_front(found: Sensitivity) -> None:
-    reused = [sum(order_of(choice) is not None for choice in point.precisions) for point in found.pareto]
+    reused = [len(reused_steps(point.precisions)) for point in found.pareto]
     print_table(
         "Pareto front (predicted)",
         [f"latency / {found.precisions[0]}", "E", *found.precisions, *(["reused"] if any(reused) else [])],

@@ -26,7 +26,7 @@ from engines.documents import read_json
 from engines.errors import ScheduleError
 from engines.files import atomic_write_text
 from engines.precision import Precision
-from engines.reuse import order_of
+from engines.reuse import reused_steps
 from engines.sampler import SamplerTable
 
 PLACE = ("quantization_config", "runtime", "diffusion_step_policy")
@@ -168,10 +168,10 @@ def require_computed(schedule: Sequence[str]) -> None:
     Raises:
         ScheduleError: naming their step indices.
     """
-    reused = [str(k) for k, choice in enumerate(schedule) if order_of(choice) is not None]
+    reused = reused_steps(schedule)
     if reused:
         raise ScheduleError(
-            f"the schedule reuses model outputs at step index {', '.join(reused)}, which a {PLACE[-1]} cannot carry: its "
+            f"the schedule reuses model outputs at step index {', '.join(map(str, reused))}, which a {PLACE[-1]} cannot carry: its "
             "readers compute every step; export a schedule without reused steps"
         )
 

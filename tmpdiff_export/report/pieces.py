@@ -7,7 +7,7 @@ from html import escape
 
 from calibration.document import Sensitivity
 from calibration.records import DepartureRecord, IntervalRecord
-from engines.reuse import REUSES, order_of
+from engines.reuse import REUSES, order_of, reused_steps
 from tmpdiff_export.display import departures, interval, schedule_strip
 from tmpdiff_export.report.svg import places
 
@@ -44,7 +44,7 @@ def choice_keys(found: Sensitivity, schedule: Sequence[str]) -> str:
 
 def reuse_note(schedules: Iterable[Sequence[str]]) -> str:
     """What hatched cells of strips are; "" where there are none."""
-    if not any(order_of(name) is not None for schedule in schedules for name in schedule):
+    if not any(reused_steps(schedule) for schedule in schedules):
         return ""
     return (
         "Hatched steps are reused: their model output is not computed but is the last computed one (reuse0), or lies on the "

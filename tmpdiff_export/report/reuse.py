@@ -7,7 +7,7 @@ from html import escape
 from calibration.choose.stored_prediction import StoredPrediction
 from calibration.document import Sensitivity
 from calibration.reuse_records import FewerStepsRecord, ReusePlanRecord
-from calibration.scores.reuse import reused_steps
+from engines.reuse import reused_steps
 from tmpdiff_export.display import interval
 from tmpdiff_export.report.pieces import BY_STEP, strip, table
 

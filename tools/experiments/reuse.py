@@ -51,15 +51,14 @@ def main() -> int:
     given = read_prompts(args.prompts)
     prompts = PromptFile(given.calibration[: args.samples], given.validation[: args.validation_samples])
     with DenoiseRuntime.load(args.bundle, setting=setting_choice(args)) as runtime, progress_bar() as report:
-        samples = BundleSamples(prompts, 0, runtime.setting.guidance_scale).open(runtime)
+        samples = BundleSamples(prompts, 0, runtime.setting.guidance_scale, reuse=True).open(runtime)
         evaluator, validation = samples.evaluators
         assert validation is not None
         assert samples.validation is not None
         journal = open_journal(args.out.with_suffix(".journal"), evaluator, validation)
         pool = SampleBatches(samples.named(), samples_per_call(runtime, runtime.setting.guidance_scale))
         found = Measurements("calibration", samples.calibration, journal, pool, pictures=False)
-        order = np.random.default_rng(0).permutation(found.num_samples)[: reuse_samples(found.num_samples)]
-        chosen, most = sorted(order.tolist()), found.num_steps // 2
+        chosen, most = reuse_samples(found.num_samples), found.num_steps // 2
         singles = measure_reuses(found, evaluator.timesteps(), chosen, partial(report, "single reuses"))
         plans = search_plans(found, singles, evaluator.influence, most, chosen, partial(report, "reuse plans"))
         judge = Measurements("validation", samples.validation, journal, pool)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.conditioning import Conditioning
-from engines.reuse import order_of
+from engines.reuse import computed_choices
 from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
@@ -63,7 +63,7 @@ def of_bundle(runtime: DenoiseRuntime, name: str, group: str, schedule: Schedule
     def denoise(batch: Batch) -> np.ndarray:
         return runtime.denoise(batch.conditioning, schedule, batch.noise)
 
-    computed = sum(order_of(choice) is None for choice in schedule.precisions)
+    computed = len(computed_choices(schedule.precisions))
     return Method(name, group, OURS, lambda: nullcontext(denoise), lambda: computed, schedule.precisions)
 
 

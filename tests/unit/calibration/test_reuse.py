@@ -22,11 +22,10 @@ from calibration.measure.evaluator import SampleSet
 from calibration.measure.metrics import typical_error
 from calibration.measure.sample_batches import SampleBatches
 from calibration.scores.carried import carried_scores
-from calibration.scores.reuse import reused_steps
 from calibration.scores.transfer import step_axes
 from engines.errors import BudgetError
-from engines.reuse import order_of
-from engines.sampler import SamplerState
+from engines.reuse import order_of, reused_steps
+from engines.sampler_state import SamplerState
 
 STEPS = 12
 LATENCIES_MS = {"fp16": 8.0, "int8": 4.5, "int4": 3.0, "reuse": 0.02}

@@ -13,7 +13,8 @@ from engines.errors import ScheduleError
 from engines.loop import Loop, host_loop
 from engines.manifest import MODEL_OUTPUT
 from engines.reuse import REUSES, engines_of, kept_outputs, order_of, reuse_terms
-from engines.sampler import SamplerRow, SamplerState, SamplerTable, row_of, stacked
+from engines.sampler import SamplerRow, SamplerTable
+from engines.sampler_state import SamplerState, row_of, stacked
 
 C = "fp16"
 SHAPE = (2, 3, 4, 4)

@@ -12,8 +12,8 @@ from helpers.planted_reuse import ReuseLoop
 from calibration.choose.joint import ReusePlan
 from calibration.choose.reuse_plans import RUNGS, TRIED, most_calls, reuse_rules, rungs, search_plans
 from calibration.measure.metrics import relative_error, typical_error
-from calibration.scores.reuse import measure_reuses, reused_steps
-from engines.reuse import REUSES, order_of
+from calibration.scores.reuse import measure_reuses
+from engines.reuse import REUSES, order_of, reused_steps
 
 
 def found(loop: ReuseLoop, most: int) -> tuple[ReusePlan, ...]:

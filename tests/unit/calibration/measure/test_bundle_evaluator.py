@@ -60,14 +60,14 @@ class FakeRuntime:
         return self.table.advance(state, output, keep)
 
 
-def evaluator(reach: int = 3, scale: float = 3.0) -> tuple[BundleEvaluator, FakeRuntime]:
+def evaluator(reach: int = 3, scale: float = 3.0, *, reuse: bool = False) -> tuple[BundleEvaluator, FakeRuntime]:
     runtime: Any = FakeRuntime(reach)
-    return BundleEvaluator(runtime, [f"prompt {index}" for index in range(5)], 7, scale), runtime
+    return BundleEvaluator(runtime, [f"prompt {index}" for index in range(5)], 7, scale, reuse=reuse), runtime
 
 
 @pytest.mark.parametrize("reach", [1, 3, STEPS])
 def test_samples_that_part_and_meet_again_end_as_each_by_itself(reach: int) -> None:
-    found, _ = evaluator(reach)
+    found, _ = evaluator(reach, reuse=True)
     calls = ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [3, 1], [4, 0, 2], [2, 3], [1, 4, 0])
     together = {sample: found.start(sample) for sample in range(5)}
     alone = dict(together)
@@ -122,7 +122,7 @@ def test_measurements_in_batches_of_any_size_are_those_one_by_one() -> None:
 
 @pytest.mark.parametrize("choice", REUSES)
 def test_any_step_can_reuse_computed_outputs_once_there_are_enough(choice: str) -> None:
-    found, runtime = evaluator()
+    found, runtime = evaluator(reuse=True)
     chosen = range(5)
     states = [found.start(sample) for sample in chosen]
     for k in range(STEPS):
@@ -138,3 +138,12 @@ def test_any_step_can_reuse_computed_outputs_once_there_are_enough(choice: str) 
             assert len(runtime.denoisers["fp16"].seen) == calls
             assert [j for j, _ in reused[0].together.computed] == list(range(max(0, k - 3), k))
         states = found.steps(chosen, states, "fp16")
+
+
+def test_states_keep_no_computed_outputs_unless_steps_may_be_reused() -> None:
+    for reuse, kept in ((False, [0, 0, 0, 0, 0]), (True, [0, 1, 2, 3, 3])):
+        found, _ = evaluator(reuse=reuse)
+        states = [found.start(0)]
+        for _ in kept[1:]:
+            states += found.steps([0], states[-1:], "fp16")
+        assert [len(state.together.computed) for state in states] == kept

@@ -16,9 +16,9 @@ from helpers.tiny_pipeline import PROMPTS, tiny_options
 from calibration import CalibrationOptions, LatencyBudget, Sensitivity
 from calibration.measure.bundle_evaluator import BundleSamples
 from calibration.measure.latency import reuse_latency
-from calibration.scores.reuse import reused_steps
 from engines.bundle import Bundle
 from engines.errors import TmpDiffError
+from engines.reuse import reused_steps
 from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from engines.schedule import Schedule
@@ -64,7 +64,7 @@ def test_fewer_steps_come_from_the_bundles_scheduler(bundle: Path) -> None:
     with pytest.raises(TmpDiffError):
         shorter_loop(opened, entry, 0)
     with DenoiseRuntime.load(bundle) as runtime:
-        evaluator = BundleSamples(CHOSEN, 0, 4.5).open(runtime).calibration.evaluator
+        evaluator = BundleSamples(CHOSEN, 0, 4.5, reuse=True).open(runtime).calibration.evaluator
         short = evaluator.shorter(found.loop)
         state = short.start(0)
         for _ in range(short.num_steps):
@@ -108,7 +108,7 @@ def test_errors_of_steps_that_feed_a_reuse_grow_as_the_table_says(bundle: Path) 
     """INT8 at one step of a run of 12 with reused ones, beside INT8 there without."""
     entry, _ = open_setting(bundle, Wanted(SettingChoice(steps=12)))
     with DenoiseRuntime.load(bundle, setting=SettingChoice(named=entry.name)) as runtime:
-        evaluator = BundleSamples(CHOSEN, 0, 4.5).open(runtime).calibration.evaluator
+        evaluator = BundleSamples(CHOSEN, 0, 4.5, reuse=True).open(runtime).calibration.evaluator
 
         def final(choices: Sequence[str]) -> np.ndarray:
             state = evaluator.start(0)

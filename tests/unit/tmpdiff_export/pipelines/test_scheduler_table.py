@@ -10,7 +10,8 @@ import torch
 from helpers.schedulers import DETERMINISTIC, FLOW_DPM, SD, ZERO_SNR, denoise, make, noise, relative
 
 from engines.errors import SamplerError
-from engines.sampler import SamplerRow, SamplerState, SamplerTable
+from engines.sampler import SamplerRow, SamplerTable
+from engines.sampler_state import SamplerState
 from tmpdiff_export.pipelines.scheduler_table import sampler_table
 
 # diffusers hands torch tensors to numpy functions in ways numpy 2 deprecates

@@ -216,6 +216,27 @@ def test_fp8_attention_is_that_of_the_reference(batch: int, tokens: int, heads: 
     assert sqnr_db(found[:1, :2].cpu(), first) > noise
 
 
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "size"), [(2, 300, 3, 64), (1, 1024, 2, 96), (1, 513, 2, 128), (1, 256, 1, 64)]
+)
+def test_the_attention_kernel_is_that_of_the_reference(batch: int, tokens: int, heads: int, size: int) -> None:
+    import torch
+
+    from engines.backends.torch.attention import attention_fp8, scales_tensor
+    from tmpdiff_export.targets.torch.activations import FP8, static_codes
+    from tmpdiff_export.targets.torch.kernels.triton.attention import attend_codes_op
+
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    shape = (batch, tokens, heads, size)
+    parts = [torch.randn(shape, generator=generator, device="cuda") * factor for factor in (1.5, 1.0, 0.3)]
+    scales = scales_tensor(*(float(item.abs().max()) / 448 for item in parts)).cuda()
+    codes = [static_codes(item, scales[row, 0], FP8).contiguous() for row, item in enumerate(parts)]
+    found = attend_codes_op(codes[0], codes[1], parts[2], scales).float().cpu()
+    expected = attention_fp8(*(item.cpu() for item in codes), scales.cpu()).float()
+    noise = (found - expected).square().sum() / expected.square().sum()
+    assert -10 * torch.log10(noise) > 20.0  # weights and results are rounded to three bits in both
+
+
 @needs_cudnn
 def test_a_package_with_fp8_attention_runs_in_the_device_loop(tmp_path: Path) -> None:
     from engines.backends.torch.host import torch_host

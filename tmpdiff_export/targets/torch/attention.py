@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from engines.backends.torch.attention import attention_fp8, scales_tensor
+from engines.backends.torch.attention import scales_tensor
 from engines.errors import BuildError
 from tmpdiff_export.quantization.codes import AttentionRange
 from tmpdiff_export.targets.torch.activations import FP8, static_codes
+from tmpdiff_export.targets.torch.kernels.attention import attend_codes
 from tmpdiff_export.targets.torch.layers import takes_fp8
 
 # Buffers of a layer whose attention is in FP8. The values' scale is also in a tensor of its own: Inductor up to torch 2.13
@@ -51,11 +52,12 @@ def scales_of(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Attention [B, H, S, D] in a 16-bit type or float32 -> the same; with 1 / sqrt(D), without a mask."""
     size = query.shape[3]
-    parts = (query.float() * query_factor(size), key, value)
-    codes = (
-        static_codes(padded(item.transpose(1, 2)), scales[row, 0], FP8).contiguous() for row, item in enumerate(parts)
+    query_codes, key_codes = (
+        static_codes(padded(item.transpose(1, 2)), scales[row, 0], FP8).contiguous()
+        for row, item in enumerate((query.float() * query_factor(size), key))
     )
-    return result_of(attention_fp8(*codes, scales)[..., :size], scales[2, 0], query.dtype).transpose(1, 2)
+    result = attend_codes(query_codes, key_codes, padded(value.transpose(1, 2)), scales)
+    return result_of(result[..., :size], scales[2, 0], query.dtype).transpose(1, 2)
 
 
 def padded(heads: torch.Tensor) -> torch.Tensor:
@@ -90,8 +92,7 @@ def attend_heads(
     if scales is None:
         parts = (item.transpose(1, 2) for item in (query, key, value))
         return F.scaled_dot_product_attention(*parts).transpose(1, 2)
-    result: torch.Tensor = attention_fp8(query, key, static_codes(value, scales[2, 0], FP8).contiguous(), scales)
-    return result
+    return attend_codes(query, key, value, scales)
 
 
 def project(

@@ -1,0 +1,150 @@
+"""The Triton kernels behind `kernels.attention.attend_codes`; importing it needs Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_TILE = (64, 128, 4, 3)  # queries and keys of a tile, warps, stages
+_MOST_KEYS = 128  # values are padded to a multiple of this many tokens
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _value_codes(  # type: ignore[no-untyped-def]
+    value,
+    scale,
+    result,
+    tokens,
+    result_tokens,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """[B, S, H, SIZE] -> codes [B, H, SIZE, result_tokens]: tensor cores take FP8 operands along the keys only."""
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sample = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    column = tl.arange(0, WIDE)
+    source = value + ((sample * tokens + at[:, None]) * HEADS + head) * SIZE + column[None, :]
+    inside = (at < tokens)[:, None] & (column < SIZE)[None, :]
+    data = tl.load(source, mask=inside, other=0.0).to(tl.float32) * (1.0 / tl.load(scale))
+    codes = tl.clamp(data, -448.0, 448.0).to(tl.float8e4nv)
+    target = result + ((sample * HEADS + head) * SIZE + column[:, None]) * result_tokens + at[None, :]
+    tl.store(target, tl.trans(codes), mask=(column < SIZE)[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _in_order(weights, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weights whose keys were read in `_attention`'s order -> in their own; no thread needs another's."""
+    return tl.reshape(tl.permute(tl.reshape(weights, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, N))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attention(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    scales,
+    result,
+    tokens,
+    value_tokens,
+    LOG2_E: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """M queries of one head against all keys. `SIZE` is `D`, a power of two, or that and half of it."""
+    SPLIT: tl.constexpr = SIZE > D
+    ROW: tl.constexpr = HEADS * SIZE
+    at_m = tl.program_id(0) * M + tl.arange(0, M)
+    sample = (tl.program_id(1) // HEADS).to(tl.int64)
+    start = sample * tokens * ROW + (tl.program_id(1) % HEADS) * SIZE
+    column = tl.arange(0, D)
+    more = D + tl.arange(0, D // 2)
+    rows = query + start + tl.minimum(at_m, tokens - 1)[:, None] * ROW
+    q = tl.load(rows + column[None, :])
+    if SPLIT:
+        q_more = tl.load(rows + more[None, :])
+    factor = tl.load(scales) * tl.load(scales + 4) * (LOG2_E * SIZE**-0.5)
+    n = tl.arange(0, N)
+    # Threads hold two neighbouring products, and give tensor cores four neighbouring weights: in this order of keys
+    # both are the same products.
+    at_n = (n & ~15) | ((n & 6) << 1) | ((n & 8) >> 2) | (n & 1)
+    values = value + tl.program_id(1).to(tl.int64) * SIZE * value_tokens + n[:, None]
+    # The last keys first, which may be fewer than a tile.
+    last = (tl.cdiv(tokens, N) - 1) * N
+    inside = last + at_n < tokens
+    keys = key + start + tl.where(inside, last + at_n, 0)[None, :] * ROW
+    logits = tl.dot(q, tl.load(keys + column[:, None]))
+    if SPLIT:
+        logits = tl.dot(q_more, tl.load(keys + more[:, None]), logits)
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+    # Weights are divided by a power of two that makes the largest 128 to 256.
+    level = tl.ceil(tl.max(logits, 1) * factor)
+    weights = tl.exp2(logits * factor - (level - 8.0)[:, None]).to(tl.float8e4nv)
+    weights = _in_order(weights, M, N)
+    sums = tl.dot(weights, tl.load(values + last + column[None, :] * value_tokens))
+    if SPLIT:
+        sums_more = tl.dot(weights, tl.load(values + last + more[None, :] * value_tokens))
+    ones = tl.full((N, 16), 1.0, tl.float32).to(tl.float8e4nv)
+    total = tl.dot(weights, ones)
+    for first in tl.range(0, last, N, num_stages=STAGES):
+        keys = key + start + (first + at_n)[None, :] * ROW
+        logits = tl.dot(q, tl.load(keys + column[:, None]))
+        if SPLIT:
+            logits = tl.dot(q_more, tl.load(keys + more[:, None]), logits)
+        higher = tl.maximum(level, tl.ceil(tl.max(logits, 1) * factor))
+        shrink = tl.exp2(level - higher)[:, None]
+        level = higher
+        weights = tl.exp2(logits * factor - (level - 8.0)[:, None]).to(tl.float8e4nv)
+        weights = _in_order(weights, M, N)
+        total = tl.dot(weights, ones, total * shrink)
+        sums = tl.dot(weights, tl.load(values + first + column[None, :] * value_tokens), sums * shrink)
+        if SPLIT:
+            more_values = tl.load(values + first + more[None, :] * value_tokens)
+            sums_more = tl.dot(weights, more_values, sums_more * shrink)
+    scale = 1.0 / tl.max(total, 1)[:, None]
+    target = result + start + at_m[:, None] * ROW
+    stored = (at_m < tokens)[:, None]
+    tl.store(target + column[None, :], (sums * scale).to(tl.float8e4nv), mask=stored)
+    if SPLIT:
+        tl.store(target + more[None, :], (sums_more * scale).to(tl.float8e4nv), mask=stored)
+
+
+@torch.library.triton_op("tmpdiff::attend_codes", mutates_args={})  # type: ignore[untyped-decorator]
+def attend_codes_op(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """`kernels.attention.attend_codes` on a GPU."""
+    batch, tokens, heads, size = query.shape
+    wide = triton.cdiv(tokens, _MOST_KEYS) * _MOST_KEYS
+    codes = torch.empty((batch, heads, size, wide), device=query.device, dtype=query.dtype)
+    padded = triton.next_power_of_2(size)
+    torch.library.wrap_triton(_value_codes)[(wide // _MOST_KEYS, batch * heads)](
+        value, scales[2], codes, tokens, wide, HEADS=heads, SIZE=size, WIDE=padded, ROWS=_MOST_KEYS, num_warps=4
+    )
+    result = torch.empty_like(query)
+    rows, keys, warps, stages = _TILE
+    torch.library.wrap_triton(_attention)[(triton.cdiv(tokens, rows), batch * heads)](
+        query,
+        key,
+        codes,
+        scales,
+        result,
+        tokens,
+        wide,
+        LOG2_E=_LOG2_E,
+        HEADS=heads,
+        SIZE=size,
+        D=padded if padded == size else padded // 2,
+        M=rows,
+        N=keys,
+        STAGES=stages,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return result

@@ -58,6 +58,23 @@ def test_the_gate_between_sanas_products(batch: int, height: int, width: int, ch
     require_close(glu_convolution, [data, weight, bias], 0.04)
 
 
+@pytest.mark.parametrize(("tokens", "columns"), [(1024, 5120), (4096, 2560), (77, 40)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_geglu(tokens: int, columns: int, dtype: str) -> None:
+    import torch
+
+    from tmpdiff_export.targets.torch.activations import Codes
+    from tmpdiff_export.targets.torch.kernels.geglu import geglu
+
+    generator = torch.Generator().manual_seed(tokens)
+    data = torch.randn(2, tokens, 2 * columns, generator=generator).mul(2.0).to(getattr(torch, dtype))
+
+    def made(data: Any, scale: Any = None, dtype: Any = None) -> Any:
+        return geglu(data, None if scale is None else Codes(dtype, scale, None))
+
+    require_close(made, [data], 0.02)
+
+
 @pytest.mark.parametrize(("batch", "tokens", "heads", "size"), [(2, 1024, 70, 32), (1, 300, 3, 64), (2, 77, 5, 16)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_linear_attention(batch: int, tokens: int, heads: int, size: int, dtype: str) -> None:

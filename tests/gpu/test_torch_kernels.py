@@ -89,6 +89,21 @@ def test_linear_attention(batch: int, tokens: int, heads: int, size: int, dtype:
 
 
 @pytest.mark.parametrize(
+    ("batch", "tokens", "keys", "heads", "size"), [(2, 1024, 77, 20, 64), (2, 4096, 77, 10, 64), (1, 99, 9, 3, 16)]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_attention_to_few_keys(batch: int, tokens: int, keys: int, heads: int, size: int, dtype: str) -> None:
+    import torch
+
+    from tmpdiff_export.targets.torch.kernels.cross_attention import cross_attention
+
+    generator, kind = torch.Generator().manual_seed(tokens), getattr(torch, dtype)
+    query = torch.randn(batch, tokens, heads, size, generator=generator).to(kind)
+    both = torch.randn(batch, keys, 2, heads, size, generator=generator).to(kind)
+    require_close(cross_attention, [query, *both.unbind(2)], 0.01)  # keys and values as one product gives them
+
+
+@pytest.mark.parametrize(
     ("batch", "height", "width", "channels", "groups"),
     [(2, 128, 128, 320, 32), (2, 32, 32, 2560, 32), (1, 7, 9, 60, 6)],
 )

@@ -10,6 +10,7 @@ from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 
 from tmpdiff_export.quantization.codes import LayerRange
+from tmpdiff_export.targets.torch.cross import use_cross_processor
 from tmpdiff_export.targets.torch.flux import use_codes_kernel, use_rotary_kernel
 from tmpdiff_export.targets.torch.joint import use_joint_processor
 from tmpdiff_export.targets.torch.kernels.geglu import geglu
@@ -36,6 +37,7 @@ def fuse(module: torch.nn.Module, groups: Iterable[Sequence[str]]) -> None:
     use_sana_kernels(module)
     use_channels_last(module)
     use_joint_processor(module)
+    use_cross_processor(module)
     use_norm_kernel(module)
 
 

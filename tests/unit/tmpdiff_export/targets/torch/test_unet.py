@@ -95,7 +95,7 @@ def test_layers_of_a_unets_blocks_take_codes(precision: Precision) -> None:
             layer.register_forward_pre_hook(lambda _, args, name=name: taken.update({name: args[0].dtype}))
     found, expected = output_of(together), output_of(apart)
     codes = FP8 if precision is Precision.FP8 else torch.int8
-    first = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "ff.net.0.proj", "ff.net.2"}
+    first = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"}
     for name, dtype in taken.items():
         inside = name.split(".transformer_blocks.")[1].split(".", 1)[1]
         assert (dtype == codes) == (inside in first), name

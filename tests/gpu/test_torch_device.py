@@ -148,13 +148,15 @@ def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("tokens", "columns", "branch"), [(333, 1536, True), (300, 1152, False), (50, 3072, True)])
 def test_the_norm_kernel_computes_what_torch_does(
-    tokens: int, columns: int, branch: bool, dtype: str, compiled: bool
+    tokens: int, columns: int, branch: bool, affine: bool, dtype: str, compiled: bool
 ) -> None:
     import torch
 
-    from tmpdiff_export.targets.torch.kernels.norms import Codes, Modulation, add_norm_modulated, norm_modulated
+    from tmpdiff_export.targets.torch.activations import Codes
+    from tmpdiff_export.targets.torch.kernels.norms import Affine, Modulation, add_norm_modulated, norm_modulated
 
     generator = torch.Generator().manual_seed(tokens)
     kind = getattr(torch, dtype)
@@ -169,9 +171,10 @@ def test_the_norm_kernel_computes_what_torch_does(
         codes = None
         if kind is not model:
             codes = Codes(kind, scale.to(device), None if factors is None else factors.to(device))
+        own = Affine(made[0, 0].contiguous(), made[0, 1].contiguous()) if affine else None
         if branch:
-            return add_norm_modulated(rows, added, Modulation(made, 3, 4, 2), 1e-6, codes)
-        return norm_modulated(rows, Modulation(made, 0, 1), 1e-6, codes), rows
+            return add_norm_modulated(rows, added, own or Modulation(made, 3, 4, 2), 1e-6, codes)
+        return norm_modulated(rows, own or Modulation(made, 0, 1), 1e-6, codes), rows
 
     torch._dynamo.reset()  # it compiles one function so many times only
     call = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run

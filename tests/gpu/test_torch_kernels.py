@@ -58,6 +58,23 @@ def test_the_gate_between_sanas_products(batch: int, height: int, width: int, ch
     require_close(glu_convolution, [data, weight, bias], 0.04)
 
 
+@pytest.mark.parametrize(("tokens", "columns"), [(1024, 5120), (4096, 2560), (77, 40)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_geglu(tokens: int, columns: int, dtype: str) -> None:
+    import torch
+
+    from tmpdiff_export.targets.torch.activations import Codes
+    from tmpdiff_export.targets.torch.kernels.geglu import geglu
+
+    generator = torch.Generator().manual_seed(tokens)
+    data = torch.randn(2, tokens, 2 * columns, generator=generator).mul(2.0).to(getattr(torch, dtype))
+
+    def made(data: Any, scale: Any = None, dtype: Any = None) -> Any:
+        return geglu(data, None if scale is None else Codes(dtype, scale, None))
+
+    require_close(made, [data], 0.02)
+
+
 @pytest.mark.parametrize(("batch", "tokens", "heads", "size"), [(2, 1024, 70, 32), (1, 300, 3, 64), (2, 77, 5, 16)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_linear_attention(batch: int, tokens: int, heads: int, size: int, dtype: str) -> None:
@@ -69,6 +86,21 @@ def test_linear_attention(batch: int, tokens: int, heads: int, size: int, dtype:
     whole = torch.randn(batch, tokens, 3, heads, size, generator=generator).to(getattr(torch, dtype))
     query, key, value = whole.unbind(2)  # as one product of all three gives them
     require_close(linear_attention, [query, key, value], 0.002)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "keys", "heads", "size"), [(2, 1024, 77, 20, 64), (2, 4096, 77, 10, 64), (1, 99, 9, 3, 16)]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_attention_to_few_keys(batch: int, tokens: int, keys: int, heads: int, size: int, dtype: str) -> None:
+    import torch
+
+    from tmpdiff_export.targets.torch.kernels.cross_attention import cross_attention
+
+    generator, kind = torch.Generator().manual_seed(tokens), getattr(torch, dtype)
+    query = torch.randn(batch, tokens, heads, size, generator=generator).to(kind)
+    both = torch.randn(batch, keys, 2, heads, size, generator=generator).to(kind)
+    require_close(cross_attention, [query, *both.unbind(2)], 0.01)  # keys and values as one product gives them
 
 
 @pytest.mark.parametrize(

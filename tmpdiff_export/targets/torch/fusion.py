@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from diffusers.models.activations import GELU
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 
 from tmpdiff_export.quantization.codes import LayerRange
+from tmpdiff_export.targets.torch.cross import use_cross_processor
 from tmpdiff_export.targets.torch.flux import use_codes_kernel, use_rotary_kernel
 from tmpdiff_export.targets.torch.joint import use_joint_processor
+from tmpdiff_export.targets.torch.kernels.geglu import geglu
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu
 from tmpdiff_export.targets.torch.layers import StaticLinear, makes_codes
-from tmpdiff_export.targets.torch.norms import use_norm_kernel
+from tmpdiff_export.targets.torch.norms import codes_for, use_norm_kernel
 from tmpdiff_export.targets.torch.sana import use_sana_kernels
 from tmpdiff_export.targets.torch.unet import use_channels_last
 
@@ -28,11 +31,13 @@ def fuse(module: torch.nn.Module, groups: Iterable[Sequence[str]]) -> None:
     share_codes(module, groups)
     replace_tanh_gelu(module)
     _move_gelu(module)
+    use_geglu_kernel(module)
     use_rotary_kernel(module)
     use_codes_kernel(module)
     use_sana_kernels(module)
     use_channels_last(module)
     use_joint_processor(module)
+    use_cross_processor(module)
     use_norm_kernel(module)
 
 
@@ -94,6 +99,32 @@ def _move_gelu(module: torch.nn.Module) -> None:
         if isinstance(first, GeluProjection) and not between and makes_codes(last):
             first.gelu = torch.nn.Identity()
             last.after_gelu = True
+
+
+class CodesGeglu(GEGLU):
+    """diffusers' linear layer with GEGLU behind it, which makes the codes of its reader."""
+
+    readers: tuple[torch.nn.Module, ...]  # in a tuple, they are no parts of this layer
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """[..., K] -> [..., N], codes where the reader takes them."""
+        return geglu(self.proj(hidden_states), codes_for(self.readers))
+
+
+def use_geglu_kernel(module: torch.nn.Module) -> int:
+    """Makes GEGLU of feed-forward networks one kernel.
+
+    Returns:
+        How many networks.
+    """
+    count = 0
+    for network in module.modules():
+        if isinstance(network, FeedForward) and type(network.net[0]) is GEGLU:
+            first, *_, last = (item for item in network.net if not isinstance(item, torch.nn.Dropout))
+            first.__class__ = CodesGeglu  # the same layer under the same name, with another forward
+            first.readers = (last,)
+            count += 1
+    return count
 
 
 def replace_tanh_gelu(module: torch.nn.Module) -> int:

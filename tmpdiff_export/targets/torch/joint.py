@@ -81,7 +81,7 @@ class JointProcessor:
 
 
 def use_joint_processor(module: torch.nn.Module) -> int:
-    """Gives attention layers `JointProcessor` where it takes something away: a norm of queries, or FP8 codes.
+    """Gives attention layers `JointProcessor` where it takes something away: a norm of queries, FP8 codes, a division.
 
     Layers with a processor of another kind than diffusers' plain ones keep it. What is in FP8 stays so.
 
@@ -97,13 +97,10 @@ def use_joint_processor(module: torch.nn.Module) -> int:
 
 
 def _fits(layer: Attention) -> bool:
-    processor = layer.processor.inner if isinstance(layer.processor, Fp8Processor) else layer.processor
-    fp8 = hasattr(layer, SCALES)
-    joint = type(processor) is JointAttnProcessor2_0
-    if not joint and not (fp8 and type(processor) is AttnProcessor2_0):
+    kind = plain_processor(layer)
+    joint = kind is JointAttnProcessor2_0
+    if not joint and not (kind is AttnProcessor2_0 and not layer.is_cross_attention):
         return False
-    others = (layer.group_norm, layer.spatial_norm, layer.norm_cross)
-    plain = not any(others) and not layer.residual_connection and layer.rescale_output_factor == 1.0
     normed = ("norm_q", "norm_k", "norm_added_q", "norm_added_k") if layer.norm_q is not None else ()
     norms = [item for item in (getattr(layer, name, None) for name in normed) if item is not None]
     size = layer.inner_dim // layer.heads
@@ -111,7 +108,16 @@ def _fits(layer: Attention) -> bool:
         isinstance(item, RMSNorm) and item.weight is not None and item.bias is None and item.eps == norms[0].eps
         for item in norms
     )
-    return plain and alike and (fp8 or bool(norms)) and (not norms or size & (size - 1) == 0)
+    helps = hasattr(layer, SCALES) or bool(norms) or not joint
+    return alike and helps and (not norms or size & (size - 1) == 0)
+
+
+def plain_processor(layer: Attention) -> type | None:
+    """Whose processor a layer has, beneath one for FP8; None where the layer does more than attention."""
+    others = (layer.group_norm, layer.spatial_norm, layer.norm_cross)
+    if any(others) or layer.residual_connection or layer.rescale_output_factor != 1.0:
+        return None
+    return type(layer.processor.inner if isinstance(layer.processor, Fp8Processor) else layer.processor)
 
 
 def _query_scale(scales: torch.Tensor, size: int) -> torch.Tensor:

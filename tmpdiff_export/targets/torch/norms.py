@@ -9,8 +9,9 @@ from diffusers.models.attention import BasicTransformerBlock, JointTransformerBl
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 
+from tmpdiff_export.targets.torch.activations import Codes
 from tmpdiff_export.targets.torch.flux import RotaryProcessor
-from tmpdiff_export.targets.torch.kernels.norms import Codes, Modulation, add_norm_modulated, norm_modulated
+from tmpdiff_export.targets.torch.kernels.norms import Modulation, add_norm_modulated, norm_modulated
 from tmpdiff_export.targets.torch.layers import makes_codes
 
 # Of the tables that the linear layers of diffusers' norms make: shift, scale and gate of attention, then those of the
@@ -35,7 +36,7 @@ class NormedFluxBlock(FluxTransformerBlock):
         image_table, text_table = (_table(norm, temb) for norm in (self.norm1, self.norm1_context))
         attention = self.attn
         image, text = attention(
-            hidden_states=_normed(self.norm1.norm, hidden_states, image_table, _ATTENTION, _readers(attention)),
+            hidden_states=_normed(self.norm1.norm, hidden_states, image_table, _ATTENTION, readers_of(attention)),
             encoder_hidden_states=_normed(
                 self.norm1_context.norm, encoder_hidden_states, text_table, _ATTENTION, _added_readers(attention)
             ),
@@ -67,7 +68,7 @@ class NormedJointBlock(JointTransformerBlock):
         table = _table(self.norm1, temb)
         text_table = None if self.context_pre_only else _table(self.norm1_context, temb)
         image, text = attention(
-            hidden_states=_normed(norm, hidden_states, table, _ATTENTION, _readers(attention)),
+            hidden_states=_normed(norm, hidden_states, table, _ATTENTION, readers_of(attention)),
             encoder_hidden_states=self.norm1_context(encoder_hidden_states, temb)
             if text_table is None
             else _normed(
@@ -77,7 +78,7 @@ class NormedJointBlock(JointTransformerBlock):
         )
         branch = image, _ATTENTION[2]
         if self.use_dual_attention:
-            normed = _normed(norm, hidden_states, table, _SECOND, _readers(self.attn2))
+            normed = _normed(norm, hidden_states, table, _SECOND, readers_of(self.attn2))
             hidden_states = hidden_states + table[:, _ATTENTION[2], None] * image
             branch = self.attn2(hidden_states=normed, **more), _SECOND[2]
         hidden_states = _network(self.norm2, self.ff, hidden_states, branch, table)
@@ -109,7 +110,7 @@ class NormedSingleTableBlock(BasicTransformerBlock):
         if timestep is None or cross_attention_kwargs:
             raise ValueError("expected a timestep, and no arguments for cross attention: PixArt has one, and none")
         table = self.scale_shift_table[None] + timestep.reshape(hidden_states.shape[0], 6, -1)
-        normed = _normed(self.norm1, hidden_states, table, _ATTENTION, _readers(self.attn1))
+        normed = _normed(self.norm1, hidden_states, table, _ATTENTION, readers_of(self.attn1))
         attended = self.attn1(normed, encoder_hidden_states=None, attention_mask=attention_mask)
         hidden_states = table[:, _ATTENTION[2], None] * attended + hidden_states
         attended = self.attn2(
@@ -141,7 +142,7 @@ def use_norm_kernel(module: torch.nn.Module) -> int:
         single: Any = getattr(block, "norm", None)
         if type(single) is AdaLayerNormZeroSingle and hasattr(block, "proj_mlp") and _plain(single.norm):
             single.__class__ = NormedZeroSingle
-            single.readers = (*_readers(block.attn), block.proj_mlp)
+            single.readers = (*readers_of(block.attn), block.proj_mlp)
         elif type(block) is FluxTransformerBlock and _zero(block) and isinstance(block.attn.processor, RotaryProcessor):
             block.__class__ = NormedFluxBlock  # the same layers under the same names, with another forward
         elif type(block) is JointTransformerBlock and _zero(block) and block._chunk_size is None:
@@ -181,8 +182,14 @@ def _has_table(block: Any) -> bool:
     )
 
 
-def _readers(attention: Any) -> tuple[torch.nn.Module, ...]:
+def readers_of(attention: Any) -> tuple[torch.nn.Module, ...]:
+    """The layers that read the input of self-attention."""
     return attention.to_q, attention.to_k, attention.to_v
+
+
+def readers_of_network(network: Any) -> tuple[torch.nn.Module, ...]:
+    """The layer, alone, that reads the input of a feed-forward network."""
+    return (getattr(network.net[0], "proj", network.net[0]),)
 
 
 def _added_readers(attention: Any) -> tuple[torch.nn.Module, ...]:
@@ -195,7 +202,7 @@ def _table(norm: Any, emb: torch.Tensor) -> torch.Tensor:
     return made.reshape(made.shape[0], -1, norm.norm.normalized_shape[0])
 
 
-def _codes_for(readers: tuple[torch.nn.Module, ...]) -> Codes | None:
+def codes_for(readers: tuple[torch.nn.Module, ...]) -> Codes | None:
     """The codes that all these layers take of one input, if they do."""
     first = readers[0]
     if not makes_codes(first):
@@ -213,7 +220,7 @@ def _normed(
     rows: tuple[int, int, int],
     readers: tuple[torch.nn.Module, ...],
 ) -> torch.Tensor:
-    return norm_modulated(data, Modulation(table, rows[0], rows[1]), norm.eps, _codes_for(readers))
+    return norm_modulated(data, Modulation(table, rows[0], rows[1]), norm.eps, codes_for(readers))
 
 
 def _network(
@@ -225,9 +232,8 @@ def _network(
 ) -> torch.Tensor:
     """Adds a branch, with its gate of the table, and then what the feed-forward network makes of the sum."""
     shift, scale, gate = _NETWORK
-    first = getattr(network.net[0], "proj", network.net[0])
     added, gated = branch
     normed, total = add_norm_modulated(
-        data, added, Modulation(table, shift, scale, gated), norm.eps, _codes_for((first,))
+        data, added, Modulation(table, shift, scale, gated), norm.eps, codes_for(readers_of_network(network))
     )
     return total + table[:, gate, None] * network(normed)

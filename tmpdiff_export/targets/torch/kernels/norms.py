@@ -1,4 +1,4 @@
-"""Layer norm with the modulation behind it, a residual before it and codes of the result, in one kernel.
+"""Layer norm with what follows it (modulation, or weight and bias), a residual before it and codes, in one kernel.
 
 Inductor reads every row two or three times for it (docs/torch.md). Here a row is read once and stays in registers.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from tmpdiff_export.targets.torch.activations import CODE_LIMITS, static_codes
+from tmpdiff_export.targets.torch.activations import Codes, code_arguments, coded
 
 if torch.version.cuda:  # a CUDA build brings Triton
     from tmpdiff_export.targets.torch.kernels.triton.norms import norm_op
@@ -32,26 +32,24 @@ class Modulation(NamedTuple):
     gate: int | None = None
 
 
-class Codes(NamedTuple):
-    """Codes that the layers behind a norm take.
+class Affine(NamedTuple):
+    """A norm's own parameters: norm * weight + bias.
 
     Attributes:
-        dtype: float8_e4m3fn or int8.
-        scale: float32 [].
-        smoothing: [C] that multiplies before the codes are made, or None.
+        weight: [C], contiguous, in a 16-bit type or float32.
+        bias: as `weight`.
     """
 
-    dtype: torch.dtype
-    scale: torch.Tensor
-    smoothing: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor
 
 
-def norm_modulated(data: torch.Tensor, modulation: Modulation, eps: float, codes: Codes | None) -> torch.Tensor:
-    """Layer norm over C and modulation, computed in float32 and rounded once.
+def norm_modulated(data: torch.Tensor, change: Modulation | Affine, eps: float, codes: Codes | None) -> torch.Tensor:
+    """Layer norm over C and what follows it, computed in float32 and rounded once.
 
     Args:
         data: [B, S, C].
-        modulation: see there; its gate is not read.
+        change: what follows; the gate of a modulation is not read.
         eps: of the norm.
         codes: that are made of the result, or None.
 
@@ -59,19 +57,20 @@ def norm_modulated(data: torch.Tensor, modulation: Modulation, eps: float, codes
         [B, S, C], codes or in the dtype of `data`.
     """
     if data.is_cuda:
-        return norm_op(data.contiguous(), None, *_numbers(modulation._replace(gate=None)), eps, *_given(data, codes))[0]
-    return _norm(data, modulation, eps, codes)
+        ungated = change._replace(gate=None) if isinstance(change, Modulation) else change
+        return norm_op(data.contiguous(), None, *_factors(ungated), eps, *code_arguments(codes, data.dtype))[0]
+    return _norm(data, change, eps, codes)
 
 
 def add_norm_modulated(
-    data: torch.Tensor, branch: torch.Tensor, modulation: Modulation, eps: float, codes: Codes | None
+    data: torch.Tensor, branch: torch.Tensor, change: Modulation | Affine, eps: float, codes: Codes | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`norm_modulated` of `data + gate * branch`, rounded once, and that sum.
 
     Args:
         data: [B, S, C].
         branch: as `data`.
-        modulation: see there.
+        change: what follows; the gate is 1 where it has none.
         eps: of the norm.
         codes: that are made of the result, or None.
 
@@ -80,32 +79,28 @@ def add_norm_modulated(
     """
     if data.is_cuda:
         result, total = norm_op(
-            data.contiguous(), branch.contiguous(), *_numbers(modulation), eps, *_given(data, codes)
+            data.contiguous(), branch.contiguous(), *_factors(change), eps, *code_arguments(codes, data.dtype)
         )
         return result, total
     more = branch.float()
-    if modulation.gate is not None:
-        more = more * modulation.table[:, modulation.gate, None].float()
+    if isinstance(change, Modulation) and change.gate is not None:
+        more = more * change.table[:, change.gate, None].float()
     total = (data.float() + more).to(data.dtype)
-    return _norm(total, modulation, eps, codes), total
+    return _norm(total, change, eps, codes), total
 
 
-def _norm(data: torch.Tensor, modulation: Modulation, eps: float, codes: Codes | None) -> torch.Tensor:
-    table, shift, scale, _ = modulation
+def _norm(data: torch.Tensor, change: Modulation | Affine, eps: float, codes: Codes | None) -> torch.Tensor:
     rows = F.layer_norm(data.float(), data.shape[-1:], eps=eps)
-    rows = rows * (1.0 + table[:, scale, None].float()) + table[:, shift, None].float()
-    if codes is None:
-        return rows.to(data.dtype)
-    return static_codes(rows if codes.smoothing is None else rows * codes.smoothing.float(), codes.scale, codes.dtype)
+    if isinstance(change, Affine):
+        rows = rows * change.weight.float() + change.bias.float()
+    else:
+        table, shift, scale, _ = change
+        rows = rows * (1.0 + table[:, scale, None].float()) + table[:, shift, None].float()
+    return coded(rows, codes, data.dtype)
 
 
-def _numbers(modulation: Modulation) -> tuple[torch.Tensor, int, int, int | None]:
-    return modulation.table.contiguous(), modulation.shift, modulation.scale, modulation.gate
-
-
-def _given(
-    data: torch.Tensor, codes: Codes | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, float, float, torch.dtype]:
-    if codes is None:
-        return None, None, 0.0, 0.0, data.dtype
-    return codes.scale, codes.smoothing, *CODE_LIMITS[codes.dtype], codes.dtype
+def _factors(change: Modulation | Affine) -> tuple[torch.Tensor, torch.Tensor | None, int, int, int | None]:
+    """As `norm_op` takes them: a table or the weight, the bias if it is that, shift, scale and gate."""
+    if isinstance(change, Affine):
+        return change.weight, change.bias, 0, 0, None
+    return change.table.contiguous(), None, change.shift, change.scale, change.gate

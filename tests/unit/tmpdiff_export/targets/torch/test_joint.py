@@ -13,7 +13,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import AttentionRange, LayerRange, quantize_layer
 from tmpdiff_export.targets.torch.attention import Fp8Processor, use_fp8_attention, watch_attention
+from tmpdiff_export.targets.torch.cross import CrossProcessor, use_cross_processor
 from tmpdiff_export.targets.torch.joint import JointProcessor, use_joint_processor
+from tmpdiff_export.targets.torch.kernels.cross_attention import cross_attention
 from tmpdiff_export.targets.torch.layers import linear_from
 
 
@@ -123,6 +125,37 @@ def test_an_output_projection_in_fp8_takes_the_results_codes() -> None:
     assert once_db > twice_db  # rounded once to codes, not twice
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross_attention_is_the_same_with_its_processor(masked: bool) -> None:
+    module = pixart()
+    changed = copy.deepcopy(module)
+    assert use_cross_processor(changed) == 2
+    assert isinstance(changed.transformer_blocks[0].attn2.processor, CrossProcessor)
+    mask = {"encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])} if masked else {}
+    inputs = {**pixart_inputs(), **mask}
+    torch.testing.assert_close(call(changed, inputs), call(module, inputs), rtol=2e-5, atol=2e-5)
+
+
+def test_self_attention_in_sixteen_bits_is_the_same_with_the_processor() -> None:
+    module = pixart()
+    changed = copy.deepcopy(module)
+    assert use_joint_processor(changed) == 2
+    torch.testing.assert_close(call(changed, pixart_inputs()), call(module, pixart_inputs()), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_codes_of_cross_attention_are_those_of_its_result(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, tokens, 3, 16, generator=generator) for tokens in (9, 5, 5))
+    weights = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(0.25).softmax(-1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, value)
+    torch.testing.assert_close(cross_attention(query, key, value), expected)
+    found = cross_attention(query, key, value, torch.tensor(0.01), dtype).float()
+    limits = (-448, 448) if dtype is torch.float8_e4m3fn else (-128, 127)
+    step = 2**-4 * 1.001 * expected.abs() * 100 + 2**-10 if dtype is torch.float8_e4m3fn else 0.501
+    assert ((found - (expected * 100).clamp(*limits)).abs() <= step).all()
+
+
 def test_other_processors_and_layers_keep_theirs() -> None:
     module = pixart()
     found: dict[str, AttentionRange] = {}
@@ -134,6 +167,9 @@ def test_other_processors_and_layers_keep_theirs() -> None:
     second.residual_connection = True
     assert use_joint_processor(module) == 0
     assert isinstance(module.transformer_blocks[0].attn2.processor, AttnProcessor2_0)
+    module.transformer_blocks[1].attn2.rescale_output_factor = 2.0
+    assert use_cross_processor(module) == 1
+    assert isinstance(module.transformer_blocks[1].attn2.processor, AttnProcessor2_0)
     second.residual_connection = False
     assert use_joint_processor(module) == 1
     data = torch.randn(1, 256, 144)

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
+from tmpdiff_export.targets.torch.activations import Codes
 from tmpdiff_export.targets.torch.flux import use_rotary_kernel
 from tmpdiff_export.targets.torch.fusion import fuse
-from tmpdiff_export.targets.torch.kernels.norms import Codes, Modulation, add_norm_modulated, norm_modulated
+from tmpdiff_export.targets.torch.kernels.norms import Affine, Modulation, add_norm_modulated, norm_modulated
 from tmpdiff_export.targets.torch.layers import StaticLinear, linear_from
 from tmpdiff_export.targets.torch.norms import use_norm_kernel
 
@@ -171,6 +172,17 @@ def test_codes_of_a_normed_sum_are_those_of_its_parts(dtype: torch.dtype, smooth
     plain, ungated = add_norm_modulated(data, branch, modulation._replace(gate=None), 1e-6, None)
     assert plain.dtype == torch.bfloat16
     assert torch.equal(ungated, data + branch)
+
+
+def test_codes_of_a_norm_with_its_own_weight_are_those_of_its_parts() -> None:
+    generator = torch.Generator().manual_seed(4)
+    data, branch = (torch.randn(2, 5, 12, generator=generator).half() for _ in range(2))
+    own = Affine(*(torch.randn(12, generator=generator).half() for _ in range(2)))
+    expected = F.layer_norm((data + branch).double(), (12,), own.weight.double(), own.bias.double(), 1e-5)
+    made, total = add_norm_modulated(data, branch, own, 1e-5, Codes(torch.int8, torch.tensor(0.02), None))
+    assert torch.equal(total, data + branch)
+    assert ((made.double() - (expected / 0.02).clamp(-128, 127)).abs() <= 0.51).all()
+    assert torch.equal(norm_modulated(total, own, 1e-5, None), expected.half())
 
 
 def test_norms_of_other_layers_stay_in_16_bit() -> None:

@@ -17,6 +17,7 @@ def _norm(  # type: ignore[no-untyped-def]
     data,
     branch,
     table,
+    shifts,
     code_scale,
     smoothing,
     total,
@@ -27,6 +28,7 @@ def _norm(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr,
     GATE: tl.constexpr,
     ROWS: tl.constexpr,
+    AFFINE: tl.constexpr,
     BRANCH: tl.constexpr,
     GATED: tl.constexpr,
     CODES: tl.constexpr,
@@ -37,24 +39,26 @@ def _norm(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row."""
+    """One row; samples have `ROWS` rows of the table each, 0 where all have the same factors."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
-    factors = table + (row // tokens) * ROWS * COLUMNS + column
+    own = (row // tokens) * ROWS * COLUMNS + column
     given = tl.load(data + row * COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
         more = tl.load(branch + row * COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            more *= tl.load(factors + GATE * COLUMNS, mask=inside, other=0.0).to(tl.float32)
+            more *= tl.load(table + own + GATE * COLUMNS, mask=inside, other=0.0).to(tl.float32)
         rounded = (given + more).to(total.dtype.element_ty)
         tl.store(total + row * COLUMNS + column, rounded, mask=inside)
         given = rounded.to(tl.float32)
     mean = tl.sum(given, axis=0) / COLUMNS
     centred = tl.where(inside, given - mean, 0.0)
     inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / COLUMNS + EPS)
-    factor = 1.0 + tl.load(factors + SCALE * COLUMNS, mask=inside, other=0.0).to(tl.float32)
-    added = tl.load(factors + SHIFT * COLUMNS, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(table + own + SCALE * COLUMNS, mask=inside, other=0.0).to(tl.float32)
+    if not AFFINE:
+        factor += 1.0
+    added = tl.load(shifts + own + SHIFT * COLUMNS, mask=inside, other=0.0).to(tl.float32)
     values = centred * inverse * factor + added
     if SMOOTH:
         values *= tl.load(smoothing + column, mask=inside, other=0.0).to(tl.float32)
@@ -71,6 +75,7 @@ def norm_op(
     data: torch.Tensor,
     branch: Optional[torch.Tensor],  # noqa: UP045  (torch's schemas know no other form)
     table: torch.Tensor,
+    bias: Optional[torch.Tensor],  # noqa: UP045
     shift: int,
     scale: int,
     gate: Optional[int],  # noqa: UP045
@@ -81,7 +86,10 @@ def norm_op(
     limit_high: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.norms.add_norm_modulated` on a GPU, with the least and the largest code; no sum without a branch."""
+    """`kernels.norms.add_norm_modulated` on a GPU, with the least and the largest code; no sum without a branch.
+
+    With a bias, `table` is the weight [C].
+    """
     batch, tokens, columns = data.shape
     result = torch.empty((batch, tokens, columns), device=data.device, dtype=dtype)
     sum_shape = (0,) if branch is None else (batch, tokens, columns)
@@ -91,6 +99,7 @@ def norm_op(
         data,
         data if branch is None else branch,
         table,
+        table if bias is None else bias,
         table if code_scale is None else code_scale,
         table if smoothing is None else smoothing,
         total,
@@ -100,7 +109,8 @@ def norm_op(
         SHIFT=shift,
         SCALE=scale,
         GATE=0 if gate is None else gate,
-        ROWS=table.shape[1],
+        ROWS=table.shape[1] if bias is None else 0,
+        AFFINE=bias is not None,
         BRANCH=branch is not None,
         GATED=gate is not None,
         CODES=code_scale is not None,

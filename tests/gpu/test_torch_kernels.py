@@ -89,10 +89,14 @@ def test_linear_attention(batch: int, tokens: int, heads: int, size: int, dtype:
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "keys", "heads", "size"), [(2, 1024, 77, 20, 64), (2, 4096, 77, 10, 64), (1, 99, 9, 3, 16)]
+    ("batch", "tokens", "keys", "heads", "size"),
+    [(2, 1024, 77, 20, 64), (2, 4096, 300, 16, 72), (2, 1024, 300, 20, 112), (1, 99, 9, 3, 16)],
 )
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_attention_to_few_keys(batch: int, tokens: int, keys: int, heads: int, size: int, dtype: str) -> None:
+def test_attention_to_few_keys(
+    batch: int, tokens: int, keys: int, heads: int, size: int, masked: bool, dtype: str
+) -> None:
     import torch
 
     from tmpdiff_export.targets.torch.kernels.cross_attention import cross_attention
@@ -100,7 +104,9 @@ def test_attention_to_few_keys(batch: int, tokens: int, keys: int, heads: int, s
     generator, kind = torch.Generator().manual_seed(tokens), getattr(torch, dtype)
     query = torch.randn(batch, tokens, heads, size, generator=generator).to(kind)
     both = torch.randn(batch, keys, 2, heads, size, generator=generator).to(kind)
-    require_close(cross_attention, [query, *both.unbind(2)], 0.01)  # keys and values as one product gives them
+    mask = torch.where(torch.arange(keys) < keys // 2, 0.0, -10000.0).expand(batch, keys).to(kind)
+    bias = mask if masked else None
+    require_close(cross_attention, [query, *both.unbind(2), bias], 0.01)  # keys and values as one product gives them
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ def test_the_norm_kernel_computes_what_torch_does(
         own = Affine(made[0, 0].contiguous(), made[0, 1].contiguous()) if affine else None
         if branch:
             return add_norm_modulated(rows, added, own or Modulation(made, 3, 4, 2), 1e-6, codes)
-        return norm_modulated(rows, own or Modulation(made, 0, 1), 1e-6, codes), rows
+        before, rows = rows[:, :7], rows[:, 7:]  # as they come: parts of one tensor
+        return norm_modulated(rows, own or Modulation(made, 0, 1), 1e-6, codes, before), rows
 
     torch._dynamo.reset()  # it compiles one function so many times only
     call = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run

@@ -113,7 +113,12 @@ class CodesSingleBlock(FluxSingleTransformerBlock):
         """As the block it replaces."""
         text_tokens = encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        normed, gate = self.norm(residual, emb=temb)
+        if hasattr(
+            self.norm, "readers"
+        ):  # the sum below is then all that reads them joined, and a compiler joins them there
+            normed, gate = self.norm(hidden_states, emb=temb, before=encoder_hidden_states)
+        else:
+            normed, gate = self.norm(residual, emb=temb)
         attended = self.attn(normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         scale = self.attn.get_buffer(VALUE_SCALE) if attended.dtype is FP8 else None
         product = self.proj_out.with_gelu(attended.flatten(0, 1), self.proj_mlp(normed).flatten(0, 1), scale)

@@ -124,11 +124,12 @@ class NormedZeroSingle(AdaLayerNormZeroSingle):
 
     readers: tuple[torch.nn.Module, ...]  # in a tuple, they are no parts of this layer
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> Pair:
-        """As the norm it replaces."""
+    def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None, before: torch.Tensor | None = None) -> Pair:
+        """As the norm it replaces; of tokens `before` and those of `x`, where there are such."""
         assert emb is not None
         table = _table(self, emb)
-        return _normed(self.norm, x, table, _ATTENTION, self.readers), table[:, _ATTENTION[2]]
+        change = Modulation(table, *_ATTENTION[:2])
+        return norm_modulated(x, change, self.norm.eps, codes_for(self.readers), before), table[:, _ATTENTION[2]]
 
 
 def use_norm_kernel(module: torch.nn.Module) -> int:

@@ -44,7 +44,13 @@ class Affine(NamedTuple):
     bias: torch.Tensor
 
 
-def norm_modulated(data: torch.Tensor, change: Modulation | Affine, eps: float, codes: Codes | None) -> torch.Tensor:
+def norm_modulated(
+    data: torch.Tensor,
+    change: Modulation | Affine,
+    eps: float,
+    codes: Codes | None,
+    before: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Layer norm over C and what follows it, computed in float32 and rounded once.
 
     Args:
@@ -52,14 +58,16 @@ def norm_modulated(data: torch.Tensor, change: Modulation | Affine, eps: float, 
         change: what follows; the gate of a modulation is not read.
         eps: of the norm.
         codes: that are made of the result, or None.
+        before: [B, S1, C], whose tokens come before those of `data`; or None.
 
     Returns:
-        [B, S, C], codes or in the dtype of `data`.
+        [B, S1 + S, C], codes or in the dtype of `data`.
     """
     if data.is_cuda:
         ungated = change._replace(gate=None) if isinstance(change, Modulation) else change
-        return norm_op(data.contiguous(), None, *_factors(ungated), eps, *code_arguments(codes, data.dtype))[0]
-    return _norm(data, change, eps, codes)
+        tensors = _whole(data), None if before is None else _whole(before), None
+        return norm_op(*tensors, *_factors(ungated), eps, *code_arguments(codes, data.dtype))[0]
+    return _norm(data if before is None else torch.cat([before, data], dim=1), change, eps, codes)
 
 
 def add_norm_modulated(
@@ -78,15 +86,19 @@ def add_norm_modulated(
         [B, S, C] as `norm_modulated` returns it, and the sum in the dtype of `data`.
     """
     if data.is_cuda:
-        result, total = norm_op(
-            data.contiguous(), branch.contiguous(), *_factors(change), eps, *code_arguments(codes, data.dtype)
-        )
+        tensors = _whole(data), None, branch.contiguous()
+        result, total = norm_op(*tensors, *_factors(change), eps, *code_arguments(codes, data.dtype))
         return result, total
     more = branch.float()
     if isinstance(change, Modulation) and change.gate is not None:
         more = more * change.table[:, change.gate, None].float()
     total = (data.float() + more).to(data.dtype)
     return _norm(total, change, eps, codes), total
+
+
+def _whole(data: torch.Tensor) -> torch.Tensor:
+    """[B, S, C] whose samples may lie apart, but not their tokens."""
+    return data if data.stride()[1:] == (data.shape[2], 1) else data.contiguous()
 
 
 def _norm(data: torch.Tensor, change: Modulation | Affine, eps: float, codes: Codes | None) -> torch.Tensor:

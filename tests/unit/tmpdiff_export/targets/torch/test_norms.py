@@ -194,3 +194,11 @@ def test_norms_of_other_layers_stay_in_16_bit() -> None:
     assert use_norm_kernel(changed) == 2
     with pytest.raises(ValueError, match="expected a timestep"):
         changed.transformer_blocks[0](torch.randn(1, 4, 48))
+
+
+def test_a_norm_of_two_tensors_is_that_of_both_joined() -> None:
+    generator = torch.Generator().manual_seed(3)
+    joined = torch.randn(2, 7, 12, generator=generator)
+    change = Modulation(torch.randn(2, 3, 12, generator=generator), 0, 1)
+    expected = norm_modulated(joined, change, 1e-6, None)
+    assert torch.equal(norm_modulated(joined[:, 3:], change, 1e-6, None, joined[:, :3]), expected)

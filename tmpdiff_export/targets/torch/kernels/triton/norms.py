@@ -15,6 +15,7 @@ _MOST_WARPS = 8
 @triton.jit  # type: ignore[untyped-decorator]
 def _norm(  # type: ignore[no-untyped-def]
     data,
+    before,
     branch,
     table,
     shifts,
@@ -23,12 +24,16 @@ def _norm(  # type: ignore[no-untyped-def]
     total,
     result,
     tokens,
+    before_tokens,
+    data_sample,
+    before_sample,
     EPS: tl.constexpr,  # a float argument may come as float64, and everything with it
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
     GATE: tl.constexpr,
     ROWS: tl.constexpr,
     AFFINE: tl.constexpr,
+    BEFORE: tl.constexpr,
     BRANCH: tl.constexpr,
     GATED: tl.constexpr,
     CODES: tl.constexpr,
@@ -39,12 +44,17 @@ def _norm(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row; samples have `ROWS` rows of the table each, 0 where all have the same factors."""
+    """One row; samples have `ROWS` rows of the table each, 0 where all have the same factors; `_sample` are strides."""
     row = tl.program_id(0).to(tl.int64)
+    sample, token = row // tokens, row % tokens
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
-    own = (row // tokens) * ROWS * COLUMNS + column
-    given = tl.load(data + row * COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
+    own = sample * ROWS * COLUMNS + column
+    source = data + sample * data_sample + (token - before_tokens) * COLUMNS
+    if BEFORE:  # noqa: SIM102  (known when it is compiled)
+        if token < before_tokens:
+            source = before + sample * before_sample + token * COLUMNS
+    given = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
         more = tl.load(branch + row * COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
         if GATED:
@@ -73,7 +83,8 @@ def _norm(  # type: ignore[no-untyped-def]
 @torch.library.triton_op("tmpdiff::norm_modulated", mutates_args={})  # type: ignore[untyped-decorator]
 def norm_op(
     data: torch.Tensor,
-    branch: Optional[torch.Tensor],  # noqa: UP045  (torch's schemas know no other form)
+    before: Optional[torch.Tensor],  # noqa: UP045  (torch's schemas know no other form)
+    branch: Optional[torch.Tensor],  # noqa: UP045
     table: torch.Tensor,
     bias: Optional[torch.Tensor],  # noqa: UP045
     shift: int,
@@ -90,13 +101,16 @@ def norm_op(
 
     With a bias, `table` is the weight [C].
     """
-    batch, tokens, columns = data.shape
+    batch, own_tokens, columns = data.shape
+    before_tokens = 0 if before is None else before.shape[1]
+    tokens = own_tokens + before_tokens
     result = torch.empty((batch, tokens, columns), device=data.device, dtype=dtype)
     sum_shape = (0,) if branch is None else (batch, tokens, columns)
     total = torch.empty(sum_shape, device=data.device, dtype=data.dtype)
     block = triton.next_power_of_2(columns)
     torch.library.wrap_triton(_norm)[(batch * tokens,)](
         data,
+        data if before is None else before,
         data if branch is None else branch,
         table,
         table if bias is None else bias,
@@ -105,12 +119,16 @@ def norm_op(
         total,
         result,
         tokens,
+        before_tokens,
+        data.stride(0),
+        0 if before is None else before.stride(0),
         EPS=eps,
         SHIFT=shift,
         SCALE=scale,
         GATE=0 if gate is None else gate,
         ROWS=table.shape[1] if bias is None else 0,
         AFFINE=bias is not None,
+        BEFORE=before is not None,
         BRANCH=branch is not None,
         GATED=gate is not None,
         CODES=code_scale is not None,

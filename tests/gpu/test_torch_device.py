@@ -231,11 +231,13 @@ def test_the_attention_kernel_is_that_of_the_reference(batch: int, tokens: int, 
     from tmpdiff_export.targets.torch.kernels.triton.attention import attend_codes_op
 
     generator = torch.Generator("cuda").manual_seed(tokens)
-    shape = (batch, tokens, heads, size)
-    parts = [torch.randn(shape, generator=generator, device="cuda") * factor for factor in (1.5, 1.0, 0.3)]
+    factors = torch.tensor([1.5, 1.0, 0.3], device="cuda")[:, None, None]
+    whole = torch.randn(batch, tokens, 3, heads, size, generator=generator, device="cuda") * factors
+    parts = list(whole.half().unbind(2))  # as one product of all three gives them
     scales = scales_tensor(*(float(item.abs().max()) / 448 for item in parts)).cuda()
     codes = [static_codes(item, scales[row, 0], FP8).contiguous() for row, item in enumerate(parts)]
     found = attend_codes_op(codes[0], codes[1], parts[2], scales).float().cpu()
+    assert torch.equal(attend_codes_op(*parts, scales).float().cpu(), found)
     expected = attention_fp8(*(item.cpu() for item in codes), scales.cpu()).float()
     noise = (found - expected).square().sum() / expected.square().sum()
     assert -10 * torch.log10(noise) > 20.0  # weights and results are rounded to three bits in both

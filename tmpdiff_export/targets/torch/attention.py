@@ -81,7 +81,7 @@ def attend_heads(
     """Attention without a mask, in FP8 where there are scales, of head size 64 or 128 then.
 
     Args:
-        query: [B, S, H, D], codes where there are scales.
+        query: [B, S, H, D], in a 16-bit type or float32; codes or not where there are scales.
         key: as `query`.
         value: [B, S, H, D] in a 16-bit type or float32.
         scales: buffer of a layer in FP8, or None.

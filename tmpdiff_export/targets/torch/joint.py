@@ -27,7 +27,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class JointProcessor:
     """diffusers' attention processors for SD3, and for self-attention elsewhere, over fewer kernels.
 
-    Queries and keys are normed, joined and made codes in one; FP8 results go to the output projection as they are.
+    Queries and keys are normed, joined and made codes in one, without norms by attention itself; FP8 results go to the
+    output projection as they are.
     Without attention masks.
     """
 
@@ -61,7 +62,8 @@ class JointProcessor:
             added = tuple(_heads(attn, layer, encoder_hidden_states) for layer in layers)
             added_norms = attn.norm_added_q, attn.norm_added_k
         size, dtype = query.shape[3], query.dtype
-        factors = (None, None) if scales is None else (_query_scale(scales, size), scales[1, 0])
+        later = attn.norm_q is None and query_factor(size) == 1.0
+        factors = (None, None) if scales is None or later else (_query_scale(scales, size), scales[1, 0])
         query, key = (
             _joined(both, norms, factor, dtype)
             for both, norms, factor in (

@@ -44,9 +44,9 @@ def cross_attention(
     if query.is_cuda and key.shape[1] <= MOST_KEYS and LEAST_SIZE <= size <= MOST_SIZE and size % 8 == 0:
         low, high = CODE_LIMITS[dtype] if dtype is not None else (0.0, 0.0)
         return cross_attention_op(query, key, value, bias, scale, low, high, dtype or query.dtype)
-    parts = (item.transpose(1, 2) for item in (query, key, value))
+    query, key, value = (item.transpose(1, 2) for item in (query, key, value))
     mask = None if bias is None else bias[:, None, None].to(query.dtype)
-    result = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2)
+    result = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
     if scale is None or dtype is None:
         return result.contiguous()
     return static_codes(result, scale, dtype).contiguous()

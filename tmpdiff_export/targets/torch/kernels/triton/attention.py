@@ -32,29 +32,49 @@ prmt.b32 $0, h, g, 0x6420;
 )
 
 
+@triton.jit
+def _codes(data, scale):  # type: ignore[no-untyped-def]
+    """E4M3, saturated; `scale` is where theirs is."""
+    return tl.clamp(data.to(tl.float32) * tl.div_rn(1.0, tl.load(scale)), -448.0, 448.0).to(tl.float8e4nv)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _value_codes(  # type: ignore[no-untyped-def]
+def _key_and_value_codes(  # type: ignore[no-untyped-def]
+    key,
     value,
-    scale,
-    result,
+    scales,
+    key_codes,
+    value_codes,
     tokens,
-    result_tokens,
+    value_tokens,
+    key_sample,
+    key_row,
+    value_sample,
+    value_row,
+    KEYS: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """[B, S, H, SIZE] -> codes [B, H, SIZE, result_tokens]: tensor cores take FP8 operands along the keys only."""
+    """[B, S, H, SIZE] -> codes: of values [B, H, SIZE, value_tokens], because tensor cores take FP8 along the keys only.
+
+    Keys stay in their order, and are left out where they are codes; `_sample` and `_row` are strides.
+    """
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sample = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
     column = tl.arange(0, WIDE)
-    source = value + ((sample * tokens + at[:, None]) * HEADS + head) * SIZE + column[None, :]
     inside = (at < tokens)[:, None] & (column < SIZE)[None, :]
-    data = tl.load(source, mask=inside, other=0.0).to(tl.float32) * (1.0 / tl.load(scale))
-    codes = tl.clamp(data, -448.0, 448.0).to(tl.float8e4nv)
-    target = result + ((sample * HEADS + head) * SIZE + column[:, None]) * result_tokens + at[None, :]
+    source = value + sample * value_sample + at[:, None] * value_row + (head * SIZE + column)[None, :]
+    codes = _codes(tl.load(source, mask=inside, other=0.0), scales + 8)
+    target = value_codes + ((sample * HEADS + head) * SIZE + column[:, None]) * value_tokens + at[None, :]
     tl.store(target, tl.trans(codes), mask=(column < SIZE)[:, None])
+    if KEYS:
+        source = key + sample * key_sample + at[:, None] * key_row + (head * SIZE + column)[None, :]
+        codes = _codes(tl.load(source, mask=inside, other=0.0), scales + 4)
+        target = key_codes + ((sample * tokens + at[:, None]) * HEADS + head) * SIZE + column[None, :]
+        tl.store(target, codes, mask=inside)
 
 
 @triton.jit
@@ -87,7 +107,10 @@ def _attention(  # type: ignore[no-untyped-def]
     result,
     tokens,
     value_tokens,
+    query_sample,
+    query_row,
     LOG2_E: tl.constexpr,
+    CODE: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
@@ -95,7 +118,10 @@ def _attention(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """M queries of one head against all keys. `SIZE` is `D`, a power of two, or that and half of it."""
+    """M queries of one head against all keys. `SIZE` is `D`, a power of two, or that and half of it.
+
+    With `CODE` queries are made codes here.
+    """
     SPLIT: tl.constexpr = SIZE > D
     ROW: tl.constexpr = HEADS * SIZE
     at_m = tl.program_id(0) * M + tl.arange(0, M)
@@ -103,10 +129,15 @@ def _attention(  # type: ignore[no-untyped-def]
     start = sample * tokens * ROW + (tl.program_id(1) % HEADS) * SIZE
     column = tl.arange(0, D)
     more = D + tl.arange(0, D // 2)
-    rows = query + start + tl.minimum(at_m, tokens - 1)[:, None] * ROW
+    rows = query + sample * query_sample + (tl.program_id(1) % HEADS) * SIZE
+    rows += tl.minimum(at_m, tokens - 1)[:, None] * query_row
     q = tl.load(rows + column[None, :])
+    if CODE:
+        q = _codes(q, scales)
     if SPLIT:
         q_more = tl.load(rows + more[None, :])
+        if CODE:
+            q_more = _codes(q_more, scales)
     factor = tl.load(scales) * tl.load(scales + 4) * (LOG2_E * SIZE**-0.5)
     n = tl.arange(0, N)
     # Threads hold two neighbouring products, and give tensor cores four neighbouring weights: in this order of keys
@@ -157,22 +188,44 @@ def attend_codes_op(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     """`kernels.attention.attend_codes` on a GPU."""
     batch, tokens, heads, size = query.shape
     wide = triton.cdiv(tokens, _MOST_KEYS) * _MOST_KEYS
-    codes = torch.empty((batch, heads, size, wide), device=query.device, dtype=query.dtype)
+    kind = torch.float8_e4m3fn
+    value_codes = torch.empty((batch, heads, size, wide), device=query.device, dtype=kind)
+    coded = key.dtype is kind
+    key_codes = key if coded else torch.empty(key.shape, device=query.device, dtype=kind)
     padded = triton.next_power_of_2(size)
-    torch.library.wrap_triton(_value_codes)[(wide // _MOST_KEYS, batch * heads)](
-        value, scales[2], codes, tokens, wide, HEADS=heads, SIZE=size, WIDE=padded, ROWS=_MOST_KEYS, num_warps=4
+    torch.library.wrap_triton(_key_and_value_codes)[(wide // _MOST_KEYS, batch * heads)](
+        key,
+        value,
+        scales,
+        value_codes if coded else key_codes,
+        value_codes,
+        tokens,
+        wide,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        KEYS=not coded,
+        HEADS=heads,
+        SIZE=size,
+        WIDE=padded,
+        ROWS=_MOST_KEYS,
+        num_warps=4,
     )
-    result = torch.empty_like(query)
+    result = torch.empty(query.shape, device=query.device, dtype=kind)
     rows, keys, warps, stages = _TILE
     torch.library.wrap_triton(_attention)[(triton.cdiv(tokens, rows), batch * heads)](
         query,
-        key,
-        codes,
+        key_codes,
+        value_codes,
         scales,
         result,
         tokens,
         wide,
+        query.stride(0),
+        query.stride(1),
         LOG2_E=_LOG2_E,
+        CODE=query.dtype is not kind,
         HEADS=heads,
         SIZE=size,
         D=padded if padded == size else padded // 2,

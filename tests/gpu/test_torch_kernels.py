@@ -23,8 +23,11 @@ def missing() -> str | None:
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
-def require_close(function: Any, arguments: list[Any], scale: float) -> None:
-    """A kernel in 16 bit and with codes, on the GPU as on the CPU; a code beside a bound may fall to either side."""
+def require_close(function: Any, arguments: list[Any], scale: float, noise: float = 0.0) -> None:
+    """A kernel in 16 bit and with codes, on the GPU as on the CPU; a code beside a bound may fall to either side.
+
+    `noise` of the largest result is what roundings inside of the kernel come to.
+    """
     import torch
 
     on_gpu = [item.cuda() if isinstance(item, torch.Tensor) else item for item in arguments]
@@ -37,7 +40,8 @@ def require_close(function: Any, arguments: list[Any], scale: float) -> None:
         expected = function(*arguments, scale=factor, dtype=dtype).float()
         found = function(*on_gpu, scale=factor.cuda(), dtype=dtype).float().cpu()
         assert expected.unique().numel() > 20
-        far = (found - expected).abs() > (expected.abs() * 2**-3 if dtype is torch.float8_e4m3fn else 1.0)
+        step = expected.abs() * 2**-3 if dtype is torch.float8_e4m3fn else 1.0
+        far = (found - expected).abs() > step + noise * expected.abs().max()
         assert far.float().mean() < 1e-3
         assert (found != expected).float().mean() < 0.05
 
@@ -106,7 +110,8 @@ def test_attention_to_few_keys(
     both = torch.randn(batch, keys, 2, heads, size, generator=generator).to(kind)
     mask = torch.where(torch.arange(keys) < keys // 2, 0.0, -10000.0).expand(batch, keys).to(kind)
     bias = mask if masked else None
-    require_close(cross_attention, [query, *both.unbind(2), bias], 0.01)  # keys and values as one product gives them
+    # Keys and values lie as one product gives them.
+    require_close(cross_attention, [query, *both.unbind(2), bias], 0.01, noise=2**-9)
 
 
 @pytest.mark.parametrize(

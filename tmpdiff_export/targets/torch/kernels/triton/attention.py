@@ -9,27 +9,6 @@ import triton.language as tl
 _TILE = (64, 128, 4, 3)  # queries and keys of a tile, warps, stages
 _MOST_KEYS = 128  # values are padded to a multiple of this many tokens
 _LOG2_E = 1.4426950408889634
-# E4M3 codes of powers of two, four at a time. A code is eight times the logarithm, plus 56, where its mantissa is taken for
-# the logarithm's fraction (at most 6 % too much; Schraudolph, "A Fast, Compact Approximation of the Exponential Function",
-# 1999): no exponential function, and no conversion. Half precision from 1024 to 2048 is integers, whose lowest byte it is.
-_POWER_CODES = tl.constexpr(
-    """
-{
-.reg .f32 a, b, c, d;
-.reg .b32 h, g, k;
-fma.rn.ftz.f32 a, $1, $5, $9;
-fma.rn.ftz.f32 b, $2, $6, $10;
-fma.rn.ftz.f32 c, $3, $7, $11;
-fma.rn.ftz.f32 d, $4, $8, $12;
-mov.b32 k, 0x64006400;
-cvt.rn.f16x2.f32 h, b, a;
-cvt.rn.f16x2.f32 g, d, c;
-max.f16x2 h, h, k;
-max.f16x2 g, g, k;
-prmt.b32 $0, h, g, 0x6420;
-}
-"""
-)
 
 
 @triton.jit
@@ -80,10 +59,29 @@ def _key_and_value_codes(  # type: ignore[no-untyped-def]
 @triton.jit
 def _weights(logits, factor, level):  # type: ignore[no-untyped-def]
     """E4M3 of 2^(logits * factor - level + 8), about; `level` [M, 1], whole numbers not below their products."""
+    # E4M3 codes of powers of two, four at a time. A code is eight times the logarithm, plus 56, where its mantissa is taken for
+    # the logarithm's fraction (at most 6 % too much; Schraudolph, "A Fast, Compact Approximation of the Exponential Function",
+    # 1999): no exponential function, and no conversion. Half precision from 1024 to 2048 is integers, whose lowest byte it is.
     factors = tl.full(logits.shape, 0.0, tl.float32) + factor * 8.0
     offsets = tl.broadcast_to(level * -8.0 + (1024.0 + 64.0 + 56.0), logits.shape)
+    # The text stands here because a compiler that writes kernels anew (Inductor) does not write such globals right.
     return tl.inline_asm_elementwise(
-        _POWER_CODES,
+        """
+{
+.reg .f32 a, b, c, d;
+.reg .b32 h, g, k;
+fma.rn.ftz.f32 a, $1, $5, $9;
+fma.rn.ftz.f32 b, $2, $6, $10;
+fma.rn.ftz.f32 c, $3, $7, $11;
+fma.rn.ftz.f32 d, $4, $8, $12;
+mov.b32 k, 0x64006400;
+cvt.rn.f16x2.f32 h, b, a;
+cvt.rn.f16x2.f32 g, d, c;
+max.f16x2 h, h, k;
+max.f16x2 g, g, k;
+prmt.b32 $0, h, g, 0x6420;
+}
+""",
         "=r,f,f,f,f,f,f,f,f,f,f,f,f",
         [logits, factors, offsets],
         dtype=tl.float8e4nv,

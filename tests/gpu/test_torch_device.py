@@ -237,7 +237,8 @@ def test_the_attention_kernel_is_that_of_the_reference(batch: int, tokens: int, 
     scales = scales_tensor(*(float(item.abs().max()) / 448 for item in parts)).cuda()
     codes = [static_codes(item, scales[row, 0], FP8).contiguous() for row, item in enumerate(parts)]
     found = attend_codes_op(codes[0], codes[1], parts[2], scales).float().cpu()
-    assert torch.equal(attend_codes_op(*parts, scales).float().cpu(), found)
+    again = attend_codes_op(*parts, scales).float().cpu()  # makes the codes itself, by an inexact division
+    assert -10 * torch.log10((again - found).square().sum() / found.square().sum()) > 30.0
     expected = attention_fp8(*(item.cpu() for item in codes), scales.cpu()).float()
     noise = (found - expected).square().sum() / expected.square().sum()
     assert -10 * torch.log10(noise) > 20.0  # weights and results are rounded to three bits in both

@@ -13,8 +13,8 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _codes(data, scale):  # type: ignore[no-untyped-def]
-    """E4M3, saturated; `scale` is where theirs is."""
-    return tl.clamp(data.to(tl.float32) * tl.div_rn(1.0, tl.load(scale)), -448.0, 448.0).to(tl.float8e4nv)
+    """E4M3, saturated; `scale` is where theirs is. An exact division costs `_attention` a third of its programs a processor."""
+    return tl.clamp(data.to(tl.float32) * (1.0 / tl.load(scale)), -448.0, 448.0).to(tl.float8e4nv)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -75,7 +75,7 @@ def bundle_methods(runtime: DenoiseRuntime, schedules: Sequence[Path], fewer: Se
     for path in schedules:
         yield of_bundle(runtime, path.stem, "schedule", Schedule.load(path))
     for precision, orders in [(reference, (1,)), *((name, (0, 1)) for name in low[:1])]:
-        for name, choices in reuse_rules(runtime.num_steps, precision, orders).items():
+        for name, choices in fixed_reuse(runtime.num_steps, precision, orders).items():
             yield of_bundle(runtime, name, f"reuse at fixed steps, {precision}", chosen(runtime, choices, name))
     for precision in (reference, *low[:1]):
         for steps in fewer:
@@ -92,7 +92,7 @@ def chosen(runtime: DenoiseRuntime, choices: Sequence[str], origin: str) -> Sche
     )
 
 
-def reuse_rules(num_steps: int, precision: str, orders: Sequence[int]) -> dict[str, tuple[str, ...]]:
+def fixed_reuse(num_steps: int, precision: str, orders: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Every n-th step reused, or only every n-th one computed, from a tenth of the loop on."""
     begin = max(-(-num_steps // 10), 1 + max(orders))
     found = {}

@@ -17,7 +17,7 @@ from helpers.small_pipelines import save_small_pipeline
 from tools.headline.__main__ import main
 from tools.headline.caching import spread
 from tools.headline.goals import at_speedup, findings, frontier
-from tools.headline.methods import reuse_rules
+from tools.headline.methods import fixed_reuse
 
 STEPS, FEWER = 6, 4
 
@@ -27,7 +27,7 @@ def row(group: str, speedup: float, ssim: float) -> dict[str, Any]:
 
 
 def test_rules_reuse_from_a_tenth_of_the_loop_on_and_never_without_enough_computed() -> None:
-    rules = reuse_rules(20, "fp8", (0, 1))
+    rules = fixed_reuse(20, "fp8", (0, 1))
     assert rules["one in 2 reused, order 0, fp8"] == ("fp8", "fp8", *("reuse0", "fp8") * 9)
     assert rules["one in 4 computed, order 1, fp8"] == (
         "fp8",

@@ -8,7 +8,8 @@
 `measure` runs every method on the same unseen prompts (the second section of the prompt file) and noise: uniform
 precisions, schedules, reuse at fixed steps and fewer steps of the bundle, and of the pipeline it was built from, a
 Stable Diffusion 3, the compiled 16-bit denoiser as CUDA graphs, with torchao's FP8, with fewer steps, and with cache-dit
-(https://pypi.org/project/cache-dit) at several settings. A loop is timed from conditioning and noise on the host to final
+(https://pypi.org/project/cache-dit) at several settings. The result file is written after every method anew, and one that
+fails leaves the others. A loop is timed from conditioning and noise on the host to final
 latents on the host; the baseline, compiled 16 bit, runs in turns with each method. Pictures are compared with those of
 the method's own 16-bit run of all steps. `loops` times schedules of other bundles where pictures mean nothing.
 """
@@ -23,6 +24,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from calibration.measure.latency import machine
 from engines.cli import guarded
@@ -49,6 +52,8 @@ def measure(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     prompts = read_prompts(args.prompts).validation[: args.samples]
     choice = SettingChoice(steps=args.steps)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)  # of the peers
     with (
         DenoiseRuntime.load(args.bundle, setting=choice, threads=args.threads) as runtime,
         comparison(args.lpips, args.workers) as pool,

@@ -95,7 +95,10 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
         axes.plot(GOAL_SPEEDUP, GOAL_SSIM, "+", color=INK, markersize=11, label="goal", zorder=20)
         low = [point[1] for members in found.values() for point in best_points(members)]
         axes.set_ylim(max(0.0, min([GOAL_SSIM, *low]) - 0.02), 1.003)
-    if key == "typical_error":
+    elif key == "lpips":  # pale points may lie outside, as those of SSIM
+        high = [point[1] for members in found.values() for point in best_points(members, key)]
+        axes.set_ylim(-0.02 * max(high), 1.08 * max(high))
+    else:
         axes.set_yscale("log")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(TICKS))

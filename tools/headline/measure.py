@@ -16,7 +16,7 @@ from calibration.measure.metrics import departed, relative_error, typical_error
 from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from tools.gpu_bench.timing import summary
-from tools.headline.methods import Batch, Denoise, Method
+from tools.headline.methods import OURS, Batch, Denoise, Method
 from tools.headline.order import Part
 from tools.headline.quality import Comparison
 
@@ -81,9 +81,8 @@ class Study:
             TmpDiffError: what it is compared with was not measured.
         """
         if not method.is_reference and method.reference not in self._references:
-            raise TmpDiffError(
-                f"the {method.reference} 16-bit run of all steps was not measured, so that nothing is compared"
-            )
+            whose = "the bundle" if method.reference == OURS else "the peers"
+            raise TmpDiffError(f"not compared, as the 16-bit run of all steps of {whose} was not measured")
         with method.open() as denoise:
             self._baseline = self._baseline or denoise
             latents, times = time_loops(denoise, self._baseline, self.batches)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.nn import functional as F
 
 from tmpdiff_export.targets.torch.joint import plain_processor
 from tmpdiff_export.targets.torch.kernels.cross_attention import cross_attention
@@ -13,7 +14,10 @@ from tmpdiff_export.targets.torch.layers import takes_codes
 
 
 class CrossProcessor:
-    """diffusers' processor of cross attention, over one kernel, which makes the codes of the output projection."""
+    """diffusers' processor of cross attention, over one kernel, which makes the codes of the output projection.
+
+    With a mask attention is torch's.
+    """
 
     def __call__(
         self,
@@ -28,9 +32,12 @@ class CrossProcessor:
         layers = (attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text)
         query, key, value = (layer(data).unflatten(-1, (attn.heads, -1)) for layer, data in layers)
         last = attn.to_out[0]
-        bias = None if attention_mask is None else attention_mask.expand(query.shape[0], 1, key.shape[1])[:, 0]
-        codes = (last.input_scale, last.codes.dtype) if takes_codes(last) else ()
-        heads = cross_attention(query, key, value, bias, *codes)
+        if attention_mask is None:
+            codes = (last.input_scale, last.codes.dtype) if takes_codes(last) else ()
+            heads = cross_attention(query, key, value, *codes)
+        else:
+            query, key, value = (item.transpose(1, 2) for item in (query, key, value))
+            heads = F.scaled_dot_product_attention(query, key, value, attention_mask[:, None]).transpose(1, 2)
         output = last(heads.flatten(2))
         result: torch.Tensor = attn.to_out[1](output)
         return result

@@ -150,7 +150,7 @@ def test_codes_of_cross_attention_are_those_of_its_result(dtype: torch.dtype) ->
     weights = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(0.25).softmax(-1)
     expected = torch.einsum("bhqk,bkhd->bqhd", weights, value)
     torch.testing.assert_close(cross_attention(query, key, value), expected)
-    found = cross_attention(query, key, value, None, torch.tensor(0.01), dtype).float()
+    found = cross_attention(query, key, value, torch.tensor(0.01), dtype).float()
     limits = (-448, 448) if dtype is torch.float8_e4m3fn else (-128, 127)
     step = 2**-4 * 1.001 * expected.abs() * 100 + 2**-10 if dtype is torch.float8_e4m3fn else 0.501
     assert ((found - (expected * 100).clamp(*limits)).abs() <= step).all()

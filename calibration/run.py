@@ -13,7 +13,7 @@ from calibration.choose.allocation import drop_dominated, require_reachable
 from calibration.choose.costs import LatencyModel
 from calibration.choose.fewer_steps import STAGE as FEWER
 from calibration.choose.fewer_steps import Runs, fewer_steps, fewer_steps_row
-from calibration.choose.joint import fastest_latency
+from calibration.choose.joint import fastest_latency, reuse_needed
 from calibration.choose.pareto import Allocation, integers
 from calibration.choose.picture_budget import QualityBudget
 from calibration.document import Sensitivity
@@ -28,6 +28,7 @@ from calibration.reuse_records import ReuseRecord
 from calibration.stages import DEFAULT_OPTIONS, CalibrationOptions, Progress, choose, score_reuse, score_steps
 from calibration.statistics import departure_record, typical_interval
 from calibration.validation import validation_rows
+from engines.errors import BudgetError
 from engines.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -235,6 +236,14 @@ def _check(
     integers(built, np.zeros((evaluator.num_steps, len(built.precisions))))  # refuses latencies and costs out of range
     if not isinstance(options.budget, QualityBudget):
         fastest = min(fastest_latency(built, reused, evaluator.num_steps) for reused in (0, options.reuse))
-        require_reachable(options.budget, fastest, evaluator.num_steps, options.costs)
+        try:
+            require_reachable(options.budget, fastest, evaluator.num_steps, options.costs)
+        except BudgetError as error:
+            enough = reuse_needed(built, options.budget, evaluator.num_steps)
+            if not options.reuse or enough is None:
+                raise
+            raise BudgetError(
+                f"{error}, or allow more than {options.reuse} reused steps: --reuse {enough} can meet it"
+            ) from None
     elif not sets.calibration.decode:
         raise ValueError(f"a budget of {options.budget} needs a decoder of the calibration samples to be measured with")

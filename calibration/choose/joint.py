@@ -211,6 +211,14 @@ def fastest_latency(latency_model: LatencyModel, reused: int, num_steps: int) ->
     return total / (num_steps * step_ns(latency_model.latencies_ms[latency_model.reference]))
 
 
+def reuse_needed(latency_model: LatencyModel, budget: Budget | None, num_steps: int) -> int | None:
+    """The least number of reused steps with which a latency budget can be met; None: no number of them is enough."""
+    if not isinstance(budget, LatencyBudget):
+        return None
+    limit = budget.ratio * (1 + BUDGET_TOLERANCE)
+    return next((n for n in range(num_steps) if fastest_latency(latency_model, n, num_steps) <= limit), None)
+
+
 def reduced_budget(latency_model: LatencyModel, plan: ReusePlan, budget: Budget) -> Budget | None:
     """What a budget leaves for the computed steps of a plan; None where it leaves nothing."""
     computed = len(plan.choices) - len(plan.reused)

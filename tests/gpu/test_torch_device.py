@@ -146,6 +146,49 @@ def test_the_gelu_kernel_makes_the_codes_that_torch_makes(
     assert ((found - expected).abs() <= step).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("tokens", "columns", "branch"), [(333, 1536, True), (300, 1152, False), (50, 3072, True)])
+def test_the_norm_kernel_computes_what_torch_does(
+    tokens: int, columns: int, branch: bool, affine: bool, dtype: str, compiled: bool
+) -> None:
+    import torch
+
+    from tmpdiff_export.targets.torch.activations import Codes
+    from tmpdiff_export.targets.torch.kernels.norms import Affine, Modulation, add_norm_modulated, norm_modulated
+
+    generator = torch.Generator().manual_seed(tokens)
+    kind = getattr(torch, dtype)
+    model = torch.float16 if dtype == "float16" else torch.bfloat16
+    data, more = (torch.randn(2, tokens, columns, generator=generator).to(model) for _ in range(2))
+    table = torch.randn(2, 6, columns, generator=generator).to(model)
+    factors = torch.rand(columns, generator=generator).to(model) if kind is torch.int8 else None
+    scale = torch.tensor(0.03)
+
+    def run(device: str) -> tuple[torch.Tensor, ...]:
+        rows, added, made = (item.to(device) for item in (data, more, table))
+        codes = None
+        if kind is not model:
+            codes = Codes(kind, scale.to(device), None if factors is None else factors.to(device))
+        own = Affine(made[0, 0].contiguous(), made[0, 1].contiguous()) if affine else None
+        if branch:
+            return add_norm_modulated(rows, added, own or Modulation(made, 3, 4, 2), 1e-6, codes)
+        before, rows = rows[:, :7], rows[:, 7:]  # as they come: parts of one tensor
+        return norm_modulated(rows, own or Modulation(made, 0, 1), 1e-6, codes, before), rows
+
+    torch._dynamo.reset()  # it compiles one function so many times only
+    call = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+    (found, total), (expected, summed) = (
+        tuple(part.float().cpu() for part in made) for made in (call("cuda"), run("cpu"))
+    )
+    # Sums in another order may round to the neighbour, and then all that follows a little elsewhere.
+    least = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9, torch.int8: 0.0, torch.float8_e4m3fn: 2.0**-3}[kind]
+    assert ((found - expected).abs() <= 1.01 * least * expected.abs() + (1.0 if kind is torch.int8 else 0.01)).all()
+    assert (found != expected).float().mean() < 0.02
+    assert ((total - summed).abs() <= 2.0**-7 * summed.abs() + 1e-6).all()
+
+
 needs_cudnn = pytest.mark.skipif(importlib.util.find_spec("cudnn") is None, reason="cudnn is not installed")
 
 
@@ -175,6 +218,30 @@ def test_fp8_attention_is_that_of_the_reference(batch: int, tokens: int, heads: 
     assert noise > 18.0
     assert noise > sqnr_db(first, expected[:1, :2].cpu()) - 2.0
     assert sqnr_db(found[:1, :2].cpu(), first) > noise
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "size"), [(2, 300, 3, 64), (1, 1024, 2, 96), (1, 513, 2, 128), (1, 256, 1, 64)]
+)
+def test_the_attention_kernel_is_that_of_the_reference(batch: int, tokens: int, heads: int, size: int) -> None:
+    import torch
+
+    from engines.backends.torch.attention import attention_fp8, scales_tensor
+    from tmpdiff_export.targets.torch.activations import FP8, static_codes
+    from tmpdiff_export.targets.torch.kernels.triton.attention import attend_codes_op
+
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    factors = torch.tensor([1.5, 1.0, 0.3], device="cuda")[:, None, None]
+    whole = torch.randn(batch, tokens, 3, heads, size, generator=generator, device="cuda") * factors
+    parts = list(whole.half().unbind(2))  # as one product of all three gives them
+    scales = scales_tensor(*(float(item.abs().max()) / 448 for item in parts)).cuda()
+    codes = [static_codes(item, scales[row, 0], FP8).contiguous() for row, item in enumerate(parts)]
+    found = attend_codes_op(codes[0], codes[1], parts[2], scales).float().cpu()
+    again = attend_codes_op(*parts, scales).float().cpu()  # makes the codes itself, by an inexact division
+    assert -10 * torch.log10((again - found).square().sum() / found.square().sum()) > 30.0
+    expected = attention_fp8(*(item.cpu() for item in codes), scales.cpu()).float()
+    noise = (found - expected).square().sum() / expected.square().sum()
+    assert -10 * torch.log10(noise) > 20.0  # weights and results are rounded to three bits in both
 
 
 @needs_cudnn

@@ -21,7 +21,7 @@ _CLASSES = (
     ("gemm", r"gemm|nvjet|cutlass|cublas|matmul|_int8_linear|splitk|xmma|wgmma|(^|_|::)(add|b)?mm($|_)|scaled_mm"),
     ("norm", r"norm|welford"),
     ("copy", r"memcpy|memset|copy|(^|::|_)cat(_|$)|catarray|transpose|permute"),
-    ("elementwise or quantize", r"elementwise|_gelu_codes|vectorized|reduce|aten::|index|fill"),
+    ("elementwise or quantize", r"elementwise|_gelu_codes|_geglu|vectorized|reduce|aten::|index|fill"),
 )
 
 

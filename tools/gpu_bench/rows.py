@@ -108,7 +108,7 @@ class Bench:
         copied = sharing_copy(self.module)
         if row in (BASELINE, LOWERED):
             if row == LOWERED:
-                fuse(copied)
+                fuse(copied, ())
             return copied, {"layers": (), "kept": {}, "kind": "16-bit"}
         precision = OWN.get(row) or SHARED.get(row) or PEERS[row][0]
         chosen = choose_layers(self.module, precision, linear_only=row in PEERS)
@@ -125,7 +125,7 @@ class Bench:
             replace_layers(copied, chosen.names, lower)
             if row in ATTENTION:
                 use_fp8_attention(copied, self._attention_ranges())
-            fuse(copied)
+            fuse(copied, self.work.readers)
         return copied, {"layers": chosen.names, "kept": chosen.kept, "kind": "16-bit" if row == "int4" else kind}
 
     def _attention_ranges(self) -> dict[str, AttentionRange]:

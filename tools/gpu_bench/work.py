@@ -29,6 +29,7 @@ class Work:
         input_amax: by layer name, largest magnitude of the input of a linear layer or convolution over all steps seen,
             float32 [].
         attention_amax: by name of the attention layer, where attention can be in FP8.
+        readers: names of linear layers that read the very same tensor, in groups; of every step seen.
     """
 
     linear: dict[str, int] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class Work:
     other_products: int = 0
     input_amax: dict[str, torch.Tensor] = field(default_factory=dict)
     attention_amax: dict[str, AttentionRange] = field(default_factory=dict)
+    readers: list[list[str]] = field(default_factory=list)
 
     def totals(self) -> dict[str, int]:
         """Operations by kind."""
@@ -66,13 +68,18 @@ class _Products(TorchDispatchMode):
 
 @contextmanager
 def watch_ranges(module: torch.nn.Module, work: Work) -> Iterator[None]:
-    """Notes `input_amax` of every linear layer and convolution, and `attention_amax`."""
+    """Notes `input_amax` of every linear layer and convolution, who reads the same, and `attention_amax`."""
 
     def note(name: str) -> Any:
         def hook(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             amax = args[0].detach().abs().amax().float()
             known = work.input_amax.get(name)
             work.input_amax[name] = amax if known is None else torch.maximum(known, amax)
+            readers = getattr(args[0], "_readers", None)  # of the tensor, which later ones at its address are not
+            if readers is None:
+                readers = args[0]._readers = []
+                work.readers.append(readers)
+            readers.append(name)
 
         return hook
 

@@ -8,7 +8,8 @@
 `measure` runs every method on the same unseen prompts (the second section of the prompt file) and noise: uniform
 precisions, schedules, reuse at fixed steps and fewer steps of the bundle, and of the pipeline it was built from, a
 Stable Diffusion 3, the compiled 16-bit denoiser as CUDA graphs, with torchao's FP8, with fewer steps, and with cache-dit
-(https://pypi.org/project/cache-dit) at several settings. A loop is timed from conditioning and noise on the host to final
+(https://pypi.org/project/cache-dit) at several settings. The result file is written after every method anew, and one that
+fails leaves the others. A loop is timed from conditioning and noise on the host to final
 latents on the host; the baseline, compiled 16 bit, runs in turns with each method. Pictures are compared with those of
 the method's own 16-bit run of all steps. `loops` times schedules of other bundles where pictures mean nothing.
 """
@@ -19,8 +20,7 @@ import argparse
 import platform
 import sys
 import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,24 +37,23 @@ from engines.setting_choice import SettingChoice
 from engines.text import read_prompts
 from tools.experiments.command import compact_json, round_numbers
 from tools.experiments.figures import save
-from tools.headline.caching import Cached
 from tools.headline.figure import draw
 from tools.headline.goals import CACHE_DIT, findings
 from tools.headline.loops import time_choices
 from tools.headline.measure import Study, make_batches
-from tools.headline.methods import Batch, Method, bundle_methods
-from tools.headline.peer import Peer, peer_method
+from tools.headline.order import parts
 from tools.headline.quality import comparison
 
 LIBRARIES = ("torch", "diffusers", "torchao", "cache-dit")
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Runs all methods and writes what they gave."""
+    """Runs all methods and writes what they gave, after every method anew."""
     begin = time.monotonic()
-    device = torch.device(args.device)
     prompts = read_prompts(args.prompts).validation[: args.samples]
     choice = SettingChoice(steps=args.steps)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)  # of the peers
     with (
         DenoiseRuntime.load(args.bundle, setting=choice, threads=args.threads) as runtime,
         comparison(args.lpips, args.workers) as pool,
@@ -66,79 +65,48 @@ def measure(args: argparse.Namespace) -> int:
             )
         batches = make_batches(runtime, prompts, args.batch, args.seed, print)
         study = Study(runtime, batches, pool)
-        left_out, failed = list[str](), list[str]()
-        for part in _parts(args, runtime, batches[0], device):
-            try:
-                for method in part:
-                    if time.monotonic() - begin > args.seconds_limit:
-                        left_out.append(method.name)
-                    else:
-                        study.run(method)
-            except Exception as error:  # what others measured on a machine that is gone soon is worth writing
-                if not study.runs:
-                    raise
-                traceback.print_exc()
-                failed.append(f"after {study.runs[-1].method.name}: {error}")
-        if left_out:
-            print(f"left out after {args.seconds_limit:.0f} s: {'; '.join(left_out)}")
-        rows = study.rows()
-        model, setting = runtime.manifest.model, runtime.setting
-        content = {
+        about = {
             "format": "tmpdiff headline",
             "command": f"python -m tools.headline measure BUNDLE --steps {args.steps} --batch {args.batch}",
-            "setting": {
-                "num_steps": runtime.num_steps,
-                "scheduler": setting.scheduler,
-                "guidance_scale": setting.guidance_scale,
-                "picture": setting.size,
-                "denoiser": model.denoiser_class,
-                "parameters_m": model.parameters / 1e6,
-                "prompts": sum(batch.conditioning.size for batch in batches),
-                "batch": args.batch,
-                "machine": machine(runtime, args.threads),
-                "backend": runtime.manifest.reference.backend,
-                "bundle_id": runtime.manifest.bundle_id,
-                "versions": _versions(),
-            },
-            "seconds": time.monotonic() - begin,
-            "left_out": left_out,
-            "failed": failed,
-            "rows": rows,
-            "findings": findings(rows),
+            "setting": _setting(args, runtime, sum(batch.conditioning.size for batch in batches)),
         }
-    _write(content, args.out)
+
+        def write(left_out: Sequence[str], failed: Sequence[str], *, wait: bool = False) -> None:
+            rows = study.rows(wait=wait)
+            content = {
+                **about, "seconds": time.monotonic() - begin, "left_out": list(left_out), "failed": list(failed),
+                "rows": rows, "findings": findings(rows),
+            }  # fmt: skip
+            atomic_write_text(args.out, compact_json(round_numbers(content)) + "\n")
+
+        left_out, failed = study.run_all(
+            parts(args, runtime, batches[0]), lambda: time.monotonic() - begin > args.seconds_limit, write
+        )
+        write(left_out, failed, wait=True)
+    print(f"wrote {args.out}")
+    if left_out:
+        print(f"left out after {args.seconds_limit:.0f} s: {'; '.join(left_out)}")
     if failed:
         raise TmpDiffError(f"not all was measured: {'; '.join(failed)}; the rest is in {args.out}")
     return 0
 
 
-def _parts(
-    args: argparse.Namespace, runtime: DenoiseRuntime, probe: Batch, device: torch.device
-) -> Iterator[Iterator[Method]]:
-    """All methods in parts that do without each other, but for the first one, which holds the baseline."""
-
-    def peer(fp8: bool) -> Peer:
-        return Peer(args.pipeline, device, fp8=fp8, compile_backend=args.compile_backend)
-
-    def fewer(steps: int) -> DenoiseRuntime:
-        return runtime.at(SettingChoice(steps=steps, size=(runtime.setting.height, runtime.setting.width)))
-
-    sixteen = peer(fp8=False)
-    yield iter([peer_method(sixteen, runtime, "16-bit compiled", "baseline")])
-    yield bundle_methods(runtime, args.schedules, args.fewer)
-    yield (  # a graph is of a batch, whatever the number of steps
-        peer_method(sixteen, fewer(steps), f"{steps} steps, 16-bit compiled", "fewer steps, 16-bit compiled")
-        for steps in args.fewer
-    )
-    cached = Cached(sixteen, runtime)
-    for variant in cached.variants:
-        yield cached.methods(CACHE_DIT, variant, probe, args.points)
-    if device.type == "cuda":
-        eight = peer(fp8=True)
-        yield iter([peer_method(eight, runtime, "torchao FP8 compiled", "torchao FP8")])
-        cached = Cached(eight, runtime)
-        for variant in cached.variants:
-            yield cached.methods(f"{CACHE_DIT} and torchao FP8:", variant, probe, args.points)
+def _setting(args: argparse.Namespace, runtime: DenoiseRuntime, prompts: int) -> dict[str, Any]:
+    model, setting = runtime.manifest.model, runtime.setting
+    return {
+        "num_steps": runtime.num_steps,
+        "scheduler": setting.scheduler,
+        "guidance_scale": setting.guidance_scale,
+        "picture": setting.size,
+        "denoiser": model.denoiser_class,
+        "parameters_m": model.parameters / 1e6,
+        "prompts": prompts,
+        "batch": args.batch,
+        "machine": machine(runtime, args.threads),
+        "backend": runtime.manifest.reference.backend,
+        "bundle_id": runtime.manifest.bundle_id,
+        "versions": _versions(),
+    }
 
 
 def _versions() -> dict[str, str | None]:
@@ -149,11 +117,6 @@ def _versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def _write(content: dict[str, Any], path: Path) -> None:
-    atomic_write_text(path, compact_json(round_numbers(content)) + "\n")
-    print(f"wrote {path}")
 
 
 def figure(args: argparse.Namespace) -> int:
@@ -184,7 +147,8 @@ def loops(args: argparse.Namespace) -> int:
         batches = make_batches(runtime, [args.prompt] * args.batch, args.batch, args.seed, print)
         found = time_choices(runtime, content["rows"], batches[0], args.repeats)
         found["machine"] = machine(runtime, args.threads)
-    _write(found, args.out)
+    atomic_write_text(args.out, compact_json(round_numbers(found)) + "\n")
+    print(f"wrote {args.out}")
     return 0
 
 
@@ -208,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--samples", type=int, default=96, metavar="N", help="unseen prompts (default 96)")
     one.add_argument("--batch", type=int, default=8, metavar="N", help="pictures at once (default 8)")
     one.add_argument(
-        "--points", type=int, default=4, metavar="N", help="settings of each cache-dit variant (default 4)"
+        "--points", type=int, default=5, metavar="N", help="settings of each cache-dit variant (default 5)"
     )
     one.add_argument("--seed", type=int, default=10_000, metavar="S", help="of the first picture's noise")
     one.add_argument("--lpips", type=Path, metavar="FILE", help="weights from tools.experiments.fetch_lpips")
@@ -217,7 +181,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--compile-backend", default="inductor", help="of the peers")
     one.add_argument("--threads", type=int, metavar="N")
     one.add_argument(
-        "--seconds-limit", type=float, default=float("inf"), metavar="S", help="begin no method after so long"
+        "--seconds-limit",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="begin no method after so long; the least important ones come last",
     )
     one.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     one.set_defaults(run=measure)

@@ -13,17 +13,25 @@ CACHE_DIT = "cache-dit"
 SCHEDULE = "schedule"
 
 
-def frontier(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Points (speed-up, mean SSIM) that no other row is both faster and better than, slowest first.
+def value(row: dict[str, Any], key: str) -> float:
+    """A measure of a row: "ssim", "lpips" (means over prompts) or "typical_error"."""
+    return float(row[key] if key == "typical_error" else row[key]["mean"])
 
-    The 16-bit run of all steps is one of every method's.
-    """
+
+def best_points(rows: Iterable[dict[str, Any]], key: str = "ssim") -> list[tuple[float, float]]:
+    """Points (speed-up, value) that no other row is both faster and better than, slowest first; of SSIM more is better."""
+    sign = 1 if key == "ssim" else -1
     found: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda row: -row["speedup"]):
-        point = (row["speedup"], row["ssim"]["mean"])
-        if not found or point[1] > found[-1][1]:
+    for row in sorted(rows, key=lambda row: (-row["speedup"], -sign * value(row, key))):
+        point = (row["speedup"], value(row, key))
+        if not found or sign * point[1] > sign * found[-1][1]:
             found.append(point)
-    return [(1.0, 1.0), *found[::-1]]
+    return found[::-1]
+
+
+def frontier(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """The best points by SSIM, after the 16-bit run of all steps, which is one of every method's."""
+    return [(1.0, 1.0), *best_points(rows)]
 
 
 def at_speedup(rows: Iterable[dict[str, Any]], speedup: float) -> float | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from calibration.measure.metrics import departed, relative_error, typical_error
+from engines.errors import TmpDiffError
 from engines.runtime import DenoiseRuntime
 from tools.gpu_bench.timing import summary
-from tools.headline.methods import Batch, Denoise, Method
+from tools.headline.methods import OURS, Batch, Denoise, Method
+from tools.headline.order import Part
 from tools.headline.quality import Comparison
 
 BESIDE_EVERY = 4
@@ -71,22 +75,69 @@ class Study:
         self._references: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def run(self, method: Method) -> None:
-        """Runs a method; the first one of each reference is that reference, and the first of all the baseline."""
+        """Runs a method; the first of all is the baseline.
+
+        Raises:
+            TmpDiffError: what it is compared with was not measured.
+        """
+        if not method.is_reference and method.reference not in self._references:
+            whose = "the bundle" if method.reference == OURS else "the peers"
+            raise TmpDiffError(f"not compared, as the 16-bit run of all steps of {whose} was not measured")
         with method.open() as denoise:
             self._baseline = self._baseline or denoise
             latents, times = time_loops(denoise, self._baseline, self.batches)
             computed = method.computed()
         run = Run(method, latents, times | {"computed": computed})
         pictures = self._decoded(latents)
-        if method.reference not in self._references:
+        if method.is_reference:
             self._references[method.reference] = (latents, pictures)
         run.distances = self.comparison.begin(pictures, self._references[method.reference][1])
         self.runs.append(run)
         print(
             f"{method.name}: {times['loop']['median_ms']:.1f} ms, {times['speedup']:.2f} times as fast, "
-            f"{computed} steps computed, typical error {typical_error(self._errors(run)):.2e}",
+            f"{computed:.4g} steps computed, typical error {typical_error(self._errors(run)):.2e}",
             flush=True,
         )
+
+    def run_all(
+        self,
+        parts: Sequence[Part],
+        late: Callable[[], bool],
+        write: Callable[[Sequence[str], Sequence[str]], None],
+    ) -> tuple[list[str], list[str]]:
+        """Runs the methods of all parts; what fails leaves the rest, as their machine may be gone soon.
+
+        Args:
+            parts: the first one holds the baseline, without which there is nothing to tell.
+            late: whether no method is to be begun any more.
+            write: called after every method with what is left out so far, and what failed.
+
+        Returns:
+            Methods, or whole parts, that were left out as it was late; what failed, a line each.
+        """
+        left_out, failed = list[str](), list[str]()
+
+        def tried(name: str, act: Callable[[], Any]) -> Any:
+            try:
+                return act()
+            except Exception as error:
+                if not self.runs:
+                    raise
+                traceback.print_exc()
+                failed.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                return None
+
+        for index, part in enumerate(parts):
+            if self.runs and late():
+                left_out.append(part.name)
+                continue
+            for method in tried(part.name, partial(_listed, part)) or ():
+                if self.runs and late():
+                    left_out.append(method.name)
+                    continue
+                tried(method.name, partial(self.run, method))
+                write([*left_out, *(later.name for later in parts[index + 1 :])], failed)
+        return left_out, failed
 
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         size = self.batches[0].conditioning.size
@@ -98,9 +149,9 @@ class Study:
         reference = self._references[run.method.reference][0]
         return [relative_error(one, other) for one, other in zip(run.latents, reference, strict=True)]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """JSON data of every method, once its pictures are compared."""
-        return [self._row(run) for run in self.runs]
+    def rows(self, *, wait: bool) -> list[dict[str, Any]]:
+        """JSON data of every method, once its pictures are compared, or of those only whose pictures are by now."""
+        return [self._row(run) for run in self.runs if wait or all(found.done() for found in run.distances)]
 
     def _row(self, run: Run) -> dict[str, Any]:
         errors = self._errors(run)
@@ -116,6 +167,10 @@ class Study:
             "departures": int(departed(np.array(errors)).sum()),
             "choices": list(run.method.choices),
         }
+
+
+def _listed(part: Part) -> list[Method]:
+    return list(part.methods())
 
 
 def _described(values: Sequence[float]) -> dict[str, float]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from engines.runtime import DenoiseRuntime
 from engines.schedule import Schedule
 from engines.setting_choice import SettingChoice
 
+BASELINE = "baseline"
 OURS, PEER = "ours", "peer"
 """Whose 16-bit run of all steps a method is compared with."""
 
@@ -45,16 +45,18 @@ class Method:
         group: of a curve, such as "schedule".
         reference: `OURS` or `PEER`.
         open: makes it ready, and undoes that.
-        computed: steps at which the denoiser was computed in the last loop.
+        computed: steps at which the denoiser was computed, the mean over loops.
         choices: of every step, where they are known beforehand.
+        is_reference: whether others are compared with it.
     """
 
     name: str
     group: str
     reference: str
     open: Callable[[], AbstractContextManager[Denoise]]
-    computed: Callable[[], int]
+    computed: Callable[[], float]
     choices: tuple[str, ...] = ()
+    is_reference: bool = False
 
 
 def of_bundle(runtime: DenoiseRuntime, name: str, group: str, schedule: Schedule) -> Method:
@@ -67,21 +69,28 @@ def of_bundle(runtime: DenoiseRuntime, name: str, group: str, schedule: Schedule
     return Method(name, group, OURS, lambda: nullcontext(denoise), lambda: computed, schedule.precisions)
 
 
-def bundle_methods(runtime: DenoiseRuntime, schedules: Sequence[Path], fewer: Sequence[int]) -> Iterator[Method]:
-    """Uniform precisions, the reference first; schedules; rules; fewer steps, of which the bundle needs settings."""
-    reference, *low = runtime.precisions
-    for precision in runtime.precisions:
-        yield of_bundle(runtime, f"uniform {precision}", "uniform", runtime.schedule(f"uniform:{precision}"))
-    for path in schedules:
-        yield of_bundle(runtime, path.stem, "schedule", Schedule.load(path))
-    for precision, orders in [(reference, (1,)), *((name, (0, 1)) for name in low[:1])]:
-        for name, choices in reuse_rules(runtime.num_steps, precision, orders).items():
-            yield of_bundle(runtime, name, f"reuse at fixed steps, {precision}", chosen(runtime, choices, name))
-    for precision in (reference, *low[:1]):
-        for steps in fewer:
-            shorter = runtime.at(SettingChoice(steps=steps, size=(runtime.setting.height, runtime.setting.width)))
-            schedule = shorter.schedule(f"uniform:{precision}")
-            yield of_bundle(shorter, f"{steps} steps, {precision}", f"fewer steps, {precision}", schedule)
+def uniform(runtime: DenoiseRuntime, precision: str) -> Method:
+    """All steps at a precision; at the first one it is the reference of all others of the bundle."""
+    found = of_bundle(runtime, f"uniform {precision}", "uniform", runtime.schedule(f"uniform:{precision}"))
+    return replace(found, is_reference=precision == runtime.precisions[0])
+
+
+def reuse_at_fixed_steps(runtime: DenoiseRuntime, precision: str, orders: Sequence[int]) -> Iterator[Method]:
+    """Rules that need no calibration."""
+    for name, choices in fixed_reuse(runtime.num_steps, precision, orders).items():
+        yield of_bundle(runtime, name, f"reuse at fixed steps, {precision}", chosen(runtime, choices, name))
+
+
+def at_steps(runtime: DenoiseRuntime, steps: int) -> DenoiseRuntime:
+    """The same picture size in fewer steps, of which the bundle needs a setting."""
+    return runtime.at(SettingChoice(steps=steps, size=(runtime.setting.height, runtime.setting.width)))
+
+
+def fewer_steps(runtime: DenoiseRuntime, precision: str, steps: int) -> Method:
+    """The scheduler's own loop of fewer steps."""
+    shorter = at_steps(runtime, steps)
+    schedule = shorter.schedule(f"uniform:{precision}")
+    return of_bundle(shorter, f"{steps} steps, {precision}", f"fewer steps, {precision}", schedule)
 
 
 def chosen(runtime: DenoiseRuntime, choices: Sequence[str], origin: str) -> Schedule:
@@ -92,7 +101,7 @@ def chosen(runtime: DenoiseRuntime, choices: Sequence[str], origin: str) -> Sche
     )
 
 
-def reuse_rules(num_steps: int, precision: str, orders: Sequence[int]) -> dict[str, tuple[str, ...]]:
+def fixed_reuse(num_steps: int, precision: str, orders: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """Every n-th step reused, or only every n-th one computed, from a tenth of the loop on."""
     begin = max(-(-num_steps // 10), 1 + max(orders))
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from engines.runtime import DenoiseRuntime
 from engines.sampler import SamplerTable
 from tools.gpu_bench.peers import quantize_with_torchao
 from tools.gpu_bench.step import WARM_UP_CALLS, compile_blocks
-from tools.headline.methods import PEER, Batch, Method
+from tools.headline.methods import BASELINE, PEER, Batch, Method
 
 BLOCKS = ("JointTransformerBlock",)
 FP8 = "torchao-fp8-row"
@@ -27,11 +28,12 @@ class Peer:
     Attributes:
         module: the denoiser.
         device: where it is.
+        compile_backend: torch.compile's.
     """
 
     def __init__(self, pipeline: Path, device: torch.device, *, fp8: bool, compile_backend: str) -> None:
         """Loads and compiles the denoiser of a Stable Diffusion 3 pipeline folder, in BF16 (on a CPU FP32)."""
-        self.device = device
+        self.device, self.compile_backend = device, compile_backend
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         module = SD3Transformer2DModel.from_pretrained(pipeline / "transformer", dtype=self.dtype)
         self.module = module.to(device).eval().requires_grad_(False)
@@ -41,6 +43,11 @@ class Peer:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, torch.Tensor] = {}
         self._output = torch.empty(0)
+
+    def twin(self) -> SD3Transformer2DModel:
+        """A copy that is not compiled and shares the weights, so that what is hooked into it leaves `module` alone."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors})
 
     def call(self, **inputs: torch.Tensor) -> torch.Tensor:
         """A denoiser call, kernel by kernel."""
@@ -105,10 +112,11 @@ class Peer:
 
 
 def peer_method(peer: Peer, runtime: DenoiseRuntime, name: str, group: str) -> Method:
-    """All steps of a setting, as CUDA graphs."""
+    """All steps of a setting, as CUDA graphs; of the group "baseline" it is what other peers are compared with."""
     table, scale = runtime.table, runtime.setting.guidance_scale
 
     def denoise(batch: Batch) -> np.ndarray:
         return peer.denoise(peer.replay, table, scale, batch)
 
-    return Method(name, group, PEER, lambda: nullcontext(denoise), lambda: table.num_steps)
+    computed = table.num_steps
+    return Method(name, group, PEER, lambda: nullcontext(denoise), lambda: computed, is_reference=group == BASELINE)

@@ -256,6 +256,21 @@ def test_what_reuse_needs_is_said() -> None:
         run(Counted(loop(), 0), budget=LatencyBudget(0.1))
 
 
+def test_a_budget_that_more_reuse_could_meet_names_how_many_steps() -> None:
+    words = (
+        r"in 0\.15 of the reference's latency; the fastest takes .*, or allow more than 6 reused steps: --reuse (\d+)"
+    )
+    with pytest.raises(BudgetError, match=words) as refusal:
+        run(Counted(loop(), 0), budget=LatencyBudget(0.15), reuse=6)
+    enough = int(str(refusal.value).partition("--reuse ")[2].split()[0])
+    with pytest.raises(BudgetError, match=f"--reuse {enough} can meet it"):
+        run(Counted(loop(), 0), budget=LatencyBudget(0.15), reuse=enough - 1)
+    assert run(budget=LatencyBudget(0.15), reuse=enough, validation=None).predicted_latency <= 0.15
+    for reuse, budget in ((0, 0.15), (6, 0.001)):  # not allowed to reuse; beyond any number
+        with pytest.raises(BudgetError, match=r"so ask for that or more$"):
+            run(Counted(loop(), 0), budget=LatencyBudget(budget), reuse=reuse)
+
+
 @pytest.mark.parametrize("num_steps", [2, 3])
 def test_short_loops(num_steps: int) -> None:
     found = run(loop(num_steps=num_steps), validation=loop(5, num_steps), reuse=1, budget=LatencyBudget(0.6))

@@ -1,4 +1,4 @@
-"""The study of whole loops: reuse at fixed steps, goals, and the command from end to end without cache-dit."""
+"""The study of whole loops: rules, goals, cache-dit's settings, what fails, the figure, and the command without cache-dit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import numpy as np
 import pytest
 from helpers.small_pipelines import save_small_pipeline
 
+from engines.conditioning import Conditioning
+from engines.errors import TmpDiffError
 from tools.headline.__main__ import main
-from tools.headline.caching import spread
-from tools.headline.goals import at_speedup, findings, frontier
-from tools.headline.methods import reuse_rules
+from tools.headline.caching import VARIANTS, sparse_mask, thresholds
+from tools.headline.figure import draw, families
+from tools.headline.goals import at_speedup, best_points, findings, frontier
+from tools.headline.measure import Study
+from tools.headline.methods import OURS, PEER, Batch, Method, fixed_reuse
+from tools.headline.order import Part
 
 STEPS, FEWER = 6, 4
 
@@ -27,7 +33,7 @@ def row(group: str, speedup: float, ssim: float) -> dict[str, Any]:
 
 
 def test_rules_reuse_from_a_tenth_of_the_loop_on_and_never_without_enough_computed() -> None:
-    rules = reuse_rules(20, "fp8", (0, 1))
+    rules = fixed_reuse(20, "fp8", (0, 1))
     assert rules["one in 2 reused, order 0, fp8"] == ("fp8", "fp8", *("reuse0", "fp8") * 9)
     assert rules["one in 4 computed, order 1, fp8"] == (
         "fp8",
@@ -55,9 +61,149 @@ def test_goals_compare_schedules_with_the_best_of_cache_dit_at_every_speed_both_
     assert goals["above_cache_dit_met"] is met
 
 
-def test_settings_are_spread_over_what_they_compute() -> None:
-    assert spread([4, 5], 4) == [4, 5]
-    assert spread([4, 5, 6, 10, 20], 3) == [4, 10, 20]
+def test_of_errors_less_is_better() -> None:
+    rows = [{"speedup": speedup, "typical_error": error} for speedup, error in ((1.5, 0.2), (2.0, 0.1), (3.0, 0.4))]
+    assert best_points(rows, "typical_error") == [(2.0, 0.1), (3.0, 0.4)]
+
+
+@pytest.mark.parametrize("num_steps", [28, 50])
+def test_thresholds_are_found_for_the_steps_they_compute(num_steps: int) -> None:
+    tried: list[float] = []
+
+    def computed(threshold: float) -> int:
+        tried.append(threshold)
+        return max(4, min(num_steps, round(num_steps * (1.1 - 1.5 * threshold))))
+
+    wanted = [round(num_steps / times) for times in (1.5, 1.9, 2.4, 3.1, 4.0)]
+    found = thresholds(computed, wanted, num_steps)
+    assert found == sorted(found)
+    assert [computed(threshold) for threshold in found] == pytest.approx(wanted, abs=2)
+    assert len(tried) <= 2 + 4 * len(wanted) + len(found)
+
+
+def test_thresholds_that_jump_give_what_there_is() -> None:
+    found = thresholds(lambda threshold: 28 if threshold < 0.4 else 16 if threshold < 0.6 else 3, [19, 15, 9, 7], 28)
+    assert [threshold >= 0.6 for threshold in found] == [False, True]
+    assert thresholds(lambda threshold: 28, [19, 15], 28) == []
+
+
+@pytest.mark.parametrize("num_steps", [6, 28, 50])
+def test_a_sparse_mask_computes_the_first_steps_and_the_last(num_steps: int) -> None:
+    mask = sparse_mask(num_steps)
+    assert len(mask) == num_steps
+    assert (mask[0], mask[1], mask[-1]) == (1, 1, 1)
+    assert sum(mask) == max(4, round(0.21 * num_steps))
+
+
+# What a study does when methods fail or time runs out
+
+
+class Loops:
+    """Methods whose loops are counted, and a pool that compares at once."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+
+    def method(self, name: str, reference: str, *, fails: bool = False, is_reference: bool = False) -> Method:
+        def denoise(batch: Batch) -> np.ndarray:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            if fails:
+                raise RuntimeError("out of memory\nsecond line")
+            return batch.noise
+
+        def open_() -> Any:
+            return nullcontext(denoise)
+
+        return Method(name, "group", reference, open_, lambda: 3.0, is_reference=is_reference)
+
+    def part(self, name: str, reference: str = PEER, **what: bool) -> Part:
+        return Part(name, lambda: iter([self.method(name, reference, **what)]))
+
+
+def study() -> Study:
+    batch = Batch(Conditioning({}, 1), np.ones((1, 4, 2, 2), dtype=np.float32))
+
+    def compared(pictures: np.ndarray, references: np.ndarray) -> list[Future[dict[str, float]]]:
+        futures = [Future() for _ in pictures]
+        for future in futures:
+            future.set_result({"ssim": 1.0})
+        return futures
+
+    runtime: Any = types.SimpleNamespace(decode=lambda latents: np.zeros((len(latents), 8, 8, 3), dtype=np.uint8))
+    pool: Any = types.SimpleNamespace(begin=compared)
+    return Study(runtime, [batch, batch], pool)
+
+
+def test_what_fails_leaves_the_others_with_a_line_each() -> None:
+    loops, made, written = Loops(), study(), list[tuple[list[str], list[str]]]()
+
+    def broken() -> Any:
+        raise TmpDiffError("cache-dit is not installed")
+
+    parts = [loops.part("baseline", is_reference=True), Part("cache-dit", broken), loops.part("bad", fails=True)]
+    parts += [loops.part("schedule", OURS), loops.part("good")]
+    left_out, failed = made.run_all(parts, lambda: False, lambda out, lines: written.append((list(out), list(lines))))
+    assert [found["name"] for found in made.rows(wait=True)] == ["baseline", "good"]
+    assert failed == [
+        "cache-dit: TmpDiffError: cache-dit is not installed",
+        "bad: RuntimeError: out of memory",
+        "schedule: TmpDiffError: not compared, as the 16-bit run of all steps of the bundle was not measured",
+    ]
+    assert not left_out
+    assert written[0] == (["cache-dit", "bad", "schedule", "good"], [])
+    assert len(written) == 4
+
+
+def test_without_a_baseline_there_is_nothing_to_tell() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        study().run_all([Loops().part("baseline", fails=True, is_reference=True)], lambda: False, lambda *_: None)
+
+
+def test_when_time_is_over_whole_methods_are_left_out_and_no_loop_of_them_is_run() -> None:
+    loops, made = Loops(), study()
+    parts = [loops.part(name, is_reference=name == "baseline") for name in ("baseline", "a", "b", "c")]
+    left_out, failed = made.run_all(parts, lambda: "a" in loops.calls, lambda *_: None)
+    assert (left_out, failed) == (["b", "c"], [])
+    assert set(loops.calls) == {"baseline", "a"}
+    assert loops.calls["a"] == 1 + 2  # warm-up and both batches
+
+
+# The figure, of made-up results
+
+
+def made_up(num_steps: int, *, lpips: bool = True) -> dict[str, Any]:
+    """A result file of the right form whose figures mean nothing."""
+    groups = {
+        "baseline": 0.0, "uniform": 1e-5, "schedule": 1e-4, "reuse at fixed steps, fp8": 4e-4, "fewer steps, fp8": 6e-3,
+        "fewer steps, 16-bit compiled": 5e-3, "cache-dit DBCache": 2e-3, "cache-dit TaylorSeer, steps mask": 1e-3,
+        "cache-dit and torchao FP8: DBCache": 3e-3, "torchao FP8": 1e-5,
+    }  # fmt: skip
+    rows = [
+        {"name": f"{group} {speedup}", "group": group, "speedup": 1.0 if group == "baseline" else speedup,
+         "typical_error": error * speedup, "ssim": {"mean": 1 - 10 * error * speedup}}
+        | ({"lpips": {"mean": 5 * error * speedup}} if lpips else {})
+        for group, error in groups.items()
+        for speedup in ((1.0,) if group in ("baseline", "torchao FP8") else (1.5, 2.0, 3.0, 4.0))
+    ]  # fmt: skip
+    setting = {"num_steps": num_steps, "denoiser": "SD3Transformer2DModel", "parameters_m": 445.0, "prompts": 96}
+    return {"rows": rows, "setting": setting | {"picture": "512x512", "batch": 8, "machine": "made up"}}
+
+
+@pytest.mark.parametrize(("lpips", "columns"), [(True, 3), (False, 2)])
+def test_the_figure_has_a_row_for_every_number_of_steps_and_a_line_for_every_family(lpips: bool, columns: int) -> None:
+    contents = [made_up(28, lpips=lpips), made_up(50, lpips=lpips)]
+    assert list(families(contents[0]["rows"])) == [
+        "calibrated schedule", "cache-dit", "cache-dit and torchao FP8", "reuse at fixed steps", "fewer steps",
+        "uniform precision", "torchao FP8",
+    ]  # fmt: skip
+    figure = draw(contents)
+    assert len(figure.axes) == 2 * columns
+    assert [axes.get_yscale() for axes in figure.axes[:columns]] == ["linear"] * (columns - 1) + ["log"]
+    assert {"28 steps", "50 steps"} <= {axes.get_ylabel() for axes in figure.axes}
+    for axes in figure.axes:
+        names = axes.get_legend_handles_labels()[1]
+        assert {"calibrated schedule", "cache-dit", "cache-dit and torchao FP8"} <= set(names)
+        assert len(names) == len(set(names))
 
 
 # The command
@@ -144,8 +290,8 @@ def test_every_kind_of_method_is_measured_against_its_own_reference(measured: tu
     assert 0 < rows["latency 0.5"]["typical_error"] < 1
     assert {f"{FEWER} steps, fp16", f"{FEWER} steps, int8", f"{FEWER} steps, 16-bit compiled"} <= set(rows)
     groups = {found["group"] for found in rows.values()}
-    assert {"cache-dit DBCache F1B0", "cache-dit DBCache F1B0, TaylorSeer 2"} <= groups
-    assert "cache-dit DBCache F4B0" not in groups  # the denoiser has two blocks
+    assert {f"cache-dit {variant.name}" for variant in VARIANTS} <= groups
+    assert rows["cache-dit TaylorSeer, steps mask, sparse"]["computed"] == STEPS
 
 
 @pytest.mark.long

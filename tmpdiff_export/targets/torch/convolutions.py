@@ -25,9 +25,9 @@ class Fp8Convolution(Fp8Linear):
         if self.sixteen_bit:
             weight = self.weight().unflatten(1, (*_WINDOW, -1)).permute(0, 3, 1, 2)
             return F.conv2d(pixels.permute(0, 3, 1, 2), weight, self.bias, padding=1)
-        return self.from_codes(static_codes(pixels, self.input_scale, self.codes.dtype)).permute(0, 3, 1, 2)
+        return self.of_codes(static_codes(pixels, self.input_scale, self.codes.dtype)).permute(0, 3, 1, 2)
 
-    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+    def of_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """The input as codes [B, H, W, C], contiguous, -> [B, H, W, N] in `dtype`."""
         bias = self.weight_scale.new_zeros(len(self.codes), dtype=self.dtype) if self.bias is None else self.bias
         return convolution_fp8(codes, self.codes, self.weight_scale * self.input_scale, bias, self.dtype)

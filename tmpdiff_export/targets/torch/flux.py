@@ -10,21 +10,33 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
 )
-from torch.nn import functional as F
 
-from engines.backends.torch.attention import attention_fp8
-from tmpdiff_export.targets.torch.activations import FP8, static_codes
-from tmpdiff_export.targets.torch.attention import SCALES, Fp8Processor, result_of
+from tmpdiff_export.targets.torch.activations import FP8
+from tmpdiff_export.targets.torch.attention import (
+    SCALES,
+    VALUE_SCALE,
+    Fp8Processor,
+    attend_heads,
+    project,
+    result_of,
+    scales_of,
+)
 from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
 from tmpdiff_export.targets.torch.layers import makes_codes
 
 
 class RotaryProcessor:
-    """diffusers' attention processor for FLUX.1, with `norm_rotary`; without IP adapters and attention masks."""
+    """diffusers' attention processor for FLUX.1, with `norm_rotary`; without IP adapters and attention masks.
+
+    Attributes:
+        fp8: whether the layer's attention is in FP8.
+        leaves_codes: a layer without an output projection returns its FP8 codes, for who knows their scale.
+    """
 
     def __init__(self, *, fp8: bool = False) -> None:
         """fp8: for a layer with attention in FP8, whose queries and keys leave their kernel as codes."""
         self.fp8 = fp8
+        self.leaves_codes = False
 
     def __call__(
         self,
@@ -34,7 +46,7 @@ class RotaryProcessor:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As the processor it replaces: [B, S, C] and, in blocks that have it, text [B, S1, C] -> the same.
+        """As the processor it replaces: [B, S, C] and, in blocks that have it, text [B, S1, C] -> the same, or codes.
 
         Raises:
             ValueError: there is an attention mask, or no rotary table.
@@ -51,8 +63,8 @@ class RotaryProcessor:
             value = torch.cat([text_value, value], dim=1)
             text_norms = attn.norm_added_q, attn.norm_added_k
             text_tokens = encoder_hidden_states.shape[1]
-        scales = attn.get_buffer(SCALES) if self.fp8 else None
-        dtype = hidden_states.dtype if scales is None else FP8
+        scales, value_scale = scales_of(attn) if self.fp8 else (None, None)
+        dtype = query.dtype if scales is None else FP8
         query, key = (
             norm_rotary((text, text_norm.weight), (image, norm.weight), image_rotary_emb, norm.eps, dtype, scale)
             for text, text_norm, image, norm, scale in (
@@ -60,20 +72,15 @@ class RotaryProcessor:
                 (text_key, text_norms[1], key, attn.norm_k, None if scales is None else scales[1, 0]),
             )
         )
-        result = _attend(query, key, value, scales).flatten(2)
+        result = attend_heads(query, key, value, scales)
         if encoder_hidden_states is None:
-            return result
+            return result.flatten(2) if self.leaves_codes else result_of(result, value_scale, value.dtype).flatten(2)
         text, image = result[:, :text_tokens], result[:, text_tokens:]
-        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """query, key (codes where attention is in FP8), value -> result, all [B, S, heads, D]."""
-    if scales is None:
-        parts = (item.transpose(1, 2) for item in (query, key, value))
-        return F.scaled_dot_product_attention(*parts).transpose(1, 2)
-    codes = static_codes(value, scales[2, 0], FP8)
-    return result_of(attention_fp8(query, key, codes, scales), scales, value.dtype)
+        image, text = (
+            project(item, value_scale, layer, value.dtype)
+            for item, layer in ((image, attn.to_out[0]), (text, attn.to_add_out))
+        )
+        return attn.to_out[1](image), text
 
 
 def use_rotary_kernel(module: torch.nn.Module) -> int:
@@ -106,9 +113,15 @@ class CodesSingleBlock(FluxSingleTransformerBlock):
         """As the block it replaces."""
         text_tokens = encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        normed, gate = self.norm(residual, emb=temb)
+        if hasattr(
+            self.norm, "readers"
+        ):  # the sum below is then all that reads them joined, and a compiler joins them there
+            normed, gate = self.norm(hidden_states, emb=temb, before=encoder_hidden_states)
+        else:
+            normed, gate = self.norm(residual, emb=temb)
         attended = self.attn(normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        product = self.proj_out.with_gelu(attended.flatten(0, 1), self.proj_mlp(normed).flatten(0, 1))
+        scale = self.attn.get_buffer(VALUE_SCALE) if attended.dtype is FP8 else None
+        product = self.proj_out.with_gelu(attended.flatten(0, 1), self.proj_mlp(normed).flatten(0, 1), scale)
         result = residual + gate.unsqueeze(1) * product.unflatten(0, residual.shape[:2])
         if result.dtype == torch.float16:
             result = result.clip(-65504, 65504)
@@ -125,6 +138,8 @@ def use_codes_kernel(module: torch.nn.Module) -> int:
     for block in module.modules():
         if type(block) is FluxSingleTransformerBlock and makes_codes(block.proj_out):
             block.__class__ = CodesSingleBlock  # the same layers under the same names, with another forward
+            if isinstance(block.attn.processor, RotaryProcessor):
+                block.attn.processor.leaves_codes = block.attn.processor.fp8
             count += 1
     return count
 

@@ -94,10 +94,14 @@ class QuantizedLinear(torch.nn.Module, ABC):
     def forward(self, data: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N], in `dtype`."""
         rows = data.to(self.dtype).flatten(0, -2)
-        if self.smoothing is not None:
-            rows = rows * self.smoothing
+        smoothing = self._input_smoothing()
+        if smoothing is not None:
+            rows = rows * smoothing
         product = F.linear(rows, self.weight(), self.bias) if self.sixteen_bit else self._product(rows)
-        return product.unflatten(0, data.shape[:-1])
+        return product.view(*data.shape[:-1], -1)  # Dynamo does not trace unflatten in a function mode
+
+    def _input_smoothing(self) -> torch.Tensor | None:
+        return self.smoothing
 
     @abstractmethod
     def weight(self) -> torch.Tensor:
@@ -111,33 +115,62 @@ class QuantizedLinear(torch.nn.Module, ABC):
 class StaticLinear(QuantizedLinear, ABC):
     """W8A8 with one static scale for the input.
 
-    With `after_gelu` set, the input has yet to pass through GELU (tanh form), which is computed with its codes.
+    With `after_gelu` set, the input has yet to pass through GELU (tanh form), which is computed with its codes. A layer
+    with a `leader` reads the same input with the same scales, and takes the leader's: so a compiler makes codes once
+    for all of them.
     """
 
     after_gelu = False
+    leader: tuple[StaticLinear, ...] = ()  # one or none; in a tuple, it is not a part of this layer
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
-        """See `QuantizedLinear.forward`."""
+        """See `QuantizedLinear.forward`; `data` may be codes as `leading` makes them."""
+        if data.dtype == self.codes.dtype:
+            return self.from_codes(data.flatten(0, -2), self.leading.input_scale).view(*data.shape[:-1], -1)
         if not self.after_gelu:
             return super().forward(data)
         rows = data.flatten(0, -2)
-        return self.with_gelu(rows[:, :0], rows).unflatten(0, data.shape[:-1])
+        return self.with_gelu(rows[:, :0], rows).view(*data.shape[:-1], -1)
 
-    def with_gelu(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """[M, K1] and [M, K2], which has yet to pass through GELU, side by side as the input -> [M, N] in `dtype`."""
-        first, second = (item.to(self.dtype).contiguous() for item in (first, second))
-        return self._from_codes(gelu_codes(first, second, self.input_scale, self.smoothing, self.codes.dtype))
+    def with_gelu(
+        self, first: torch.Tensor, second: torch.Tensor, first_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the layer makes of two tensors side by side.
 
-    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """The input as codes [..., K], contiguous, -> [..., N] in `dtype`."""
-        return self._from_codes(codes.flatten(0, -2)).unflatten(0, codes.shape[:-1])
+        Args:
+            first: [M, K1], FP8 codes where they have a scale.
+            second: [M, K2], which has yet to pass through GELU.
+            first_scale: float32 [], of the codes; or None.
+
+        Returns:
+            [M, N] in `dtype`.
+        """
+        first = first.to(self.dtype) if first_scale is None else first
+        second = second.to(self.dtype)
+        codes = gelu_codes(
+            first.contiguous(), second.contiguous(), self.input_scale, self.smoothing, self.codes.dtype, first_scale
+        )
+        return self.from_codes(codes, self.input_scale)
+
+    def of_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """The input as codes [..., K] of the layer's own scale, contiguous, -> [..., N] in `dtype`."""
+        return self.from_codes(codes.flatten(0, -2), self.input_scale).view(*codes.shape[:-1], -1)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._from_codes(static_codes(rows, self.input_scale, self.codes.dtype))
+        scale = self.leading.input_scale
+        return self.from_codes(static_codes(rows, scale, self.codes.dtype), scale)
+
+    def _input_smoothing(self) -> torch.Tensor | None:
+        return self.leading.smoothing
+
+    @property
+    def leading(self) -> StaticLinear:
+        """The layer whose codes this one takes: its leader, or itself."""
+        return self.leader[0] if self.leader else self
 
     @abstractmethod
-    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """[M, K] in the dtype of `codes` -> [M, N] in `dtype`."""
+    def from_codes(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """[M, K] in the dtype of `codes`, smoothed, and the scale float32 [] that they have -> [M, N] in `dtype`."""
 
 
 def makes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
@@ -150,6 +183,11 @@ def takes_codes(layer: torch.nn.Module) -> TypeGuard[StaticLinear]:
     return makes_codes(layer) and layer.smoothing is None
 
 
+def takes_fp8(layer: torch.nn.Module) -> TypeGuard[Fp8Linear]:
+    """Whether a layer multiplies FP8 codes as they come, whatever their scale."""
+    return isinstance(layer, Fp8Linear) and takes_codes(layer)
+
+
 class Fp8Linear(StaticLinear):
     """W8A8 FP8 E4M3: codes float8_e4m3fn [N, K], weight_scale float32 []."""
 
@@ -157,11 +195,12 @@ class Fp8Linear(StaticLinear):
         """See `QuantizedLinear.weight`."""
         return (self.codes.float() * self.weight_scale).to(self.dtype)
 
-    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+    def from_codes(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """See `StaticLinear.from_codes`."""
         return torch._scaled_mm(
             codes,
             self.codes.t(),
-            scale_a=self.input_scale,
+            scale_a=scale,
             scale_b=self.weight_scale,
             bias=self.bias,
             out_dtype=self.dtype,
@@ -176,8 +215,9 @@ class Int8Linear(StaticLinear):
         """See `QuantizedLinear.weight`."""
         return (self.codes.float() * self.weight_scale[:, None]).to(self.dtype)
 
-    def _from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        return int8_linear(codes, self.codes, self.weight_scale * self.input_scale, self.bias, self.dtype)
+    def from_codes(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """See `StaticLinear.from_codes`."""
+        return int8_linear(codes, self.codes, self.weight_scale * scale, self.bias, self.dtype)
 
 
 class Int4Linear(QuantizedLinear):

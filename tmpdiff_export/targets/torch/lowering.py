@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 
 from engines.precision import Precision
-from tmpdiff_export.quantization.codes import AttentionRange, QuantizedLayer
+from tmpdiff_export.quantization.codes import AttentionRange, LayerRange, QuantizedLayer
 from tmpdiff_export.quantization.ranges import is_pointwise
 from tmpdiff_export.quantization.sixteen_bit import sixteen_bit_tensors
 from tmpdiff_export.targets.torch import convolutions
 from tmpdiff_export.targets.torch.attention import use_fp8_attention
-from tmpdiff_export.targets.torch.fusion import fuse
+from tmpdiff_export.targets.torch.fusion import fuse, same_input
 from tmpdiff_export.targets.torch.layers import FP8_ALIGNMENT, QuantizedLinear, linear_from
 from tmpdiff_export.targets.torch.pointwise import as_convolution
 
@@ -25,6 +25,7 @@ def lower_for_torch(
     *,
     sixteen_bit: bool = False,
     attention: Mapping[str, AttentionRange] | None = None,
+    ranges: Mapping[str, LayerRange] | None = None,
 ) -> tuple[torch.nn.Module, dict[str, int]]:
     """A copy of an export wrapper in which `layers` run from their codes.
 
@@ -34,6 +35,7 @@ def lower_for_torch(
         dtype: float16 or bfloat16, of everything else.
         sixteen_bit: the layers keep their codes, but all products are in `dtype`.
         attention: by name, the attention layers that compute in FP8.
+        ranges: those that `layers` were made with, so that layers which read the same input share its codes; or None.
 
     Returns:
         The module, and how many layers of which kind were replaced. Layers that torch has no product for run in
@@ -45,7 +47,7 @@ def lower_for_torch(
     if attention:
         use_fp8_attention(lowered, attention)
         counts["fp8 attention"] = len(attention)
-    fuse(lowered)
+    fuse(lowered, same_input(ranges or {}))
     return _in_type(lowered, dtype), counts
 
 

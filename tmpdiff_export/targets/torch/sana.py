@@ -23,7 +23,7 @@ class KernelFeedForward(GLUMBConv):
         wide = pointwise(self.conv_inverted, data).contiguous()
         last, middle = self.conv_point, (self.conv_depth.weight, self.conv_depth.bias)
         if takes_codes(last):
-            output = last.from_codes(glu_convolution(wide, *middle, last.input_scale, last.codes.dtype))
+            output = last.of_codes(glu_convolution(wide, *middle, last.input_scale, last.codes.dtype))
         else:
             output = pointwise(last, glu_convolution(wide, *middle))
         if self.norm_type == "rms_norm":
@@ -50,7 +50,7 @@ class LinearAttentionProcessor:
         last = attn.to_out[0]
         if takes_codes(last):
             codes = linear_attention(query, key, value, last.input_scale, last.codes.dtype)
-            output = last.from_codes(codes.flatten(2))
+            output = last.of_codes(codes.flatten(2))
         else:
             output = last(linear_attention(query, key, value).flatten(2))
         output = attn.to_out[1](output)

@@ -112,7 +112,7 @@ class TorchTarget:
             codes.update(torch_tensors(name, layer, model.module.get_submodule(name), dtype))
         if model.half:
             module, counts = lower_for_torch(
-                module, layers, dtype, sixteen_bit=job.sixteen_bit, attention=job.attention
+                module, layers, dtype, sixteen_bit=job.sixteen_bit, attention=job.attention, ranges=job.ranges
             )
         else:
             counts = place_codes(module, layers, dtype, sixteen_bit=True)  # they are weight-only

@@ -33,24 +33,32 @@ class TanhGelu(torch.nn.Module):
 
 
 def gelu_codes(
-    first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor, smoothing: torch.Tensor | None, dtype: torch.dtype
+    first: torch.Tensor,
+    second: torch.Tensor,
+    scale: torch.Tensor,
+    smoothing: torch.Tensor | None,
+    dtype: torch.dtype,
+    first_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`static_codes` of `first` and of GELU (tanh form) of `second`, side by side.
 
     On a GPU one kernel: compilers compute the GELU, and both sides of the seam, for every column of the result.
 
     Args:
-        first: [M, K1] in a 16-bit type, contiguous; K1 may be 0.
-        second: [M, K2] in that type, contiguous.
+        first: [M, K1] in a 16-bit type, or FP8 codes, contiguous; K1 may be 0.
+        second: [M, K2] in a 16-bit type, contiguous.
         scale: float32 [].
         smoothing: [K1 + K2] in that type, multiplies before the codes are made; or None.
         dtype: float8_e4m3fn or int8.
+        first_scale: float32 [], what `first` is multiplied by: the scale of its codes; or None.
 
     Returns:
         [M, K1 + K2] in `dtype`.
     """
     if second.is_cuda:
         factors = second.new_zeros(0) if smoothing is None else smoothing
-        return gelu_codes_op(first, second, scale, factors, *CODE_LIMITS[dtype], dtype)
+        return gelu_codes_op(first, first_scale, second, scale, factors, *CODE_LIMITS[dtype], dtype)
+    if first_scale is not None:
+        first = (first.float() * first_scale).to(second.dtype)
     rows = torch.cat([first, tanh_gelu(second)], dim=1)
     return static_codes(rows if smoothing is None else rows * smoothing, scale, dtype)

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from engines.precision import Precision
 from tmpdiff_export.quantization.codes import LayerRange, quantize_layer
 from tmpdiff_export.targets.torch.flux import CodesSingleBlock, RotaryProcessor, use_rotary_kernel
-from tmpdiff_export.targets.torch.fusion import fuse, replace_tanh_gelu
+from tmpdiff_export.targets.torch.fusion import fuse, replace_tanh_gelu, same_input, share_codes
 from tmpdiff_export.targets.torch.kernels.gelu_codes import TanhGelu, gelu_codes
 from tmpdiff_export.targets.torch.kernels.rotary import norm_rotary
+from tmpdiff_export.targets.torch.layers import Fp8Linear, linear_from
 
 
 def flux() -> FluxTransformer2DModel:
@@ -116,8 +117,6 @@ def test_gelu_is_replaced_under_the_same_layer_names() -> None:
 
 def quantized(module: torch.nn.Module, precision: Precision, smoothing: bool) -> torch.nn.Module:
     """A float16 copy whose feed-forward layers and `proj_out` of single blocks take codes."""
-    from tmpdiff_export.targets.torch.layers import linear_from
-
     changed = copy.deepcopy(module).half()
     chosen = [
         name
@@ -141,7 +140,7 @@ def test_fused_layers_compute_what_they_did_apart(precision: Precision, smoothin
     module = flux()
     apart = quantized(module, precision, smoothing)
     fused = copy.deepcopy(apart)
-    fuse(fused)
+    fuse(fused, ())
     assert [type(block) for block in fused.single_transformer_blocks] == [CodesSingleBlock] * 2
     assert sum(getattr(layer, "after_gelu", False) for layer in fused.modules()) == 4
     assert fused.state_dict().keys() == apart.state_dict().keys()
@@ -158,7 +157,7 @@ def test_shared_weights_stay_in_16_bit_products() -> None:
     for layer in apart.modules():
         if hasattr(layer, "sixteen_bit"):
             layer.sixteen_bit = True
-    fuse(apart)
+    fuse(apart, ())
     assert not any(isinstance(block, CodesSingleBlock) for block in apart.single_transformer_blocks)
     assert not any(getattr(layer, "after_gelu", False) for layer in apart.modules())
 
@@ -174,3 +173,43 @@ def test_codes_of_joined_rows_are_those_of_the_joined_tensor(dtype: torch.dtype)
     found = gelu_codes(first, second, scale, smoothing, dtype).float()
     assert expected.max() == limit or expected.min() <= -limit  # some saturate
     assert ((found - expected).abs() <= (0.51 if dtype is torch.int8 else 2**-4 * expected.abs() + 2**-10)).all()
+
+
+def test_layers_that_read_the_same_input_share_its_codes() -> None:
+    module = quantized(flux(), Precision.FP8, False)
+    for block in (*module.transformer_blocks, *module.single_transformer_blocks):
+        for name in ("to_q", "to_k", "to_v"):
+            layer = getattr(block.attn, name)
+            codes = quantize_layer(layer.weight.float(), LayerRange(3.0, None), Precision.FP8, None)
+            setattr(block.attn, name, linear_from(codes, layer.bias.detach(), torch.float16))
+    ranges = {
+        name: LayerRange(3.0 if ".to_" in name else 4.0, None)
+        for name, layer in module.named_modules()
+        if isinstance(layer, Fp8Linear)
+    }
+    ranges["transformer_blocks.1.attn.to_k"] = LayerRange(3.0000002, None)
+    apart = copy.deepcopy(module)
+    assert share_codes(module, same_input(ranges)) == 7
+    first, second = (block.attn for block in module.transformer_blocks)
+    assert first.to_k.leader == first.to_v.leader == (first.to_q,)
+    assert second.to_k.leader == ()  # another range: another input
+    assert second.to_v.leader == (second.to_q,)
+    assert module.state_dict().keys() == apart.state_dict().keys()
+    inputs = {name: item.half() for name, item in flux_inputs().items()}
+    with torch.no_grad():
+        assert torch.equal(module(**inputs, return_dict=False)[0], apart(**inputs, return_dict=False)[0])
+        copied = copy.deepcopy(module)
+        copied.transformer_blocks[0].attn.to_q.input_scale.fill_(1.0)
+        rows = torch.randn(4, 48).half()
+        taken = copied.transformer_blocks[0].attn
+        assert taken.to_k.leader == (taken.to_q,)  # its own, not that of the original
+        assert not torch.equal(taken.to_k(rows), first.to_k(rows))
+
+
+def test_joined_rows_may_begin_with_codes_of_another_scale() -> None:
+    generator = torch.Generator().manual_seed(4)
+    data = torch.randn(5, 6, generator=generator).to(torch.float8_e4m3fn)
+    second, scales = torch.randn(5, 10, generator=generator).half(), (torch.tensor(0.5), torch.tensor(0.05))
+    expected = gelu_codes((data.float() * 0.5).half(), second, scales[1], None, torch.int8)
+    found = gelu_codes(data, second, scales[1], None, torch.int8, scales[0])
+    assert torch.equal(found, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ _WARPS = 1
 @triton.jit  # type: ignore[untyped-decorator]
 def _gelu_codes(  # type: ignore[no-untyped-def]
     first,
+    first_scale,
     second,
     scale,
     smoothing,
@@ -23,6 +26,7 @@ def _gelu_codes(  # type: ignore[no-untyped-def]
     LIMIT_HIGH: tl.constexpr,
     ROUND: tl.constexpr,
     SMOOTH: tl.constexpr,
+    FIRST_SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Some columns of a row, all of them of one of the two tensors."""
@@ -33,6 +37,8 @@ def _gelu_codes(  # type: ignore[no-untyped-def]
         column = block * BLOCK + tl.arange(0, BLOCK)
         inside = column < first_columns
         data = tl.load(first + row * first_columns + column, mask=inside, other=0.0).to(tl.float32)
+        if FIRST_SCALED:
+            data *= tl.load(first_scale)
     else:
         at = (block - first_blocks) * BLOCK + tl.arange(0, BLOCK)
         inside = at < second_columns
@@ -57,6 +63,7 @@ def _gelu_codes(  # type: ignore[no-untyped-def]
 @torch.library.triton_op("tmpdiff::gelu_codes", mutates_args={})  # type: ignore[untyped-decorator]
 def gelu_codes_op(
     first: torch.Tensor,
+    first_scale: Optional[torch.Tensor],  # noqa: UP045  (torch's schemas know no other form)
     second: torch.Tensor,
     scale: torch.Tensor,
     smoothing: torch.Tensor,
@@ -70,6 +77,7 @@ def gelu_codes_op(
     blocks = triton.cdiv(first.shape[1], _BLOCK) + triton.cdiv(second.shape[1], _BLOCK)
     torch.library.wrap_triton(_gelu_codes)[(rows, blocks)](
         first,
+        scale if first_scale is None else first_scale,
         second,
         scale,
         smoothing,
@@ -80,6 +88,7 @@ def gelu_codes_op(
         LIMIT_HIGH=limit_high,
         ROUND=dtype is torch.int8,
         SMOOTH=smoothing.numel() > 0,
+        FIRST_SCALED=first_scale is not None,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
     )

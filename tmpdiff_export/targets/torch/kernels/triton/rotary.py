@@ -26,6 +26,7 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
     first_tokens,
     tokens,
     EPS: tl.constexpr,  # a float argument may come as float64, and everything with it
+    ROTARY: tl.constexpr,
     SCALED: tl.constexpr,
     LIMIT: tl.constexpr,
     HEADS: tl.constexpr,
@@ -47,16 +48,16 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
         weight = tl.load(second_weight + column).to(tl.float32)
     data = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     data = data * tl.rsqrt(tl.sum(data * data, axis=1) / SIZE + EPS)[:, None] * weight[None, :]
-    pair = tl.arange(0, SIZE // 2) * 2
-    turn = tl.load(cos + token * SIZE + pair)[None, :]
-    lean = tl.load(sin + token * SIZE + pair)[None, :]
-    if SCALED:
-        factor = 1.0 / tl.load(scale)
-        turn *= factor
-        lean *= factor
-    real, imaginary = tl.split(tl.reshape(data, (LANES, SIZE // 2, 2)))
-    turned = tl.join(real * turn - imaginary * lean, imaginary * turn + real * lean)
-    turned = tl.reshape(turned, (LANES, SIZE))
+    factor = 1.0 / tl.load(scale) if SCALED else 1.0
+    if ROTARY:
+        pair = tl.arange(0, SIZE // 2) * 2
+        turn = tl.load(cos + token * SIZE + pair)[None, :] * factor
+        lean = tl.load(sin + token * SIZE + pair)[None, :] * factor
+        real, imaginary = tl.split(tl.reshape(data, (LANES, SIZE // 2, 2)))
+        turned = tl.join(real * turn - imaginary * lean, imaginary * turn + real * lean)
+        turned = tl.reshape(turned, (LANES, SIZE))
+    else:
+        turned = data * factor
     if LIMIT is not None:
         turned = tl.clamp(turned, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     target = result + (sample * tokens + token) * HEADS * SIZE
@@ -69,10 +70,10 @@ def norm_rotary_op(
     first_weight: torch.Tensor,
     second: torch.Tensor,
     second_weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: Optional[torch.Tensor],  # noqa: UP045  (torch's schemas know no other form)
+    sin: Optional[torch.Tensor],  # noqa: UP045
     eps: float,
-    scale: Optional[torch.Tensor],  # noqa: UP045  (torch's schemas know no other form)
+    scale: Optional[torch.Tensor],  # noqa: UP045
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`kernels.rotary.norm_rotary` on a GPU."""
@@ -85,13 +86,14 @@ def norm_rotary_op(
         first_weight,
         second,
         second_weight,
-        cos,
-        sin,
-        cos if scale is None else scale,
+        second if cos is None else cos,
+        second if sin is None else sin,
+        second if scale is None else scale,
         result,
         first.shape[1],
         tokens,
         EPS=eps,
+        ROTARY=cos is not None,
         SCALED=scale is not None,
         LIMIT=None if dtype is torch.bfloat16 else torch.finfo(dtype).max,
         HEADS=heads,

@@ -68,7 +68,7 @@ def compiled_shapes(module: Any, inputs: Any, package: Path) -> tuple[tuple[int,
     """Compiles a module for the CPU; the shapes of its outputs."""
     from tmpdiff_export.targets.torch.compile import compile_package
 
-    return tuple(tuple(item.shape) for item in compile_package(module, "cpu", inputs, package))
+    return tuple(tuple(item.shape) for item in compile_package(module, "cpu", inputs, package).outputs)
 
 
 @dataclass(frozen=True)

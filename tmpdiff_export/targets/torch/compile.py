@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engines.errors import BuildError, first_line
+
+Operator = Literal["attention_fp8"]
 
 
 class EngineModule(torch.nn.Module):
@@ -129,9 +131,25 @@ def arguments_of(
     return tensors, examples
 
 
-def compile_package(
-    module: EngineModule, device: str, inputs: Sequence[torch.Tensor], package: Path
-) -> tuple[torch.Tensor, ...]:
+class Compiled(NamedTuple):
+    """A module that was compiled.
+
+    Attributes:
+        outputs: tensors that have the shapes and dtypes of the outputs, and no content.
+        operators: see `operators_of`.
+    """
+
+    outputs: tuple[torch.Tensor, ...]
+    operators: tuple[Operator, ...]
+
+
+def operators_of(*programs: torch.export.ExportedProgram) -> tuple[Operator, ...]:
+    """What packages of these programs call back into the process that runs them, as `PackageEntry` names it."""
+    targets = {str(node.target) for program in programs for node in program.graph.nodes}
+    return ("attention_fp8",) if "tmpdiff.attention_fp8_scaled.default" in targets else ()
+
+
+def compile_package(module: EngineModule, device: str, inputs: Sequence[torch.Tensor], package: Path) -> Compiled:
     """Compiles a module, with its weights as inputs of the package, in the order of `EngineModule.tensors`.
 
     Args:
@@ -139,9 +157,6 @@ def compile_package(
         device: "cuda" or "cpu".
         inputs: examples; the package takes these shapes and dtypes only.
         package: the AOTInductor package to write.
-
-    Returns:
-        Tensors that have the shapes and dtypes of the outputs, and no content.
 
     Raises:
         BuildError: torch cannot export or compile the module.
@@ -158,4 +173,4 @@ def compile_package(
     except Exception as error:  # whatever a compiler of somebody else's model may raise
         raise BuildError(f"torch cannot compile {package.stem}: {type(error).__name__}: {first_line(error)}") from error
     (output,) = program.graph.find_nodes(op="output")
-    return tuple(node.meta["val"] for node in output.args[0])
+    return Compiled(tuple(node.meta["val"] for node in output.args[0]), operators_of(program))

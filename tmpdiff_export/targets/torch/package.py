@@ -18,7 +18,7 @@ from engines.package_entry import PackageEntry
 from tmpdiff_export.targets.accuracy import AccuracyCheck
 from tmpdiff_export.targets.target import file_entry
 from tmpdiff_export.targets.torch.blocks import compile_blocks, part_paths
-from tmpdiff_export.targets.torch.compile import EngineModule, compile_package
+from tmpdiff_export.targets.torch.compile import EngineModule, compile_package, operators_of
 from tmpdiff_export.weights.files import write_tensors
 
 
@@ -101,7 +101,6 @@ class PackageTask:
                 batch=self.batch,
                 dtype=self.dtype,
                 weights_bytes=sum(file.bytes for file in weights),
-                operators=("attention_fp8",) if self.attention else (),
                 **parts,
             ),
         )
@@ -117,13 +116,15 @@ class PackageTask:
     def _compile(
         self, examples: Sequence[torch.Tensor], package: Path
     ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
-        """The outputs, without content, and what `PackageEntry` says of blocks."""
+        """The outputs, without content, and what `PackageEntry` says of operators and blocks."""
         if not self.blocks:
-            return compile_package(self.module, self.device, examples, package), {}
+            outputs, operators = compile_package(self.module, self.device, examples, package)
+            return outputs, {"operators": operators}
         made = compile_blocks(self.module, self.device, examples, package)
         _, *others = part_paths(package, len(made.parts))
         blocks = tuple(file_entry(self.folder, path) for path in others)
-        return made.outputs, {"blocks": blocks, "calls": made.calls, "results": made.results}
+        operators = operators_of(*made.parts)
+        return made.outputs, {"operators": operators, "blocks": blocks, "calls": made.calls, "results": made.results}
 
     def _store_scales(self) -> tuple[FileEntry, ...]:
         if not self.attention:

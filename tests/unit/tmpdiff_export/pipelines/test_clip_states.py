@@ -87,7 +87,7 @@ def test_both_text_encoders_are_exported_where_they_arrive(
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: exported.append(program))
     for name, one in packed.items():
         arrived = pickle.loads(pickle.dumps(one.module))
-        outputs = compile_package(arrived, "cpu", one.inputs, tmp_path / "none.pt2")
+        outputs = compile_package(arrived, "cpu", one.inputs, tmp_path / "none.pt2").outputs
         assert tuple(tuple(item.shape) for item in outputs) == SHAPES[name]
     assert len(exported) == 2
 

@@ -239,8 +239,8 @@ def _check(
         try:
             require_reachable(options.budget, fastest, evaluator.num_steps, options.costs)
         except BudgetError as error:
-            enough = reuse_needed(built, options.budget, evaluator.num_steps)
-            if not options.reuse or enough is None:
+            enough = reuse_needed(built, options.budget, evaluator.num_steps) if options.reuse else None
+            if enough is None:
                 raise
             raise BudgetError(
                 f"{error}, or allow more than {options.reuse} reused steps: --reuse {enough} can meet it"
